@@ -1,0 +1,99 @@
+"""Communication groups for distributed inference and training, without globals.
+
+>>> import commgraph as cg
+>>> with cg.World.from_env() as world:
+...     ctx = world.context(cg.Layout(world.size, tp=2), name="target")
+...     y = ctx.tp.all_reduce(x)
+
+Names are loaded when they are first used: `Layout` and the errors need no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from commgraph.errors import (
+    BackendUnavailableError,
+    BuildError,
+    CollectiveError,
+    CollectiveMismatchError,
+    CollectiveTimeoutError,
+    CommGraphError,
+    ConfigurationError,
+    ContextClosedError,
+    LaunchError,
+    LayoutError,
+    LayoutMismatchError,
+    PeerLostError,
+    UnsupportedTensorError,
+)
+
+if TYPE_CHECKING:
+    from commgraph.communicators.base import Communicator
+    from commgraph.context import ParallelContext
+    from commgraph.coordinator import GroupCoordinator
+    from commgraph.layout import Grid, Layout, Positions, Split
+    from commgraph.options import CommunicatorOptions
+    from commgraph.platforms import CpuPlatform, Platform
+    from commgraph.world import World
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailableError",
+    "BuildError",
+    "CollectiveError",
+    "CollectiveMismatchError",
+    "CollectiveTimeoutError",
+    "CommGraphError",
+    "Communicator",
+    "CommunicatorOptions",
+    "ConfigurationError",
+    "ContextClosedError",
+    "CpuPlatform",
+    "Grid",
+    "GroupCoordinator",
+    "LaunchError",
+    "Layout",
+    "LayoutError",
+    "LayoutMismatchError",
+    "ParallelContext",
+    "PeerLostError",
+    "Platform",
+    "Positions",
+    "Split",
+    "UnsupportedTensorError",
+    "World",
+]
+
+_HOMES = MappingProxyType(
+    {
+        "Communicator": "commgraph.communicators.base",
+        "CommunicatorOptions": "commgraph.options",
+        "CpuPlatform": "commgraph.platforms",
+        "Grid": "commgraph.layout",
+        "GroupCoordinator": "commgraph.coordinator",
+        "Layout": "commgraph.layout",
+        "ParallelContext": "commgraph.context",
+        "Platform": "commgraph.platforms",
+        "Positions": "commgraph.layout",
+        "Split": "commgraph.layout",
+        "World": "commgraph.world",
+    }
+)
+# Subpackages that `import commgraph` alone makes reachable, as attributes.
+_SUBPACKAGES = frozenset({"nn", "testing"})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"commgraph.{name}")
+    raise AttributeError(f"module 'commgraph' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, *_SUBPACKAGES})

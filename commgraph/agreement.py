@@ -1,0 +1,93 @@
+"""Ranks find out whether they are about to build the same thing, and whether all of them managed to.
+
+Every rank says one thing and hears one: rank 0 reads what all said and answers for everybody, so that the traffic grows with the number
+of ranks and not with its square.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from commgraph.errors import BuildError, LayoutMismatchError
+
+__all__ = ["agree"]
+
+# Rank 0 answers at its deadline at the latest; the others, who may have begun to wait a little before it, hear it out.
+_GRACE = timedelta(seconds=5)
+
+
+def agree(
+    store: dist.Store, rank: int, world_size: int, facts: Mapping[str, str], *, what: str, timeout: timedelta, error: str = ""
+) -> None:
+    """Compares facts over all ranks. Collective; `store` must be this agreement's own prefix.
+
+    Args:
+        store: where to meet.
+        rank: this rank.
+        world_size: number of ranks.
+        facts: name -> what must be equal among the ranks that state that name.
+        what: is being agreed, for messages, e.g. ``"context 'target'"``.
+        timeout: how long to wait for the last rank.
+        error: why this rank cannot go on; every rank then raises.
+
+    Raises:
+        LayoutMismatchError: facts differ; on every rank, naming fact, values and ranks.
+        BuildError: a rank reported an error or did not come.
+    """
+    if world_size == 1:
+        return
+    keys = [f"said/{peer}" for peer in range(world_size)]
+    try:
+        store.set(keys[rank], json.dumps({"facts": dict(facts), "error": error}))
+        if error:
+            return
+        if rank == 0:
+            verdict = _judge(store, keys, what, timeout)
+            store.set("verdict", json.dumps(verdict))
+        else:
+            store.wait(["verdict"], timeout + _GRACE)
+            verdict = json.loads(store.get("verdict"))
+    except RuntimeError as failure:
+        raise BuildError(
+            f"rank {rank}: {what}: no answer from rank 0 within {timeout.total_seconds():g} s: it never came here, or it died, or the store that "
+            f"the ranks meet in is gone. Building is collective: every rank makes the same calls in the same order ({failure})"
+        ) from failure
+    kind, message = verdict
+    if kind == "mismatch":
+        raise LayoutMismatchError(f"rank {rank}: {message}")
+    if kind == "error":
+        raise BuildError(f"rank {rank}: {message}")
+
+
+def _judge(store: dist.Store, keys: Sequence[str], what: str, timeout: timedelta) -> tuple[str, str]:
+    try:
+        store.wait(list(keys), timeout)
+    except dist.DistError:
+        missing = [peer for peer, key in enumerate(keys) if not store.check([key])]
+        return "error", (
+            f"{what}: rank{'s' if len(missing) > 1 else ''} {_listing(missing)} of {len(keys)} did not come within "
+            f"{timeout.total_seconds():g} s. Building is collective: every rank makes the same calls in the same order"
+        )
+    said = [json.loads(value) for value in (store.multi_get(list(keys)) if store.has_extended_api() else map(store.get, keys))]
+    failed = {peer: entry["error"] for peer, entry in enumerate(said) if entry["error"]}
+    if failed:
+        first = min(failed)
+        others = f" (and ranks {_listing([peer for peer in failed if peer != first])})" if len(failed) > 1 else ""
+        return "error", f"{what}: rank {first}{others} could not build it: {failed[first]}"
+    for name in sorted({name for entry in said for name in entry["facts"]}):
+        by_value: dict[str, list[int]] = {}
+        for peer, entry in enumerate(said):
+            if name in entry["facts"]:
+                by_value.setdefault(entry["facts"][name], []).append(peer)
+        if len(by_value) > 1:
+            lines = [f"  ranks {_listing(peers)}: {value}" for value, peers in by_value.items()]
+            return "mismatch", f"{what}: the ranks disagree about {name}:\n" + "\n".join(lines)
+    return "agreed", ""
+
+
+def _listing(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks[:16])) + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")

@@ -1,0 +1,207 @@
+"""The strategy that serves every operation on host tensors, over any network: the last one of each chain on the host."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from commgraph.communicators.base import OPERATIONS, Communicator
+from commgraph.communicators.gloo_transport import GlooTransport
+from commgraph.communicators.reduction import reduce_pieces
+
+__all__ = ["GlooCommunicator"]
+
+# Up to here every rank sends its whole tensor to the others and each reduces alone: one step in place of two. Bytes of one tensor.
+_ONE_SHOT_BYTES = 32 * 1024
+# Up to here gathers send n-1 messages at once, beyond they take log2(n) steps of growing messages. Ranks.
+_DIRECT_RANKS = 4
+
+
+class GlooCommunicator(Communicator):
+    """Collectives from point-to-point messages, every dtype as bytes.
+
+    Gathers among many ranks follow Bruck et al., "Efficient algorithms for all-to-all communications in multiport message-passing
+    systems" (1997); everything else is a direct exchange. Neither moves a byte twice. A large reduction is a direct reduce-scatter and a
+    gather of the pieces, each piece reduced by one rank in the order of the ranks: the same bits everywhere. Broadcasts follow a
+    binomial tree.
+    """
+
+    name: ClassVar[str] = "gloo"
+    operations: ClassVar[frozenset[str]] = frozenset(OPERATIONS)
+
+    def __init__(self, transport: GlooTransport) -> None:
+        super().__init__(transport.rank_in_group, transport.world_size)
+        self.transport = transport
+
+    def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:
+        """Every call on the host."""
+        return device.type == "cpu"
+
+    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
+        return self._reduce(x, torch.empty_like(x, memory_format=torch.contiguous_format), op, tag, timeout)
+
+    def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
+        return self._reduce(x, x, op, tag, timeout)
+
+    def _reduce(self, x: torch.Tensor, out: torch.Tensor, op: str, tag: int, timeout: float) -> torch.Tensor:
+        flat = _dense(x).reshape(-1)
+        n = self.world_size
+        if n == 2 or flat.nbytes <= _ONE_SHOT_BYTES:
+            pieces = self._collect(flat, [flat.numel()] * n, tag, timeout)
+            total = pieces[self.rank_in_group]
+            reduce_pieces(pieces, op, total)
+        else:
+            mine = list(flat.tensor_split(n))
+            piece = torch.empty_like(mine[self.rank_in_group])
+            self._reduce_to(mine, op, piece, tag, timeout)
+            total = torch.cat(self._collect(piece, [part.numel() for part in mine], tag, timeout))
+        return out.copy_(total.view(out.shape))
+
+    def _collect(self, flat: torch.Tensor, counts: Sequence[int], tag: int, timeout: float) -> list[torch.Tensor]:
+        """Fresh 1-D pieces of every rank, in rank order."""
+        if self.world_size > _DIRECT_RANKS:
+            return self._gather_bruck(flat, counts, tag, timeout)
+        pieces = list(torch.empty(sum(counts), dtype=flat.dtype).split(list(counts)))
+        self._gather_direct(flat, pieces, tag, timeout)
+        return pieces
+
+    def _gather_direct(self, flat: torch.Tensor, pieces: Sequence[torch.Tensor], tag: int, timeout: float) -> None:
+        others = self._others()
+        self.transport.exchange([(flat, peer) for peer in others], [(pieces[peer], peer) for peer in others], tag=tag, timeout=timeout)
+        pieces[self.rank_in_group].copy_(flat)
+
+    def _gather_bruck(self, flat: torch.Tensor, counts: Sequence[int], tag: int, timeout: float) -> list[torch.Tensor]:
+        n, me = self.world_size, self.rank_in_group
+        # Laid out from this rank's piece onwards, what is held is always the front of the buffer and what comes next its continuation.
+        turned = [counts[(me + i) % n] for i in range(n)]
+        ends = list(itertools.accumulate(turned, initial=0))
+        buffer = torch.empty(ends[-1], dtype=flat.dtype)
+        buffer[: ends[1]] = flat
+        held = 1
+        while held < n:
+            taken = min(held, n - held)
+            # As many pieces as the receiver lacks, from the front; the peer's front continues what this rank holds.
+            self.transport.exchange(
+                [(buffer[: ends[taken]], (me - held) % n)],
+                [(buffer[ends[held] : ends[held + taken]], (me + held) % n)],
+                tag=tag,
+                timeout=timeout,
+            )
+            held += taken
+        pieces = buffer.split(turned)
+        return [pieces[(i - me) % n] for i in range(n)]
+
+    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, timeout: float) -> None:
+        views = out.split(list(sizes), dim)
+        flat = _dense(x).reshape(-1)
+        if self.world_size > _DIRECT_RANKS:
+            pieces = self._gather_bruck(flat, [view.numel() for view in views], tag, timeout)
+            _land([piece.view(view.shape) for piece, view in zip(pieces, views, strict=True)], views)
+            return
+        landing = [_landing(view) for view in views]
+        self._gather_direct(flat, [piece.view(-1) for piece in landing], tag, timeout)
+        _land(landing, views)
+
+    def reduce_scatter(
+        self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, timeout: float
+    ) -> None:
+        self._reduce_to([_dense(piece) for piece in x.split(list(sizes), dim)], op, out, tag, timeout)
+
+    def _reduce_to(self, mine: Sequence[torch.Tensor], op: str, out: torch.Tensor, tag: int, timeout: float) -> None:
+        """Reduces what every rank holds for this one (`mine[i]` goes to rank i) into `out`."""
+        me = self.rank_in_group
+        pieces = [piece if i == me else torch.empty_like(mine[me]) for i, piece in enumerate([mine[me]] * self.world_size)]
+        self.all_to_all(mine, pieces, tag=tag, timeout=timeout)
+        reduce_pieces(pieces, op, out)
+
+    def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], *, tag: int, timeout: float) -> None:
+        me, others = self.rank_in_group, self._others()
+        landing = [_landing(view) for view in receives]
+        self.transport.exchange(
+            [(_dense(sends[peer]), peer) for peer in others],
+            [(landing[peer], peer) for peer in others],
+            tag=tag,
+            timeout=timeout,
+        )
+        if receives[me] is not sends[me]:
+            landing[me].copy_(sends[me])
+        _land(landing, receives)
+
+    def gather(self, x: torch.Tensor, pieces: Sequence[torch.Tensor] | None, dst: int, *, tag: int, timeout: float) -> None:
+        if pieces is None:
+            self.transport.exchange([(_dense(x), dst)], [], tag=tag, timeout=timeout)
+            return
+        landing = [_landing(view) for view in pieces]
+        self.transport.exchange([], [(landing[peer], peer) for peer in self._others()], tag=tag, timeout=timeout)
+        landing[dst].copy_(x)
+        _land(landing, pieces)
+
+    def broadcast(self, x: torch.Tensor, src: int, *, tag: int, timeout: float) -> None:
+        n = self.world_size
+        position = (self.rank_in_group - src) % n
+        buffer = _dense(x) if position == 0 else _landing(x)
+        # Binomial tree: the lowest set bit of a position is the distance to its parent, lower bits are those to its children.
+        reach = position & -position if position else 1 << (n - 1).bit_length()
+        if position:
+            self.transport.exchange([], [(buffer, (position - reach + src) % n)], tag=tag, timeout=timeout)
+        children = []
+        while reach > 1:
+            reach >>= 1
+            if position + reach < n:
+                children.append((buffer, (position + reach + src) % n))
+        self.transport.exchange(children, [], tag=tag, timeout=timeout)
+        if position:
+            _land([buffer], [x])
+
+    def barrier(self, *, tag: int, timeout: float) -> None:
+        self._collect(torch.zeros(1, dtype=torch.uint8), [1] * self.world_size, tag, timeout)
+
+    def exchange(
+        self,
+        sends: Sequence[tuple[torch.Tensor, int]],
+        receives: Sequence[tuple[torch.Tensor, int]],
+        *,
+        tag: int,
+        timeout: float,
+    ) -> None:
+        landing = [_landing(view) for view, _ in receives]
+        self.transport.exchange(
+            [(_dense(x), peer) for x, peer in sends],
+            [(piece, peer) for piece, (_, peer) in zip(landing, receives, strict=True)],
+            tag=tag,
+            timeout=timeout,
+        )
+        _land(landing, [view for view, _ in receives])
+
+    def abort(self) -> None:
+        self.transport.abort()
+
+    def close(self) -> None:
+        self.transport.close()
+
+    def describe(self) -> str:
+        return "host tensors of every dtype, any network"
+
+    def _others(self) -> list[int]:
+        # Each rank begins with its right neighbour, so that not all of them fall upon rank 0 first.
+        return [(self.rank_in_group + i) % self.world_size for i in range(1, self.world_size)]
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """x itself where its memory is what its values say, else a contiguous copy (lazily conjugated or negated ones too)."""
+    return x.resolve_conj().resolve_neg().contiguous()
+
+
+def _landing(view: torch.Tensor) -> torch.Tensor:
+    """Where bytes for `view` may be written: itself if contiguous, else a buffer for `_land`."""
+    plain = view.is_contiguous() and not view.is_conj() and not view.is_neg()
+    return view if plain else torch.empty(view.shape, dtype=view.dtype)
+
+
+def _land(landing: Sequence[torch.Tensor], views: Sequence[torch.Tensor]) -> None:
+    for piece, view in zip(landing, views, strict=True):
+        if piece is not view:
+            view.copy_(piece)

@@ -1,0 +1,175 @@
+"""Messages between the ranks of one group over gloo's TCP connections.
+
+Everything that commgraph does over gloo is built from `exchange`: some sends and some receives at once, under one deadline.
+Point-to-point messages run on the caller's thread and take half the time of gloo's own collectives here, serve every dtype as bytes, and
+let the order of a reduction be ours.
+
+What was seen of gloo (torch 2.13) and is relied upon:
+
+* Messages pair by (peer, tag), in order. A message that is longer than the buffer it meets ends the *process*, so the tags of
+  calls that do not fit together must differ (`GroupLink` makes them).
+* `Work.wait(timeout)` that runs out closes every connection of the group: this rank's other waits and its peers' end with an error.
+  `abort` uses just that; nothing else releases a blocked wait.
+* Dropping the group closes its connections; what was written before still arrives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from commgraph import compat
+
+__all__ = ["GlooTransport", "TransportClosed", "TransportTimeout", "as_bytes"]
+
+# No call uses the highest tag: a receive on it can only time out.
+_NEVER_SENT = 2**31 - 1
+
+
+class TransportTimeout(Exception):  # noqa: N818 - internal; GroupLink turns it into the public error
+    """The deadline passed. `peer`: a rank in the group that was waited for."""
+
+    def __init__(self, peer: int) -> None:
+        super().__init__(peer)
+        self.peer = peer
+
+
+class TransportClosed(Exception):  # noqa: N818 - internal; GroupLink turns it into the public error
+    """The connection to `peer` (a rank in the group) is gone; `reason` is gloo's text."""
+
+    def __init__(self, peer: int, reason: str) -> None:
+        super().__init__(peer, reason)
+        self.peer = peer
+        self.reason = reason
+
+
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous tensor as uint8, 1-D, without a copy."""
+    return x.reshape(-1).view(torch.uint8)
+
+
+class GlooTransport:
+    """Connections of one rank to every other rank of its group."""
+
+    def __init__(self, store: dist.Store, rank_in_group: int, world_size: int, *, timeout: timedelta, device: compat.GlooDevice) -> None:
+        """Connects. Collective over the group; `store` holds nothing but this group's keys.
+
+        Raises:
+            RuntimeError: from torch, where a peer did not come within `timeout` or descriptors ran out.
+        """
+        self.rank_in_group = rank_in_group
+        self.world_size = world_size
+        self._backend: Any = compat.make_gloo(store, rank_in_group, world_size, timeout, device)
+        self.process_group: dist.ProcessGroup | None = compat.wrap_gloo(store, rank_in_group, world_size, self._backend)
+        self._lock = threading.Lock()
+        self._aborted = False
+        # Buffers of operations that failed: gloo may still write to them until the connections are gone.
+        self._keep: list[object] = []
+
+    def exchange(
+        self,
+        sends: Sequence[tuple[torch.Tensor, int]],
+        receives: Sequence[tuple[torch.Tensor, int]],
+        *,
+        tag: int,
+        timeout: float,
+    ) -> None:
+        """Sends and receives (tensor, peer) pairs, all at once.
+
+        Args:
+            sends, receives: contiguous host tensors of any dtype and the rank in the group they go to or come from. Empty ones are
+                left out on both sides.
+            tag: the same number on both sides of each message, below 2**31 - 1.
+            timeout: seconds.
+        """
+        deadline = time.monotonic() + timeout
+        backend = self._backend
+        if backend is None:
+            raise TransportClosed(self.rank_in_group, "this rank closed the group")
+        works: list[tuple[Any, int]] = []
+        peer = self.rank_in_group
+        try:
+            for tensor, peer in receives:
+                if tensor.numel():
+                    works.append((backend.recv([as_bytes(tensor)], peer, tag), peer))
+            for tensor, peer in sends:
+                if tensor.numel():
+                    works.append((backend.send([as_bytes(tensor)], peer, tag), peer))
+            for work, peer in works:
+                # gloo takes a timeout of zero for "none".
+                work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+        except RuntimeError as error:
+            self._keep.append((sends, receives, works))
+            if time.monotonic() >= deadline and not self._aborted:
+                raise TransportTimeout(peer) from None
+            raise TransportClosed(peer, str(error)) from None
+
+    def receive_later(self, tensor: torch.Tensor, peer: int, *, tag: int) -> LateReceive:
+        """A receive that may be waited for several times: gloo's own wait closes the group when it runs out, this one does not."""
+        if self._backend is None:
+            raise TransportClosed(self.rank_in_group, "this rank closed the group")
+        try:
+            work = self._backend.recv([as_bytes(tensor)], peer, tag)
+        except RuntimeError as error:
+            raise TransportClosed(peer, str(error)) from None
+        return LateReceive(work.wait, tensor, peer)
+
+    def abort(self) -> None:
+        """Closes every connection at once: all waits end with an error, here and on the peers. Never raises."""
+        with self._lock:
+            backend = self._backend
+            if self._aborted or backend is None:
+                return
+            self._aborted = True
+            other = (self.rank_in_group + 1) % self.world_size
+            with contextlib.suppress(RuntimeError):
+                backend.recv([torch.empty(1, dtype=torch.uint8)], other, _NEVER_SENT).wait(timedelta(milliseconds=1))
+
+    def close(self) -> None:
+        """Drops the group. Nothing is sent."""
+        self.abort()
+        with self._lock:
+            self._backend = None
+            self.process_group = None
+            self._keep.clear()
+
+
+class LateReceive:
+    """One receive, awaited on a thread of its own so that a caller's deadline can pass without harm to the group."""
+
+    def __init__(self, wait: Callable[[timedelta], Any], tensor: torch.Tensor, peer: int) -> None:
+        self.tensor = tensor
+        self.peer = peer
+        self._error: str | None = None
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(wait,), name=f"commgraph-recv-{peer}", daemon=True)
+        self._thread.start()
+
+    def _run(self, wait: Callable[[timedelta], Any]) -> None:
+        try:
+            # Far beyond any deadline: the caller keeps those, and closing the group ends this wait.
+            wait(timedelta(days=365))
+        except RuntimeError as error:
+            self._error = str(error)
+        finally:
+            self._done.set()
+
+    def wait(self, timeout: float) -> bool:
+        """Whether the message is here; False after `timeout` seconds."""
+        if not self._done.wait(timeout):
+            return False
+        self._thread.join()
+        if self._error is not None:
+            raise TransportClosed(self.peer, self._error)
+        return True
+
+    def join(self, timeout: float) -> None:
+        """Waits for the thread after the group was closed."""
+        self._thread.join(timeout)

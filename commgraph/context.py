@@ -1,0 +1,403 @@
+"""`ParallelContext`: every group of one layout, complete, immutable, to be handed to model layers."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Collection, Mapping
+from datetime import timedelta
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+import torch
+import torch.distributed as dist
+
+import commgraph
+from commgraph.agreement import agree
+from commgraph.building import Builder
+from commgraph.coordinator import GroupCoordinator
+from commgraph.coordinator.objects import ObjectPath
+from commgraph.errors import BuildError, CommGraphError, ConfigurationError, LayoutError, LayoutMismatchError
+from commgraph.layout import Layout
+from commgraph.options import CommunicatorOptions
+from commgraph.platforms.base import Platform
+
+if TYPE_CHECKING:
+    from commgraph.world import World
+
+__all__ = ["ParallelContext", "build_context", "build_coordinator"]
+
+logger = logging.getLogger("commgraph")
+
+CLOSE_TIMEOUT = timedelta(seconds=30)
+
+# Groups that serve host tensors and objects only, unless `groups` names them: every rank is in them, and nobody all-reduces activations there.
+_HOST_GROUPS = frozenset({"world", "replica"})
+
+
+class ParallelContext:
+    """The groups of one layout as this rank sees them. Made by `World.context`; frozen.
+
+    ``context.tp`` and ``context["tp"]`` are the same `GroupCoordinator`; a size-1 axis has a coordinator of one rank, so that layers need
+    no special case. Several contexts live in one process, each with groups of its own. Copying (deepcopy included) gives the
+    same object, so that a model that holds a context can be copied; pickling is refused.
+    """
+
+    __slots__ = ("__weakref__", "_groups", "_layout", "_name", "_options", "_state", "_world")
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        layout: Layout,
+        world: World,
+        groups: Mapping[str, GroupCoordinator],
+        options: Mapping[str, CommunicatorOptions],
+    ) -> None:
+        for attribute, value in (
+            ("_name", name),
+            ("_layout", layout),
+            ("_world", world),
+            ("_groups", MappingProxyType(dict(groups))),
+            ("_options", MappingProxyType(dict(options))),
+            ("_state", {"closed": False}),
+        ):
+            object.__setattr__(self, attribute, value)
+
+    # Facts.
+
+    @property
+    def name(self) -> str:
+        """Its name, unique among the open contexts of its world."""
+        return self._name
+
+    @property
+    def layout(self) -> Layout:
+        """Where each rank sits."""
+        return self._layout
+
+    @property
+    def rank(self) -> int:
+        """Global rank of this process."""
+        return self._world.rank
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the layout."""
+        return self._layout.world_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's device tensors live."""
+        return self._world.device
+
+    @property
+    def options(self) -> Mapping[str, CommunicatorOptions]:
+        """Group name -> options."""
+        return self._options
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this is global rank 0."""
+        return self.rank == 0
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._state["closed"]
+
+    # Groups.
+
+    def __getitem__(self, name: str) -> GroupCoordinator:
+        """The group of that name.
+
+        Raises:
+            LayoutError: the layout has no such group.
+        """
+        try:
+            return self._groups[name]
+        except KeyError:
+            raise LayoutError(f"context {self._name!r} has no group {name!r}; its layout has: {', '.join(self._groups)}") from None
+
+    @property
+    def world(self) -> GroupCoordinator:
+        """Every rank of the layout; for host tensors and objects unless asked for otherwise."""
+        return self["world"]
+
+    @property
+    def replica(self) -> GroupCoordinator:
+        """The same place in each replica: engines that otherwise never talk."""
+        return self["replica"]
+
+    @property
+    def dp(self) -> GroupCoordinator:
+        """Data parallelism."""
+        return self["dp"]
+
+    @property
+    def pp(self) -> GroupCoordinator:
+        """Pipeline parallelism: the stages, in order."""
+        return self["pp"]
+
+    @property
+    def pcp(self) -> GroupCoordinator:
+        """Prefill context parallelism."""
+        return self["pcp"]
+
+    @property
+    def tp(self) -> GroupCoordinator:
+        """Tensor parallelism."""
+        return self["tp"]
+
+    @property
+    def dcp(self) -> GroupCoordinator:
+        """Decode context parallelism."""
+        return self["dcp"]
+
+    @property
+    def ep(self) -> GroupCoordinator:
+        """Expert parallelism: dp x pcp x tp of one pipeline stage."""
+        return self["ep"]
+
+    # What is done to all groups.
+
+    def check_layout(self, **sizes: int) -> None:
+        """Compares the layout with what the caller expects, e.g. ``check_layout(tp=4, pp=2)``.
+
+        Raises:
+            LayoutMismatchError: naming every size that differs.
+            LayoutError: a group that the layout lacks.
+        """
+        wrong = [f"{name}={self._layout.size(name)}, expected {size}" for name, size in sizes.items() if self._layout.size(name) != size]
+        if wrong:
+            raise LayoutMismatchError(f"context {self._name!r} ({self._layout!r}) has {'; '.join(wrong)}")
+
+    def prepare_communication_buffers(self, model: torch.nn.Module) -> None:
+        """Lets every group size its buffers from `model`. Collective."""
+        for coordinator in self._distinct():
+            coordinator.prepare_communication_buffer_for_model(model)
+
+    def warmup(self) -> None:
+        """Allocates everything that first use would, and proves that every group works. Collective."""
+        for coordinator in self._distinct():
+            for communicator in coordinator._link.communicators:
+                communicator.warmup()
+            coordinator.barrier()
+
+    def explain(self) -> str:
+        """What serves what: for each group its ranks, its strategies per operation, who shares with whom, and what it all costs."""
+        lines = [f"{self!r}"]
+        for name, coordinator in self._groups.items():
+            head = f"  {name}: ranks {coordinator.ranks}"
+            if coordinator.world_size == 1:
+                lines.append(f"{head}: one rank, no communicator")
+                continue
+            shared = ", ".join(other.name for other in coordinator.shares_with)
+            lines.append(head + (f", shares communicators with {shared}" if shared else ""))
+            chains: dict[tuple[str, ...], list[str]] = {}
+            for operation, names in coordinator.communicators.items():
+                chains.setdefault(names, []).append(operation)
+            lines += [f"    {', '.join(operations)}: {', then '.join(names)}" for names, operations in chains.items()]
+            lines += [f"    {c.name}: {c.describe()}" for c in coordinator._link.communicators if c.describe()]
+        communicators = [c for coordinator in self._distinct() for c in coordinator._link.communicators]
+        lines.append(
+            f"  {len(communicators)} communicators in {len(self._distinct())} groups, {sum(c.memory() for c in communicators)} bytes of shared memory"
+        )
+        return "\n".join(lines)
+
+    def _distinct(self) -> list[GroupCoordinator]:
+        """One coordinator for each set of communicators."""
+        return list({id(c._link): c for c in reversed(self._groups.values()) if c.world_size > 1}.values())[::-1]
+
+    # Life.
+
+    def close(self, timeout: timedelta = CLOSE_TIMEOUT) -> None:
+        """Closes every group. Collective: waits until every rank is here, so that nothing under way is cut off; idempotent.
+
+        Args:
+            timeout: how long to wait for the other ranks. When it passes, or where a group is broken or a peer dead, this rank
+                drops its connections all the same.
+        """
+        if self.closed:
+            return
+        world = self._groups["world"]
+        if world.world_size > 1 and not any(c._link.is_broken for c in self._groups.values()):
+            try:
+                world.barrier(timeout=timeout)
+            except CommGraphError as error:
+                logger.warning("context %r was closed on rank %d without its peers: %s", self._name, self.rank, error)
+        self._drop()
+
+    def _drop(self) -> None:
+        """Closes on this rank alone; peers that wait for it get `PeerLostError`."""
+        self._state["closed"] = True
+        for coordinator in self._groups.values():
+            coordinator.close()
+        self._world._forget(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        # After an exception the peers are somewhere else: dropping the connections tells them, waiting would not.
+        if error is None:
+            self.close()
+        elif not self.closed:
+            self._drop()
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(
+            f"a ParallelContext is frozen: cannot set {name!r}. Another layout is another context: world.context(layout, name=...)"
+        )
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"a ParallelContext is frozen: cannot delete {name!r}")
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"context {self._name!r} holds connections of this process and cannot be pickled. Send its layout (a plain value) and build a "
+            "context in the receiver's world; save a model by its state_dict, which holds no context"
+        )
+
+    def __repr__(self) -> str:
+        state = ", closed" if self.closed else ""
+        return f"<ParallelContext {self._name!r}: rank {self.rank} of {self._layout!r} on {self.device}{state}>"
+
+
+def build_context(
+    world: World,
+    builder: Builder,
+    layout: Layout,
+    *,
+    name: str,
+    build: int,
+    groups: Collection[str] | None,
+    platform: Platform,
+    options: CommunicatorOptions | Mapping[str, CommunicatorOptions] | None,
+    in_use: bool,
+) -> ParallelContext:
+    """Builds a whole context or raises on every rank. Collective over the world.
+
+    Args:
+        world, builder: where.
+        layout: the groups.
+        name: of the context.
+        build: how many contexts of that name this world had begun to build before.
+        groups: those that get device communicators; None: all but `world` and `replica`.
+        platform: chooses the strategies.
+        options: one for all groups, or group name -> options.
+        in_use: a context of that name is open here.
+    """
+    what = f"context {name!r}"
+    store = dist.PrefixStore(f"context/{name}/{build}", builder.store)
+    rank, size = builder.rank, len(builder.hosts.nodes)
+    try:
+        if in_use:
+            raise ConfigurationError(f"{what} is open already: close it first, or give the new one another name")
+        plan = _plan(layout, size, groups, options)
+    except (ConfigurationError, TypeError) as error:
+        _report(store, rank, size, what, builder.timeout, error)
+        raise
+    facts = {
+        "the layout": f"{layout!r} {layout.digest}",
+        "the options": "; ".join(f"{group}: {given.describe()}{' +device' if device else ''}" for group, (given, device) in plan.items()),
+        "the platform": platform.name,
+        "the versions": f"commgraph {commgraph.__version__}, torch {torch.__version__}",
+    }
+    agree(dist.PrefixStore("begin", store), rank, size, facts, what=what, timeout=builder.timeout)
+
+    end = dist.PrefixStore("end", store)
+    made: dict[tuple[Any, ...], GroupCoordinator] = {}
+    coordinators: dict[str, GroupCoordinator] = {}
+    try:
+        for group, (given, device) in plan.items():
+            ranks = layout.ranks(group, rank)
+            # A group may share with one of the same ranks in the same order, of the same options, both served alike.
+            # On the host there is no difference between groups that serve device tensors and those that do not.
+            key = (ranks, given, device or world.device.type == "cpu", group if given.isolates(group) else None)
+            twin = made.get(key)
+            coordinators[group] = made[key] = build_coordinator(
+                world, builder, group, ranks, f"{name}/{build}/{group}/{ranks}", platform, given, wants_device=device, twin=twin
+            )
+        routing = {f"the strategies of group {c.name!r} {c.ranks}": repr(dict(c.communicators)) for c in made.values() if c.world_size > 1}
+    except BaseException as error:
+        for coordinator in coordinators.values():
+            coordinator.close()
+        builder.links.prune()
+        _report(end, rank, size, what, builder.timeout, error)
+        raise
+    try:
+        agree(end, rank, size, routing, what=what, timeout=builder.timeout)
+    except BuildError:
+        for coordinator in coordinators.values():
+            coordinator.close()
+        builder.links.prune()
+        raise
+    context = ParallelContext(
+        name=name, layout=layout, world=world, groups=coordinators, options={group: given for group, (given, _) in plan.items()}
+    )
+    logger.info(
+        "%r sits at %s: %s",
+        context,
+        layout.coordinate(rank),
+        ", ".join(f"{g} {c.rank_in_group}/{c.world_size}" for g, c in coordinators.items()),
+    )
+    return context
+
+
+def build_coordinator(
+    world: World,
+    builder: Builder,
+    name: str,
+    ranks: tuple[int, ...],
+    ident: str,
+    platform: Platform,
+    options: CommunicatorOptions,
+    *,
+    wants_device: bool,
+    twin: GroupCoordinator | None = None,
+) -> GroupCoordinator:
+    """One coordinator; with `twin`, on that one's communicators. Collective over `ranks`."""
+    link = builder.link(ident, ranks, platform, options, wants_device=wants_device) if twin is None else twin._link
+    objects = ObjectPath(link) if twin is None else twin._objects
+    coordinator = GroupCoordinator(name, builder.rank, ranks, world.local_rank, world.device, link, objects)
+    link.join(coordinator)
+    return coordinator
+
+
+def _report(store: dist.Store, rank: int, size: int, what: str, timeout: timedelta, error: BaseException) -> None:
+    """Tells the others why this rank raises; their errors name it, this rank raises its own."""
+    with contextlib.suppress(BuildError):
+        agree(store, rank, size, {}, what=what, timeout=timeout, error=f"{type(error).__name__}: {error}")
+
+
+def _plan(
+    layout: Layout,
+    world_size: int,
+    groups: Collection[str] | None,
+    options: CommunicatorOptions | Mapping[str, CommunicatorOptions] | None,
+) -> dict[str, tuple[CommunicatorOptions, bool]]:
+    """Group name -> its options, and whether it serves device tensors, in the order in which groups are built."""
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout is a {type(layout).__name__}, a commgraph.Layout is needed, e.g. Layout(world.size, tp=2)")
+    if layout.world_size != world_size:
+        raise LayoutError(f"{layout!r} is for {layout.world_size} ranks, this world has {world_size}: Layout(world.size, ...)")
+    default = CommunicatorOptions()
+    given = options if isinstance(options, Mapping) else dict.fromkeys(layout.names, default if options is None else options)
+    for name, value in given.items():
+        if not isinstance(value, CommunicatorOptions):
+            raise ConfigurationError(
+                f"options for group {name!r} are a {type(value).__name__}; give CommunicatorOptions, or a mapping from group name to them"
+            )
+        if not isinstance(value.isolate, bool) and (unknown := sorted(value.isolate - set(layout.names))):
+            raise LayoutError(f"options.isolate names {unknown}; the layout has the groups {', '.join(layout.names)}")
+    wanted = set(layout.names) - _HOST_GROUPS if groups is None else set(groups)
+    if unknown := sorted((wanted | set(given)) - set(layout.names)):
+        raise LayoutError(f"groups or options name {unknown}; the layout has the groups {', '.join(layout.names)}")
+    return {name: (given.get(name, default), name in wanted) for name in layout.names}

@@ -1,0 +1,171 @@
+"""One call on a coordinator, and every check of what a user gave it. All of it happens before anything is sent."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import SupportsIndex
+
+import attrs
+import torch
+
+from commgraph.communicators.reduction import REDUCE_OPS, refuse_reduction
+from commgraph.errors import UnsupportedTensorError
+
+__all__ = ["Call", "Timeout"]
+
+Timeout = timedelta | float | None
+
+# Frames that are not the user's: this package's, and those of the context managers in it.
+_OURS = (str(Path(__file__).parent.parent), contextlib.__file__)
+
+
+@attrs.frozen(eq=False)
+class Call:
+    """Who called what. Its methods check arguments and raise errors that say so.
+
+    Attributes:
+        group: name of the group.
+        operation: name of the method.
+        rank: global rank of the caller.
+        rank_in_group: its rank in the group.
+        world_size: ranks in the group.
+        sequence: collectives that this rank had begun on the group before.
+        device: device of the coordinator.
+    """
+
+    group: str
+    operation: str
+    rank: int
+    rank_in_group: int
+    world_size: int
+    sequence: int
+    device: torch.device
+
+    @property
+    def where(self) -> str:
+        return f"{self.operation} on group {self.group!r} (rank {self.rank}, {self.rank_in_group} of {self.world_size} in the group)"
+
+    def unsupported(self, what: str) -> UnsupportedTensorError:
+        return UnsupportedTensorError(
+            f"{self.where}: {what}. Nothing was sent.", group=self.group, operation=self.operation, rank=self.rank, sequence=self.sequence
+        )
+
+    def wrong(self, what: str) -> ValueError:
+        return ValueError(f"{self.where}: {what}. Nothing was sent.")
+
+    def tensor(self, x: object, name: str = "x") -> torch.Tensor:
+        """`x`, if it is a tensor that can be communicated as it is."""
+        if not isinstance(x, torch.Tensor):
+            raise self.unsupported(f"{name} is a {type(x).__name__}, a torch.Tensor is needed")
+        if x.layout != torch.strided:
+            raise self.unsupported(f"{name} has layout {x.layout}; send a strided tensor, e.g. {name}.to_dense() or its indices and values")
+        if x.is_quantized:
+            raise self.unsupported(f"{name} is quantized ({x.dtype}); send {name}.int_repr() and its scales")
+        if x.device.type not in ("cpu", self.device.type):
+            hint = "a meta tensor has no data" if x.is_meta else f"move it to {self.device} or to the host first"
+            raise self.unsupported(f"{name} is on {x.device}, the group serves cpu and {self.device.type}: {hint}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise self.unsupported(
+                f"{name} requires a gradient, and a collective called here would cut the graph silently. In a layer use "
+                "commgraph.nn.functional (copy_to, reduce_from, gather_from, scatter_to, reduce_scatter_to); elsewhere call it under "
+                f"torch.no_grad() or on {name}.detach()"
+            )
+        return x
+
+    def dim(self, x: torch.Tensor, dim: int, name: str = "dim") -> int:
+        """`dim` counted from the front."""
+        index = self._index(dim, name)
+        if x.dim() == 0:
+            raise self.unsupported(f"x has no dimensions and so no {name}; give it one by x.reshape(1)")
+        if not -x.dim() <= index < x.dim():
+            raise self.wrong(f"{name}={index} is out of range for shape {tuple(x.shape)}: {-x.dim()} to {x.dim() - 1}")
+        return index % x.dim()
+
+    def op(self, op: str, dtype: torch.dtype) -> str:
+        if op not in REDUCE_OPS:
+            raise self.wrong(f"op={op!r} is not one of {', '.join(REDUCE_OPS)}")
+        if (reason := refuse_reduction(dtype, op)) is not None:
+            raise self.unsupported(f"op={op!r} over dtype {dtype}: {reason}")
+        return op
+
+    def even(self, extent: int, name: str) -> list[int]:
+        """`extent` in equal pieces, one per rank."""
+        if extent % self.world_size:
+            raise self.wrong(f"{name} has {extent} entries, which {self.world_size} ranks cannot share equally")
+        return [extent // self.world_size] * self.world_size
+
+    def sizes(self, sizes: Sequence[SupportsIndex], name: str = "sizes") -> list[int]:
+        """One size per rank, none negative."""
+        checked = [self._index(size, f"{name}[{i}]") for i, size in enumerate(sizes)]
+        if len(checked) != self.world_size:
+            raise self.wrong(f"{name}={checked} has {len(checked)} entries, one for each of {self.world_size} ranks is needed")
+        if any(size < 0 for size in checked):
+            raise self.wrong(f"{name}={checked}: a size cannot be negative")
+        return checked
+
+    def split(self, sizes: Sequence[SupportsIndex], extent: int, of: str, name: str = "sizes") -> list[int]:
+        """`sizes`, which must add up to `extent`."""
+        checked = self.sizes(sizes, name)
+        if sum(checked) != extent:
+            raise self.wrong(f"{name}={checked} adds up to {sum(checked)}, {of} has {extent}")
+        return checked
+
+    def peer(self, value: int, name: str, *, other: bool = False) -> int:
+        """A rank in the group; `other`: not the caller itself."""
+        index = self._index(value, name)
+        if not 0 <= index < self.world_size:
+            raise self.wrong(f"{name}={index} is not a rank in the group: 0 to {self.world_size - 1} (not a global rank)")
+        if other and index == self.rank_in_group:
+            raise self.wrong(
+                f"{name}={index} is this rank itself" + ("; a group of one rank has nobody to talk to" if self.world_size == 1 else "")
+            )
+        return index
+
+    def out(self, out: torch.Tensor | None, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        """The caller's `out`, or a new tensor."""
+        if out is None:
+            return torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
+        self.tensor(out, "out")
+        if tuple(out.shape) != tuple(shape) or out.dtype != like.dtype or out.device != like.device:
+            raise self.unsupported(
+                f"out is {out.dtype} {tuple(out.shape)} on {out.device}, the result is {like.dtype} {tuple(shape)} on {like.device}"
+            )
+        return out
+
+    def size(self, size: Sequence[SupportsIndex] | SupportsIndex) -> tuple[int, ...]:
+        """The shape of a tensor to receive."""
+        extents = size if isinstance(size, Sequence) else (size,)
+        checked = tuple(self._index(extent, "size") for extent in extents)
+        if any(extent < 0 for extent in checked):
+            raise self.wrong(f"size={checked}: an extent cannot be negative")
+        return checked
+
+    def seconds(self, timeout: Timeout, default: float) -> float:
+        """`timeout` in seconds."""
+        if timeout is None:
+            return default
+        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+            raise self.wrong(f"timeout={timeout!r} is neither a datetime.timedelta nor seconds")
+        if not seconds > 0:
+            raise self.wrong(f"timeout={timeout!r}: a deadline must lie in the future")
+        return float(seconds)
+
+    def _index(self, value: SupportsIndex, name: str) -> int:
+        try:
+            return operator.index(value)
+        except TypeError:
+            raise self.wrong(f"{name}={value!r} is not an integer") from None
+
+
+def place() -> str:
+    """File and line of the innermost caller outside commgraph."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

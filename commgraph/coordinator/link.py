@@ -1,0 +1,319 @@
+"""What the coordinators over the same ranks share: live strategies, the count of calls, the first error.
+
+Every call goes through `GroupLink.run`, which gives it a tag, compares it with the peers' where that was asked for, and turns what
+happened below into an error that names rank, group, operation and place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import attrs
+import torch
+import torch.distributed as dist
+
+from commgraph.communicators.base import OPERATIONS, Communicator
+from commgraph.communicators.gloo_transport import GlooTransport, TransportClosed, TransportTimeout
+from commgraph.coordinator.call import Call, place
+from commgraph.errors import CollectiveError, CollectiveMismatchError, CollectiveTimeoutError, ContextClosedError, PeerLostError
+
+if TYPE_CHECKING:
+    from commgraph.coordinator.group import GroupCoordinator
+
+__all__ = ["CHECK", "COLLECTIVE", "MESSAGE", "OBJECT", "OBJECT_REST", "GroupLink", "make_tag"]
+
+T = TypeVar("T")
+
+# Kinds of messages: those of different kinds never pair, however they are interleaved. The highest of 3 bits stays free.
+COLLECTIVE, MESSAGE, OBJECT, OBJECT_REST, CHECK = range(5)
+
+_CHECK_BYTES = 512
+
+
+def make_tag(kind: int, sequence: int, signature: str = "") -> int:
+    """31 bits that two messages share only if they belong together: kind, count (modulo 4096) and a hash of what all sides know."""
+    return kind << 28 | (sequence & 0xFFF) << 16 | (zlib.crc32(signature.encode()) & 0xFFFF)
+
+
+@attrs.frozen
+class _Fault:
+    """What a rank leaves in the store when its group breaks, for its peers to read."""
+
+    kind: str
+    at: str
+    lost: int | None
+    sequence: int
+    text: str
+
+
+class GroupLink:
+    """Shared by the coordinators of one context whose ranks (and options) are equal. One thread at a time calls it."""
+
+    def __init__(
+        self,
+        *,
+        ident: str,
+        ranks: tuple[int, ...],
+        rank_in_group: int,
+        communicators: Sequence[Communicator] = (),
+        transport: GlooTransport | None = None,
+        store: dist.Store | None = None,
+        key: bytes | None = None,
+        timeout: float = 0.0,
+        host_timeout: float = 0.0,
+        check: bool = False,
+    ) -> None:
+        """
+        Args:
+            ident: names the group among all groups of all contexts of the job; the same on its ranks.
+            ranks: global ranks in group order.
+            rank_in_group: this rank's place among them.
+            communicators: live strategies, first choice first; empty for one rank.
+            transport: carries objects and checks; None for one rank.
+            store: holds this group's keys only.
+            key: authenticates pickled objects; None: plain data only.
+            timeout, host_timeout: default deadlines in seconds, of tensors on a device and of host tensors and objects.
+            check: compare every call with the peers'.
+        """
+        self.ident = ident
+        self.ranks = ranks
+        self.rank_in_group = rank_in_group
+        self.communicators = tuple(communicators)
+        self.transport = transport
+        self.key = key
+        self.timeout = timeout
+        self.host_timeout = host_timeout
+        self.check = check
+        self.sequence = 0
+        self.coordinators: tuple[GroupCoordinator, ...] = ()
+        self._store = store
+        self._broken: CollectiveError | None = None
+        self._closed = False
+        self._open: set[str] = set()
+        self._counts: dict[tuple[int, int, bool], int] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def table(self) -> Mapping[str, tuple[str, ...]]:
+        """Operation -> names of the strategies that may serve it, first choice first."""
+        served = {name: tuple(c.name for c in self.communicators if name in c.operations) for name in OPERATIONS}
+        return MappingProxyType({name: names for name, names in served.items() if names})
+
+    def route(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device) -> Communicator:
+        """The strategy for such a call; the same on every rank."""
+        for communicator in self.communicators:
+            if operation in communicator.operations and communicator.accepts(operation, shape, dtype, device, capturing=False):
+                return communicator
+        raise RuntimeError(
+            f"no strategy of group {self.ident} serves {operation} of {dtype} on {device}: the platform's chain is incomplete"
+        )
+
+    def begin(self, name: str) -> int:
+        """Counts one collective, the failed ones too, so that ranks that raised stay level with each other and with nobody else."""
+        self.ensure_open(name)
+        self.sequence += 1
+        return self.sequence - 1
+
+    def ensure_open(self, name: str) -> None:
+        if self._closed or name not in self._open:
+            raise ContextClosedError(
+                f"group {name!r} (rank {self.ranks[self.rank_in_group]}): its context was closed; build another with world.context"
+            )
+        if self._broken is not None:
+            again = type(self._broken)(*self._broken.args, **self._facts(self._broken))
+            raise again from self._broken
+
+    @staticmethod
+    def _facts(error: CollectiveError) -> dict[str, Any]:
+        return {"group": error.group, "operation": error.operation, "rank": error.rank, "sequence": error.sequence}
+
+    def count(self, kind: int, peer: int, *, outgoing: bool) -> int:
+        """Numbers the messages of one kind to (or from) one peer."""
+        number = self._counts.get((kind, peer, outgoing), 0)
+        self._counts[kind, peer, outgoing] = number + 1
+        return number
+
+    def uncount(self, kind: int, peer: int, *, outgoing: bool) -> None:
+        """Takes the last number back: its message is still awaited."""
+        self._counts[kind, peer, outgoing] -= 1
+
+    def uncount_collective(self) -> None:
+        """Takes the last collective's number back: it is still to come."""
+        self.sequence -= 1
+
+    def run(self, call: Call, signature: str, timeout: float, serve: Callable[[int, float], T]) -> T:
+        """Runs one collective: `serve(tag, seconds left)`.
+
+        Args:
+            call: who called what.
+            signature: what all ranks must have in common, as text.
+            timeout: seconds.
+            serve: talks to the peers under the tag.
+        """
+        started = time.monotonic()
+        what = f"{call.operation}({signature})"
+        with self.guard(call, what, timeout):
+            if self.check:
+                self._compare(call, what, timeout)
+            return serve(make_tag(COLLECTIVE, call.sequence, what), max(timeout - (time.monotonic() - started), 0.001))
+
+    @contextlib.contextmanager
+    def guard(self, call: Call, what: str, timeout: float) -> Iterator[None]:
+        """Turns a failure below into the public error, breaks the group and releases the peers."""
+        try:
+            yield
+        except TransportTimeout as error:
+            self._timed_out(call, what, timeout, error)
+        except TransportClosed as error:
+            self._lost(call, what, error)
+        except CollectiveError as error:
+            self._break(call, error, what)
+
+    # Failures.
+
+    def _compare(self, call: Call, what: str, timeout: float) -> None:
+        """Every rank learns what the others called; all raise alike where they differ."""
+        assert self.transport is not None
+        n, me = self.world_size, self.rank_in_group
+        text = f"{call.sequence}\0{what}\0{place()}".encode()[:_CHECK_BYTES]
+        mine = torch.zeros(_CHECK_BYTES, dtype=torch.uint8)
+        mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        theirs = [mine if peer == me else torch.empty_like(mine) for peer in range(n)]
+        others = [(me + i) % n for i in range(1, n)]
+        tag = make_tag(CHECK, call.sequence)
+        self.transport.exchange([(mine, peer) for peer in others], [(theirs[peer], peer) for peer in others], tag=tag, timeout=timeout)
+        said = [bytes(text.tolist()).rstrip(b"\0").decode(errors="replace").split("\0") for text in theirs]
+        if len({tuple(words[:2]) for words in said}) > 1:
+            lines = [f"  rank {self.ranks[i]}: call #{words[0]}, {words[1]}, at {words[-1]}" for i, words in enumerate(said)]
+            raise CollectiveMismatchError(
+                f"{call.where}: the ranks of the group called different things:\n" + "\n".join(lines), **self._call_facts(call)
+            )
+
+    @property
+    def world_size(self) -> int:
+        return len(self.ranks)
+
+    @staticmethod
+    def _call_facts(call: Call, rank: int | None = None) -> dict[str, Any]:
+        return {"group": call.group, "operation": call.operation, "rank": call.rank if rank is None else rank, "sequence": call.sequence}
+
+    def _timed_out(self, call: Call, what: str, timeout: float, error: TransportTimeout) -> NoReturn:
+        at = place()
+        head = f"{call.where}: call #{call.sequence}, {what}, at {at}, did not end within {timeout:g} s; it waited for rank {self.ranks[error.peer]}"
+        self._publish(_Fault("timeout", f"{call.sequence} {what}", None, call.sequence, f"{what} at {at}"))
+        self._abort()
+        faults = self._read_faults(wait=1.0)
+        lines = [f"  rank {self.ranks[peer]} gave up in call #{fault.sequence}, {fault.text}" for peer, fault in sorted(faults.items())]
+        silent = [self.ranks[i] for i in range(self.world_size) if i != self.rank_in_group and i not in faults]
+        if silent:
+            lines.append(
+                f"  no word from rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}: late, dead, or elsewhere in the program"
+            )
+        message = head + ":\n" + "\n".join(lines)
+        differs = any(fault.kind == "timeout" and fault.at != f"{call.sequence} {what}" for fault in faults.values())
+        kind: type[CollectiveError] = CollectiveMismatchError if differs else CollectiveTimeoutError
+        raise self._remember(kind(message, **self._call_facts(call))) from None
+
+    def _lost(self, call: Call, what: str, error: TransportClosed) -> NoReturn:
+        if self._closed:
+            raise ContextClosedError(f"{call.where}: its context was closed during the call") from None
+        faults = self._read_faults(wait=0.0)
+        fault = faults.get(error.peer) or next(iter(faults.values()), None)
+        at = place()
+        lost: int | None = self.ranks[error.peer]
+        kind: type[CollectiveError] = PeerLostError
+        if fault is None:
+            message = f"{call.where}: rank {lost} is gone (died, or closed its side) during call #{call.sequence}, {what}, at {at}: {error.reason}"
+        else:
+            kind = {"timeout": CollectiveTimeoutError, "mismatch": CollectiveMismatchError}.get(fault.kind, PeerLostError)
+            lost = fault.lost
+            message = f"{call.where}: ended in call #{call.sequence}, {what}, at {at}, because rank {lost if lost is not None else self.ranks[error.peer]} "
+            message += (
+                f"is gone (a peer reported it in its call #{fault.sequence})"
+                if lost is not None
+                else f"gave up in call #{fault.sequence}, {fault.text}"
+            )
+        self._publish(_Fault(fault.kind if fault else "lost", f"{call.sequence} {what}", lost, call.sequence, f"{what} at {at}"))
+        self._abort()
+        raise self._remember(kind(message, **self._call_facts(call, lost))) from None
+
+    def _break(self, call: Call, error: CollectiveError, what: str) -> NoReturn:
+        kind = (
+            "mismatch" if isinstance(error, CollectiveMismatchError) else "timeout" if isinstance(error, CollectiveTimeoutError) else "lost"
+        )
+        lost = error.rank if isinstance(error, PeerLostError) else None
+        self._publish(_Fault(kind, f"{call.sequence} {what}", lost, call.sequence, f"{what}: {error}"))
+        self._abort()
+        raise self._remember(error)
+
+    def _remember(self, error: CollectiveError) -> CollectiveError:
+        if self._broken is None:
+            self._broken = error
+        return error
+
+    def _publish(self, fault: _Fault) -> None:
+        # The job may be falling apart, its store with it: what cannot be said is left unsaid.
+        if self._store is not None and self._broken is None:
+            with contextlib.suppress(RuntimeError):
+                self._store.set(f"fault/{self.rank_in_group}", json.dumps(attrs.asdict(fault)))
+
+    def _read_faults(self, *, wait: float) -> dict[int, _Fault]:
+        """What the peers left, waiting up to `wait` seconds for all of them."""
+        found: dict[int, _Fault] = {}
+        deadline = time.monotonic() + wait
+        with contextlib.suppress(RuntimeError):
+            while self._store is not None:
+                for peer in range(self.world_size):
+                    if peer != self.rank_in_group and peer not in found and self._store.check([f"fault/{peer}"]):
+                        found[peer] = _Fault(**json.loads(self._store.get(f"fault/{peer}")))
+                if len(found) == self.world_size - 1 or time.monotonic() >= deadline:
+                    break
+                time.sleep(0.02)
+        return found
+
+    # Life.
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
+
+    @property
+    def is_broken(self) -> bool:
+        return self._broken is not None
+
+    def join(self, coordinator: GroupCoordinator) -> None:
+        """Adds a coordinator at build."""
+        self.coordinators = (*self.coordinators, coordinator)
+        self._open.add(coordinator.name)
+
+    def leave(self, name: str) -> None:
+        """One coordinator is closed; the last one takes the connections along."""
+        with self._lock:
+            self._open.discard(name)
+            last = not self._open
+        if last:
+            self.close()
+
+    def _abort(self) -> None:
+        for communicator in self.communicators:
+            communicator.abort()
+
+    def abort(self) -> None:
+        """Ends what runs on this group, here and on the peers. From any thread."""
+        self._closed = True
+        self._abort()
+
+    def close(self) -> None:
+        """Releases everything this rank holds, without communicating. Idempotent."""
+        self._closed = True
+        for communicator in self.communicators:
+            communicator.close()
+        self.transport = None
+        self._store = None

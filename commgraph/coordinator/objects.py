@@ -1,0 +1,169 @@
+"""Python objects between the ranks of a group, as authenticated frames over the group's connections.
+
+A message is one block of `_BLOCK` bytes (its length, then as much of the frame as fits) and, for a longer frame, the rest of it: most
+objects travel in one message. A receive that runs out before its block arrived stays posted, and the next receive from
+that rank goes on waiting for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from commgraph import wire
+from commgraph.communicators.gloo_transport import GlooTransport, LateReceive
+from commgraph.coordinator.call import Call
+from commgraph.coordinator.link import COLLECTIVE, OBJECT, OBJECT_REST, GroupLink, make_tag
+from commgraph.errors import CollectiveTimeoutError
+
+__all__ = ["ObjectPath"]
+
+_BLOCK = 4096
+_LENGTH = struct.Struct("<Q")
+_INLINE = _BLOCK - _LENGTH.size
+# A frame beyond this is not a message but a mistake (or an attack); nothing is allocated for it.
+_MAX_FRAME = 1 << 40
+
+
+class ObjectPath:
+    """Sends and receives objects for one link."""
+
+    def __init__(self, link: GroupLink) -> None:
+        self._link = link
+        # Receives that a caller's deadline left behind, by tag and source.
+        self._late: dict[tuple[int, int], tuple[LateReceive, bytearray]] = {}
+
+    def send(self, call: Call, obj: object, dst: int, timeout: float) -> None:
+        """Sends `obj` to one rank."""
+        number = self._link.count(OBJECT, dst, outgoing=True)
+        frame = self._encode(call, obj, f"message {call.rank_in_group} {dst} {number}")
+        self._post(call, frame, [dst], make_tag(OBJECT, number), make_tag(OBJECT_REST, number), timeout)
+
+    def recv(self, call: Call, src: int, timeout: float) -> Any:
+        """The next object from one rank."""
+        number = self._link.count(OBJECT, src, outgoing=False)
+        frame = self._await(call, src, make_tag(OBJECT, number), make_tag(OBJECT_REST, number), timeout)
+        if frame is None:
+            self._link.uncount(OBJECT, src, outgoing=False)
+            raise self._nothing_yet(call, src, timeout)
+        return self._decode(frame, f"message {src} {call.rank_in_group} {number}")
+
+    def broadcast(self, call: Call, obj: object, src: int, timeout: float) -> Any:
+        """`obj` of `src`, on every rank. On `src` the object itself."""
+        context = f"broadcast {src} {call.sequence}"
+        tag = make_tag(COLLECTIVE, call.sequence, f"{call.operation} {src}")
+        rest = make_tag(OBJECT_REST, call.sequence, "broadcast")
+        if call.rank_in_group == src:
+            frame = self._encode(call, obj, context)
+            self._post(call, frame, [peer for peer in range(call.world_size) if peer != src], tag, rest, timeout)
+            return obj
+        received = self._await(call, src, tag, rest, timeout)
+        if received is None:
+            self._link.uncount_collective()
+            raise self._nothing_yet(call, src, timeout)
+        return self._decode(received, context)
+
+    def all_gather(self, call: Call, obj: object, timeout: float) -> list[Any]:
+        """Every rank's object, in rank order."""
+        deadline = time.monotonic() + timeout
+        me, n = call.rank_in_group, call.world_size
+        frame = self._encode(call, obj, f"gather {me} {call.sequence}")
+        link = self._link
+        route = link.route("all_gather", (n, 1), torch.uint8, torch.device("cpu"))
+
+        def gather(tag: int, seconds: float) -> list[memoryview]:
+            lengths = torch.empty(n, dtype=torch.int64)
+            route.all_gather(torch.tensor([len(frame)]), 0, [1] * n, lengths, tag=tag, timeout=seconds)
+            sizes = [int(length) for length in lengths]
+            memory, out = _buffer(sum(sizes))
+            rest = make_tag(OBJECT_REST, call.sequence, "gather")
+            route.all_gather(_tensor(frame), 0, sizes, out, tag=rest, timeout=max(deadline - time.monotonic(), 0.001))
+            ends = list(itertools.accumulate(sizes, initial=0))
+            return [memoryview(memory)[begin:end] for begin, end in itertools.pairwise(ends)]
+
+        frames = link.run(call, "", timeout, gather)
+        return [obj if i == me else self._decode(frame, f"gather {i} {call.sequence}") for i, frame in enumerate(frames)]
+
+    def _encode(self, call: Call, obj: object, context: str) -> bytes:
+        try:
+            return wire.encode(obj, key=self._link.key, context=f"{self._link.ident} {context}".encode())
+        except TypeError as error:
+            raise TypeError(f"{call.where}: {error}. Nothing was sent.") from error
+
+    def _decode(self, frame: memoryview, context: str) -> Any:
+        return wire.decode(frame, key=self._link.key, context=f"{self._link.ident} {context}".encode())
+
+    def _post(self, call: Call, frame: bytes, peers: Sequence[int], tag: int, rest: int, timeout: float) -> None:
+        block = torch.zeros(_BLOCK, dtype=torch.uint8)
+        head = _LENGTH.pack(len(frame)) + frame[:_INLINE]
+        block[: len(head)] = _tensor(head)
+        deadline = time.monotonic() + timeout
+        with self._link.guard(call, f"{call.operation}(...)", timeout):
+            transport = self._transport()
+            transport.exchange([(block, peer) for peer in peers], [], tag=tag, timeout=timeout)
+            if len(frame) > _INLINE:
+                tail = _tensor(frame[_INLINE:])
+                transport.exchange([(tail, peer) for peer in peers], [], tag=rest, timeout=max(deadline - time.monotonic(), 0.001))
+
+    def _await(self, call: Call, src: int, tag: int, rest: int, timeout: float) -> memoryview | None:
+        """The next frame from `src`, None if none began to arrive in time."""
+        deadline = time.monotonic() + timeout
+        with self._link.guard(call, f"{call.operation}(...)", timeout):
+            transport = self._transport()
+            waiting = self._late.pop((tag, src), None)
+            if waiting is None:
+                block, landing = _buffer(_BLOCK)
+                waiting = (transport.receive_later(landing, src, tag=tag), block)
+            late, block = waiting
+            if not late.wait(timeout):
+                self._late[tag, src] = waiting
+                return None
+            (length,) = _LENGTH.unpack_from(block)
+            if length <= _INLINE:
+                return memoryview(block)[_LENGTH.size : _LENGTH.size + length]
+            if length > _MAX_FRAME:
+                raise wire.WireError(f"{call.where}: rank {src} in the group announced an object of {length} bytes")
+            whole, landing = _buffer(length)
+            whole[:_INLINE] = memoryview(block)[_LENGTH.size :]
+            # The sender is at it: from here on a pause is a failure of the group, and not only of this receive.
+            left = max(deadline - time.monotonic(), self._link.host_timeout)
+            transport.exchange([], [(landing[_INLINE:], src)], tag=rest, timeout=left)
+            return memoryview(whole)
+
+    def _transport(self) -> GlooTransport:
+        transport = self._link.transport
+        assert transport is not None
+        return transport
+
+    def _nothing_yet(self, call: Call, src: int, timeout: float) -> CollectiveTimeoutError:
+        return CollectiveTimeoutError(
+            f"{call.where}: nothing came from rank {self._link.ranks[src]} ({src} in the group) within {timeout:g} s. The group is "
+            "unharmed: call again to go on waiting for the same object",
+            group=call.group,
+            operation=call.operation,
+            rank=call.rank,
+            sequence=call.sequence,
+        )
+
+    def join(self, timeout: float) -> None:
+        """Waits for the threads of receives that were left behind, after the connections were closed."""
+        for late, _ in self._late.values():
+            late.join(timeout)
+        self._late.clear()
+
+
+def _buffer(size: int) -> tuple[bytearray, torch.Tensor]:
+    """Memory and a tensor over it (numpy, which could do the same, is not needed to run commgraph)."""
+    memory = bytearray(size)
+    return memory, torch.frombuffer(memory, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
+
+
+def _tensor(data: bytes) -> torch.Tensor:
+    memory, tensor = _buffer(len(data))
+    memory[:] = data
+    return tensor

@@ -1,0 +1,100 @@
+"""Dictionaries with tensors in them, taken apart for the way: a description that travels as an object, and the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+
+__all__ = ["Plan", "empties", "join_dict", "split_dict"]
+
+# An entry of the description: path of keys, then ("o", value), ("d",) for an empty dict, or ("t", dtype, shape, on the host?).
+Entry = tuple[tuple[Any, ...], tuple[Any, ...]]
+
+
+def split_dict(tree: Mapping[Any, Any]) -> tuple[list[Entry], list[torch.Tensor]]:
+    """Describes `tree` and lists its tensors in the order of the description. Dicts inside dicts are entered, other containers are not.
+
+    Raises:
+        TypeError: if `tree` is not a dict.
+    """
+    if not isinstance(tree, Mapping):
+        raise TypeError(f"a dict of tensors and objects is needed, not a {type(tree).__name__}")
+    entries: list[Entry] = []
+    tensors: list[torch.Tensor] = []
+
+    def enter(node: Mapping[Any, Any], path: tuple[Any, ...]) -> None:
+        for key, value in node.items():
+            here = (*path, key)
+            if isinstance(value, torch.Tensor):
+                entries.append((here, ("t", value.dtype, tuple(value.shape), value.device.type == "cpu")))
+                tensors.append(value)
+            elif type(value) is dict and value:
+                enter(value, here)
+            else:
+                entries.append((here, ("d",) if type(value) is dict else ("o", value)))
+
+    enter(tree, ())
+    return entries, tensors
+
+
+def join_dict(entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> dict[Any, Any]:
+    """The inverse of `split_dict`."""
+    tree: dict[Any, Any] = {}
+    rest = iter(tensors)
+    for path, what in entries:
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = next(rest) if what[0] == "t" else {} if what[0] == "d" else what[1]
+    return tree
+
+
+def empties(entries: Sequence[Entry], device: torch.device) -> list[torch.Tensor]:
+    """A tensor to fill for each one of the description: on the host where it was there, else on `device`."""
+    return [
+        torch.empty(what[2], dtype=what[1], device="cpu" if what[3] else device)
+        for _, what in entries
+        if what[0] == "t"
+    ]  # fmt: skip
+
+
+@attrs.frozen
+class Plan:
+    """Which tensors of a dict travel as one slice per rank of an all-gather group.
+
+    The same on both sides, from the description alone: the sender's rank i of the group sends slice i, its counterpart gathers.
+
+    Attributes:
+        world_size: ranks of the all-gather group; 1 sends everything whole.
+        rank_in_group: whose slice this rank sends or receives.
+        override: key (nested: the keys joined by dots) -> whether to slice; others are sliced where their numel divides.
+    """
+
+    world_size: int = 1
+    rank_in_group: int = 0
+    override: Mapping[str, bool] = attrs.field(factory=dict)
+
+    def sliced(self, entries: Sequence[Entry]) -> list[bool]:
+        """For each tensor of the description, whether it is sliced.
+
+        Raises:
+            ValueError: for a key that is not there, or one that was to be sliced and does not divide.
+        """
+        tensors = [(".".join(map(str, path)), torch.Size(what[2]).numel()) for path, what in entries if what[0] == "t"]
+        if unknown := sorted(set(self.override) - {key for key, _ in tensors}):
+            raise ValueError(f"all_gather_tensors names {unknown}, the dict has the tensors {[key for key, _ in tensors]}")
+        result = []
+        for key, numel in tensors:
+            divides = numel % self.world_size == 0
+            wanted = self.override.get(key, divides)
+            if wanted and not divides:
+                raise ValueError(f"all_gather_tensors[{key!r}] is True, but its {numel} entries do not divide by {self.world_size} ranks")
+            result.append(wanted and self.world_size > 1 and numel > 0)
+        return result
+
+    def slice(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's slice of x, 1-D."""
+        return x.reshape(self.world_size, -1)[self.rank_in_group]

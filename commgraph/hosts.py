@@ -1,0 +1,348 @@
+"""Which ranks share a node: equal (boot id, pid namespace, ``/dev/shm``), and then proved by reading each other's memory.
+
+Equal names prove nothing: containers share host names and cloned machines share boot ids. So every rank makes a page of memory with a
+secret in it, tells its digest through the store, and whoever reads that very secret through ``/proc`` shares memory with it. The
+secret of a node's lowest rank, which never travels, is afterwards the key by which the ranks of the node know each other.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import mmap
+import os
+import secrets
+import stat
+import tempfile
+from collections.abc import Collection, Hashable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Protocol, Self, TypeVar
+
+import attrs
+import msgspec
+
+from commgraph.errors import BuildError
+
+__all__ = ["Hosts", "Identity", "Probe", "Store", "alone", "discover", "group_by_verdicts"]
+
+_SECRET_BYTES = 32
+_NAMED_RANKS = 16
+_T = TypeVar("_T")
+
+
+class Store(Protocol):
+    """What is used of a ``torch.distributed.Store``."""
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long `multi_get` waits for keys."""
+
+    def set(self, key: str, value: bytes, /) -> None:
+        """Writes a key."""
+
+    def get(self, key: str, /) -> bytes:
+        """Waits for a key and reads it."""
+
+    def multi_get(self, keys: list[str], /) -> list[bytes]:
+        """Waits for keys and reads them."""
+
+    def wait(self, keys: list[str], timeout: timedelta, /) -> None:
+        """Waits for keys."""
+
+    def check(self, keys: list[str], /) -> bool:
+        """Whether all of the keys are there; does not wait."""
+
+    def has_extended_api(self) -> bool:
+        """Whether there is a `multi_get`."""
+
+
+@attrs.frozen
+class Identity:
+    """Where a process is, and a segment of memory that only its neighbours can read.
+
+    Attributes:
+        boot_id: identity of this boot of the kernel; empty where there is none (another system than Linux).
+        pid_namespace: inode of the pid namespace; 0 where there is none.
+        shm_device: device number of ``/dev/shm``; 0 where there is none.
+        label: simulated host, for tests; ranks of different labels are on different nodes.
+        pid: process id within that namespace.
+        fd: file descriptor of the segment in that process.
+        reachable: the segment is a memfd, which other processes can open; otherwise only threads of the process can read it.
+        proof: SHA-256 of the secret in the segment, in hexadecimal.
+        network: inode of the network namespace; 0 where there is none.
+    """
+
+    boot_id: str
+    pid_namespace: int
+    shm_device: int
+    label: str
+    pid: int
+    fd: int
+    reachable: bool
+    proof: str
+    network: int = 0
+
+    def may_share_with(self, other: Identity) -> bool:
+        """Whether the two seem to be on one node, so that it is worth trying to read each other's segment."""
+        here, there = ((one.boot_id, one.pid_namespace, one.shm_device, one.label) for one in (self, other))
+        return here == there and (self.pid == other.pid or (self.reachable and other.reachable))
+
+
+class Probe:
+    """A page of memory with a secret in it; closes its descriptor on leaving the ``with`` statement.
+
+    Without memfds (another system than Linux, an old C library) the page is in a nameless temporary file, which only the threads of
+    this process can read: each process is then a node of its own.
+
+    Attributes:
+        secret: the 32 random bytes in it.
+    """
+
+    def __init__(self) -> None:
+        self.secret = secrets.token_bytes(_SECRET_BYTES)
+        self._reachable = hasattr(os, "memfd_create")
+        self._fd = _memfd() if self._reachable else _nameless_file()
+        try:
+            os.pwrite(self._fd, self.secret, 0)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def identity(self, label: str = "") -> Identity:
+        """Says where this process is and how to read the segment; holds while the probe is open.
+
+        Args:
+            label: simulated host, for tests.
+        """
+        return Identity(
+            boot_id=_boot_id(),
+            pid_namespace=_inode("/proc/self/ns/pid"),
+            shm_device=_device("/dev/shm"),
+            label=label,
+            pid=os.getpid(),
+            fd=self._fd,
+            reachable=self._reachable,
+            proof=hashlib.sha256(self.secret).hexdigest(),
+            network=_inode("/proc/self/ns/net"),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+
+@attrs.frozen
+class Hosts:
+    """The node map of a world, the same on every rank but for `rank` and `node_key`.
+
+    Attributes:
+        rank: this rank.
+        nodes: node of each rank; nodes are numbered by their lowest rank.
+        node_key: 32 secret bytes that the ranks of this node share and that were never sent: it proves to one of them that a message
+            comes from another. Processes of the same user on the same node could read it, others could not.
+        networks: network of each rank: ranks of equal boot id and network namespace claim the same. A claim, not a proof.
+    """
+
+    rank: int
+    nodes: tuple[int, ...]
+    node_key: bytes = attrs.field(repr=False)
+    networks: tuple[int, ...] = ()
+
+    @property
+    def node_rank(self) -> int:
+        """This rank's node."""
+        return self.nodes[self.rank]
+
+    @property
+    def node_count(self) -> int:
+        """Number of nodes."""
+        return max(self.nodes) + 1
+
+    @property
+    def local_ranks(self) -> tuple[int, ...]:
+        """Ranks of this rank's node, ascending."""
+        return tuple(rank for rank, node in enumerate(self.nodes) if node == self.node_rank)
+
+    @property
+    def local_rank(self) -> int:
+        """Position of this rank in `local_ranks`."""
+        return self.local_ranks.index(self.rank)
+
+    @property
+    def local_size(self) -> int:
+        """Ranks on this rank's node."""
+        return len(self.local_ranks)
+
+    def restrict(self, ranks: Sequence[int]) -> Hosts:
+        """The map of a smaller world of some of these ranks, this one among them, numbered in the order given."""
+        return Hosts(
+            ranks.index(self.rank), _renumber([self.nodes[r] for r in ranks]), self.node_key, _renumber([self.networks[r] for r in ranks])
+        )
+
+
+def alone() -> Hosts:
+    """The map of a world of one rank."""
+    return Hosts(0, (0,), secrets.token_bytes(_SECRET_BYTES), (0,))
+
+
+def discover(store: Store, rank: int, world_size: int, *, label: str = "", timeout: timedelta) -> Hosts:
+    """Finds out which ranks share a node; collective over all ranks.
+
+    Two exchanges through the store, each one ``set`` and one ``multi_get`` (and a ``wait`` where the store's own timeout is longer
+    than the one asked for): first who is where, then whose segment could be read. A world of one rank does not touch the store.
+
+    Args:
+        store: shared by the ranks and not used for this before: give each world a prefix of its own.
+        rank: this rank.
+        world_size: number of ranks.
+        label: simulated host, for tests.
+        timeout: how long to wait, in each exchange, for the rank that comes last.
+
+    Raises:
+        BuildError: ranks did not come in time (the message names them), or what the store holds is not theirs.
+    """
+    if world_size == 1:
+        return alone()
+    with Probe() as probe:
+        mine = probe.identity(label)
+        told = _exchange(store, "identity", rank, world_size, msgspec.msgpack.encode(mine), timeout)
+        identities = [_decode(value, Identity, peer) for peer, value in enumerate(told)]
+        read = {peer: _read_secret(other) for peer, other in enumerate(identities) if peer != rank and mine.may_share_with(other)}
+        secret_of = {peer: secret for peer, secret in read.items() if secret is not None} | {rank: probe.secret}
+        # Who has the verdicts of all knows that all have read: from here on the probe may be closed.
+        told = _exchange(store, "verdict", rank, world_size, msgspec.msgpack.encode(sorted(secret_of)), timeout)
+    nodes = group_by_verdicts([_decode(value, list[int], peer) for peer, value in enumerate(told)])
+    networks = _renumber([(other.boot_id, other.network) for other in identities])
+    return Hosts(rank, nodes, secret_of[nodes.index(nodes[rank])], networks)
+
+
+def group_by_verdicts(verdicts: Sequence[Collection[int]]) -> tuple[int, ...]:
+    """Groups ranks into nodes by who could read whom, as every rank does with the same verdicts and the same result.
+
+    In ascending order, each rank joins the lowest node whose every member read its segment and was read by it, else a new one.
+
+    Args:
+        verdicts: for each rank, the ranks whose segments it read.
+
+    Returns:
+        The node of each rank, numbered by their lowest rank.
+    """
+    read = [frozenset(verdict) for verdict in verdicts]
+    members: list[list[int]] = []
+    node_of: list[int] = []
+    for rank, peers in enumerate(read):
+        # Only nodes of ranks that it read can be its own, so a rank costs what its neighbours are, not what the world is.
+        candidates = sorted({node_of[peer] for peer in peers if 0 <= peer < rank})
+        fits = (node for node in candidates if all(peer in peers and rank in read[peer] for peer in members[node]))
+        node = next(fits, len(members))
+        if node == len(members):
+            members.append([])
+        members[node].append(rank)
+        node_of.append(node)
+    return tuple(node_of)
+
+
+def _renumber(labels: Sequence[Hashable]) -> tuple[int, ...]:
+    """Numbers labels by their first appearance."""
+    numbers: dict[Hashable, int] = {}
+    return tuple(numbers.setdefault(label, len(numbers)) for label in labels)
+
+
+def _exchange(store: Store, topic: str, rank: int, world_size: int, value: bytes, timeout: timedelta) -> list[bytes]:
+    keys = [f"hosts/{topic}/{peer}" for peer in range(world_size)]
+    try:
+        store.set(keys[rank], value)
+        if store.timeout > timeout:
+            # Turning the store's own timeout down would turn it down for everybody who uses the store.
+            store.wait(keys, timeout)
+        return store.multi_get(keys) if store.has_extended_api() else [store.get(key) for key in keys]
+    except (RuntimeError, OSError, LookupError) as error:  # torch's store errors are RuntimeErrors
+        raise BuildError(_why(store, keys, rank, timeout, error)) from error
+
+
+def _why(store: Store, keys: Sequence[str], rank: int, timeout: timedelta, error: Exception) -> str:
+    try:
+        missing = [peer for peer, key in enumerate(keys) if not store.check([key])]
+    except (RuntimeError, OSError, LookupError):
+        missing = []
+    if not missing:
+        return f"rank {rank}: the store through which the {len(keys)} ranks meet failed: {error}"
+    named = ", ".join(map(str, missing[:_NAMED_RANKS])) + (
+        f" and {len(missing) - _NAMED_RANKS} more" if len(missing) > _NAMED_RANKS else ""
+    )
+    return (
+        f"rank {rank}: {len(missing)} of {len(keys)} ranks did not come within {min(timeout, store.timeout).total_seconds():g} s: {named}. "
+        "Either they died (look at their own output), or they wait elsewhere: ranks on several nodes, or started through a script, need "
+        "the same MASTER_ADDR and MASTER_PORT"
+    )
+
+
+def _decode(value: bytes, type_: type[_T], rank: int) -> _T:
+    try:
+        return msgspec.msgpack.decode(value, type=type_)
+    except msgspec.DecodeError as error:
+        raise BuildError(f"what the store holds for rank {rank} is not commgraph's, or another version's: {error}") from error
+
+
+def _memfd() -> int:
+    """Makes a page that may not shrink, so that reading it through a mapping can never end in a SIGBUS."""
+    fd = os.memfd_create("commgraph-probe", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.fchmod(fd, 0o600)
+        os.posix_fallocate(fd, 0, mmap.PAGESIZE)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _nameless_file() -> int:
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _read_secret(identity: Identity) -> bytes | None:
+    """Reads the secret of a segment; None where it cannot be reached or is not the one that its digest promised."""
+    try:
+        secret = os.pread(identity.fd, _SECRET_BYTES, 0) if identity.pid == os.getpid() else _read_memfd(identity.pid, identity.fd)
+    except (OSError, ValueError, OverflowError):
+        return None
+    # Whatever else is open there, by accident or because a peer lies, the digest of its content is another.
+    return secret if secrets.compare_digest(hashlib.sha256(secret).hexdigest().encode(), identity.proof.encode()) else None
+
+
+def _read_memfd(pid: int, fd: int) -> bytes:
+    # Writable, as the segments will have to be; never waiting, whatever is open there.
+    here = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(here).st_mode) or not fcntl.fcntl(here, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+            return b""
+        with mmap.mmap(here, _SECRET_BYTES, access=mmap.ACCESS_READ) as mapping:
+            return mapping[:]
+    finally:
+        os.close(here)
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _inode(path: str) -> int:
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return 0
+
+
+def _device(path: str) -> int:
+    try:
+        return os.stat(path).st_dev
+    except OSError:
+        return 0

@@ -1,0 +1,269 @@
+"""Rules that put every rank of a world into one group.
+
+A *digit* is a pair ``(size, stride)``: ``rank // stride % size`` is one digit of the rank in a mixed-radix number system. Every regular
+group is "all ranks that differ in these digits only", so the group of a rank is found from the rank alone, without a table of the world:
+
+    >>> Strided(8, ((2, 4), (2, 1))).ranks(3)      # slowest digit first
+    (2, 3, 6, 7)
+
+Patterns are canonical: digits of size 1 are dropped and neighbours that count on are merged, so that equal groups have equal patterns.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import attrs
+
+from commgraph.errors import LayoutError
+from commgraph.layout.checks import some, whole
+
+__all__ = ["Chosen", "Digit", "Listed", "Pattern", "Strided", "chosen", "cut", "listed", "strided"]
+
+Digit = tuple[int, int]
+
+
+@attrs.frozen
+class Pattern(abc.ABC):
+    """One rule; it puts each rank of the world into exactly one group."""
+
+    world_size: int
+
+    @property
+    @abc.abstractmethod
+    def size(self) -> int:
+        """Ranks in a group; in the largest one where groups differ."""
+
+    @property
+    @abc.abstractmethod
+    def count(self) -> int:
+        """How many groups there are."""
+
+    @abc.abstractmethod
+    def ranks(self, rank: int) -> tuple[int, ...]:
+        """The group of `rank`, in group order."""
+
+    @abc.abstractmethod
+    def firsts(self) -> Iterator[int]:
+        """The first rank of every group, ascending."""
+
+    @abc.abstractmethod
+    def content(self) -> list[object]:
+        """What the pattern is, in values that JSON can write; its part of a digest."""
+
+    def head(self, rank: int, limit: int) -> tuple[int, ...]:
+        """The first `limit` ranks of the group of `rank`."""
+        return self.ranks(rank)[:limit]
+
+
+@attrs.frozen
+class Strided(Pattern):
+    """All ranks that differ in `digits` only. Make one with `strided`, which puts the digits in canonical form."""
+
+    digits: tuple[Digit, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(size for size, _ in self.digits)
+
+    @property
+    def count(self) -> int:
+        return self.world_size // self.size
+
+    def ranks(self, rank: int) -> tuple[int, ...]:
+        ranks = [rank - self.offset(rank)]
+        for size, stride in self.digits:
+            ranks = [r + i * stride for r in ranks for i in range(size)]
+        return tuple(ranks)
+
+    def firsts(self) -> Iterator[int]:
+        # The firsts are the ranks whose digits of this pattern are all 0: the digits that the pattern leaves out count through them.
+        left_out, reach = [], 1
+        for size, stride in sorted(self.digits, key=lambda digit: digit[1]):
+            left_out.append((stride // reach, reach))
+            reach = size * stride
+        left_out.append((self.world_size // reach, reach))
+        others = strided(self.world_size, left_out[::-1])
+        return (others.member(0, index) for index in range(self.count))
+
+    def content(self) -> list[object]:
+        return ["strided", self.digits]
+
+    def head(self, rank: int, limit: int) -> tuple[int, ...]:
+        first = rank - self.offset(rank)
+        return tuple(self.member(first, index) for index in range(min(limit, self.size)))
+
+    def offset(self, rank: int) -> int:
+        """How far `rank` lies behind the first rank of its group."""
+        return sum(rank // stride % size * stride for size, stride in self.digits)
+
+    def member(self, first: int, index: int) -> int:
+        """The rank at `index` in the group that begins with `first`."""
+        for size, stride in reversed(self.digits):
+            index, position = divmod(index, size)
+            first += position * stride
+        return first
+
+
+@attrs.frozen
+class Chosen(Pattern):
+    """Of each group of `of`, the ranks at `offsets` behind its first one; every other rank is alone. Make one with `chosen`."""
+
+    of: Strided
+    offsets: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.offsets)
+
+    @property
+    def count(self) -> int:
+        return self.of.count * (1 + self.of.size - len(self.offsets))
+
+    def ranks(self, rank: int) -> tuple[int, ...]:
+        offset = self.of.offset(rank)
+        if offset not in self.offsets:
+            return (rank,)
+        return tuple(rank - offset + other for other in self.offsets)
+
+    def firsts(self) -> Iterator[int]:
+        followers = frozenset(self.offsets[1:])
+        return (rank for rank in range(self.world_size) if self.of.offset(rank) not in followers)
+
+    def content(self) -> list[object]:
+        return ["chosen", self.of.digits, self.offsets]
+
+
+@attrs.frozen
+class Listed(Pattern):
+    """Groups that follow no rule, ordered by first rank. Make one with `listed`."""
+
+    lists: tuple[tuple[int, ...], ...]
+    _group_of: tuple[int, ...] = attrs.field(eq=False, repr=False)
+
+    @property
+    def size(self) -> int:
+        return max(map(len, self.lists))
+
+    @property
+    def count(self) -> int:
+        return len(self.lists)
+
+    def ranks(self, rank: int) -> tuple[int, ...]:
+        return self.lists[self._group_of[rank]]
+
+    def firsts(self) -> Iterator[int]:
+        return (ranks[0] for ranks in self.lists)
+
+    def content(self) -> list[object]:
+        return ["listed", self.lists]
+
+
+def strided(world_size: int, digits: Sequence[Digit]) -> Strided:
+    """The pattern of `digits`, slowest first, in canonical form."""
+    canonical: list[Digit] = []
+    for size, stride in digits:
+        if size == 1:
+            continue
+        if canonical and canonical[-1][1] == size * stride:
+            size *= canonical.pop()[0]
+        canonical.append((size, stride))
+    return Strided(world_size, tuple(canonical))
+
+
+def cut(digits: Sequence[Digit], size: int) -> tuple[tuple[Digit, ...], tuple[Digit, ...]]:
+    """Divides canonical digits into slow ones and fast ones, so that the fast ones count through exactly `size` ranks.
+
+    Raises:
+        LayoutError: the boundary falls inside a digit that it does not divide.
+    """
+    slow, fast = list(digits), list[Digit]()
+    while size > 1:
+        digit_size, stride = slow.pop()
+        if size % digit_size == 0:
+            fast.insert(0, (digit_size, stride))
+            size //= digit_size
+        elif digit_size % size == 0:
+            slow.append((digit_size // size, stride * size))
+            fast.insert(0, (size, stride))
+            size = 1
+        else:
+            raise LayoutError(f"{size} and {digit_size} (the ranks that lie {stride} apart) do not divide each other")
+    return tuple(slow), tuple(fast)
+
+
+def chosen(world_size: int, digits: Sequence[Digit], positions: Sequence[int]) -> Pattern:
+    """The pattern of the ranks at `positions` of each group of `digits`; the simplest one that gives the same groups."""
+    counted = strided(world_size, digits)
+    offsets = tuple(dict.fromkeys(counted.member(0, position) for position in positions))
+    if len(offsets) == 1:
+        return strided(world_size, ())
+    if len(offsets) == counted.size and (regular := _regular(world_size, offsets)) is not None:
+        return regular
+    # Offsets say which ranks are meant, whatever order the digits were counted in: keep the digits in the order of the ranks.
+    return Chosen(world_size, strided(world_size, sorted(digits, key=lambda digit: -digit[1])), offsets)
+
+
+def listed(world_size: int, lists: Sequence[Sequence[object]]) -> Pattern:
+    """The pattern of explicit rank lists; a strided one where the lists are regular.
+
+    Raises:
+        LayoutError: lists every empty group and every missing, repeated or foreign rank.
+    """
+    group_of: dict[int, int] = {}
+    repeated: dict[int, None] = {}
+    foreign: list[object] = []
+    for index, ranks in enumerate(lists):
+        for value in ranks:
+            rank = whole(value)
+            if rank is None or not 0 <= rank < world_size:
+                foreign.append(value)
+            elif rank in group_of:
+                repeated[rank] = None
+            else:
+                group_of[rank] = index
+    problems = []
+    if empty := [index for index, ranks in enumerate(lists) if not len(ranks)]:
+        problems.append(f"no ranks in group {some(empty)}")
+    if missing := world_size - len(group_of):
+        first_missing = islice((rank for rank in range(world_size) if rank not in group_of), 8)
+        problems.append(f"missing: rank {some(list(first_missing), missing)}")
+    if repeated:
+        problems.append(f"more than once: rank {some(list(repeated))}")
+    if foreign:
+        problems.append(f"not a rank of 0..{world_size - 1}: {some(foreign)}")
+    if problems:
+        raise LayoutError(f"rank lists must hold each of {world_size} ranks exactly once; " + "; ".join(problems))
+
+    plain: list[list[int]] = [[] for _ in lists]
+    for rank, index in group_of.items():  # a dict keeps the order in which the ranks came
+        plain[index].append(rank)
+    groups = tuple(sorted(map(tuple, plain)))
+    regular = _regular(world_size, groups[0])
+    if regular is not None and all(regular.ranks(ranks[0]) == ranks for ranks in groups):
+        return regular
+    position = {ranks[0]: index for index, ranks in enumerate(groups)}
+    return Listed(world_size, groups, tuple(position[plain[group_of[rank]][0]] for rank in range(world_size)))
+
+
+def _regular(world_size: int, ranks: Sequence[int]) -> Strided | None:
+    """The strided pattern whose first group is `ranks`, if there is one."""
+    digits: list[Digit] = []
+    firsts = ranks
+    while len(firsts) > 1:
+        stride = firsts[1]
+        size = next((i for i, rank in enumerate(firsts) if rank != i * stride), len(firsts))
+        if size < 2:
+            return None
+        digits.insert(0, (size, stride))
+        firsts = firsts[::size]
+    reach = 1
+    for size, stride in sorted(digits, key=lambda digit: digit[1]):
+        if stride % reach:
+            return None
+        reach = size * stride
+    pattern = strided(world_size, digits)
+    return pattern if world_size % reach == 0 and pattern.ranks(0) == tuple(ranks) else None

@@ -1,0 +1,6 @@
+"""Which strategies exist on a kind of machine, and in what order."""
+
+from commgraph.platforms.base import GroupFacts, Platform
+from commgraph.platforms.cpu import CpuPlatform
+
+__all__ = ["CpuPlatform", "GroupFacts", "Platform"]

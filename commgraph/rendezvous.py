@@ -1,0 +1,51 @@
+"""Where the ranks of a job meet: torch's stores."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from urllib.parse import urlsplit
+
+import torch.distributed as dist
+
+from commgraph.errors import BuildError, LaunchError
+
+__all__ = ["open_store"]
+
+
+def open_store(init_method: str, *, rank: int, world_size: int, timeout: timedelta, hosted_elsewhere: bool = False) -> dist.Store:
+    """Opens the store that an init method names, as torch's rendezvous of that scheme does.
+
+    Args:
+        init_method: ``tcp://host:port`` (served by rank 0) or ``file:///path``.
+        rank: this rank.
+        world_size: number of ranks.
+        timeout: how long to wait for rank 0's server.
+        hosted_elsewhere: somebody else (torchrun's agent) already serves at that address.
+
+    Raises:
+        LaunchError: an init method of another form.
+        BuildError: nobody answers, or the port is taken.
+    """
+    url = urlsplit(init_method)
+    try:
+        port = url.port
+    except ValueError as error:
+        raise LaunchError(f"init_method={init_method!r}: {error}") from None
+    if url.scheme == "file" and url.path and not url.netloc:
+        return dist.FileStore(url.path, world_size)
+    if url.scheme != "tcp" or not url.hostname or not port:
+        raise LaunchError(
+            f"init_method={init_method!r} is neither tcp://host:port (a host name or address of rank 0's node and a port that is free "
+            "there) nor file:///path (a file on storage that all ranks see)"
+        )
+    serves = rank == 0 and not hosted_elsewhere
+    try:
+        # multi_tenant: a second world of this process at the same address uses the first one's server.
+        return dist.TCPStore(url.hostname, port, world_size, serves, timeout=timeout, wait_for_workers=False, multi_tenant=True)
+    except dist.DistError as error:
+        hint = (
+            "the port is taken, or is not one of this machine's addresses"
+            if serves
+            else f"rank 0 did not serve there within {timeout.total_seconds():g} s"
+        )
+        raise BuildError(f"rank {rank} of {world_size} could not meet its peers at {init_method}: {hint} ({error})") from error

@@ -1,0 +1,212 @@
+"""`spmd`: N ranks as N threads of this process."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from commgraph.errors import CollectiveTimeoutError, ConfigurationError
+from commgraph.world import World
+
+__all__ = ["ThreadStore", "spmd"]
+
+T = TypeVar("T")
+
+# How long the ranks that were released may take to unwind.
+_UNWIND_SECONDS = 10.0
+
+
+class ThreadStore(dist.Store):
+    """A store for the threads of one process whose waits `abort` ends at once, which torch's HashStore cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._data: dict[str, bytes] = {}
+        self._changed = threading.Condition()
+        self._aborted = False
+
+    def abort(self) -> None:
+        """Ends every wait, now and later, with an error."""
+        with self._changed:
+            self._aborted = True
+            self._changed.notify_all()
+
+    def set(self, key: str, value: bytes | str) -> None:
+        with self._changed:
+            self._data[key] = value.encode() if isinstance(value, str) else bytes(value)
+            self._changed.notify_all()
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        return self._data[key]
+
+    def add(self, key: str, amount: int) -> int:
+        with self._changed:
+            number = int(self._data.get(key, b"0")) + amount
+            self._data[key] = str(number).encode()
+            self._changed.notify_all()
+            return number
+
+    def compare_set(self, key: str, expected: bytes, desired: bytes) -> bytes:
+        with self._changed:
+            if self._data.get(key, b"") == expected:
+                self._data[key] = desired
+                self._changed.notify_all()
+            return self._data.get(key, expected)
+
+    def check(self, keys: Sequence[str]) -> bool:
+        return all(key in self._data for key in keys)
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        limit = (self.timeout if timeout is None else timeout).total_seconds()
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._aborted or self.check(keys), limit) or self._aborted:
+                why = "another rank failed" if self._aborted else f"timed out after {limit:g} s"
+                raise dist.DistStoreError(f"waiting for {list(keys)[:4]}: {why}")
+
+    def multi_get(self, keys: Sequence[str]) -> list[bytes]:
+        self.wait(keys)
+        return [self._data[key] for key in keys]
+
+    def multi_set(self, keys: Sequence[str], values: Sequence[bytes]) -> None:
+        for key, value in zip(keys, values, strict=True):
+            self.set(key, value)
+
+    def delete_key(self, key: str) -> bool:
+        with self._changed:
+            return self._data.pop(key, None) is not None
+
+    def num_keys(self) -> int:
+        return len(self._data)
+
+    def has_extended_api(self) -> bool:
+        return True
+
+    def clone(self) -> ThreadStore:
+        # torch asks for a connection of its own; threads share this one.
+        return self
+
+
+class _Rank(threading.Thread):
+    """One rank: its world, and what became of its function."""
+
+    def __init__(self, run: _Run, rank: int) -> None:
+        super().__init__(name=f"commgraph-rank-{rank}", daemon=True)
+        self.run_ = run
+        self.rank = rank
+        self.world: World | None = None
+
+    def run(self) -> None:
+        run = self.run_
+        try:
+            # A name per node, the nodes' ranks being neighbours; no name where there is one node, so that it is found out for real.
+            label = f"node {self.rank * run.nodes // run.world_size}" if run.nodes > 1 else ""
+            timeout = timedelta(seconds=run.timeout)
+            self.world = World._make(run.store, self.rank, run.world_size, None, timeout, None, None, None, label=label)
+            with self.world as world:
+                try:
+                    run.results[self.rank] = run.fn(world)
+                except BaseException as error:
+                    # Before the world is left: from then on the peers fail too, and theirs are not the first failure.
+                    run.fail(self.rank, error)
+                    raise
+        except BaseException as error:
+            run.fail(self.rank, error)
+
+
+class _Run:
+    """What the ranks of one call share."""
+
+    def __init__(self, fn: Callable[[World], object], world_size: int, timeout: float, nodes: int) -> None:
+        self.fn = fn
+        self.world_size = world_size
+        self.timeout = timeout
+        self.nodes = nodes
+        self.store = ThreadStore()
+        self.results: dict[int, object] = {}
+        self.failure: tuple[int, BaseException] | None = None
+        self.threads = [_Rank(self, rank) for rank in range(world_size)]
+        self._lock = threading.Lock()
+
+    def fail(self, rank: int, error: BaseException) -> None:
+        """Notes the first failure; those that follow from it are of no interest. Releases every rank."""
+        with self._lock:
+            if self.failure is not None:
+                return
+            self.failure = (rank, error)
+        self.release()
+
+    def release(self) -> None:
+        self.store.abort()
+        for thread in self.threads:
+            if thread.world is not None:
+                thread.world._abort()
+
+    def join(self, deadline: float) -> list[_Rank]:
+        """Waits for the threads; returns those that are still alive."""
+        for thread in self.threads:
+            thread.join(max(deadline - time.monotonic(), 0.0))
+        return [thread for thread in self.threads if thread.is_alive()]
+
+
+def spmd(fn: Callable[[World], T], world_size: int, *, timeout: float = 60, nodes: int = 1) -> list[T]:
+    """Runs ``fn(world)`` on `world_size` threads of this process, each with a World of its own over real communicators.
+
+    Args:
+        fn: the program of every rank.
+        world_size: number of ranks.
+        timeout: seconds for the whole run; also the default deadline of every operation in it.
+        nodes: simulated hosts that the ranks are spread over, in runs of neighbours.
+
+    Returns:
+        What `fn` returned, in rank order.
+
+    Raises:
+        BaseException: the first failure of any rank, with a note that says which rank; the others are released and have ended by then.
+        CollectiveTimeoutError: the time ran out; the message says where each rank was.
+    """
+    if world_size < 1 or not 1 <= nodes <= world_size:
+        raise ConfigurationError(f"spmd(world_size={world_size}, nodes={nodes}): at least one rank, and a rank for each node")
+    run = _Run(fn, world_size, timeout, nodes)
+    deadline = time.monotonic() + timeout
+    for thread in run.threads:
+        thread.start()
+    try:
+        late = run.join(deadline)
+        where = _stacks(late)
+    except BaseException:  # Ctrl-C, a test's own deadline: leave no rank behind
+        run.release()
+        run.join(time.monotonic() + _UNWIND_SECONDS)
+        raise
+    if late:
+        run.release()
+        stuck = run.join(time.monotonic() + _UNWIND_SECONDS)
+    if run.failure is not None and (not late or not isinstance(run.failure[1], CollectiveTimeoutError)):
+        rank, error = run.failure
+        error.add_note(f"(raised on rank {rank} of {world_size})")
+        with contextlib.suppress(AttributeError):
+            del run.threads  # the traceback holds this frame: do not let it hold every world too
+        raise error
+    if late:
+        ranks = ", ".join(str(thread.rank) for thread in late)
+        left = f" Ranks {', '.join(str(thread.rank) for thread in stuck)} could not be ended and go on." if stuck else ""
+        raise CollectiveTimeoutError(f"spmd: ranks {ranks} of {world_size} were not done after {timeout:g} s.{left} They were at:\n{where}")
+    return [run.results[rank] for rank in range(world_size)]  # type: ignore[misc]  # what fn returned
+
+
+def _stacks(threads: Sequence[threading.Thread]) -> str:
+    frames = sys._current_frames()
+    lines = []
+    for thread in threads:
+        if thread.ident in frames:
+            stack = traceback.format_list(traceback.extract_stack(frames[thread.ident])[-4:])
+            lines.append(f"{thread.name}:\n{''.join(stack)}")
+    return "\n".join(lines)

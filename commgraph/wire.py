@@ -1,0 +1,297 @@
+"""Python objects as bytes that may be trusted.
+
+::
+
+    with a key       0x12 | HMAC-SHA256 (32 bytes) | pickle      any object; nothing is unpickled before the HMAC is right
+    without a key    0x11 | MessagePack                          plain data; reading it runs no code of the sender's
+
+In a plain frame None, bool, float, bytes, str and integers of up to 64 bits are MessagePack's own. Every container is an array that
+begins with the number of its kind; what is left are extension types. So a tuple stays a tuple, and nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import hmac
+import math
+import pickle
+import reprlib
+import struct
+from collections.abc import Callable
+from types import MappingProxyType, NoneType
+from typing import Any
+
+import msgspec
+import torch
+
+from commgraph.errors import CommGraphError
+
+__all__ = ["FrameError", "decode", "encode"]
+
+# The upper half of the first byte is the version of the format.
+_PLAIN, _SIGNED = b"\x11", b"\x12"
+_MAC_BYTES = 32
+_MAX_DEPTH = 200
+
+_LIST, _TUPLE, _SET, _FROZENSET, _DICT, _SIZE, _TENSOR = range(7)
+_BIG_INT, _COMPLEX, _BYTEARRAY, _SURROGATES, _DTYPE, _DEVICE = range(6)
+
+_AS_THEY_ARE = frozenset({NoneType, bool, float, bytes})
+_SEQUENCES = MappingProxyType({list: _LIST, tuple: _TUPLE, set: _SET, frozenset: _FROZENSET, torch.Size: _SIZE})
+_BUILDERS: MappingProxyType[int, Callable[[list[Any]], Any]] = MappingProxyType({number: kind for kind, number in _SEQUENCES.items()})
+_DTYPES = MappingProxyType({str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)})
+# Bits travel as an ordinary dtype of the same size: torch can copy those of every layout, and knows no warning about them.
+_CARRIERS = MappingProxyType({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128})
+
+
+class FrameError(CommGraphError, ValueError):
+    """Bytes that are no frame, or that nobody with the key has made."""
+
+
+def encode(obj: Any, *, key: bytes | None, context: bytes) -> bytes:
+    """Makes a frame of an object.
+
+    Without a key an object is None, bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset,
+    ``torch.dtype``, ``torch.Size``, ``torch.device`` or a strided ``torch.Tensor`` on the host, of exactly these types (no subclass,
+    no enum), nested up to 200 deep. An object that occurs twice arrives as two, and a tensor without its history of gradients.
+
+    Args:
+        obj: what to send.
+        key: secret that sender and receiver share; None if there is none. It then must be plain data.
+        context: what this frame is (group, source, counter): `decode` takes the frame under this context only, so that a signed
+            frame cannot be replayed or moved. Means nothing without a key.
+
+    Raises:
+        TypeError: an object in it is no plain data, saying which and where. With a key: what pickle raises.
+        ValueError: nested too deep, or contains itself; larger than 4 GiB - 1 in one piece; the key is empty.
+    """
+    if key is not None:
+        try:
+            payload = pickle.dumps(obj, protocol=5)
+        except RecursionError:
+            raise ValueError("the object to send is nested too deep for pickle") from None
+        return b"".join((_SIGNED, _mac(key, context, payload), payload))
+    try:
+        return _PLAIN + msgspec.msgpack.encode(_pack(obj, _MAX_DEPTH))
+    except _RefusedError as refused:
+        raise refused.kind(refused.describe()) from None
+    except OverflowError as error:
+        raise ValueError(f"an object to send has a piece that is too large: {error}") from error
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+
+
+def decode(frame: bytes | bytearray | memoryview, *, key: bytes | None, context: bytes) -> Any:
+    """Makes the object that a frame holds.
+
+    Without a key it runs nothing and allocates in proportion to the frame. Tensors are on the host, writable, and own their memory.
+
+    Args:
+        frame: what `encode` made.
+        key: the sender's key; None if it has none.
+        context: the sender's context.
+
+    Raises:
+        FrameError: malformed, not signed with this key for this context, or signed where there is no key. Of a frame that is
+            signed rightly, whatever unpickling raises.
+        ValueError: the key is empty.
+    """
+    view = memoryview(frame).cast("B")
+    codec = bytes(view[:1])
+    if codec not in (_PLAIN, _SIGNED):
+        raise FrameError(f"no frame of this version of commgraph: it begins with {codec!r}")
+    if key is None:
+        if codec != _PLAIN:
+            raise FrameError("the sender has an authkey and this rank has none: give every rank the same, World(..., authkey=...)")
+        return _decode_plain(view[1:])
+    if codec != _SIGNED:
+        raise FrameError("this rank has an authkey and the frame is not signed: give every rank the same, World(..., authkey=...)")
+    mac, payload = view[1 : 1 + _MAC_BYTES], view[1 + _MAC_BYTES :]
+    if not hmac.compare_digest(mac, _mac(key, context, payload)):
+        raise FrameError("the frame is not signed with this rank's authkey, or belongs elsewhere: it was damaged, moved or forged")
+    return pickle.loads(payload)
+
+
+def _mac(key: bytes, context: bytes, payload: bytes | memoryview) -> bytes:
+    if not key:
+        raise ValueError("the authkey is empty; None means that there is none")
+    # With the length in front, no byte can pass from the context to the payload.
+    mac = hmac.new(key, _SIGNED + struct.pack(">Q", len(context)) + context, hashlib.sha256)
+    mac.update(payload)
+    return mac.digest()
+
+
+_ADVICE = "set an authkey (World(..., authkey=...) or COMMGRAPH_AUTHKEY) to send any picklable object between hosts"
+_TOO_DEEP = f"an object to send is nested deeper than {_MAX_DEPTH} levels, or contains itself"
+
+
+class _RefusedError(Exception):
+    """An object that cannot be sent; its place is put together on the way out."""
+
+    def __init__(self, kind: type[Exception], what: str, advice: str = "") -> None:
+        super().__init__(what)
+        self.kind = kind
+        self.what = what
+        self.advice = advice
+        self.steps: list[str] = []
+
+    def describe(self) -> str:
+        steps = self.steps[::-1]
+        place = "obj" + "".join(steps if len(steps) <= 8 else [*steps[:8], "..."])
+        return f"{self.what} at {place}{self.advice}"
+
+
+def _not_plain(what: str) -> _RefusedError:
+    return _RefusedError(TypeError, f"without an authkey only plain data travels between hosts, not {what}", f"; {_ADVICE}")
+
+
+def _pack(value: Any, depth: int) -> Any:
+    """The value as a tree that MessagePack knows. Types are compared by identity: a subclass would arrive as something else."""
+    kind = type(value)
+    if kind in _AS_THEY_ARE:
+        return value
+    if kind is str:
+        return value if _is_utf8(value) else _ext(_SURROGATES, value.encode("utf-8", "surrogatepass"))
+    if kind is int:
+        return value if -(2**63) <= value < 2**64 else _ext(_BIG_INT, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
+    if kind in _SEQUENCES or kind is dict:
+        if not depth:
+            raise _RefusedError(ValueError, _TOO_DEEP)
+        return _pack_dict(value, depth - 1) if kind is dict else _pack_sequence(value, _SEQUENCES[kind], depth - 1)
+    if kind is torch.Tensor:
+        return _pack_tensor(value)
+    if kind is complex:
+        return _ext(_COMPLEX, struct.pack(">dd", value.real, value.imag))
+    if kind is bytearray:
+        return _ext(_BYTEARRAY, bytes(value))
+    if kind is torch.dtype:
+        return _ext(_DTYPE, _name(value).encode())
+    if kind is torch.device:
+        return _ext(_DEVICE, str(value).encode())
+    raise _not_plain(f"a {kind.__module__}.{kind.__qualname__}")
+
+
+def _pack_sequence(value: Any, number: int, depth: int) -> list[Any]:
+    packed: list[Any] = [number]
+    for index, item in enumerate(value):
+        try:
+            packed.append(_pack(item, depth))
+        except _RefusedError as refused:
+            refused.steps.append("{...}" if number in (_SET, _FROZENSET) else f"[{index}]")
+            raise
+    return packed
+
+
+def _pack_dict(value: dict[Any, Any], depth: int) -> list[Any]:
+    packed: list[Any] = [_DICT]
+    for name, item in value.items():
+        place = ".keys()"
+        try:
+            packed.append(_pack(name, depth))
+            place = ""
+            packed.append(_pack(item, depth))
+        except _RefusedError as refused:
+            # The repr of a key that was not found plain may be anything.
+            refused.steps.append(place or f"[{reprlib.repr(name)}]")
+            raise
+    return packed
+
+
+def _pack_tensor(value: torch.Tensor) -> list[Any]:
+    if value.device.type != "cpu":
+        raise _not_plain(f"a tensor on {value.device} (move it to the host first)")
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized:
+        raise _not_plain(f"a tensor of layout {value.layout}, nested or quantized")
+    resolved = value.detach().resolve_conj().resolve_neg()
+    bits = resolved.view(_CARRIERS[value.dtype.itemsize]).contiguous()
+    data = bytes((ctypes.c_ubyte * bits.nbytes).from_address(bits.data_ptr())) if bits.nbytes else b""
+    return [_TENSOR, _name(value.dtype), list(value.shape), data]
+
+
+def _ext(code: int, data: bytes) -> msgspec.msgpack.Ext:
+    return msgspec.msgpack.Ext(code, data)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _is_utf8(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _decode_plain(payload: memoryview) -> Any:
+    try:
+        return _unpack(msgspec.msgpack.decode(payload), _MAX_DEPTH)
+    except FrameError:
+        raise
+    # From msgspec, from int, str and struct, from hashing what cannot be a key, and from torch about sizes and names.
+    except (ValueError, TypeError, struct.error, RecursionError, RuntimeError, OverflowError) as error:
+        raise FrameError(f"malformed frame: {error}") from error
+
+
+def _unpack(node: Any, depth: int) -> Any:
+    kind = type(node)
+    if kind in _AS_THEY_ARE or kind is int or kind is str:
+        return node
+    if kind is msgspec.msgpack.Ext:
+        return _unpack_ext(node.code, node.data)
+    if kind is not list or not node or type(node[0]) is not int:
+        raise FrameError(f"malformed frame: no object is a {kind.__name__} in MessagePack")
+    if not depth:
+        raise FrameError(f"malformed frame: nested deeper than {_MAX_DEPTH} levels")
+    number = node[0]
+    if number == _TENSOR:
+        return _unpack_tensor(*node[1:])
+    items = [_unpack(item, depth - 1) for item in node[1:]]
+    if number == _DICT:
+        return dict(zip(items[::2], items[1::2], strict=True))
+    if number not in _BUILDERS:
+        raise FrameError(f"malformed frame: no container has the number {number}")
+    return _BUILDERS[number](items)
+
+
+def _unpack_ext(code: int, data: bytes) -> Any:
+    if code == _BIG_INT:
+        return int.from_bytes(data, "big", signed=True)
+    if code == _COMPLEX:
+        return complex(*struct.unpack(">dd", data))
+    if code == _BYTEARRAY:
+        return bytearray(data)
+    if code == _SURROGATES:
+        return data.decode("utf-8", "surrogatepass")
+    if code == _DTYPE:
+        return _dtype(data.decode("ascii"))
+    if code == _DEVICE:
+        name = data.decode("ascii")
+        device = torch.device(name)
+        if str(device) != name:  # torch cuts the index to 8 bits
+            raise FrameError(f"malformed frame: no device {reprlib.repr(name)}")
+        return device
+    raise FrameError(f"malformed frame: no extension has the number {code}")
+
+
+def _unpack_tensor(name: Any, shape: Any, data: Any) -> torch.Tensor:
+    sizes = shape if type(shape) is list and all(type(size) is int and size >= 0 for size in shape) else None
+    if type(name) is not str or sizes is None or type(data) is not bytes:
+        raise FrameError("malformed frame: a tensor is a dtype, sizes and bytes")
+    dtype = _dtype(name)
+    # Before anything is allocated. A quantized dtype is none without the scale that its tensors have.
+    if math.prod(sizes) * dtype.itemsize != len(data) or name.startswith("q"):
+        raise FrameError(f"malformed frame: {len(data)} bytes are no {name} tensor of shape {reprlib.repr(sizes)}")
+    bits = torch.empty(sizes, dtype=_CARRIERS[dtype.itemsize], device="cpu")
+    ctypes.memmove(bits.data_ptr(), data, len(data))
+    return bits.view(dtype)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise FrameError(f"this torch has no dtype {reprlib.repr(name)}")
+    return _DTYPES[name]

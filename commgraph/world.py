@@ -1,0 +1,454 @@
+"""`World`: the processes of one job, and the factory of contexts."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import logging
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Collection, Mapping, Sequence
+from datetime import timedelta
+from types import MappingProxyType, TracebackType
+from typing import Any, NoReturn, Self
+
+import attrs
+import torch
+import torch.distributed as dist
+
+import commgraph
+from commgraph import compat, hosts, launch
+from commgraph.agreement import agree
+from commgraph.building import Builder, Links
+from commgraph.context import CLOSE_TIMEOUT, ParallelContext, build_context, build_coordinator
+from commgraph.coordinator import GroupCoordinator
+from commgraph.errors import BuildError, CommGraphError, ConfigurationError, ContextClosedError, LaunchError, LayoutError
+from commgraph.hosts import Hosts
+from commgraph.layout import Layout
+from commgraph.options import CommunicatorOptions
+from commgraph.platforms.base import Platform
+from commgraph.rendezvous import open_store
+
+__all__ = ["World"]
+
+logger = logging.getLogger("commgraph")
+
+_TIMEOUT = timedelta(minutes=10)
+
+
+@attrs.define
+class _State:
+    """What changes in the life of a World."""
+
+    lock: threading.Lock = attrs.field(factory=threading.Lock)
+    contexts: dict[str, ParallelContext] = attrs.field(factory=dict)
+    splits: list[World] = attrs.field(factory=list)
+    # How often something of this name was begun here; every rank counts alike, since building is collective.
+    begun: dict[str, int] = attrs.field(factory=dict)
+    closed: bool = False
+
+    def count(self, what: str) -> int:
+        with self.lock:
+            number = self.begun.get(what, 0)
+            self.begun[what] = number + 1
+            return number
+
+
+class World:
+    """The processes (or threads) of one job, as one of them sees it. Makes contexts; needs and makes no default process group of torch.
+
+    Several may live in one process, also one per thread. Close it, or use it in a ``with`` statement: leaving that by an exception
+    drops the connections at once, so that the other ranks end with `PeerLostError` and do not wait.
+
+    Attributes:
+        rank: global rank, 0 to ``size - 1``.
+        size: number of ranks.
+        local_rank: place of this rank on its node, as the launcher or the caller says, else by counting.
+        nodes: rank -> node; nodes are numbered by their lowest rank.
+        device: where this rank's device tensors live.
+        store: a prefix of the job's store that is this world's own; users may keep keys of theirs in it under a prefix of their own.
+        platform: chooses the strategies.
+        group: coordinator over every rank, for host tensors and objects.
+    """
+
+    def __init__(self, builder: Builder, *, local_rank: int, device: torch.device, platform: Platform, store: dist.Store) -> None:
+        """Not for users: see `from_env`, `connect`, `from_store`, `from_torch`."""
+        self._builder = builder
+        self._state = _State()
+        # The store as the caller gave it: a store written in Python dies with its last reference here, whatever C++ still holds.
+        self._caller_store = store
+        self.rank = builder.rank
+        self.size = len(builder.hosts.nodes)
+        self.local_rank = local_rank
+        self.nodes: Mapping[int, int] = MappingProxyType(dict(enumerate(builder.hosts.nodes)))
+        self.device = device
+        self.platform = platform
+        self.store = dist.PrefixStore("user", builder.store)
+        # Nothing of the World itself may be reachable from here, or it would never be collected.
+        self._finalizer = weakref.finalize(self, builder.links.release)
+        self.group: GroupCoordinator = build_coordinator(
+            self, builder, "world", tuple(range(self.size)), "world", platform, CommunicatorOptions(), wants_device=False
+        )
+
+    # Ways to be made.
+
+    @classmethod
+    def from_env(
+        cls,
+        environ: Mapping[str, str] | None = None,
+        *,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        init_method: str | None = None,
+        local_rank: int | None = None,
+        timeout: timedelta = _TIMEOUT,
+        device: torch.device | str | None = None,
+        platform: Platform | None = None,
+        authkey: bytes | None = None,
+    ) -> World:
+        """Joins the job that a launcher started: torchrun, Open MPI, PMI (MPICH), Slurm, in this order, else one process alone.
+
+        The environment is read, never written. Without MASTER_ADDR the ranks of one node meet by a private file.
+
+        Args:
+            environ: read in place of `os.environ`.
+            dp_rank, dp_size: join engines that were launched as worlds of their own: this process becomes rank
+                ``dp_rank * world_size + rank`` of ``dp_size * world_size``. They meet at `init_method`.
+            init_method: ``tcp://host:port`` or ``file:///path``, in place of what the environment says.
+            local_rank: place on this node, in place of what the launcher says.
+            timeout: deadline of meeting and of every build, and the default deadline of operations.
+            device: of this rank, in place of the platform's choice for `local_rank` (Ray masks devices).
+            platform: in place of the one detected.
+            authkey: secret of the job, which lets any picklable object travel between hosts; else COMMGRAPH_AUTHKEY.
+
+        Raises:
+            LaunchError: a launcher said only half, or several nodes and no address.
+            BuildError: the ranks did not meet in time.
+        """
+        environ = os.environ if environ is None else environ
+        facts = launch.detect(environ)
+        rank, size = launch.join_engines(facts, dp_rank, dp_size)
+        if local_rank is None and dp_size == 1:
+            # The launcher of one engine does not know the other engines on this node.
+            local_rank = facts.local_rank
+        if authkey is None:
+            authkey = launch.authkey(environ)
+        if size == 1:
+            return cls._make(None, 0, 1, local_rank, timeout, device, platform, authkey)
+        method = init_method or launch.meeting_point(facts, dp_size=dp_size)
+        hosted = facts.agent_store and init_method is None
+        store = open_store(method, rank=rank, world_size=size, timeout=timeout, hosted_elsewhere=hosted)
+        if hosted:
+            # The agent outlives its workers: what a crashed attempt left in its store is not for this one.
+            store = dist.PrefixStore(f"attempt/{facts.restart_count}", store)
+        return cls._make(store, rank, size, local_rank, timeout, device, platform, authkey)
+
+    @classmethod
+    def connect(
+        cls,
+        init_method: str,
+        *,
+        rank: int,
+        world_size: int,
+        local_rank: int | None = None,
+        timeout: timedelta = _TIMEOUT,
+        device: torch.device | str | None = None,
+        platform: Platform | None = None,
+        authkey: bytes | None = None,
+    ) -> World:
+        """Meets the other ranks at ``tcp://host:port`` (rank 0 serves there) or ``file:///path``; the rest as for `from_env`.
+
+        Raises:
+            LaunchError: a rank out of range, or an init method of another form.
+            BuildError: the ranks did not meet in time.
+        """
+        _check_rank(rank, world_size)
+        store = open_store(init_method, rank=rank, world_size=world_size, timeout=timeout) if world_size > 1 else None
+        return cls._make(store, rank, world_size, local_rank, timeout, device, platform, authkey)
+
+    @classmethod
+    def from_store(
+        cls,
+        store: dist.Store,
+        *,
+        rank: int,
+        world_size: int,
+        local_rank: int | None = None,
+        timeout: timedelta = _TIMEOUT,
+        device: torch.device | str | None = None,
+        platform: Platform | None = None,
+        authkey: bytes | None = None,
+    ) -> World:
+        """Meets the other ranks in a store of the caller's; the rest as for `from_env`. The store stays the caller's to keep alive.
+
+        Raises:
+            LaunchError: a rank out of range.
+            BuildError: the ranks did not meet in time.
+        """
+        _check_rank(rank, world_size)
+        return cls._make(store, rank, world_size, local_rank, timeout, device, platform, authkey)
+
+    @classmethod
+    def from_torch(
+        cls,
+        group: dist.ProcessGroup | None = None,
+        *,
+        local_rank: int | None = None,
+        timeout: timedelta = _TIMEOUT,
+        device: torch.device | str | None = None,
+        platform: Platform | None = None,
+        authkey: bytes | None = None,
+    ) -> World:
+        """Joins a job whose default process group somebody else made (Ray, verl, torchtitan), and leaves that group untouched.
+
+        Args:
+            group: a group of torch.distributed's whose ranks form the world; None: all of the default group.
+            local_rank, timeout, device, platform, authkey: as for `from_env`.
+
+        Raises:
+            LaunchError: torch.distributed is not initialised, or this process is not in `group`.
+            BuildError: the ranks did not meet in time.
+        """
+        if not dist.is_available() or not dist.is_initialized():
+            raise LaunchError("torch.distributed has no default process group to join; use World.from_env(), which needs none")
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        if rank < 0:
+            raise LaunchError(f"this process (rank {dist.get_rank()} of the default group) is not in the group that was given")
+        ranks = dist.get_process_group_ranks(group) if group is not None else range(size)
+        store = dist.PrefixStore(f"commgraph/{_digest(ranks)}", compat.default_store())
+        return cls._make(store, rank, size, local_rank, timeout, device, platform, authkey)
+
+    @classmethod
+    def _make(
+        cls,
+        store: dist.Store | None,
+        rank: int,
+        size: int,
+        local_rank: int | None,
+        timeout: timedelta,
+        device: torch.device | str | None,
+        platform: Platform | None,
+        authkey: bytes | None,
+        *,
+        label: str = "",
+    ) -> World:
+        """Meets the others, finds out who shares a node, and builds. `label`: a simulated node, for tests."""
+        platform = Platform.detect() if platform is None else platform
+        authkey = launch.authkey(os.environ) if authkey is None else authkey
+        if store is None or size == 1:
+            store = dist.HashStore() if store is None else store
+            mine: dist.Store = dist.PrefixStore("commgraph", store)
+            found = hosts.alone()
+        else:
+            try:
+                # The n-th world of this rank meets the n-th of every other: several worlds may come from one store.
+                number = store.add(f"commgraph/worlds/{rank}", 1)
+            except RuntimeError as error:
+                raise BuildError(f"rank {rank} of {size}: the store that the ranks meet in does not answer: {error}") from error
+            mine = dist.PrefixStore(f"commgraph/{number}", store)
+            found = hosts.discover(mine, rank, size, label=label, timeout=timeout)
+            facts = {
+                "whether there is an authkey (COMMGRAPH_AUTHKEY or authkey=)": "yes" if authkey else "no",
+                "the versions": f"commgraph {commgraph.__version__}, torch {torch.__version__}",
+                "the platform": platform.name,
+            }
+            agree(dist.PrefixStore("begin", mine), rank, size, facts, what="the world", timeout=timeout)
+        builder = Builder(mine, rank, found, bool(label), timeout, authkey, Links())
+        return cls._of(builder, local_rank, device, platform, store)
+
+    @classmethod
+    def _of(
+        cls, builder: Builder, local_rank: int | None, device: torch.device | str | None, platform: Platform, store: dist.Store
+    ) -> World:
+        place = builder.hosts.local_rank if local_rank is None else local_rank
+        chosen = platform.device(place) if device is None else torch.device(device)
+        world = cls(builder, local_rank=place, device=chosen, platform=platform, store=store)
+        logger.debug("%r: node %d of %d, rank %d of %d there", world, world.node_rank, world.node_count, world.local_rank, world.local_size)
+        return world
+
+    # Facts.
+
+    @property
+    def local_size(self) -> int:
+        """Ranks on this rank's node."""
+        return self._builder.hosts.local_size
+
+    @property
+    def node_rank(self) -> int:
+        """This rank's node."""
+        return self._builder.hosts.node_rank
+
+    @property
+    def node_count(self) -> int:
+        """Number of nodes."""
+        return self._builder.hosts.node_count
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._state.closed
+
+    # The factory.
+
+    def context(
+        self,
+        layout: Layout,
+        *,
+        name: str,
+        groups: Collection[str] | None = None,
+        platform: Platform | None = None,
+        options: CommunicatorOptions | Mapping[str, CommunicatorOptions] | None = None,
+    ) -> ParallelContext:
+        """Builds the groups of `layout`, whole, or raises on every rank. Collective; may run on one thread while another uses older contexts.
+
+        Args:
+            layout: where each rank sits; for exactly this world's ranks.
+            name: unique among the open contexts of this world.
+            groups: names of the groups that serve device tensors too; None: all but ``world`` and ``replica``.
+            platform: in place of the world's.
+            options: for all groups, or group name -> options.
+
+        Raises:
+            ConfigurationError: the name is in use.
+            LayoutError: the layout is for another number of ranks, or `groups` or `options` name a group that it lacks.
+            LayoutMismatchError: the ranks asked for different things.
+            BuildError: a rank could not build its part, or did not come in time.
+        """
+        if not isinstance(name, str) or not name or "/" in name:
+            raise ConfigurationError(f"name={name!r}: a context needs a name, a non-empty string without '/'")
+        self._ensure_open()
+        build = self._state.count(f"context {name}")
+        context = build_context(
+            self,
+            self._builder,
+            layout,
+            name=name,
+            build=build,
+            groups=groups,
+            platform=self.platform if platform is None else platform,
+            options=options,
+            in_use=name in self._state.contexts,
+        )
+        with self._state.lock:
+            self._state.contexts[name] = context
+        return context
+
+    def split(self, ranks: Sequence[int]) -> World:
+        """A smaller World of some of these ranks, numbered in the order given. Collective over `ranks` only; closed with this one.
+
+        Args:
+            ranks: global ranks of this world, this one among them.
+
+        Raises:
+            LayoutError: a rank out of range or repeated, or this one is not among them.
+            BuildError: not all of them came in time.
+        """
+        self._ensure_open()
+        chosen = tuple(ranks)
+        if any(not 0 <= rank < self.size for rank in chosen) or len(set(chosen)) != len(chosen):
+            raise LayoutError(f"split({list(chosen)}): ranks must be different ones of 0 to {self.size - 1}")
+        if self.rank not in chosen:
+            raise LayoutError(f"split({list(chosen)}): rank {self.rank} is not among them; only the ranks of the new world call it")
+        number = self._state.count(f"split {chosen}")
+        store = dist.PrefixStore(f"split/{_digest(chosen)}/{number}", self._builder.store)
+        builder = attrs.evolve(
+            self._builder, store=store, rank=chosen.index(self.rank), hosts=self._builder.hosts.restrict(chosen), links=Links()
+        )
+        world = World._of(builder, None if self.size > len(chosen) else self.local_rank, self.device, self.platform, self._caller_store)
+        self._state.splits.append(world)
+        return world
+
+    # Life.
+
+    def close(self, *, empty_cache: bool = False, timeout: timedelta = CLOSE_TIMEOUT) -> None:
+        """Closes its contexts, then itself. Collective, bounded even with dead peers, idempotent.
+
+        Args:
+            empty_cache: collect garbage and give cached device memory back afterwards.
+            timeout: how long to wait for the other ranks, in each context and in the world.
+        """
+        if not self.closed:
+            for split in tuple(self._state.splits):
+                split.close(timeout=timeout)
+            for context in tuple(self._state.contexts.values()):
+                context.close(timeout)
+            if self.size > 1 and not self.group._link.is_broken:
+                try:
+                    self.group.barrier(timeout=timeout)
+                except CommGraphError as error:
+                    logger.warning("%r was closed without its peers: %s", self, error)
+            self._drop()
+        if empty_cache:
+            gc.collect()
+            self.platform.empty_cache()
+
+    def _drop(self) -> None:
+        """Closes on this rank alone; peers that wait for it get `PeerLostError`."""
+        self._state.closed = True
+        for world in tuple(self._state.splits):
+            world._drop()
+        for context in tuple(self._state.contexts.values()):
+            context._drop()
+        self.group.close()
+        self._finalizer()
+
+    def _abort(self) -> None:
+        """Ends what runs on any group, here and on the peers, from any thread; `close` is still to be called."""
+        for world in tuple(self._state.splits):
+            world._abort()
+        self._builder.links.abort()
+
+    def _forget(self, context: ParallelContext) -> None:
+        with self._state.lock:
+            if self._state.contexts.get(context.name) is context:
+                del self._state.contexts[context.name]
+        self._builder.links.prune()
+
+    def _ensure_open(self) -> None:
+        if self.closed:
+            raise ContextClosedError(f"{self!r} cannot build anything any more")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        # After an exception the peers are somewhere else: dropping the connections tells them, waiting would not.
+        if error is None:
+            self.close()
+        elif not self.closed:
+            self._drop()
+
+    def __del__(self) -> None:
+        # Closing is collective and garbage collection is not: the finalizer drops what this rank holds, and this says so.
+        state = getattr(self, "_state", None)
+        if state is not None and not state.closed and getattr(self, "size", 1) > 1:
+            with contextlib.suppress(AttributeError):
+                warnings.warn(
+                    f"{self!r} was never closed: use `with`, or close() on every rank", ResourceWarning, stacklevel=2, source=self
+                )
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{self!r} holds connections of this process and cannot be pickled; each process makes its own, e.g. World.from_env()"
+        )
+
+    def __repr__(self) -> str:
+        return f"<World: rank {self.rank} of {self.size} on {self.device}{', closed' if self.closed else ''}>"
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise LaunchError(f"rank={rank} of world_size={world_size}: ranks are numbered 0 to world_size - 1, and there is at least one")
+
+
+def _digest(ranks: Sequence[int]) -> str:
+    return hashlib.sha256(repr(tuple(ranks)).encode()).hexdigest()[:16]

@@ -1,0 +1,99 @@
+"""Everything that is run on commgraph: ``nox --list``.
+
+Only Python and pip are taken for granted, so environments are made by virtualenv, which nox brings along; uv would have to be there already.
+An environment with torch in it is 0.9 GB. The sessions that need torch therefore share one, `.nox/torch-3.11` for Python 3.11. nox
+itself ties an environment to one session, which is why these declare none and run their programs in the shared one by path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.5"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "types", "docs", "tests"]
+nox.options.error_on_missing_interpreters = True
+
+HERE = Path(__file__).parent
+SHARED = HERE / ".nox" / f"torch-{sys.version_info.major}.{sys.version_info.minor}"
+
+# Pinned, so that a run next year tests what this one did. It stands in the same pip command as the package: resolved by themselves, the
+# package's own requirements would fetch the newest torch first.
+TORCH = "torch==2.13.0"
+
+
+def groups(*names: str) -> tuple[str, ...]:
+    """The requirements of dependency groups in pyproject.toml."""
+    return nox.project.dependency_groups(nox.project.load_toml(HERE / "pyproject.toml"), *names)
+
+
+def with_torch(session: nox.Session, *names: str) -> Path:
+    """The bin folder of the shared environment, with the package, its demo extra and the dependency groups `names` installed.
+
+    What was installed for a session is noted in the environment, and an equal request is not repeated: it would cost ten seconds a session.
+    Delete the environment to begin anew.
+    """
+    wanted = [TORCH, "--editable", ".[demo]", *groups(*names)]
+    # pyproject.toml stands for the package's own requirements and entry points, which an editable install fixes.
+    digest = hashlib.sha256(json.dumps([wanted, sys.version, (HERE / "pyproject.toml").read_text()]).encode()).hexdigest()
+    note = SHARED / "installed" / session.name
+    if note.is_file() and note.read_text() == digest:
+        session.log(f"{SHARED.relative_to(HERE)} has what {session.name!r} needs")
+        return SHARED / "bin"
+    python = SHARED / "bin" / "python"
+    if not python.exists():  # also where it is a link to an interpreter that has gone
+        shutil.rmtree(SHARED, ignore_errors=True)
+        session.run(sys.executable, "-m", "virtualenv", "--quiet", str(SHARED), external=True)
+    session.run(str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted, external=True)
+    note.parent.mkdir(exist_ok=True)
+    note.write_text(digest)
+    return SHARED / "bin"
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """The test suite. Arguments after -- go to pytest."""
+    session.run(str(with_torch(session, "test") / "python"), "-m", "pytest", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
+def demo(session: nox.Session) -> None:
+    """Text generated on four processes of this machine. Arguments after -- go to `commgraph demo`."""
+    session.run(str(with_torch(session) / "commgraph"), "demo", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
+def types(session: nox.Session) -> None:
+    """Strict static types."""
+    session.run(str(with_torch(session, "types") / "mypy"), *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
+def docs(session: nox.Session) -> None:
+    """The documentation, as HTML in docs/_build. A warning is an error."""
+    # With the real torch and not autodoc's imitation of it: layers derive from torch.nn.Module, and tables are keyed by dtypes.
+    sphinx = with_torch(session, "docs") / "sphinx-build"
+    session.run(str(sphinx), "-W", "--keep-going", "--quiet", "-b", "html", *session.posargs, "docs", "docs/_build", external=True)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and likely mistakes, by ruff."""
+    session.install(*groups("lint"))
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", "--check")
+
+
+@nox.session(default=False)
+def format(session: nox.Session) -> None:  # noqa: A001 - what the session does
+    """Rewrites the files as `lint` wants them."""
+    session.install(*groups("lint"))
+    session.run("ruff", "check", "--fix-only", "--exit-zero")
+    session.run("ruff", "format")

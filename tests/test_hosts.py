@@ -1,0 +1,296 @@
+"""Which ranks share a node: NEEDS row 6, locality proved by data read back through the very segment."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import attrs
+import msgspec
+import pytest
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from commgraph import hosts
+from commgraph.errors import BuildError
+from commgraph.hosts import Hosts, Identity, Probe, discover, group_by_verdicts
+
+TIMEOUT = timedelta(seconds=30)
+
+
+# Any: torch's stubs leave out that these are exported, and some of their methods.
+def hash_store() -> Any:
+    return dist.HashStore()  # type: ignore[attr-defined]
+
+
+def tcp_store() -> Any:
+    return dist.TCPStore("127.0.0.1", 0, is_master=True)  # type: ignore[attr-defined]
+
+
+class CountingStore:
+    """Forwards to a store and counts what is asked of it."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        self.calls: Counter[str] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        what = getattr(self.store, name)
+        if callable(what):
+            self.calls[name] += 1
+        return what
+
+
+def on_threads(world_size: int, each: Callable[[int], Hosts]) -> list[Hosts]:
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(each, range(world_size)))
+
+
+def check(result: Sequence[Hosts], nodes: Sequence[int]) -> None:
+    assert [host.nodes for host in result] == [tuple(nodes)] * len(nodes)
+    assert [host.rank for host in result] == list(range(len(nodes)))
+    keys = {(node, host.node_key) for node, host in zip(nodes, result, strict=True)}
+    assert len(keys) == len({key for _, key in keys}) == len(set(nodes))
+    assert all(len(key) == 32 for _, key in keys)
+
+
+@pytest.mark.parametrize("world_size", [2, 8, 64])
+def test_threads_of_a_process_share_a_node(world_size: int) -> None:
+    store = hash_store()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    result = on_threads(world_size, lambda rank: discover(store, rank, world_size, timeout=TIMEOUT))
+    check(result, [0] * world_size)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_labels_split_nodes() -> None:
+    store = hash_store()
+    result = on_threads(6, lambda rank: discover(store, rank, 6, label="abcabc"[rank], timeout=TIMEOUT))
+    check(result, [0, 1, 2, 0, 1, 2])
+    assert (result[4].node_rank, result[4].node_count, result[4].local_ranks, result[4].local_rank, result[4].local_size) == (
+        1,
+        3,
+        (1, 4),
+        1,
+        2,
+    )
+    assert result[4].node_key.hex() not in repr(result[4]) and repr(result[4].node_key) not in repr(result[4])
+
+
+def test_one_rank_uses_no_store() -> None:
+    alone = discover(object(), 0, 1, timeout=TIMEOUT)  # type: ignore[arg-type]
+    assert alone.nodes == (0,) and len(alone.node_key) == 32
+
+
+@pytest.mark.parametrize("shorter", [False, True])
+def test_store_calls_do_not_grow(shorter: bool) -> None:
+    def calls(world_size: int) -> list[Counter[str]]:
+        store = hash_store()
+        store.set_timeout(TIMEOUT)
+        stores = [CountingStore(store) for _ in range(world_size)]
+        timeout = TIMEOUT / 2 if shorter else TIMEOUT
+        on_threads(world_size, lambda rank: discover(stores[rank], rank, world_size, timeout=timeout))
+        assert store.timeout == TIMEOUT
+        return [one.calls for one in stores]
+
+    once = {"set": 2, "multi_get": 2, "has_extended_api": 2} | ({"wait": 2} if shorter else {})
+    assert calls(3) == [once] * 3
+    assert calls(24) == [once] * 24
+
+
+def test_a_lying_proof_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks 2 to 5 say that they sit where their neighbours sit, but what they point at holds no secret of theirs."""
+    honest = Probe.identity
+    lies: dict[int, dict[str, Any]] = {
+        2: {"proof": hashlib.sha256(b"").hexdigest()},
+        3: {"fd": 2**40},
+        4: {"fd": -1},
+        5: {"pid": 1, "fd": 0},
+    }
+
+    def identity(self: Probe, label: str = "") -> Identity:
+        rank = int(threading.current_thread().name.rpartition("_")[2])
+        return attrs.evolve(honest(self, label), **lies.get(rank, {}))
+
+    monkeypatch.setattr(Probe, "identity", identity)
+    store = hash_store()
+    results: list[Hosts | None] = [None] * 6
+
+    def each(rank: int) -> None:
+        results[rank] = discover(store, rank, 6, timeout=TIMEOUT)
+
+    threads = [threading.Thread(target=each, args=(rank,), name=f"rank_{rank}") for rank in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    check([result for result in results if result is not None], [0, 0, 1, 2, 3, 4])
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memfds are Linux's")
+def test_only_sealed_memory_is_mapped(tmp_path: Path) -> None:
+    """A file could shrink under the mapping, and a pipe would be waited for."""
+    reading, writing = os.pipe()
+    with (tmp_path / "file").open("w+b") as file, Probe() as probe:
+        file.write(b"x" * 4096)
+        file.flush()
+        try:
+            assert hosts._read_memfd(os.getpid(), probe.identity().fd) == probe.secret
+            assert [hosts._read_memfd(os.getpid(), fd) for fd in (reading, writing)] == [b"", b""]
+            try:
+                assert hosts._read_memfd(os.getpid(), file.fileno()) == b""  # on tmpfs, where files may have seals
+            except OSError:
+                pass
+        finally:
+            os.close(reading)
+            os.close(writing)
+
+
+def test_without_memfds_threads_share_and_processes_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    store = hash_store()
+    check(on_threads(4, lambda rank: discover(store, rank, 4, timeout=TIMEOUT)), [0] * 4)
+    with Probe() as probe:
+        mine = probe.identity()
+    assert not mine.may_share_with(attrs.evolve(mine, pid=mine.pid + 1))
+    assert not mine.may_share_with(attrs.evolve(mine, pid=mine.pid + 1, reachable=True))
+
+
+@pytest.mark.parametrize("field", ["boot_id", "pid_namespace", "shm_device", "label"])
+def test_identities_that_differ_anywhere_are_not_tried(field: str) -> None:
+    with Probe() as probe:
+        mine = probe.identity()
+    assert mine.may_share_with(attrs.evolve(mine, pid=mine.pid + 1))
+    change: dict[str, Any] = {field: "else" if isinstance(getattr(mine, field), str) else -1}
+    assert not mine.may_share_with(attrs.evolve(mine, **change))
+
+
+@pytest.mark.parametrize("make", [hash_store, tcp_store])
+def test_ranks_that_do_not_come_are_named(make: Callable[[], Any]) -> None:
+    store = make()
+    began = time.monotonic()
+    with pytest.raises(BuildError) as caught:
+        discover(store, 7, 30, timeout=timedelta(seconds=0.5))
+    assert time.monotonic() - began < 5
+    assert "29 of 30 ranks did not come within 0.5 s: 0, 1, 2, 3, 4, 5, 6, 8, " in str(caught.value)
+    assert "and 13 more" in str(caught.value) and "MASTER_ADDR" in str(caught.value)
+
+
+def test_a_rank_that_dies_between_the_exchanges_is_named() -> None:
+    store = hash_store()
+    with Probe() as probe:
+        store.set("hosts/identity/1", msgspec.msgpack.encode(probe.identity()))
+        with pytest.raises(BuildError, match=r"1 of 2 ranks did not come within 0.3 s: 1\."):
+            discover(store, 0, 2, timeout=timedelta(seconds=0.3))
+
+
+@pytest.mark.parametrize("value", ["", "nonsense", "\x80"])
+def test_what_is_not_ours_in_the_store(value: str) -> None:
+    store = hash_store()
+    store.set("hosts/identity/1", value)
+    with pytest.raises(BuildError, match="the store holds for rank 1"):
+        discover(store, 0, 2, timeout=TIMEOUT)
+
+
+@st.composite
+def verdict_tables(draw: st.DrawFn) -> list[list[int]]:
+    size = draw(st.integers(1, 9))
+    node = draw(st.lists(st.integers(0, 2), min_size=size, max_size=size))
+    lost = draw(st.sets(st.tuples(st.integers(0, size - 1), st.integers(0, size - 1)), max_size=6))
+    strange = draw(st.lists(st.integers(-3, 12), max_size=2))
+    return [[peer for peer in range(size) if node[peer] == node[rank] and (rank, peer) not in lost] + strange for rank in range(size)]
+
+
+@given(verdict_tables(), st.randoms(use_true_random=False))
+def test_groups_are_mutual_and_do_not_depend_on_order(verdicts: list[list[int]], shuffler: random.Random) -> None:
+    nodes = group_by_verdicts(verdicts)
+    assert len(nodes) == len(verdicts)
+    assert [nodes.index(node) for node in range(max(nodes) + 1)] == sorted({nodes.index(node) for node in nodes})
+    for rank, node in enumerate(nodes):
+        for peer in range(rank):
+            mutual = peer in verdicts[rank] and rank in verdicts[peer]
+            assert mutual or nodes[peer] != node
+        # The lowest node that takes it, and no other.
+        takes = [
+            other
+            for other in range(max(nodes[:rank], default=-1) + 1)
+            if all(peer in verdicts[rank] and rank in verdicts[peer] for peer in range(rank) if nodes[peer] == other)
+        ]
+        assert node == min(takes, default=max(nodes[:rank], default=-1) + 1)
+    shuffled = [shuffler.sample(verdict, len(verdict)) for verdict in verdicts]
+    assert group_by_verdicts(shuffled) == group_by_verdicts([set(verdict) for verdict in verdicts]) == nodes
+
+
+def test_grouping_a_large_world_is_quick() -> None:
+    began = time.monotonic()
+    nodes = group_by_verdicts([range(rank // 8 * 8, rank // 8 * 8 + 8) for rank in range(100_000)])
+    assert max(nodes) == 12_499
+    assert time.monotonic() - began < 5
+
+
+# One process of a world, started under other namespaces by the tests below.
+RANK = """
+import json, sys
+from datetime import timedelta
+import torch.distributed as dist
+from commgraph.hosts import discover
+where, rank, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+if where.startswith("/"):
+    store = dist.FileStore(where, size)
+else:
+    store = dist.TCPStore("127.0.0.1", int(where), is_master=False)
+found = discover(dist.PrefixStore("test", store), rank, size, timeout=timedelta(seconds=60))
+print(json.dumps([found.rank, found.nodes, found.node_key.hex()]))
+"""
+
+
+def on_processes(where: str, prefixes: Sequence[Sequence[str]]) -> list[Hosts]:
+    children = [
+        subprocess.Popen([*prefix, sys.executable, "-c", RANK, where, str(rank), str(len(prefixes))], stdout=subprocess.PIPE, text=True)
+        for rank, prefix in enumerate(prefixes)
+    ]
+    outputs = [child.communicate(timeout=120)[0] for child in children]
+    assert [child.returncode for child in children] == [0] * len(prefixes)
+    told = [json.loads(output) for output in outputs]
+    return [Hosts(rank, tuple(nodes), bytes.fromhex(key)) for rank, nodes, key in told]
+
+
+def test_processes_share_a_node_over_tcp() -> None:
+    store = tcp_store()
+    check(on_processes(str(store.port), [[]] * 3), [0] * 3)
+
+
+def may_unshare() -> bool:
+    if os.getuid() != 0 or shutil.which("unshare") is None:
+        return False
+    return subprocess.run(["unshare", "-n", "-m", "-p", "-f", "--mount-proc", "true"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not may_unshare(), reason="needs root and unshare")
+def test_namespaces(tmp_path: Path) -> None:
+    """Another network and mount namespace is the same node; another pid namespace or another /dev/shm is another one."""
+    result = on_processes(
+        str(tmp_path / "store"),
+        [
+            [],
+            ["unshare", "-n", "-m"],
+            ["unshare", "-p", "-f", "--mount-proc"],
+            ["unshare", "-p", "-f"],  # with the /proc of the outer one
+            ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh"],
+        ],
+    )
+    check(result, [0, 0, 1, 2, 3])
