@@ -6,6 +6,7 @@ system, and nothing here writes the environment.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -185,6 +186,16 @@ def detect(environ: Mapping[str, str]) -> Launch:
     )
 
 
+def authkey(environ: Mapping[str, str]) -> bytes | None:
+    """The secret of the job, COMMGRAPH_AUTHKEY, as bytes; None where it is unset or empty.
+
+    Args:
+        environ: the environment, e.g. ``os.environ``; only read.
+    """
+    # surrogateescape: bytes that are no UTF-8 stand in os.environ as surrogates.
+    return environ.get("COMMGRAPH_AUTHKEY", "").encode("utf-8", "surrogateescape") or None
+
+
 def join_engines(launch: Launch, dp_rank: int, dp_size: int) -> tuple[int, int]:
     """Numbers this process in the job that data-parallel engines form which were launched as worlds of their own.
 
@@ -202,11 +213,6 @@ def join_engines(launch: Launch, dp_rank: int, dp_size: int) -> tuple[int, int]:
     if dp_size < 1 or not 0 <= dp_rank < dp_size:
         raise LaunchError(f"dp_rank={dp_rank} of dp_size={dp_size}: engines are numbered 0 to dp_size - 1, and there is at least one")
     return dp_rank * launch.world_size + launch.rank, dp_size * launch.world_size
-
-
-def authkey(environ: Mapping[str, str]) -> bytes | None:
-    """The job's secret, COMMGRAPH_AUTHKEY as bytes; None where it is not set or empty."""
-    return environ.get("COMMGRAPH_AUTHKEY", "").encode() or None
 
 
 @attrs.frozen
@@ -263,10 +269,8 @@ def private_directory(parent: Path, uid: int) -> Path:
     """
     path = parent / f"commgraph-{uid}"
     try:
-        try:
+        with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o700)
-        except FileExistsError:
-            pass
         status = path.lstat()
     except OSError as error:
         raise LaunchError(f"the directory {path} by which the ranks would meet cannot be made: {error}; {_ADVICE}") from error

@@ -27,7 +27,7 @@ import torch
 
 from commgraph.errors import CommGraphError
 
-__all__ = ["FrameError", "decode", "encode"]
+__all__ = ["WireError", "decode", "encode"]
 
 # The upper half of the first byte is the version of the format.
 _PLAIN, _SIGNED = b"\x11", b"\x12"
@@ -38,14 +38,16 @@ _LIST, _TUPLE, _SET, _FROZENSET, _DICT, _SIZE, _TENSOR = range(7)
 _BIG_INT, _COMPLEX, _BYTEARRAY, _SURROGATES, _DTYPE, _DEVICE = range(6)
 
 _AS_THEY_ARE = frozenset({NoneType, bool, float, bytes})
-_SEQUENCES = MappingProxyType({list: _LIST, tuple: _TUPLE, set: _SET, frozenset: _FROZENSET, torch.Size: _SIZE})
+_SEQUENCES: MappingProxyType[type, int] = MappingProxyType(
+    {list: _LIST, tuple: _TUPLE, set: _SET, frozenset: _FROZENSET, torch.Size: _SIZE}
+)
 _BUILDERS: MappingProxyType[int, Callable[[list[Any]], Any]] = MappingProxyType({number: kind for kind, number in _SEQUENCES.items()})
 _DTYPES = MappingProxyType({str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)})
 # Bits travel as an ordinary dtype of the same size: torch can copy those of every layout, and knows no warning about them.
 _CARRIERS = MappingProxyType({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128})
 
 
-class FrameError(CommGraphError, ValueError):
+class WireError(CommGraphError, ValueError):
     """Bytes that are no frame, or that nobody with the key has made."""
 
 
@@ -93,23 +95,23 @@ def decode(frame: bytes | bytearray | memoryview, *, key: bytes | None, context:
         context: the sender's context.
 
     Raises:
-        FrameError: malformed, not signed with this key for this context, or signed where there is no key. Of a frame that is
+        WireError: malformed, not signed with this key for this context, or signed where there is no key. Of a frame that is
             signed rightly, whatever unpickling raises.
         ValueError: the key is empty.
     """
     view = memoryview(frame).cast("B")
     codec = bytes(view[:1])
     if codec not in (_PLAIN, _SIGNED):
-        raise FrameError(f"no frame of this version of commgraph: it begins with {codec!r}")
+        raise WireError(f"no frame of this version of commgraph: it begins with {codec!r}")
     if key is None:
         if codec != _PLAIN:
-            raise FrameError("the sender has an authkey and this rank has none: give every rank the same, World(..., authkey=...)")
+            raise WireError("the sender has an authkey and this rank has none: give every rank the same, World(..., authkey=...)")
         return _decode_plain(view[1:])
     if codec != _SIGNED:
-        raise FrameError("this rank has an authkey and the frame is not signed: give every rank the same, World(..., authkey=...)")
+        raise WireError("this rank has an authkey and the frame is not signed: give every rank the same, World(..., authkey=...)")
     mac, payload = view[1 : 1 + _MAC_BYTES], view[1 + _MAC_BYTES :]
     if not hmac.compare_digest(mac, _mac(key, context, payload)):
-        raise FrameError("the frame is not signed with this rank's authkey, or belongs elsewhere: it was damaged, moved or forged")
+        raise WireError("the frame is not signed with this rank's authkey, or belongs elsewhere: it was damaged, moved or forged")
     return pickle.loads(payload)
 
 
@@ -230,11 +232,11 @@ def _is_utf8(text: str) -> bool:
 def _decode_plain(payload: memoryview) -> Any:
     try:
         return _unpack(msgspec.msgpack.decode(payload), _MAX_DEPTH)
-    except FrameError:
+    except WireError:
         raise
     # From msgspec, from int, str and struct, from hashing what cannot be a key, and from torch about sizes and names.
     except (ValueError, TypeError, struct.error, RecursionError, RuntimeError, OverflowError) as error:
-        raise FrameError(f"malformed frame: {error}") from error
+        raise WireError(f"malformed frame: {error}") from error
 
 
 def _unpack(node: Any, depth: int) -> Any:
@@ -244,9 +246,9 @@ def _unpack(node: Any, depth: int) -> Any:
     if kind is msgspec.msgpack.Ext:
         return _unpack_ext(node.code, node.data)
     if kind is not list or not node or type(node[0]) is not int:
-        raise FrameError(f"malformed frame: no object is a {kind.__name__} in MessagePack")
+        raise WireError(f"malformed frame: no object is a {kind.__name__} in MessagePack")
     if not depth:
-        raise FrameError(f"malformed frame: nested deeper than {_MAX_DEPTH} levels")
+        raise WireError(f"malformed frame: nested deeper than {_MAX_DEPTH} levels")
     number = node[0]
     if number == _TENSOR:
         return _unpack_tensor(*node[1:])
@@ -254,7 +256,7 @@ def _unpack(node: Any, depth: int) -> Any:
     if number == _DICT:
         return dict(zip(items[::2], items[1::2], strict=True))
     if number not in _BUILDERS:
-        raise FrameError(f"malformed frame: no container has the number {number}")
+        raise WireError(f"malformed frame: no container has the number {number}")
     return _BUILDERS[number](items)
 
 
@@ -273,19 +275,19 @@ def _unpack_ext(code: int, data: bytes) -> Any:
         name = data.decode("ascii")
         device = torch.device(name)
         if str(device) != name:  # torch cuts the index to 8 bits
-            raise FrameError(f"malformed frame: no device {reprlib.repr(name)}")
+            raise WireError(f"malformed frame: no device {reprlib.repr(name)}")
         return device
-    raise FrameError(f"malformed frame: no extension has the number {code}")
+    raise WireError(f"malformed frame: no extension has the number {code}")
 
 
 def _unpack_tensor(name: Any, shape: Any, data: Any) -> torch.Tensor:
     sizes = shape if type(shape) is list and all(type(size) is int and size >= 0 for size in shape) else None
     if type(name) is not str or sizes is None or type(data) is not bytes:
-        raise FrameError("malformed frame: a tensor is a dtype, sizes and bytes")
+        raise WireError("malformed frame: a tensor is a dtype, sizes and bytes")
     dtype = _dtype(name)
     # Before anything is allocated. A quantized dtype is none without the scale that its tensors have.
     if math.prod(sizes) * dtype.itemsize != len(data) or name.startswith("q"):
-        raise FrameError(f"malformed frame: {len(data)} bytes are no {name} tensor of shape {reprlib.repr(sizes)}")
+        raise WireError(f"malformed frame: {len(data)} bytes are no {name} tensor of shape {reprlib.repr(sizes)}")
     bits = torch.empty(sizes, dtype=_CARRIERS[dtype.itemsize], device="cpu")
     ctypes.memmove(bits.data_ptr(), data, len(data))
     return bits.view(dtype)
@@ -293,5 +295,5 @@ def _unpack_tensor(name: Any, shape: Any, data: Any) -> torch.Tensor:
 
 def _dtype(name: str) -> torch.dtype:
     if name not in _DTYPES:
-        raise FrameError(f"this torch has no dtype {reprlib.repr(name)}")
+        raise WireError(f"this torch has no dtype {reprlib.repr(name)}")
     return _DTYPES[name]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from commgraph.errors import LaunchError
-from commgraph.launch import HostFacts, Launch, detect, join_engines, meeting_name, meeting_point, private_directory, read_host
+from commgraph.launch import HostFacts, Launch, authkey, detect, join_engines, meeting_name, meeting_point, private_directory, read_host
 
 # What the launchers really set, shortened to what may matter.
 TORCHRUN = {
@@ -231,13 +231,14 @@ def test_half_an_address(name: str) -> None:
 def test_several_nodes_need_an_address(environ: dict[str, str], example: str) -> None:
     with pytest.raises(LaunchError) as caught:
         meeting_point(detect(environ))
-    assert "MASTER_ADDR" in str(caught.value) and "MASTER_PORT" in str(caught.value) and example in str(caught.value)
+    for advice in ("MASTER_ADDR", "MASTER_PORT", example):
+        assert advice in str(caught.value)
 
 
 def test_engines_launched_apart_need_an_address() -> None:
-    with pytest.raises(LaunchError, match="no launcher knows all of them.*init_method"):
+    with pytest.raises(LaunchError, match=r"no launcher knows all of them.*init_method"):
         meeting_point(detect(MPICH), dp_size=2)
-    with pytest.raises(LaunchError, match="each torchrun serves.*init_method"):
+    with pytest.raises(LaunchError, match=r"each torchrun serves.*init_method"):
         meeting_point(detect(TORCHRUN), dp_size=2)
     assert meeting_point(detect(MPICH | {"MASTER_ADDR": "a", "MASTER_PORT": "5"}), dp_size=2) == "tcp://a:5"
 
@@ -304,4 +305,17 @@ def test_children_of_one_parent_read_the_same_host() -> None:
     assert first == second
     assert f"'{os.getpid()}:" in first
     here = read_host()
-    assert here.boot and here.init_start and not here.parent.endswith(":")
+    assert "" not in (here.boot, here.init_start, here.parent.rpartition(":")[2])
+
+
+@pytest.mark.parametrize(
+    ("environ", "key"),
+    [
+        ({}, None),
+        ({"COMMGRAPH_AUTHKEY": ""}, None),
+        ({"COMMGRAPH_AUTHKEY": "grün"}, "grün".encode()),
+        ({"COMMGRAPH_AUTHKEY": "\udcff"}, b"\xff"),
+    ],
+)
+def test_the_secret_of_the_job(environ: dict[str, str], key: bytes | None) -> None:
+    assert authkey(environ) == key

@@ -115,6 +115,11 @@ class Communicator(abc.ABC):
         """Bytes of shared or device memory that this strategy holds."""
         return 0
 
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that this rank has handed to its peers so far, those of objects included."""
+        return 0
+
     def describe(self) -> str:
         """What `explain()` prints behind the name, one line."""
         return ""

@@ -182,6 +182,10 @@ class GlooCommunicator(Communicator):
     def close(self) -> None:
         self.transport.close()
 
+    @property
+    def bytes_sent(self) -> int:
+        return self.transport.bytes_sent
+
     def describe(self) -> str:
         return "host tensors of every dtype, any network"
 

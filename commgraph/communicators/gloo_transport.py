@@ -68,6 +68,7 @@ class GlooTransport:
         self.world_size = world_size
         self._backend: Any = compat.make_gloo(store, rank_in_group, world_size, timeout, device)
         self.process_group: dist.ProcessGroup | None = compat.wrap_gloo(store, rank_in_group, world_size, self._backend)
+        self.bytes_sent = 0
         self._lock = threading.Lock()
         self._aborted = False
         # Buffers of operations that failed: gloo may still write to them until the connections are gone.
@@ -102,6 +103,7 @@ class GlooTransport:
             for tensor, peer in sends:
                 if tensor.numel():
                     works.append((backend.send([as_bytes(tensor)], peer, tag), peer))
+                    self.bytes_sent += tensor.nbytes
             for work, peer in works:
                 # gloo takes a timeout of zero for "none".
                 work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))

@@ -126,6 +126,11 @@ class GroupCoordinator:
         raise BackendUnavailableError(f"group {self.name!r} (rank {self.rank}) has no strategy {name!r}; it has: {have}")
 
     @property
+    def bytes_sent(self) -> int:
+        """Bytes that this rank has sent on the group's communicators, by whichever of the coordinators that share them."""
+        return sum(communicator.bytes_sent for communicator in self._link.communicators)
+
+    @property
     def cpu_group(self) -> dist.ProcessGroup | None:
         """The torch process group for host tensors, unknown to torch.distributed's tables; None for one rank and after close."""
         return self._link.transport.process_group if self._link.transport is not None else None

@@ -1,0 +1,250 @@
+"""The demo's command line: starts the ranks, lets them generate, and holds what they wrote against an unsharded model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from typing import Final
+
+import attrs
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import commgraph as cg
+from commgraph import launch
+from commgraph.demo.config import DEFAULT_PROMPT, LlamaConfig, decode, encode, weights_path
+from commgraph.demo.engine import Engine, Generated
+from commgraph.demo.model import ShardedLlama, check_sizes
+from commgraph.demo.reference import Llama, load_checkpoint
+from commgraph.errors import CommGraphError, ConfigurationError
+from commgraph.layout import draw
+
+__all__ = ["main"]
+
+# Sums taken in another order differ in their last bits; in float64 they cannot turn one greedy choice into another.
+_TARGET_DTYPE: Final = torch.float64
+_WARMUP_TOKENS: Final = 4
+
+
+@attrs.frozen(kw_only=True)
+class _Arguments:
+    prompt: tuple[str, ...]
+    tokens: int
+    tp: int
+    pp: int
+    dp: int
+    draft_tp: int
+    draft_length: int
+    nproc: int
+
+    def layouts(self) -> tuple[cg.Layout, cg.Layout]:
+        """The target's and the draft's.
+
+        Raises:
+            ConfigurationError: sizes that cannot work, with the reason.
+        """
+        target = cg.Layout(self.nproc, dp=self.dp, pp=self.pp, tp=self.tp, groups={"engine": ("pp", "tp")})
+        draft = cg.Layout(self.nproc, tp=self.draft_tp)
+        if self.tp * self.pp % self.draft_tp:
+            raise ConfigurationError(
+                f"each engine has tp * pp = {self.tp} * {self.pp} = {self.tp * self.pp} ranks, which whole drafts of {self.draft_tp} cannot fill"
+            )
+        shapes = {name: load_checkpoint(weights_path(name))[0] for name in ("target", "draft")}
+        check_sizes(shapes["target"], "target", tp=self.tp, pp=self.pp)
+        check_sizes(shapes["draft"], "draft", tp=self.draft_tp)
+        self._check_length(shapes["target"])
+        return target, draft
+
+    def _check_length(self, config: LlamaConfig) -> None:
+        if self.tokens < 1 or self.draft_length < 1:
+            raise ConfigurationError(f"--tokens {self.tokens} --draft-length {self.draft_length}: there is at least one of each")
+        for prompt in self.prompt:
+            length = len(encode(prompt))
+            if not 1 <= length <= config.max_positions - self.tokens:
+                raise ConfigurationError(
+                    f"a prompt of {length} bytes and {self.tokens} tokens after it: the model has {config.max_positions} positions, and wants "
+                    "a prompt of at least one"
+                )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo, or one rank of it where a launcher started this process.
+
+    Returns:
+        0; 1 if what was written differs from what the unsharded model writes; 2 if the sizes cannot work.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        launched = launch.detect(os.environ)
+        arguments = _parse(argv, launched)
+        layouts = arguments.layouts()
+        if launched.launcher == "single" and arguments.nproc > 1:
+            return _start(argv, arguments.nproc)
+        with cg.World.from_env() as world:
+            return _run(world, arguments, *layouts)
+    except ConfigurationError as error:
+        print(f"commgraph demo: {error}", file=sys.stderr)
+        return 2
+
+
+def _parse(argv: Sequence[str], launched: launch.Launch) -> _Arguments:
+    parser = argparse.ArgumentParser("commgraph demo", description=__doc__)
+    parser.add_argument("--prompt", action="append", help=f"what to continue, once per engine if repeated (default: {DEFAULT_PROMPT!r})")
+    parser.add_argument("--tokens", type=int, default=160, help="bytes to write (default: %(default)s)")
+    parser.add_argument("--tp", type=int, default=2, help="tensor parallel size of the target (default: %(default)s)")
+    parser.add_argument("--pp", type=int, default=2, help="pipeline stages of the target (default: %(default)s)")
+    parser.add_argument("--dp", type=int, default=1, help="copies of the target in one job (default: %(default)s)")
+    parser.add_argument("--draft-tp", type=int, default=1, help="tensor parallel size of the draft (default: %(default)s)")
+    parser.add_argument("--draft-length", type=int, default=4, help="tokens proposed per step (default: %(default)s)")
+    parser.add_argument("--nproc", type=int, help="processes (default: dp * pp * tp, or what the launcher started)")
+    given = parser.parse_args(argv)
+    if launched.launcher != "single":
+        if given.nproc not in (None, launched.world_size):
+            raise ConfigurationError(f"--nproc {given.nproc}, but {launched.launcher} started {launched.world_size} processes")
+        given.nproc = launched.world_size
+    given.nproc = given.dp * given.pp * given.tp if given.nproc is None else given.nproc
+    given.prompt = tuple(given.prompt or [DEFAULT_PROMPT])
+    return _Arguments(**vars(given))
+
+
+def _start(argv: Sequence[str], nproc: int) -> int:
+    """Starts the ranks on this machine by torch's elastic launcher, which meets at a port that it binds before it tells it."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "commgraph.demo", *argv)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(f"commgraph demo: rank {rank} ended with exit code {failure.exitcode}; what it said stands above", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0
+
+
+def _run(world: cg.World, arguments: _Arguments, layout: cg.Layout, draft_layout: cg.Layout) -> int:
+    """One rank."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
+    console = Console(quiet=world.rank != 0, highlight=False)
+    with (
+        world.context(layout, name="target") as target_ctx,
+        world.context(draft_layout, name="draft") as draft_ctx,
+    ):
+        for ctx in (target_ctx, draft_ctx):
+            console.print(f"[bold]{ctx.name}[/]  {draw(ctx.layout)}\n", markup=True, no_wrap=True)
+        target = ShardedLlama.load(weights_path("target"), ctx=target_ctx, dtype=_TARGET_DTYPE)
+        draft = ShardedLlama.load(weights_path("draft"), ctx=draft_ctx, dtype=torch.float32)
+        engine = Engine(target_ctx["engine"], target, draft)
+        number = world.rank // engine.group.world_size
+        prompt = arguments.prompt[number % len(arguments.prompt)]
+
+        # Both ways once before anything is timed: first calls are slow for reasons of their own.
+        for length in (0, arguments.draft_length):
+            engine.generate(encode(prompt), min(_WARMUP_TOKENS, arguments.tokens), draft_length=length)
+        before = _traffic(target_ctx, draft_ctx)
+        written = []
+        with _progress(console, arguments.tokens) as (plain_bar, draft_bar, bars):
+            for bar, length in ((plain_bar, 0), (draft_bar, arguments.draft_length)):
+
+                def show(so_far: Generated, bar: int = bar) -> None:
+                    bars.update(bar, completed=len(so_far.tokens), said=_speed(so_far))  # type: ignore[arg-type]  # TaskID is an int
+
+                world.group.barrier()
+                written.append(engine.generate(encode(prompt), arguments.tokens, draft_length=length, progress=show))
+        plain, speculative = written
+        moved = {name: count - before[name] for name, count in _traffic(target_ctx, draft_ctx).items()}
+
+        same_alone = plain.tokens == speculative.tokens
+        same_unsharded = True
+        if engine.group.is_first_rank:
+            oracle = Llama.load(weights_path("target")).to(_TARGET_DTYPE)
+            same_unsharded = oracle.generate(encode(prompt), arguments.tokens) == plain.tokens
+        mine = (prompt, speculative, plain, same_alone, same_unsharded) if engine.group.is_first_rank else None
+        reports = [report for report in world.group.all_gather_object(mine) if report is not None]
+        total = sum(map(Counter, world.group.all_gather_object(moved)), Counter())
+        for index, report in enumerate(reports):
+            _print_report(console, index if len(reports) > 1 else None, *report)
+        console.print("[bold]bytes sent[/], over all ranks: " + ", ".join(f"{name} {count:,}" for name, count in sorted(total.items())))
+        return 0 if all(alone and unsharded for *_, alone, unsharded in reports) else 1
+
+
+def _traffic(*contexts: cg.ParallelContext) -> dict[str, int]:
+    """Bytes that this rank sent, by context and group; a group that shares its communicators counts under the first name."""
+    counts: dict[str, int] = {}
+    seen: set[str] = set()
+    for ctx in contexts:
+        for name in ctx.layout.names:
+            group = ctx[name]
+            if group.world_size > 1 and f"{ctx.name}.{name}" not in seen:
+                seen |= {f"{ctx.name}.{twin.name}" for twin in group.shares_with}
+                counts["/".join([f"{ctx.name}.{name}", *(twin.name for twin in group.shares_with)])] = group.bytes_sent
+    return counts
+
+
+class _progress:  # noqa: N801 - used as a function
+    """Two bars on rank 0: the target alone, and with its draft."""
+
+    def __init__(self, console: Console, tokens: int) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[said]}"),
+        )
+        self._progress = Progress(*columns, console=console)
+        self._tokens = tokens
+
+    def __enter__(self) -> tuple[int, int, Progress]:
+        self._progress.start()
+        bars = [self._progress.add_task(text, total=self._tokens, said="") for text in ("target alone", "with the draft")]
+        return bars[0], bars[1], self._progress
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+def _speed(so_far: Generated) -> str:
+    drafted = f", {so_far.acceptance:.0%} of the draft accepted" if so_far.proposed else ""
+    return f"{so_far.speed:.0f} tokens/s{drafted}"
+
+
+def _print_report(
+    console: Console, engine: int | None, prompt: str, speculative: Generated, plain: Generated, same_alone: bool, same_unsharded: bool
+) -> None:
+    console.print(f"\n[bold]{'text' if engine is None else f'text of engine {engine}'}[/]  (prompt in bold)")
+    console.print(f"[bold]{_plain(prompt)}[/]{_plain(decode(speculative.tokens))}")
+    console.print(
+        f"\n  the draft proposed {speculative.proposed} tokens, the target took {speculative.accepted}: acceptance {speculative.acceptance:.0%}\n"
+        f"  {plain.speed:.1f} tokens/s by the target alone ({plain.steps} steps), {speculative.speed:.1f} with the draft ({speculative.steps} steps)"
+    )
+    for same, what in ((same_alone, "the target alone"), (same_unsharded, "one unsharded process")):
+        console.print(f"  [green]same tokens as {what}[/]" if same else f"  [bold red]DIFFERS from {what}[/]")
+
+
+def _plain(text: str) -> str:
+    """`text` with nothing in it that rich takes for markup."""
+    return text.replace("[", "\\[")
+
+
+def run_demo(argv: Sequence[str]) -> int:
+    """`main`, with the library's own errors told in one line each."""
+    try:
+        return main(argv)
+    except CommGraphError as error:
+        print(f"commgraph demo: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
