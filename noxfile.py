@@ -1,7 +1,7 @@
 """Everything that is run on commgraph: ``nox --list``.
 
-Only Python and pip are taken for granted, so environments are made by virtualenv, which nox brings along; uv would have to be there already.
-An environment with torch in it is 0.9 GB. The sessions that need torch therefore share one, `.nox/torch-3.11` for Python 3.11. nox
+Only Python and pip are taken for granted, so environments are made by virtualenv, which nox brings along; uv would have to be there
+already. An environment with torch in it is 0.9 GB. The sessions that need torch therefore share one, `.nox/torch-3.11` for Python 3.11. nox
 itself ties an environment to one session, which is why these declare none and run their programs in the shared one by path.
 """
 

@@ -32,7 +32,8 @@ def agree(
         facts: name -> what must be equal among the ranks that state that name.
         what: is being agreed, for messages, e.g. ``"context 'target'"``.
         timeout: how long to wait for the last rank.
-        error: why this rank cannot go on; every rank then raises.
+        error: why this rank cannot go on: every other rank then raises `BuildError`, and this one, which has an error of its own,
+            returns at once.
 
     Raises:
         LayoutMismatchError: facts differ; on every rank, naming fact, values and ranks.
@@ -44,6 +45,8 @@ def agree(
     try:
         store.set(keys[rank], json.dumps({"facts": dict(facts), "error": error}))
         if error:
+            if rank == 0:  # it need not hear the others to answer them
+                store.set("verdict", json.dumps(("error", _refusal(what, {0: error}))))
             return
         if rank == 0:
             verdict = _judge(store, keys, what, timeout)
@@ -52,10 +55,13 @@ def agree(
             store.wait(["verdict"], timeout + _GRACE)
             verdict = json.loads(store.get("verdict"))
     except RuntimeError as failure:
-        raise BuildError(
-            f"rank {rank}: {what}: no answer from rank 0 within {timeout.total_seconds():g} s: it never came here, or it died, or the store that "
-            f"the ranks meet in is gone. Building is collective: every rank makes the same calls in the same order ({failure})"
-        ) from failure
+        why = (
+            "the store that the ranks meet in failed"
+            if rank == 0
+            else f"no answer from rank 0 within {timeout.total_seconds():g} s: it never came here, or it died, or the store that the ranks meet in "
+            "is gone. Building is collective: every rank makes the same calls in the same order"
+        )
+        raise BuildError(f"rank {rank}: {what}: {why} ({failure})") from failure
     kind, message = verdict
     if kind == "mismatch":
         raise LayoutMismatchError(f"rank {rank}: {message}")
@@ -66,27 +72,35 @@ def agree(
 def _judge(store: dist.Store, keys: Sequence[str], what: str, timeout: timedelta) -> tuple[str, str]:
     try:
         store.wait(list(keys), timeout)
-    except dist.DistError:
-        missing = [peer for peer, key in enumerate(keys) if not store.check([key])]
+        came = list(range(len(keys)))
+    except RuntimeError:  # each store has an error of its own for a wait that ran out; one that is gone fails again below
+        came = [peer for peer, key in enumerate(keys) if store.check([key])]
+    present = [keys[peer] for peer in came]
+    values = store.multi_get(present) if store.has_extended_api() else [store.get(key) for key in present]
+    said = {peer: json.loads(value) for peer, value in zip(came, values, strict=True)}
+    if failed := {peer: entry["error"] for peer, entry in said.items() if entry["error"]}:
+        # First, because the ranks that did not come may well be waiting for one that failed.
+        return "error", _refusal(what, failed)
+    if missing := sorted(set(range(len(keys))) - set(came)):
         return "error", (
             f"{what}: rank{'s' if len(missing) > 1 else ''} {_listing(missing)} of {len(keys)} did not come within "
             f"{timeout.total_seconds():g} s. Building is collective: every rank makes the same calls in the same order"
         )
-    said = [json.loads(value) for value in (store.multi_get(list(keys)) if store.has_extended_api() else map(store.get, keys))]
-    failed = {peer: entry["error"] for peer, entry in enumerate(said) if entry["error"]}
-    if failed:
-        first = min(failed)
-        others = f" (and ranks {_listing([peer for peer in failed if peer != first])})" if len(failed) > 1 else ""
-        return "error", f"{what}: rank {first}{others} could not build it: {failed[first]}"
-    for name in sorted({name for entry in said for name in entry["facts"]}):
+    for name in sorted({name for entry in said.values() for name in entry["facts"]}):
         by_value: dict[str, list[int]] = {}
-        for peer, entry in enumerate(said):
+        for peer, entry in said.items():
             if name in entry["facts"]:
                 by_value.setdefault(entry["facts"][name], []).append(peer)
         if len(by_value) > 1:
             lines = [f"  ranks {_listing(peers)}: {value}" for value, peers in by_value.items()]
             return "mismatch", f"{what}: the ranks disagree about {name}:\n" + "\n".join(lines)
     return "agreed", ""
+
+
+def _refusal(what: str, failed: Mapping[int, str]) -> str:
+    first = min(failed)
+    others = f" (and ranks {_listing([peer for peer in failed if peer != first])})" if len(failed) > 1 else ""
+    return f"{what}: rank {first}{others} could not build it: {failed[first]}"
 
 
 def _listing(ranks: Sequence[int]) -> str:

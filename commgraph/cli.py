@@ -62,3 +62,7 @@ def _layout(given: argparse.Namespace) -> int:
         print(f"commgraph layout: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -296,13 +296,14 @@ def build_context(
     """
     what = f"context {name!r}"
     store = dist.PrefixStore(f"context/{name}/{build}", builder.store)
+    begin = dist.PrefixStore("begin", store)
     rank, size = builder.rank, len(builder.hosts.nodes)
     try:
         if in_use:
             raise ConfigurationError(f"{what} is open already: close it first, or give the new one another name")
         plan = _plan(layout, size, groups, options)
     except (ConfigurationError, TypeError) as error:
-        _report(store, rank, size, what, builder.timeout, error)
+        _report(begin, rank, size, what, builder.timeout, error)
         raise
     facts = {
         "the layout": f"{layout!r} {layout.digest}",
@@ -310,7 +311,7 @@ def build_context(
         "the platform": platform.name,
         "the versions": f"commgraph {commgraph.__version__}, torch {torch.__version__}",
     }
-    agree(dist.PrefixStore("begin", store), rank, size, facts, what=what, timeout=builder.timeout)
+    agree(begin, rank, size, facts, what=what, timeout=builder.timeout)
 
     end = dist.PrefixStore("end", store)
     made: dict[tuple[Any, ...], GroupCoordinator] = {}

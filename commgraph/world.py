@@ -89,9 +89,13 @@ class World:
         self.store = dist.PrefixStore("user", builder.store)
         # Nothing of the World itself may be reachable from here, or it would never be collected.
         self._finalizer = weakref.finalize(self, builder.links.release)
-        self.group: GroupCoordinator = build_coordinator(
-            self, builder, "world", tuple(range(self.size)), "world", platform, CommunicatorOptions(), wants_device=False
-        )
+        try:
+            self.group: GroupCoordinator = build_coordinator(
+                self, builder, "world", tuple(range(self.size)), "world", platform, CommunicatorOptions(), wants_device=False
+            )
+        except BaseException:
+            self._state.closed = True  # there is nothing to close, and nobody to blame for not closing it
+            raise
 
     # Ways to be made.
 
@@ -358,7 +362,8 @@ class World:
             self._builder, store=store, rank=chosen.index(self.rank), hosts=self._builder.hosts.restrict(chosen), links=Links()
         )
         world = World._of(builder, None if self.size > len(chosen) else self.local_rank, self.device, self.platform, self._caller_store)
-        self._state.splits.append(world)
+        with self._state.lock:
+            self._state.splits[:] = [*(split for split in self._state.splits if not split.closed), world]
         return world
 
     # Life.
