@@ -58,8 +58,8 @@ def agree(
         why = (
             "the store that the ranks meet in failed"
             if rank == 0
-            else f"no answer from rank 0 within {timeout.total_seconds():g} s: it never came here, or it died, or the store that the ranks meet in "
-            "is gone. Building is collective: every rank makes the same calls in the same order"
+            else f"no answer from rank 0 within {timeout.total_seconds():g} s: it never came here, or it died, or the store that the ranks "
+            "meet in is gone. Building is collective: every rank makes the same calls in the same order"
         )
         raise BuildError(f"rank {rank}: {what}: {why} ({failure})") from failure
     kind, message = verdict
@@ -76,7 +76,8 @@ def _judge(store: dist.Store, keys: Sequence[str], what: str, timeout: timedelta
     except RuntimeError:  # each store has an error of its own for a wait that ran out; one that is gone fails again below
         came = [peer for peer, key in enumerate(keys) if store.check([key])]
     present = [keys[peer] for peer in came]
-    values = store.multi_get(present) if store.has_extended_api() else [store.get(key) for key in present]
+    extended = store.has_extended_api()  # type: ignore[attr-defined]  # missing in torch's stub
+    values = store.multi_get(present) if extended else [store.get(key) for key in present]
     said = {peer: json.loads(value) for peer, value in zip(came, values, strict=True)}
     if failed := {peer: entry["error"] for peer, entry in said.items() if entry["error"]}:
         # First, because the ranks that did not come may well be waiting for one that failed.

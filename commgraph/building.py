@@ -31,6 +31,7 @@ class Links:
         self._lock = threading.Lock()
 
     def add(self, link: GroupLink) -> None:
+        """Lists a group that was just connected."""
         with self._lock:
             self._links.append(link)
 
@@ -126,9 +127,9 @@ class Builder:
             reason = str(error)
             if os.strerror(errno.EMFILE) in reason:
                 reason = f"too many open files: a group needs a descriptor for each of its ranks (raise the limit: ulimit -n). {reason}"
+            members = f"{len(ranks)} ranks {tuple(ranks[:8])}{'...' if len(ranks) > 8 else ''}"
             raise BuildError(
-                f"rank {self.rank}: group {ident} of {len(ranks)} ranks {tuple(ranks[:8])}{'...' if len(ranks) > 8 else ''} could not connect "
-                f"within {self.timeout.total_seconds():g} s: {reason}"
+                f"rank {self.rank}: group {ident} of {members} could not connect within {self.timeout.total_seconds():g} s: {reason}"
             ) from error
 
     def _share_loopback(self, ranks: Sequence[int]) -> bool:

@@ -45,7 +45,7 @@ def make_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta, devic
     """
     from torch._C._distributed_c10d import ProcessGroupGloo
 
-    options = ProcessGroupGloo._Options()
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # missing in torch's stub
     options._devices = [device]
     # Threads serve torch's own asynchronous collectives only, which commgraph does not use: one is enough for a caller of `cpu_group`.
     options._threads = 1

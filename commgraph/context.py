@@ -31,7 +31,7 @@ logger = logging.getLogger("commgraph")
 
 CLOSE_TIMEOUT = timedelta(seconds=30)
 
-# Groups that serve host tensors and objects only, unless `groups` names them: every rank is in them, and nobody all-reduces activations there.
+# Serve host tensors and objects only, unless `groups` names them: every rank is in them, and nobody all-reduces activations there.
 _HOST_GROUPS = frozenset({"world", "replica"})
 
 
@@ -44,6 +44,13 @@ class ParallelContext:
     """
 
     __slots__ = ("__weakref__", "_groups", "_layout", "_name", "_options", "_state", "_world")
+
+    _groups: Mapping[str, GroupCoordinator]
+    _layout: Layout
+    _name: str
+    _options: Mapping[str, CommunicatorOptions]
+    _state: dict[str, bool]
+    _world: World
 
     def __init__(
         self,
@@ -200,14 +207,17 @@ class ParallelContext:
             lines += [f"    {', '.join(operations)}: {', then '.join(names)}" for names, operations in chains.items()]
             lines += [f"    {c.name}: {c.describe()}" for c in coordinator._link.communicators if c.describe()]
         communicators = [c for coordinator in self._distinct() for c in coordinator._link.communicators]
-        lines.append(
-            f"  {len(communicators)} communicators in {len(self._distinct())} groups, {sum(c.memory() for c in communicators)} bytes of shared memory"
-        )
+        memory = sum(c.memory() for c in communicators)
+        lines.append(f"  {len(communicators)} communicators in {len(self._distinct())} groups, {memory} bytes of shared memory")
         return "\n".join(lines)
 
     def _distinct(self) -> list[GroupCoordinator]:
         """One coordinator for each set of communicators."""
-        return list({id(c._link): c for c in reversed(self._groups.values()) if c.world_size > 1}.values())[::-1]
+        distinct: dict[int, GroupCoordinator] = {}
+        for coordinator in self._groups.values():
+            if coordinator.world_size > 1:
+                distinct.setdefault(id(coordinator._link), coordinator)
+        return list(distinct.values())
 
     # Life.
 

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from types import MappingProxyType, TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, cast
 
 import attrs
 import torch
@@ -26,7 +26,6 @@ from commgraph.building import Builder, Links
 from commgraph.context import CLOSE_TIMEOUT, ParallelContext, build_context, build_coordinator
 from commgraph.coordinator import GroupCoordinator
 from commgraph.errors import BuildError, CommGraphError, ConfigurationError, ContextClosedError, LaunchError, LayoutError
-from commgraph.hosts import Hosts
 from commgraph.layout import Layout
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import Platform
@@ -253,7 +252,7 @@ class World:
             except RuntimeError as error:
                 raise BuildError(f"rank {rank} of {size}: the store that the ranks meet in does not answer: {error}") from error
             mine = dist.PrefixStore(f"commgraph/{number}", store)
-            found = hosts.discover(mine, rank, size, label=label, timeout=timeout)
+            found = hosts.discover(cast(hosts.Store, mine), rank, size, label=label, timeout=timeout)  # torch's stub lacks half of a Store
             facts = {
                 "whether there is an authkey (COMMGRAPH_AUTHKEY or authkey=)": "yes" if authkey else "no",
                 "the versions": f"commgraph {commgraph.__version__}, torch {torch.__version__}",
@@ -306,7 +305,9 @@ class World:
         platform: Platform | None = None,
         options: CommunicatorOptions | Mapping[str, CommunicatorOptions] | None = None,
     ) -> ParallelContext:
-        """Builds the groups of `layout`, whole, or raises on every rank. Collective; may run on one thread while another uses older contexts.
+        """Builds the groups of `layout`, whole, or raises on every rank.
+
+        Collective; may run on one thread while another uses older contexts.
 
         Args:
             layout: where each rank sits; for exactly this world's ranks.

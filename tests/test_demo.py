@@ -31,7 +31,21 @@ def test_the_demo_generates_what_the_target_alone_and_an_unsharded_process_gener
 def test_under_torchrun_with_two_engines_and_a_sharded_draft() -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "commgraph.demo")
     done = run(
-        "--dp", "2", "--pp", "1", "--tp", "2", "--draft-tp", "2", "--tokens", "12", "--prompt", "A list is", "--prompt", "The module", module=launcher
+        "--dp",
+        "2",
+        "--pp",
+        "1",
+        "--tp",
+        "2",
+        "--draft-tp",
+        "2",
+        "--tokens",
+        "12",
+        "--prompt",
+        "A list is",
+        "--prompt",
+        "The module",
+        module=launcher,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("same tokens as one unsharded process") == 2
@@ -47,7 +61,7 @@ def test_under_torchrun_with_two_engines_and_a_sharded_draft() -> None:
         (["--draft-tp", "3", "--nproc", "12"], "whole drafts of 3"),
         (["--tokens", "0"], "at least one"),
         (["--tokens", "100000"], "positions"),
-        (["--prompt", ""], "at least one"),
+        (["--prompt", ""], "empty"),
         (["--dp", "0"], "dp"),
     ],
 )

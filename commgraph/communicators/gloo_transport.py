@@ -7,7 +7,7 @@ let the order of a reduction be ours.
 What was seen of gloo (torch 2.13) and is relied upon:
 
 * Messages pair by (peer, tag), in order. A message that is longer than the buffer it meets ends the *process*, so the tags of
-  calls that do not fit together must differ (`GroupLink` makes them).
+  calls that do not fit together must differ (`GroupLink` makes them), and the size of each message is worked into its tag here.
 * `Work.wait(timeout)` that runs out closes every connection of the group: this rank's other waits and its peers' end with an error.
   `abort` uses just that; nothing else releases a blocked wait.
 * Dropping the group closes its connections; what was written before still arrives.
@@ -16,6 +16,7 @@ What was seen of gloo (torch 2.13) and is relied upon:
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ __all__ = ["GlooTransport", "TransportClosed", "TransportTimeout", "as_bytes"]
 
 # No call uses the highest tag: a receive on it can only time out.
 _NEVER_SENT = 2**31 - 1
+# The part of a tag that tells one call from another; what is above it is the kind of message.
+_TAG_MASK = (1 << 28) - 1
 
 
 class TransportTimeout(Exception):  # noqa: N818 - internal; GroupLink turns it into the public error
@@ -53,6 +56,17 @@ class TransportClosed(Exception):  # noqa: N818 - internal; GroupLink turns it i
 def as_bytes(x: torch.Tensor) -> torch.Tensor:
     """The memory of a contiguous tensor as uint8, 1-D, without a copy."""
     return x.reshape(-1).view(torch.uint8)
+
+
+def _sized(tag: int, nbytes: int) -> int:
+    """`tag` for a message of so many bytes: messages of one call but of different sizes never pair."""
+    # Odd, so the product is another one for each size below 2**28; larger ones differ in what is shifted down.
+    return tag ^ ((nbytes * 0x9E3779B1 ^ nbytes >> 28) & _TAG_MASK)
+
+
+def _left(deadline: float) -> timedelta:
+    """What is left until `deadline`. gloo cuts it to milliseconds and takes zero for "no deadline", so it is rounded up."""
+    return timedelta(milliseconds=max(math.ceil((deadline - time.monotonic()) * 1000), 1))
 
 
 class GlooTransport:
@@ -87,7 +101,7 @@ class GlooTransport:
         Args:
             sends, receives: contiguous host tensors of any dtype and the rank in the group they go to or come from. Empty ones are
                 left out on both sides.
-            tag: the same number on both sides of each message, below 2**31 - 1.
+            tag: the same number on both sides of each message, below 7 * 2**28.
             timeout: seconds.
         """
         deadline = time.monotonic() + timeout
@@ -99,26 +113,30 @@ class GlooTransport:
         try:
             for tensor, peer in receives:
                 if tensor.numel():
-                    works.append((backend.recv([as_bytes(tensor)], peer, tag), peer))
+                    works.append((backend.recv([as_bytes(tensor)], peer, _sized(tag, tensor.nbytes)), peer))
             for tensor, peer in sends:
                 if tensor.numel():
-                    works.append((backend.send([as_bytes(tensor)], peer, tag), peer))
+                    works.append((backend.send([as_bytes(tensor)], peer, _sized(tag, tensor.nbytes)), peer))
                     self.bytes_sent += tensor.nbytes
             for work, peer in works:
-                # gloo takes a timeout of zero for "none".
-                work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
+                work.wait(_left(deadline))
         except RuntimeError as error:
             self._keep.append((sends, receives, works))
             if time.monotonic() >= deadline and not self._aborted:
                 raise TransportTimeout(peer) from None
             raise TransportClosed(peer, str(error)) from None
+        except BaseException:
+            # Whatever it was, messages are under way that nobody will wait for: their buffers must live until the connections are gone.
+            self._keep.append((sends, receives, works))
+            self.abort()
+            raise
 
     def receive_later(self, tensor: torch.Tensor, peer: int, *, tag: int) -> LateReceive:
         """A receive that may be waited for several times: gloo's own wait closes the group when it runs out, this one does not."""
         if self._backend is None:
             raise TransportClosed(self.rank_in_group, "this rank closed the group")
         try:
-            work = self._backend.recv([as_bytes(tensor)], peer, tag)
+            work = self._backend.recv([as_bytes(tensor)], peer, _sized(tag, tensor.nbytes))
         except RuntimeError as error:
             raise TransportClosed(peer, str(error)) from None
         return LateReceive(work.wait, tensor, peer)

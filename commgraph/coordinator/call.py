@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import SupportsIndex
+from typing import SupportsIndex, TypeVar
 
 import attrs
 import torch
@@ -18,7 +19,11 @@ from commgraph.errors import UnsupportedTensorError
 
 __all__ = ["Call", "Timeout"]
 
+T = TypeVar("T")
 Timeout = timedelta | float | None
+
+# Seconds. Ten years are for ever; clocks and thread primitives overflow not far beyond.
+_LONGEST = 10 * 365 * 86400.0
 
 # Frames that are not the user's: this package's, and those of the context managers in it.
 _OURS = (str(Path(__file__).parent.parent), contextlib.__file__)
@@ -62,6 +67,10 @@ class Call:
         """`x`, if it is a tensor that can be communicated as it is."""
         if not isinstance(x, torch.Tensor):
             raise self.unsupported(f"{name} is a {type(x).__name__}, a torch.Tensor is needed")
+        if x.is_nested:
+            raise self.unsupported(f"{name} is a nested tensor; send its values and its lengths")
+        if type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise self.unsupported(f"{name} is a {type(x).__name__}, whose memory is not its values; send the plain tensors it is made of")
         if x.layout != torch.strided:
             raise self.unsupported(f"{name} has layout {x.layout}; send a strided tensor, e.g. {name}.to_dense() or its indices and values")
         if x.is_quantized:
@@ -75,6 +84,14 @@ class Call:
                 "commgraph.nn.functional (copy_to, reduce_from, gather_from, scatter_to, reduce_scatter_to); elsewhere call it under "
                 f"torch.no_grad() or on {name}.detach()"
             )
+        return x
+
+    def written(self, x: torch.Tensor, name: str = "x") -> torch.Tensor:
+        """`x`, if a result may be written to it."""
+        if any(stride == 0 and extent > 1 for stride, extent in zip(x.stride(), x.shape, strict=True)):
+            raise self.unsupported(f"{name} is expanded (strides {x.stride()}): several of its entries share memory, so it cannot be filled")
+        if x.is_inference() and not torch.is_inference_mode_enabled():
+            raise self.unsupported(f"{name} was made in inference mode, where alone torch lets it be filled")
         return x
 
     def dim(self, x: torch.Tensor, dim: int, name: str = "dim") -> int:
@@ -101,12 +118,19 @@ class Call:
 
     def sizes(self, sizes: Sequence[SupportsIndex], name: str = "sizes") -> list[int]:
         """One size per rank, none negative."""
-        checked = [self._index(size, f"{name}[{i}]") for i, size in enumerate(sizes)]
+        checked = [self._index(size, f"{name}[{i}]") for i, size in enumerate(self.several(sizes, name))]
         if len(checked) != self.world_size:
             raise self.wrong(f"{name}={checked} has {len(checked)} entries, one for each of {self.world_size} ranks is needed")
         if any(size < 0 for size in checked):
             raise self.wrong(f"{name}={checked}: a size cannot be negative")
         return checked
+
+    def several(self, values: Iterable[T], name: str) -> list[T]:
+        """`values` as a list."""
+        try:
+            return list(values)
+        except TypeError:
+            raise self.unsupported(f"{name} is a {type(values).__name__}, a sequence is needed") from None
 
     def split(self, sizes: Sequence[SupportsIndex], extent: int, of: str, name: str = "sizes") -> list[int]:
         """`sizes`, which must add up to `extent`."""
@@ -130,12 +154,21 @@ class Call:
         """The caller's `out`, or a new tensor."""
         if out is None:
             return torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
-        self.tensor(out, "out")
+        self.written(self.tensor(out, "out"), "out")
         if tuple(out.shape) != tuple(shape) or out.dtype != like.dtype or out.device != like.device:
             raise self.unsupported(
                 f"out is {out.dtype} {tuple(out.shape)} on {out.device}, the result is {like.dtype} {tuple(shape)} on {like.device}"
             )
         return out
+
+    def like(self, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+        """An empty tensor of the dtype and device of one to receive."""
+        try:
+            like = torch.empty(0, dtype=dtype, device=device)
+        # torch's own errors for what is no dtype, no device, or a device that it was not built for.
+        except (TypeError, RuntimeError, AssertionError) as error:
+            raise self.unsupported(f"no tensor of dtype={dtype!r} on device={str(device)!r} can be made here: {error}") from None
+        return self.tensor(like, "the result")
 
     def size(self, size: Sequence[SupportsIndex] | SupportsIndex) -> tuple[int, ...]:
         """The shape of a tensor to receive."""
@@ -152,15 +185,17 @@ class Call:
         seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
         if isinstance(seconds, bool) or not isinstance(seconds, int | float):
             raise self.wrong(f"timeout={timeout!r} is neither a datetime.timedelta nor seconds")
-        if not seconds > 0:
-            raise self.wrong(f"timeout={timeout!r}: a deadline must lie in the future")
-        return float(seconds)
+        if not 0 < seconds < math.inf:
+            raise self.wrong(f"timeout={timeout!r}: a deadline must lie in the future, and every wait has one")
+        return float(min(seconds, _LONGEST))
 
     def _index(self, value: SupportsIndex, name: str) -> int:
         try:
-            return operator.index(value)
+            if not isinstance(value, bool):
+                return operator.index(value)
         except TypeError:
-            raise self.wrong(f"{name}={value!r} is not an integer") from None
+            pass
+        raise self.wrong(f"{name}={value!r} is not an integer")
 
 
 def place() -> str:

@@ -13,7 +13,7 @@ from commgraph.communicators.base import Communicator
 from commgraph.coordinator.call import Call, Timeout
 from commgraph.coordinator.link import MESSAGE, GroupLink, make_tag
 from commgraph.coordinator.objects import ObjectPath
-from commgraph.coordinator.tensor_dict import Plan, empties, join_dict, split_dict
+from commgraph.coordinator.tensor_dict import Entry, Plan, empties, join_dict, split_dict
 from commgraph.errors import BackendUnavailableError
 
 __all__ = ["GroupCoordinator"]
@@ -137,7 +137,7 @@ class GroupCoordinator:
 
     @property
     def device_group(self) -> dist.ProcessGroup | None:
-        """The torch process group for device tensors: on the host `cpu_group`."""
+        """The torch process group for device tensors, which on the host is `cpu_group`."""
         return self.cpu_group
 
     @property
@@ -278,7 +278,7 @@ class GroupCoordinator:
             if pieces[self.rank_in_group] != extent:
                 what = "x" if single else f"x[{i}]"
                 raise call.wrong(
-                    f"sizes={pieces} says {pieces[self.rank_in_group]} for this rank, {what} {tuple(tensor.shape)} has {extent} in dim {axis}"
+                    f"sizes={pieces} says {pieces[self.rank_in_group]} here; {what} {tuple(tensor.shape)} has {extent} in dim {axis}"
                 )
             checked.append((tensor, axis, pieces))
         results = [self._all_gather(call, tensor, axis, pieces, None, seconds) for tensor, axis, pieces in checked]
@@ -547,18 +547,18 @@ class GroupCoordinator:
         call, _ = self._message("broadcast_tensor_dict", timeout)
         src = call.peer(src, "src")
         if self.rank_in_group != src:
-            entries = self.broadcast_object(None, src, timeout=timeout)
-            landing = empties(entries, self.device)  # type: ignore[arg-type]  # an object from the wire
+            entries: list[Entry] = self.broadcast_object(None, src, timeout=timeout)
+            landing = empties(entries, self.device)
             for tensor in landing:
                 self.broadcast(tensor, src, timeout=timeout)
-            return join_dict(entries, landing)  # type: ignore[arg-type]  # an object from the wire
+            return join_dict(entries, landing)
         if tensor_dict is None:
             raise call.wrong("tensor_dict is None on src, which has to give it")
-        entries, tensors = split_dict(tensor_dict)
+        description, tensors = split_dict(tensor_dict)
         for tensor in tensors:
             call.tensor(tensor, "a tensor of tensor_dict")
         if self.world_size > 1:
-            self.broadcast_object(entries, src, timeout=timeout)
+            self.broadcast_object(description, src, timeout=timeout)
             for tensor in tensors:
                 self.broadcast(tensor, src, timeout=timeout)
         return tensor_dict

@@ -38,8 +38,8 @@ _CHECK_BYTES = 512
 
 
 def make_tag(kind: int, sequence: int, signature: str = "") -> int:
-    """31 bits that two messages share only if they belong together: kind, count (modulo 4096) and a hash of what all sides know."""
-    return kind << 28 | (sequence & 0xFFF) << 16 | (zlib.crc32(signature.encode()) & 0xFFFF)
+    """31 bits that two messages share only if they belong together: kind, and a hash of the count and of what all sides know."""
+    return kind << 28 | (zlib.crc32(f"{sequence} {signature}".encode()) & 0xFFFFFFF)
 
 
 @attrs.frozen
@@ -209,7 +209,7 @@ class GroupLink:
         head = f"{call.where}: call #{call.sequence}, {what}, at {at}, did not end within {timeout:g} s; it waited for rank {self.ranks[error.peer]}"
         self._publish(_Fault("timeout", f"{call.sequence} {what}", None, call.sequence, f"{what} at {at}"))
         self._abort()
-        faults = self._read_faults(wait=1.0)
+        faults = self._read_faults(range(self.world_size), wait=1.0)
         lines = [f"  rank {self.ranks[peer]} gave up in call #{fault.sequence}, {fault.text}" for peer, fault in sorted(faults.items())]
         silent = [self.ranks[i] for i in range(self.world_size) if i != self.rank_in_group and i not in faults]
         if silent:
@@ -224,7 +224,8 @@ class GroupLink:
     def _lost(self, call: Call, what: str, error: TransportClosed) -> NoReturn:
         if self._closed:
             raise ContextClosedError(f"{call.where}: its context was closed during the call") from None
-        faults = self._read_faults(wait=0.0)
+        # Its deadline may have passed: then the connection closes a moment before it has told why.
+        faults = self._read_faults([error.peer], wait=0.25)
         fault = faults.get(error.peer) or next(iter(faults.values()), None)
         at = place()
         lost: int | None = self.ranks[error.peer]
@@ -264,8 +265,9 @@ class GroupLink:
             with contextlib.suppress(RuntimeError):
                 self._store.set(f"fault/{self.rank_in_group}", json.dumps(attrs.asdict(fault)))
 
-    def _read_faults(self, *, wait: float) -> dict[int, _Fault]:
-        """What the peers left, waiting up to `wait` seconds for all of them."""
+    def _read_faults(self, awaited: Sequence[int], *, wait: float) -> dict[int, _Fault]:
+        """What the peers left, waiting up to `wait` seconds for those of `awaited`."""
+        missing = set(awaited) - {self.rank_in_group}
         found: dict[int, _Fault] = {}
         deadline = time.monotonic() + wait
         with contextlib.suppress(RuntimeError):
@@ -273,7 +275,7 @@ class GroupLink:
                 for peer in range(self.world_size):
                     if peer != self.rank_in_group and peer not in found and self._store.check([f"fault/{peer}"]):
                         found[peer] = _Fault(**json.loads(self._store.get(f"fault/{peer}")))
-                if len(found) == self.world_size - 1 or time.monotonic() >= deadline:
+                if missing <= found.keys() or time.monotonic() >= deadline:
                     break
                 time.sleep(0.02)
         return found

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 import torch
 
-__all__ = ["Plan", "empties", "join_dict", "split_dict"]
+__all__ = ["Entry", "Plan", "empties", "join_dict", "split_dict"]
 
 # An entry of the description: path of keys, then ("o", value), ("d",) for an empty dict, or ("t", dtype, shape, on the host?).
 Entry = tuple[tuple[Any, ...], tuple[Any, ...]]

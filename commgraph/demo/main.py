@@ -52,7 +52,7 @@ class _Arguments:
         draft = cg.Layout(self.nproc, tp=self.draft_tp)
         if self.tp * self.pp % self.draft_tp:
             raise ConfigurationError(
-                f"each engine has tp * pp = {self.tp} * {self.pp} = {self.tp * self.pp} ranks, which whole drafts of {self.draft_tp} cannot fill"
+                f"each engine has tp * pp = {self.tp} * {self.pp} = {self.tp * self.pp} ranks, not whole drafts of {self.draft_tp}"
             )
         shapes = {name: load_checkpoint(weights_path(name))[0] for name in ("target", "draft")}
         check_sizes(shapes["target"], "target", tp=self.tp, pp=self.pp)
@@ -67,8 +67,8 @@ class _Arguments:
             length = len(encode(prompt))
             if not 1 <= length <= config.max_positions - self.tokens:
                 raise ConfigurationError(
-                    f"a prompt of {length} bytes and {self.tokens} tokens after it: the model has {config.max_positions} positions, and wants "
-                    "a prompt of at least one"
+                    f"a prompt of {length} bytes and {self.tokens} tokens after it do not fit the model's {config.max_positions} positions, or "
+                    "the prompt is empty"
                 )
 
 
@@ -229,9 +229,10 @@ def _print_report(
     console.print(f"\n[bold]{'text' if engine is None else f'text of engine {engine}'}[/]  (prompt in bold)")
     console.print(f"[bold]{_plain(prompt)}[/]{_plain(decode(speculative.tokens))}")
     console.print(
-        f"\n  the draft proposed {speculative.proposed} tokens, the target took {speculative.accepted}: acceptance {speculative.acceptance:.0%}\n"
-        f"  {plain.speed:.1f} tokens/s by the target alone ({plain.steps} steps), {speculative.speed:.1f} with the draft ({speculative.steps} steps)"
+        f"\n  {speculative.proposed} tokens proposed by the draft, {speculative.accepted} taken by the target: {speculative.acceptance:.0%}"
     )
+    for how, run in (("by the target alone", plain), ("with the draft", speculative)):
+        console.print(f"  {run.speed:.1f} tokens/s {how}, in {run.steps} steps of the target")
     for same, what in ((same_alone, "the target alone"), (same_unsharded, "one unsharded process")):
         console.print(f"  [green]same tokens as {what}[/]" if same else f"  [bold red]DIFFERS from {what}[/]")
 

@@ -6,6 +6,7 @@ Shapes: T new tokens of one sequence over S = past + T positions, hidden size H,
 from __future__ import annotations
 
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from commgraph.context import ParallelContext
 from commgraph.demo.config import LlamaConfig
 from commgraph.demo.reference import KVCache, RMSNorm, load_checkpoint, rotary, rotate
-from commgraph.errors import LayoutError
+from commgraph.errors import ConfigurationError, LayoutError
 from commgraph.nn import (
     MergedColumnParallelLinear,
     ParallelLMHead,
@@ -25,6 +26,17 @@ from commgraph.nn import (
 )
 
 __all__ = ["ShardedLlama", "check_sizes"]
+
+# The checkpoint's projections that are one matrix here.
+_FUSED = MappingProxyType(
+    {
+        "q_proj": ("qkv_proj", "q"),
+        "k_proj": ("qkv_proj", "k"),
+        "v_proj": ("qkv_proj", "v"),
+        "gate_proj": ("gate_up_proj", 0),
+        "up_proj": ("gate_up_proj", 1),
+    }
+)
 
 
 def check_sizes(config: LlamaConfig, model: str, *, tp: int, pp: int = 1) -> None:
@@ -122,7 +134,10 @@ class ShardedLlama(nn.Module):
         """This rank's part of a weight file, for inference. Every rank reads the whole file: it is small."""
         config, tensors = load_checkpoint(path)
         model = cls(config, ctx=ctx, dtype=dtype)
-        load_full_state_dict(model, tensors, mapping=_MAPPING, strict=False)
+        report = load_full_state_dict(model, tensors, mapping=_FUSED, strict=False)
+        # Another stage's layers are no mistake; a parameter of this one that nothing was loaded into would be.
+        if report.missing:
+            raise ConfigurationError(f"{path.name} lacks {', '.join(report.missing)}")
         return model.eval().requires_grad_(False)
 
     @torch.no_grad()

@@ -1,9 +1,10 @@
 """Collectives that a gradient passes through, for one replicated loss.
 
-Megatron-LM's tensor-parallel mappings: every rank of the group computes *the same* loss, so the gradient of a replicated tensor is the same on
-every rank and must be counted once, not once per rank. (An all-reduce whose backward is an all-reduce, the adjoint for the *sum* of all ranks'
-losses, gives weight gradients that are exactly world_size times too large here.) A tensor is in one of three states: *replicated* (equal on all
-ranks), *split* (each rank holds its piece of a dim), *partial* (the ranks' tensors add up to the value). Each function moves between two:
+Megatron-LM's tensor-parallel mappings: every rank of the group computes *the same* loss, so the gradient of a replicated tensor is the
+same on every rank and must be counted once, not once per rank. (An all-reduce whose backward is an all-reduce, the adjoint for the *sum*
+of all ranks' losses, gives weight gradients that are exactly world_size times too large here.) A tensor is in one of three states:
+*replicated* (equal on all ranks), *split* (each rank holds its piece of a dim), *partial* (the ranks' tensors add up to the value). Each
+function moves between two:
 
 =========================================  =======================  ==============  ===============
 function                                   from -> to               forward         backward
@@ -16,12 +17,12 @@ function                                   from -> to               forward     
 ``gather_from(..., reduce_grad=True)``     split -> per rank        all_gather      reduce_scatter
 =========================================  =======================  ==============  ===============
 
-The lines come in pairs, and the backward of one is the forward of its twin, so that derivatives of any order are right. The last pair is sequence
-parallelism (Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", 2022): around a column-parallel and a row-parallel
-layer it takes the place of ``copy_to`` and ``reduce_from``.
+The lines come in pairs, and the backward of one is the forward of its twin, so that derivatives of any order are right. The last pair is
+sequence parallelism (Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", 2022): around a column-parallel
+and a row-parallel layer it takes the place of ``copy_to`` and ``reduce_from``.
 
-Every function takes its group explicitly and is collective over it, in forward and in backward. A group of one rank gives the input object back.
-Where no gradient is wanted (``torch.no_grad()``, or x requires none) they are the coordinator's own operation.
+Every function takes its group explicitly and is collective over it, in forward and in backward. A group of one rank gives the input object
+back. Where no gradient is wanted (``torch.no_grad()``, or x requires none) they are the coordinator's own operation.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def copy_to(x: torch.Tensor, group: Reducer) -> torch.Tensor:
     Returns:
         x. Backward sums the ranks' gradients (each saw only what its own computation made of x), so that they are replicated, too.
     """
-    return _Copy.apply(x, group) if group.world_size > 1 and _records(x) else x
+    return _apply(_Copy, x, group) if group.world_size > 1 and _records(x) else x
 
 
 def reduce_from(x: torch.Tensor, group: Reducer) -> torch.Tensor:
@@ -72,7 +73,7 @@ def reduce_from(x: torch.Tensor, group: Reducer) -> torch.Tensor:
         respect to each term is that of the sum, which every rank already has.
     """
     if group.world_size > 1 and _records(x):
-        return _Reduce.apply(x, group)
+        return _apply(_Reduce, x, group)
     return group.all_reduce(x)
 
 
@@ -91,7 +92,7 @@ def gather_from(x: torch.Tensor, group: GroupCoordinator, dim: int = -1, *, redu
         x's shape with `dim` multiplied by the group's size.
     """
     if group.world_size > 1 and _records(x):
-        return _Gather.apply(x, group, dim, reduce_grad)
+        return _apply(_Gather, x, group, dim, reduce_grad)
     return group.all_gather(x, dim)
 
 
@@ -112,7 +113,7 @@ def scatter_to(x: torch.Tensor, group: GroupCoordinator, dim: int = -1) -> torch
     _check_even(x, group, dim)
     if group.world_size == 1:
         return x
-    return _Scatter.apply(x, group, dim) if _records(x) else _own_piece(x, group, dim)
+    return _apply(_Scatter, x, group, dim) if _records(x) else _own_piece(x, group, dim)
 
 
 def reduce_scatter_to(x: torch.Tensor, group: GroupCoordinator, dim: int = -1) -> torch.Tensor:
@@ -127,8 +128,13 @@ def reduce_scatter_to(x: torch.Tensor, group: GroupCoordinator, dim: int = -1) -
         x's shape with `dim` divided by the group's size. Backward gathers: every rank's partial result entered every piece.
     """
     if group.world_size > 1 and _records(x):
-        return _ReduceScatter.apply(x, group, dim)
+        return _apply(_ReduceScatter, x, group, dim)
     return group.reduce_scatter(x, dim)
+
+
+def _apply(function: type[Function], *args: Any) -> torch.Tensor:
+    result: torch.Tensor = function.apply(*args)
+    return result
 
 
 def _records(x: torch.Tensor) -> bool:
@@ -150,7 +156,8 @@ def _own_piece(x: torch.Tensor, group: GroupCoordinator, dim: int) -> torch.Tens
     return x.narrow(dim, group.rank_in_group * size, size).contiguous()
 
 
-# Each backward is the twin's `apply`, not the bare collective: with create_graph=True it is recorded in its turn. `node` is what torch calls ctx.
+# Each backward is the twin's `apply`, not the bare collective: with create_graph=True it is recorded in its turn. `node` is what torch
+# calls ctx.
 
 
 class _Copy(Function):
@@ -161,7 +168,7 @@ class _Copy(Function):
 
     @staticmethod
     def backward(node: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _Reduce.apply(grad, node.group), None
+        return _apply(_Reduce, grad, node.group), None
 
 
 class _Reduce(Function):
@@ -172,7 +179,7 @@ class _Reduce(Function):
 
     @staticmethod
     def backward(node: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _Copy.apply(grad, node.group), None
+        return _apply(_Copy, grad, node.group), None
 
 
 class _Gather(Function):
@@ -183,7 +190,7 @@ class _Gather(Function):
 
     @staticmethod
     def backward(node: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return node.twin.apply(grad, node.group, node.dim), None, None, None
+        return _apply(node.twin, grad, node.group, node.dim), None, None, None
 
 
 class _Scatter(Function):
@@ -194,7 +201,7 @@ class _Scatter(Function):
 
     @staticmethod
     def backward(node: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _Gather.apply(grad, node.group, node.dim, False), None, None
+        return _apply(_Gather, grad, node.group, node.dim, False), None, None
 
 
 class _ReduceScatter(Function):
@@ -205,4 +212,4 @@ class _ReduceScatter(Function):
 
     @staticmethod
     def backward(node: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _Gather.apply(grad, node.group, node.dim, True), None, None
+        return _apply(_Gather, grad, node.group, node.dim, True), None, None

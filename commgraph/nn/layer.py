@@ -35,8 +35,8 @@ class ParallelLayer(nn.Module):
         super().__init__()
         if not isinstance(ctx, ParallelContext):
             raise TypeError(
-                f"{type(self).__name__}(ctx=...) takes a ParallelContext, not a {type(ctx).__name__}; a group other than tp is chosen by its "
-                "name, e.g. ctx=ctx, group='ep'"
+                f"{type(self).__name__}(ctx=...) takes a ParallelContext, not a {type(ctx).__name__}; a group other than tp is "
+                "chosen by its name, e.g. ctx=ctx, group='ep'"
             )
         ctx[group]  # a group that the context lacks is an error here, not at the first forward
         self.ctx = ctx
@@ -67,10 +67,10 @@ class ParallelLayer(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws the parameters anew, as the unsharded layer of torch would.
 
-        The whole tensor is drawn on the host and cut, so that one seed gives the same full weights whatever the size of the group, and the same
-        as ``torch.nn``'s layer. It costs the memory and the time of the full tensors, one at a time: where a checkpoint is loaded anyway, build
-        the model with ``device="meta"`` and give it memory with ``model.to_empty(device=...)``. Ranks that are threads of one process share
-        torch's default generator: give each its own.
+        The whole tensor is drawn on the host and cut, so that one seed gives the same full weights whatever the size of the group, and the
+        same as ``torch.nn``'s layer. It costs the memory and the time of the full tensors, one at a time: where a checkpoint is loaded
+        anyway, build the model with ``device="meta"`` and give it memory with ``model.to_empty(device=...)``. Ranks that are threads of
+        one process share torch's default generator: give each its own.
 
         Args:
             generator: of the host; None: torch's default one.

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
+import attrs
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -38,24 +38,24 @@ class _Linear(ParallelLayer):
             bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
             nn.init.uniform_(full, -bound, bound, generator=generator)
 
-    def _checked(self, x: torch.Tensor, hint: str) -> torch.Tensor:
+    def _checked(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[-1:] != self.weight.shape[1:]:
             raise ValueError(
-                f"{type(self).__name__} on rank {self.ctx.rank}: x {tuple(x.shape)} must end in {self.weight.shape[1]} features{hint}"
+                f"{type(self).__name__}({self.extra_repr()}): x {tuple(x.shape)} must end in {self.weight.shape[1]} features on this rank. "
+                "Nothing was sent."
             )
         return x
 
 
 class ColumnLinear(_Linear):
-    """What the layers cut along the output have in common: one weight, made of several full ones."""
+    """What the layers cut along the output have in common: one weight, made of one full weight or several."""
 
-    def __init__(
+    gather_output: bool
+
+    def _make(
         self,
         in_features: int,
         pieces: Mapping[Shard, Piece],
-        *,
-        ctx: ParallelContext,
-        group: str,
         bias: bool,
         gather_output: bool,
         device: torch.device | str | None,
@@ -84,15 +84,19 @@ class ColumnLinear(_Linear):
 
         Returns:
             ``[..., sum(local_sizes)]``, this rank's features of each piece; with `gather_output` ``[..., out_features]`` on every rank.
+
+        Raises:
+            ValueError: x has another number of features; nothing was sent.
         """
-        y = F.linear(copy_to(self._checked(x, ""), self.group), *self._parameters_for_forward())
+        y = self._own(x)
         if not self.gather_output or self.group.world_size == 1:
             return y
         pieces = self.cuts["weight"].join(gather_from(y, self.group), -1)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
 
-    def _parameters_for_forward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.weight, self.bias
+    def _own(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's features, padding included."""
+        return F.linear(copy_to(self._checked(x), self.group), self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """The sizes, and this rank's place."""
@@ -105,7 +109,7 @@ class ColumnLinear(_Linear):
 class ColumnParallelLinear(ColumnLinear):
     """``y = x W^T + b`` with W cut along the output: each rank computes its share of the features.
 
-    Forward communicates nothing (but with `gather_output`); backward all-reduces the gradient of x. Usually followed by a `RowParallelLinear`.
+    Forward communicates nothing (but with `gather_output`); backward all-reduces the gradient of x. Usually a `RowParallelLinear` follows.
 
     Args:
         in_features: of the whole layer.
@@ -137,7 +141,211 @@ class ColumnParallelLinear(ColumnLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        ParallelLayer.__init__(self, ctx, group)
+        super().__init__(ctx, group)
         self._divisible(out_features=out_features)
-        pieces: dict[Shard, Piece] = {0: Piece(out_features, self.group.world_size)}
-        super().__init__(in_features, pieces, ctx=ctx, group=group, bias=bias, gather_output=gather_output, device=device, dtype=dtype)
+        self._make(in_features, {0: Piece(out_features, self.group.world_size)}, bias, gather_output, device, dtype)
+
+
+class MergedColumnParallelLinear(ColumnLinear):
+    """Several column-parallel layers on the same input as one, e.g. the gate and up projections of a gated MLP.
+
+    Each rank holds its share of every piece: ``gate, up = layer(x).split(layer.local_sizes, dim=-1)``. Checkpoints that have the pieces
+    apart load with ``layer.load_full(gate, 0)``, ``layer.load_full(up, 1)``.
+
+    Args:
+        in_features: of the whole layer.
+        output_sizes: features of each piece; multiples of tp.
+        bias: whether there is one. Cut like the output.
+        gather_output: whether every rank gets all features of all pieces, one piece after the other.
+        ctx: the context whose group shares the layer.
+        group: name of that group.
+        device, dtype: of the parameters; None: torch's defaults.
+
+    Attributes:
+        weight: ``[sum(output_sizes) / tp, in_features]``.
+        bias: ``[sum(output_sizes) / tp]`` or None.
+
+    Raises:
+        ConfigurationError: a size is not a multiple of tp.
+        LayoutError: the context has no such group.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        output_sizes: Sequence[int],
+        bias: bool = True,
+        gather_output: bool = False,
+        *,
+        ctx: ParallelContext,
+        group: str = "tp",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(ctx, group)
+        if not output_sizes:
+            raise ConfigurationError("MergedColumnParallelLinear(output_sizes=[]): at least one size is needed")
+        self._divisible(**{f"output_sizes[{i}]": size for i, size in enumerate(output_sizes)})
+        pieces: dict[Shard, Piece] = {i: Piece(size, self.group.world_size) for i, size in enumerate(output_sizes)}
+        self._make(in_features, pieces, bias, gather_output, device, dtype)
+
+
+class QKVParallelLinear(ColumnLinear):
+    """The query, key and value projections of an attention as one layer, cut by heads.
+
+    ``q, k, v = layer(x).split(layer.local_sizes, dim=-1)``. Where ranks outnumber key-value heads, neighbouring ranks hold the same one,
+    next to the query heads that use it; the gradient of such a copy is summed over its holders, so that copies stay equal. Checkpoints
+    that have the three apart load with ``layer.load_full(wq, "q")``, ``"k"``, ``"v"``.
+
+    Args:
+        hidden_size: features of the input.
+        head_dim: features of a head.
+        num_heads: query heads of the whole layer; a multiple of tp.
+        num_kv_heads: key-value heads of the whole layer, a divisor of `num_heads`; None: as many. A multiple of tp, or a divisor of it.
+        bias: whether there is one. Cut like the output.
+        gather_output: whether every rank gets all heads, queries first.
+        ctx: the context whose group shares the layer.
+        group: name of that group.
+        device, dtype: of the parameters; None: torch's defaults.
+
+    Attributes:
+        weight: ``[(local_num_heads + 2 * local_num_kv_heads) * head_dim, hidden_size]``.
+        bias: ``[(local_num_heads + 2 * local_num_kv_heads) * head_dim]`` or None.
+        local_num_heads, local_num_kv_heads: heads of this rank.
+
+    Raises:
+        ConfigurationError: the heads cannot be shared so.
+        LayoutError: the context has no such group.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        head_dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        bias: bool = True,
+        gather_output: bool = False,
+        *,
+        ctx: ParallelContext,
+        group: str = "tp",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(ctx, group)
+        tp = self.group.world_size
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self._divisible(num_heads=num_heads)
+        if num_heads % kv_heads:
+            raise ConfigurationError(
+                f"QKVParallelLinear(num_heads={num_heads}, num_kv_heads={kv_heads}): each must serve as many query heads"
+            )
+        if tp % kv_heads:
+            self._divisible(num_kv_heads=kv_heads)
+        self.head_dim, self.num_heads, self.num_kv_heads = head_dim, num_heads, kv_heads
+        self.local_num_heads, self.local_num_kv_heads = num_heads // tp, max(kv_heads // tp, 1)
+        kv = Piece(kv_heads * head_dim, min(tp, kv_heads))
+        self._make(hidden_size, {"q": Piece(num_heads * head_dim, tp), "k": kv, "v": kv}, bias, gather_output, device, dtype)
+
+    def _own(self, x: torch.Tensor) -> torch.Tensor:
+        if self.group.world_size <= self.num_kv_heads or not torch.is_grad_enabled():
+            return super()._own(x)
+        weight, bias = self._with_shared_gradient(self.weight), None if self.bias is None else self._with_shared_gradient(self.bias)
+        return F.linear(copy_to(self._checked(x), self.group), weight, bias)
+
+    def _with_shared_gradient(self, parameter: nn.Parameter) -> torch.Tensor:
+        """The parameter; the gradient of keys and values, of which a holder sees its own queries' part only, is summed over holders."""
+        q, kv = parameter.split([self.local_sizes[0], sum(self.local_sizes[1:])])
+        return torch.cat((q, copy_to(kv, _Holders(self.group, self.group.world_size // self.num_kv_heads))))
+
+
+@attrs.frozen
+class _Holders:
+    """The ranks of `group` that hold the same key-value head: `world_size` neighbours, summed by way of the whole group."""
+
+    group: GroupCoordinator
+    world_size: int
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.group.rank_in_group // self.world_size * self.world_size
+        return self.group.all_gather(x, 0).view(-1, *x.shape)[first : first + self.world_size].sum(0)
+
+
+class RowParallelLinear(_Linear):
+    """``y = x W^T + b`` with W cut along the input: each rank multiplies its share of the features, the products are added.
+
+    Forward all-reduces; backward communicates nothing (but gathers where `input_is_parallel` is False).
+
+    Args:
+        in_features: of the whole layer; a multiple of tp.
+        out_features: of the whole layer.
+        bias: whether there is one. Whole on every rank, added once, after the sum.
+        input_is_parallel: whether x is this rank's share already, as a `ColumnParallelLinear` gives it. False: x is whole and is cut here.
+        reduce_results: False gives this rank's partial product, for the caller to add up (`reduce_from`, `reduce_scatter_to`); needs
+            ``bias=False``.
+        ctx: the context whose group shares the layer.
+        group: name of that group.
+        device, dtype: of the parameters; None: torch's defaults.
+
+    Attributes:
+        weight: ``[out_features, in_features / tp]``.
+        bias: ``[out_features]`` or None.
+
+    Raises:
+        ConfigurationError: `in_features` is not a multiple of tp, or a bias on partial products.
+        LayoutError: the context has no such group.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        input_is_parallel: bool = True,
+        reduce_results: bool = True,
+        *,
+        ctx: ParallelContext,
+        group: str = "tp",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(ctx, group)
+        self._divisible(in_features=in_features)
+        if bias and not reduce_results:
+            raise ConfigurationError(
+                "RowParallelLinear(reduce_results=False) gives partial products, and a bias in each would be added tp times: pass "
+                "bias=False and add it after the sum"
+            )
+        self.in_features, self.out_features = in_features, out_features
+        self.input_is_parallel, self.reduce_results = input_is_parallel, reduce_results
+        self._add("weight", 1, {0: Piece(in_features, self.group.world_size)}, (out_features,), device, dtype)
+        if bias:
+            self._add("bias", 0, {0: Piece(out_features, 1)}, (), device, dtype)
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Applies the layer.
+
+        Args:
+            x: ``[..., in_features / tp]``, this rank's features; without `input_is_parallel` ``[..., in_features]``, equal on all ranks.
+
+        Returns:
+            ``[..., out_features]``, equal on all ranks; without `reduce_results` terms of a sum over them.
+
+        Raises:
+            ValueError: x has another number of features; nothing was sent.
+        """
+        x = self._checked(x if self.input_is_parallel else scatter_to(x, self.group))
+        y = F.linear(x, self.weight)
+        if self.reduce_results:
+            y = reduce_from(y, self.group)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        """The sizes, and this rank's place."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"input_is_parallel={self.input_is_parallel}, reduce_results={self.reduce_results}, {self._where()}"
+        )

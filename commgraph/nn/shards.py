@@ -93,7 +93,9 @@ class Cut:
                 hint = "; this is the shape of one rank's share: such tensors go through load_state_dict"
             raise ConfigurationError(f"{what}: the full tensor has shape {expected}, got {tuple(full.shape)} ({place}){hint}")
         if local.is_meta:
-            raise ConfigurationError(f"{what} is on the meta device and has no memory to load into: model.to_empty(device=...) first ({place})")
+            raise ConfigurationError(
+                f"{what} is on the meta device and has no memory to load into: model.to_empty(device=...) first ({place})"
+            )
         blocks = dict(zip(self.pieces, local.split(self.sizes, self.dim), strict=True))
         names = list(self.pieces) if shard is None else [shard]
         for name, source in zip(names, full.split([self.pieces[name].full for name in names], self.dim), strict=True):

@@ -55,7 +55,7 @@ class ThreadStore(dist.Store):
             self._changed.notify_all()
             return number
 
-    def compare_set(self, key: str, expected: bytes, desired: bytes) -> bytes:
+    def compare_set(self, key: str, expected: bytes, desired: bytes) -> bytes:  # type: ignore[override]  # torch's stub says str, torch gives bytes
         with self._changed:
             if self._data.get(key, b"") == expected:
                 self._data[key] = desired
@@ -66,7 +66,7 @@ class ThreadStore(dist.Store):
         return all(key in self._data for key in keys)
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
-        limit = (self.timeout if timeout is None else timeout).total_seconds()
+        limit = (self.timeout if timeout is None else timeout).total_seconds()  # type: ignore[attr-defined]  # missing in torch's stub
         with self._changed:
             if not self._changed.wait_for(lambda: self._aborted or self.check(keys), limit) or self._aborted:
                 why = "another rank failed" if self._aborted else f"timed out after {limit:g} s"
@@ -186,6 +186,7 @@ def spmd(fn: Callable[[World], T], world_size: int, *, timeout: float = 60, node
         run.release()
         run.join(time.monotonic() + _UNWIND_SECONDS)
         raise
+    stuck: list[_Rank] = []
     if late:
         run.release()
         stuck = run.join(time.monotonic() + _UNWIND_SECONDS)

@@ -1,0 +1,27 @@
+"""Model layers whose parameters lie cut on the ranks of a group. Each takes its `ParallelContext` when it is made; nothing is ambient.
+
+``functional`` has the collectives that gradients pass through; ``load_full_state_dict`` and ``full_state_dict`` translate between the
+checkpoint of an unsharded model and the ranks' shares; ``rebind`` moves a model to another context of the same layout.
+"""
+
+from commgraph.nn import functional
+from commgraph.nn.embedding import ParallelLMHead, VocabParallelEmbedding
+from commgraph.nn.layer import ParallelLayer
+from commgraph.nn.linear import ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from commgraph.nn.rebind import rebind
+from commgraph.nn.state import LoadReport, full_state_dict, load_full_state_dict
+
+__all__ = [
+    "ColumnParallelLinear",
+    "LoadReport",
+    "MergedColumnParallelLinear",
+    "ParallelLMHead",
+    "ParallelLayer",
+    "QKVParallelLinear",
+    "RowParallelLinear",
+    "VocabParallelEmbedding",
+    "full_state_dict",
+    "functional",
+    "load_full_state_dict",
+    "rebind",
+]

@@ -1,0 +1,158 @@
+"""The vocabulary's two ends: embedding and LM head, cut by tokens.
+
+A vocabulary that tp does not divide is padded: each rank holds ``ceil(num_embeddings / tp)`` rows, the last ones zero. Padding never
+leaves the layer and gets no gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from commgraph.context import ParallelContext
+from commgraph.nn.functional import reduce_from
+from commgraph.nn.layer import ParallelLayer
+from commgraph.nn.linear import ColumnLinear
+from commgraph.nn.shards import Piece
+
+__all__ = ["ParallelLMHead", "VocabParallelEmbedding"]
+
+
+class VocabParallelEmbedding(ParallelLayer):
+    """``torch.nn.Embedding`` cut by tokens: each rank looks up those it holds, zeros stand for the others, the results are added.
+
+    Args:
+        num_embeddings: size of the vocabulary.
+        embedding_dim: size of a vector.
+        ctx: the context whose group shares the layer.
+        group: name of that group.
+        device, dtype: of the parameters; None: torch's defaults.
+
+    Attributes:
+        weight: ``[ceil(num_embeddings / tp), embedding_dim]``.
+        vocab_range: first token of this rank, and the end.
+
+    Raises:
+        LayoutError: the context has no such group.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        ctx: ParallelContext,
+        group: str = "tp",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(ctx, group)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        rows = Piece(num_embeddings, self.group.world_size)
+        self.vocab_range = rows.span(self.group.rank_in_group, self.group.world_size)
+        self._add("weight", 0, {0: rows}, (embedding_dim,), device, dtype)
+        self.reset_parameters()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Looks tokens up.
+
+        Args:
+            ids: any shape, int32 or int64, equal on all ranks; each from 0 to ``num_embeddings - 1``.
+
+        Returns:
+            ``[*ids.shape, embedding_dim]``, equal on all ranks.
+
+        Raises:
+            ValueError: an id out of range, where ids are on the host; nothing was sent. On an accelerator, where looking would stop the
+                host, its own lookup asserts, as it does in ``torch.nn.Embedding``.
+        """
+        if ids.device.type == "cpu":
+            self._check(ids)
+        if self.group.world_size == 1:
+            return F.embedding(ids, self.weight)
+        start, stop = self.vocab_range
+        foreign = (ids < start) | (ids >= stop)
+        invalid = (ids < 0) | (ids >= self.num_embeddings)
+        # Foreign ids look up row 0 and are blotted out; invalid ones stay invalid on every rank, for an accelerator's lookup to see.
+        local = (ids - start).masked_fill(foreign, 0).masked_fill(invalid, -1)
+        y = F.embedding(local, self.weight).masked_fill(foreign.unsqueeze(-1), 0)
+        return reduce_from(y, self.group)
+
+    def _check(self, ids: torch.Tensor) -> None:
+        if ids.numel() == 0:
+            return
+        low, high = ids.aminmax()
+        if low < 0 or high >= self.num_embeddings:
+            wrong = ids[(ids < 0) | (ids >= self.num_embeddings)]
+            raise ValueError(
+                f"VocabParallelEmbedding({self.extra_repr()}): {wrong.numel()} of {ids.numel()} ids are out of range 0 to "
+                f"{self.num_embeddings - 1}, the first is {int(wrong[0])}. Nothing was sent."
+            )
+
+    def extra_repr(self) -> str:
+        """The sizes, and this rank's place."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self._where()}"
+
+    def _draw(self, name: str, full: torch.Tensor, generator: torch.Generator | None) -> None:
+        nn.init.normal_(full, generator=generator)
+
+
+class ParallelLMHead(ColumnLinear):
+    """Hidden states to logits: a linear layer cut by tokens.
+
+    To tie it to an embedding of the same sizes and group: ``head.weight = embedding.weight``.
+
+    Args:
+        num_embeddings: size of the vocabulary.
+        embedding_dim: features of a hidden state.
+        bias: whether there is one. Cut like the output.
+        gather_output: True gives every rank the logits of all tokens, False those of its own (`vocab_range`).
+        ctx: the context whose group shares the layer.
+        group: name of that group.
+        device, dtype: of the parameters; None: torch's defaults.
+
+    Attributes:
+        weight: ``[ceil(num_embeddings / tp), embedding_dim]``.
+        bias: ``[ceil(num_embeddings / tp)]`` or None.
+        vocab_range: first token of this rank, and the end.
+
+    Raises:
+        LayoutError: the context has no such group.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bias: bool = False,
+        gather_output: bool = True,
+        *,
+        ctx: ParallelContext,
+        group: str = "tp",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(ctx, group)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        tokens = Piece(num_embeddings, self.group.world_size)
+        self.vocab_range = tokens.span(self.group.rank_in_group, self.group.world_size)
+        self._make(embedding_dim, {0: tokens}, bias, gather_output, device, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Computes logits.
+
+        Args:
+            x: ``[..., embedding_dim]``, equal on all ranks.
+
+        Returns:
+            ``[..., num_embeddings]`` on every rank; without `gather_output` ``[..., stop - start]``, the logits of `vocab_range`.
+
+        Raises:
+            ValueError: x has another number of features; nothing was sent.
+        """
+        y = super().forward(x)
+        start, stop = self.vocab_range
+        return y if self.gather_output or y.shape[-1] == stop - start else y.narrow(-1, 0, stop - start)
