@@ -31,8 +31,10 @@ def open_store(init_method: str, *, rank: int, world_size: int, timeout: timedel
         port = url.port
     except ValueError as error:
         raise LaunchError(f"init_method={init_method!r}: {error}") from None
-    if url.scheme == "file" and url.path and not url.netloc:
-        return dist.FileStore(url.path, world_size)
+    if url.scheme == "file" and url.path.startswith("/") and not url.netloc:
+        file_store = dist.FileStore(url.path, world_size)
+        file_store.set_timeout(timeout)
+        return file_store
     if url.scheme != "tcp" or not url.hostname or not port:
         raise LaunchError(
             f"init_method={init_method!r} is neither tcp://host:port (a host name or address of rank 0's node and a port that is free "

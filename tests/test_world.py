@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import commgraph as cg
 from commgraph.testing import spmd
 
 SOON = timedelta(seconds=20)
+MOMENT = timedelta(seconds=1)
 # What a launcher says, and nothing of what the machine that runs this test may say.
 NOBODY: Mapping[str, str] = {}
 
@@ -218,21 +219,21 @@ def test_the_environment_is_read_and_never_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: cg.World.connect("tcp://127.0.0.1:1", rank=2, world_size=2),
-        lambda: cg.World.connect("tcp://127.0.0.1:1", rank=-1, world_size=2),
-        lambda: cg.World.connect("tcp://127.0.0.1:1", rank=0, world_size=0),
-        lambda: cg.World.connect("tcp://127.0.0.1", rank=0, world_size=2),
-        lambda: cg.World.connect("tcp://127.0.0.1:0", rank=0, world_size=2),
-        lambda: cg.World.connect("tcp://127.0.0.1:99999", rank=0, world_size=2),
-        lambda: cg.World.connect("env://", rank=0, world_size=2),
-        lambda: cg.World.connect("file:relative", rank=0, world_size=2),
-        lambda: cg.World.connect("file://host/path", rank=0, world_size=2),
-        lambda: cg.World.connect("", rank=0, world_size=2),
-        lambda: cg.World.from_store(dist.HashStore(), rank=3, world_size=2),
+        lambda: cg.World.connect("tcp://127.0.0.1:1", rank=2, world_size=2, timeout=MOMENT),
+        lambda: cg.World.connect("tcp://127.0.0.1:1", rank=-1, world_size=2, timeout=MOMENT),
+        lambda: cg.World.connect("tcp://127.0.0.1:1", rank=0, world_size=0, timeout=MOMENT),
+        lambda: cg.World.connect("tcp://127.0.0.1", rank=0, world_size=2, timeout=MOMENT),
+        lambda: cg.World.connect("tcp://127.0.0.1:0", rank=0, world_size=2, timeout=MOMENT),
+        lambda: cg.World.connect("tcp://127.0.0.1:99999", rank=0, world_size=2, timeout=MOMENT),
+        lambda: cg.World.connect("env://", rank=0, world_size=2, timeout=MOMENT),
+        lambda: cg.World.connect("file:relative", rank=0, world_size=2, timeout=MOMENT),
+        lambda: cg.World.connect("file://host/path", rank=0, world_size=2, timeout=MOMENT),
+        lambda: cg.World.connect("", rank=0, world_size=2, timeout=MOMENT),
+        lambda: cg.World.from_store(dist.HashStore(), rank=3, world_size=2, timeout=MOMENT),
         lambda: cg.World.from_env(NOBODY, dp_rank=2, dp_size=2, init_method="tcp://127.0.0.1:1"),
         lambda: cg.World.from_env({"RANK": "0"}),
         lambda: cg.World.from_env({"RANK": "2", "WORLD_SIZE": "2"}),
-        lambda: cg.World.from_torch(),
+        cg.World.from_torch,
     ],
 )
 def test_what_cannot_be_a_launch(call: Callable[[], object]) -> None:
@@ -245,15 +246,16 @@ def test_what_cannot_be_a_launch(call: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize("way", ["file", "store", "serve"])
 def test_ranks_that_never_come_are_named_in_time(way: str, tmp_path: Path) -> None:
-    wait = timedelta(seconds=1)
+    method = {"file": f"file://{tmp_path}/meet", "serve": f"tcp://127.0.0.1:{free_port()}"}
+
+    def make() -> cg.World:
+        if way == "store":
+            return cg.World.from_store(dist.HashStore(), rank=0, world_size=3, timeout=MOMENT)
+        return cg.World.connect(method[way], rank=0, world_size=3, timeout=MOMENT)
+
     begun = time.monotonic()
     with pytest.raises(cg.BuildError, match=r"1, 2") as caught:
-        if way == "file":
-            cg.World.connect(f"file://{tmp_path}/meet", rank=0, world_size=3, timeout=wait)
-        elif way == "store":
-            cg.World.from_store(dist.HashStore(), rank=0, world_size=3, timeout=wait)
-        else:
-            cg.World.connect(f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=3, timeout=wait)
+        make()
     assert "2 of 3" in str(caught.value)
     assert time.monotonic() - begun < 6
 
@@ -261,9 +263,9 @@ def test_ranks_that_never_come_are_named_in_time(way: str, tmp_path: Path) -> No
 def test_nobody_serves_or_somebody_else_does() -> None:
     port = free_port()
     with pytest.raises(cg.BuildError, match="rank 0 did not serve there within 1 s"):
-        cg.World.connect(f"tcp://127.0.0.1:{port}", rank=1, world_size=2, timeout=timedelta(seconds=1))
+        cg.World.connect(f"tcp://127.0.0.1:{port}", rank=1, world_size=2, timeout=MOMENT)
     with socket.create_server(("127.0.0.1", port)), pytest.raises(cg.BuildError, match="the port is taken"):
-        cg.World.connect(f"tcp://127.0.0.1:{port}", rank=0, world_size=2, timeout=timedelta(seconds=1))
+        cg.World.connect(f"tcp://127.0.0.1:{port}", rank=0, world_size=2, timeout=MOMENT)
 
 
 @pytest.mark.filterwarnings("error::ResourceWarning")
@@ -490,10 +492,10 @@ def test_closing_a_world_closes_its_splits_and_their_contexts() -> None:
         assert ctx.closed
         assert older.closed
         for call in (
-            lambda: ctx.tp.barrier(),
-            lambda: older.tp.barrier(),
-            lambda: small.group.barrier(),
-            lambda: world.group.barrier(),
+            ctx.tp.barrier,
+            older.tp.barrier,
+            small.group.barrier,
+            world.group.barrier,
             lambda: world.context(cg.Layout(2), name="b"),
             lambda: world.split([0, 1]),
             lambda: small.context(cg.Layout(2), name="b"),
@@ -517,7 +519,7 @@ def test_use_after_close_and_closing_twice_with_one_rank() -> None:
     world.close(empty_cache=True)
     assert world.closed
     assert ctx.closed
-    for call in (lambda: ctx.tp.all_reduce(torch.ones(1)), lambda: world.group.barrier(), lambda: world.context(cg.Layout(1), name="b")):
+    for call in (lambda: ctx.tp.all_reduce(torch.ones(1)), world.group.barrier, lambda: world.context(cg.Layout(1), name="b")):
         with pytest.raises(cg.ContextClosedError):
             call()
 
@@ -525,21 +527,23 @@ def test_use_after_close_and_closing_twice_with_one_rank() -> None:
 def test_an_exception_in_a_with_statement_releases_the_peers_at_once() -> None:
     store = dist.HashStore()
 
-    def run(rank: int) -> float:
-        with pytest.raises(ZeroDivisionError if rank == 1 else cg.PeerLostError) as caught:
-            with cg.World.from_store(store, rank=rank, world_size=3, timeout=timedelta(seconds=30)) as world:
-                ctx = world.context(cg.Layout(3, tp=3), name="a")
-                world.group.barrier()
-                begun = time.monotonic()
-                if rank == 1:
-                    raise ZeroDivisionError
-                ctx.tp.all_reduce(torch.ones(1))
-        if rank != 1:
-            assert caught.value.rank in (1, 2 - rank)  # the one that raised, or one that it took along
-        return time.monotonic() - begun
+    def run(rank: int) -> None:
+        with cg.World.from_store(store, rank=rank, world_size=3, timeout=timedelta(seconds=30)) as world:
+            ctx = world.context(cg.Layout(3, tp=3), name="a")
+            world.group.barrier()
+            if rank == 1:
+                raise ZeroDivisionError
+            ctx.tp.all_reduce(torch.ones(1))
 
-    results = together(*(lambda r=r: run(r) for r in range(3)))
-    assert all(isinstance(seconds, float) and seconds < 5 for seconds in results), results
+    begun = time.monotonic()
+    first, raiser, last = together(*(lambda r=r: run(r) for r in range(3)))
+    assert time.monotonic() - begun < 10
+    assert isinstance(raiser, ZeroDivisionError)
+    # The one that raised, or one that it took along.
+    assert isinstance(first, cg.PeerLostError)
+    assert first.rank in (1, 2)
+    assert isinstance(last, cg.PeerLostError)
+    assert last.rank in (0, 1)
 
 
 def test_closing_without_the_others_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
@@ -552,7 +556,7 @@ def test_closing_without_the_others_is_bounded(caplog: pytest.LogCaptureFixture)
         ctx = world.context(cg.Layout(2, tp=2), name="a")
         if rank == 0:
             begun = time.monotonic()
-            world.close(timeout=timedelta(seconds=1))
+            world.close(timeout=MOMENT)
             left.set()
             return time.monotonic() - begun
         left.wait(30)
@@ -566,14 +570,6 @@ def test_closing_without_the_others_is_bounded(caplog: pytest.LogCaptureFixture)
     assert 1 <= first < 8
     assert second < 5, "the peer was known to be gone"
     assert "was closed on rank 0 without its peers" in caplog.text
-
-
-@pytest.fixture
-def abandoned() -> Iterator[list[Any]]:
-    worlds: list[Any] = []
-    yield worlds
-    for world in worlds:
-        world.close(timeout=timedelta(seconds=5))
 
 
 def test_a_world_that_nobody_closed_warns_and_lets_go() -> None:

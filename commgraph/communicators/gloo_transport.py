@@ -118,7 +118,7 @@ class GlooTransport:
                 if tensor.numel():
                     works.append((backend.send([as_bytes(tensor)], peer, _sized(tag, tensor.nbytes)), peer))
                     self.bytes_sent += tensor.nbytes
-            for work, peer in works:
+            for work, peer in works:  # noqa: B007 - read where it fails
                 work.wait(_left(deadline))
         except RuntimeError as error:
             self._keep.append((sends, receives, works))

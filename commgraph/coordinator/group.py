@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -169,7 +170,7 @@ class GroupCoordinator:
     def all_reduce_(self, x: torch.Tensor, *, op: str = "sum", timeout: Timeout = None) -> torch.Tensor:
         """`all_reduce` into x itself, which is returned."""
         call, seconds = self._begin("all_reduce_", timeout)
-        x = call.tensor(x)
+        x = call.written(call.tensor(x))
         call.op(op, x.dtype)
         if self.world_size == 1:
             return x
@@ -269,7 +270,7 @@ class GroupCoordinator:
         """
         call, seconds = self._begin("all_gatherv", timeout)
         single = isinstance(x, torch.Tensor)
-        tensors = [call.tensor(t, "x" if single else f"x[{i}]") for i, t in enumerate([x] if single else x)]
+        tensors = [call.tensor(t, "x" if single else f"x[{i}]") for i, t in enumerate([x] if single else call.several(x, "x"))]
         checked = []
         for i, tensor in enumerate(tensors):
             axis = call.dim(tensor, dim)
@@ -281,7 +282,10 @@ class GroupCoordinator:
                     f"sizes={pieces} says {pieces[self.rank_in_group]} here; {what} {tuple(tensor.shape)} has {extent} in dim {axis}"
                 )
             checked.append((tensor, axis, pieces))
-        results = [self._all_gather(call, tensor, axis, pieces, None, seconds) for tensor, axis, pieces in checked]
+        deadline = time.monotonic() + seconds
+        results = [
+            self._all_gather(call, tensor, axis, pieces, None, max(deadline - time.monotonic(), 0.001)) for tensor, axis, pieces in checked
+        ]
         return results[0] if single else results
 
     def _all_gather(
@@ -291,6 +295,7 @@ class GroupCoordinator:
             return x if out is None else call.out(out, x.shape, x).copy_(x)
         shape = _resized(x, dim, sum(sizes))
         result = call.out(out, shape, x)
+        x = _apart(x, result, result.split(sizes, dim)[self.rank_in_group])
         strategy = self._link.route("all_gather", shape, x.dtype, x.device)
         self._run(
             call,
@@ -380,6 +385,7 @@ class GroupCoordinator:
         shape[scatter_dim] = cut[self.rank_in_group]
         shape[gather_dim] = sum(joined)
         result = call.out(out, shape, x)
+        x = _apart(x, result)
         sends, receives = x.split(cut, scatter_dim), result.split(joined, gather_dim)
         # What all ranks share of the shape: not the extents that each may choose.
         rest = [extent for i, extent in enumerate(x.shape) if i not in (scatter_dim, gather_dim)]
@@ -404,6 +410,8 @@ class GroupCoordinator:
         call, seconds = self._begin("broadcast", timeout)
         x = call.tensor(x)
         src = call.peer(src, "src")
+        if self.rank_in_group != src:
+            x = call.written(x)
         if self.world_size > 1:
             strategy = self._link.route("broadcast", x.shape, x.dtype, x.device)
             self._run(call, f"src={src} {_sig(x)}", seconds, lambda tag, left: strategy.broadcast(x, src, tag=tag, timeout=left))
@@ -455,8 +463,7 @@ class GroupCoordinator:
         src = call.peer(self.prev_in_group if src is None else src, "src", other=True)
         if device is None:
             device = self.device if out is None else call.tensor(out, "out").device
-        like = call.tensor(torch.empty(0, dtype=dtype, device=device), "the result")
-        result = call.out(out, call.size(size), like)
+        result = call.out(out, call.size(size), call.like(dtype, device))
         self._exchange(call, [result], src, "recv", seconds)
         return result
 
@@ -554,9 +561,7 @@ class GroupCoordinator:
             return join_dict(entries, landing)
         if tensor_dict is None:
             raise call.wrong("tensor_dict is None on src, which has to give it")
-        description, tensors = split_dict(tensor_dict)
-        for tensor in tensors:
-            call.tensor(tensor, "a tensor of tensor_dict")
+        description, tensors = _split(call, tensor_dict)
         if self.world_size > 1:
             self.broadcast_object(description, src, timeout=timeout)
             for tensor in tensors:
@@ -585,12 +590,9 @@ class GroupCoordinator:
         """
         call, seconds = self._message("send_tensor_dict", timeout)
         dst = call.peer(self.next_in_group if dst is None else dst, "dst", other=True)
-        entries, tensors = split_dict(tensor_dict)
-        plan = _plan(all_gather_group, all_gather_tensors)
-        sliced = plan.sliced(entries)
+        entries, tensors = _split(call, tensor_dict)
+        plan, sliced = _sliced(call, entries, all_gather_group, all_gather_tensors)
         outgoing = [plan.slice(x) if cut else x for x, cut in zip(tensors, sliced, strict=True)]
-        for tensor in outgoing:
-            call.tensor(tensor, "a tensor of tensor_dict")
         self._objects.send(call, entries, dst, seconds)
         self._exchange(call, outgoing, dst, "send", seconds)
 
@@ -616,8 +618,7 @@ class GroupCoordinator:
         call, seconds = self._message("recv_tensor_dict", timeout)
         src = call.peer(self.prev_in_group if src is None else src, "src", other=True)
         entries = self._objects.recv(call, src, seconds)
-        plan = _plan(all_gather_group, all_gather_tensors)
-        sliced = plan.sliced(entries)
+        plan, sliced = _sliced(call, entries, all_gather_group, all_gather_tensors)
         whole = empties(entries, self.device)
         landing = [plan.slice(x) if cut else x for x, cut in zip(whole, sliced, strict=True)]
         self._exchange(call, landing, src, "recv", seconds)
@@ -681,10 +682,32 @@ def _resized(x: torch.Tensor, dim: int, extent: int) -> tuple[int, ...]:
     return (*x.shape[:dim], extent, *x.shape[dim + 1 :])
 
 
-def _plan(group: GroupCoordinator | None, override: Mapping[str, bool] | None) -> Plan:
-    if group is None:
-        return Plan()
-    return Plan(group.world_size, group.rank_in_group, dict(override or {}))
+def _apart(x: torch.Tensor, out: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
+    """x, or a copy where filling `out` could change it before it was sent; it may be `own`, the view of `out` that x fills itself."""
+    if x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
+        return x
+    in_place = own is not None and own.data_ptr() == x.data_ptr() and own.is_contiguous() and x.is_contiguous()
+    return x if in_place else x.clone()
+
+
+def _split(call: Call, tensor_dict: Mapping[Any, Any]) -> tuple[list[Entry], list[torch.Tensor]]:
+    """`split_dict`, of what can be sent."""
+    try:
+        entries, tensors = split_dict(tensor_dict)
+    except TypeError as error:
+        raise TypeError(f"{call.where}: {error}. Nothing was sent.") from None
+    paths = (".".join(map(str, path)) for path, what in entries if what[0] == "t")
+    return entries, [call.tensor(tensor, f"the tensor {path!r}") for path, tensor in zip(paths, tensors, strict=True)]
+
+
+def _sliced(
+    call: Call, entries: Sequence[Entry], group: GroupCoordinator | None, override: Mapping[str, bool] | None
+) -> tuple[Plan, list[bool]]:
+    plan = Plan() if group is None else Plan(group.world_size, group.rank_in_group, dict(override or {}))
+    try:
+        return plan, plan.sliced(entries)
+    except ValueError as error:
+        raise ValueError(f"{call.where}: {error}") from None
 
 
 def _short(ranks: tuple[int, ...]) -> str:

@@ -41,7 +41,12 @@ class ObjectPath:
     def send(self, call: Call, obj: object, dst: int, timeout: float) -> None:
         """Sends `obj` to one rank."""
         number = self._link.count(OBJECT, dst, outgoing=True)
-        frame = self._encode(call, obj, f"message {call.rank_in_group} {dst} {number}")
+        try:
+            frame = self._encode(call, obj, f"message {call.rank_in_group} {dst} {number}")
+        except (TypeError, ValueError):
+            # The receiver goes on waiting for this number: the next object takes it.
+            self._link.uncount(OBJECT, dst, outgoing=True)
+            raise
         self._post(call, frame, [dst], make_tag(OBJECT, number), make_tag(OBJECT_REST, number), timeout)
 
     def recv(self, call: Call, src: int, timeout: float) -> Any:
@@ -59,7 +64,12 @@ class ObjectPath:
         tag = make_tag(COLLECTIVE, call.sequence, f"{call.operation} {src}")
         rest = make_tag(OBJECT_REST, call.sequence, "broadcast")
         if call.rank_in_group == src:
-            frame = self._encode(call, obj, context)
+            try:
+                frame = self._encode(call, obj, context)
+            except (TypeError, ValueError):
+                # The others wait for this call's object: the next one is theirs.
+                self._link.uncount_collective()
+                raise
             self._post(call, frame, [peer for peer in range(call.world_size) if peer != src], tag, rest, timeout)
             return obj
         received = self._await(call, src, tag, rest, timeout)
@@ -92,8 +102,12 @@ class ObjectPath:
     def _encode(self, call: Call, obj: object, context: str) -> bytes:
         try:
             return wire.encode(obj, key=self._link.key, context=f"{self._link.ident} {context}".encode())
-        except TypeError as error:
-            raise TypeError(f"{call.where}: {error}. Nothing was sent.") from error
+        except ValueError as error:
+            raise call.wrong(str(error)) from error
+        # pickle raises AttributeError for a local function, PicklingError for others, and whatever an object's own __reduce__ raises.
+        except Exception as error:
+            what = str(error) if isinstance(error, TypeError) else f"a {type(obj).__name__} cannot be pickled: {type(error).__name__}: {error}"
+            raise TypeError(f"{call.where}: {what}. Nothing was sent.") from error
 
     def _decode(self, frame: memoryview, context: str) -> Any:
         return wire.decode(frame, key=self._link.key, context=f"{self._link.ident} {context}".encode())

@@ -18,14 +18,19 @@ def split_dict(tree: Mapping[Any, Any]) -> tuple[list[Entry], list[torch.Tensor]
     """Describes `tree` and lists its tensors in the order of the description. Dicts inside dicts are entered, other containers are not.
 
     Raises:
-        TypeError: if `tree` is not a dict.
+        TypeError: if `tree` is not a dict, or contains itself.
     """
     if not isinstance(tree, Mapping):
         raise TypeError(f"a dict of tensors and objects is needed, not a {type(tree).__name__}")
     entries: list[Entry] = []
     tensors: list[torch.Tensor] = []
 
+    open_: list[int] = []
+
     def enter(node: Mapping[Any, Any], path: tuple[Any, ...]) -> None:
+        if id(node) in open_:
+            raise TypeError(f"the dict contains itself at {'.'.join(map(str, path))}")
+        open_.append(id(node))
         for key, value in node.items():
             here = (*path, key)
             if isinstance(value, torch.Tensor):
@@ -35,6 +40,7 @@ def split_dict(tree: Mapping[Any, Any]) -> tuple[list[Entry], list[torch.Tensor]
                 enter(value, here)
             else:
                 entries.append((here, ("d",) if type(value) is dict else ("o", value)))
+        open_.pop()
 
     enter(tree, ())
     return entries, tensors

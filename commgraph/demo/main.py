@@ -13,7 +13,7 @@ from typing import Final
 import attrs
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 import commgraph as cg
 from commgraph import launch
@@ -67,8 +67,8 @@ class _Arguments:
             length = len(encode(prompt))
             if not 1 <= length <= config.max_positions - self.tokens:
                 raise ConfigurationError(
-                    f"a prompt of {length} bytes and {self.tokens} tokens after it do not fit the model's {config.max_positions} positions, or "
-                    "the prompt is empty"
+                    f"a prompt of {length} bytes and {self.tokens} tokens after it: the prompt may not be empty, and the model has "
+                    f"{config.max_positions} positions for both"
                 )
 
 
@@ -79,8 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if what was written differs from what the unsharded model writes; 2 if the sizes cannot work.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    first = True
     try:
         launched = launch.detect(os.environ)
+        first = launched.rank == 0
         arguments = _parse(argv, launched)
         layouts = arguments.layouts()
         if launched.launcher == "single" and arguments.nproc > 1:
@@ -88,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with cg.World.from_env() as world:
             return _run(world, arguments, *layouts)
     except ConfigurationError as error:
-        print(f"commgraph demo: {error}", file=sys.stderr)
+        if first:  # every rank finds the same mistake
+            print(f"commgraph demo: {error}", file=sys.stderr)
         return 2
 
 
@@ -157,13 +160,14 @@ def _run(world: cg.World, arguments: _Arguments, layout: cg.Layout, draft_layout
             engine.generate(encode(prompt), min(_WARMUP_TOKENS, arguments.tokens), draft_length=length)
         before = _traffic(target_ctx, draft_ctx)
         written = []
-        with _progress(console, arguments.tokens) as (plain_bar, draft_bar, bars):
-            for bar, length in ((plain_bar, 0), (draft_bar, arguments.draft_length)):
-
-                def show(so_far: Generated, bar: int = bar) -> None:
-                    bars.update(bar, completed=len(so_far.tokens), said=_speed(so_far))  # type: ignore[arg-type]  # TaskID is an int
-
+        with _progress(console) as bars:
+            for text, length in (("target alone", 0), ("with the draft", arguments.draft_length)):
                 world.group.barrier()
+                bar = bars.add_task(text, total=arguments.tokens, said="")
+
+                def show(so_far: Generated, bar: TaskID = bar) -> None:
+                    bars.update(bar, completed=len(so_far.tokens), said=_speed(so_far))
+
                 written.append(engine.generate(encode(prompt), arguments.tokens, draft_length=length, progress=show))
         plain, speculative = written
         moved = {name: count - before[name] for name, count in _traffic(target_ctx, draft_ctx).items()}
@@ -195,27 +199,15 @@ def _traffic(*contexts: cg.ParallelContext) -> dict[str, int]:
     return counts
 
 
-class _progress:  # noqa: N801 - used as a function
-    """Two bars on rank 0: the target alone, and with its draft."""
-
-    def __init__(self, console: Console, tokens: int) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[said]}"),
-        )
-        self._progress = Progress(*columns, console=console)
-        self._tokens = tokens
-
-    def __enter__(self) -> tuple[int, int, Progress]:
-        self._progress.start()
-        bars = [self._progress.add_task(text, total=self._tokens, said="") for text in ("target alone", "with the draft")]
-        return bars[0], bars[1], self._progress
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+def _progress(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description:14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[said]}"),
+    )
+    return Progress(*columns, console=console)
 
 
 def _speed(so_far: Generated) -> str:

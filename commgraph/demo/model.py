@@ -18,6 +18,7 @@ from commgraph.demo.reference import KVCache, RMSNorm, load_checkpoint, rotary, 
 from commgraph.errors import ConfigurationError, LayoutError
 from commgraph.nn import (
     MergedColumnParallelLinear,
+    NameMapping,
     ParallelLMHead,
     QKVParallelLinear,
     RowParallelLinear,
@@ -28,7 +29,7 @@ from commgraph.nn import (
 __all__ = ["ShardedLlama", "check_sizes"]
 
 # The checkpoint's projections that are one matrix here.
-_FUSED = MappingProxyType(
+_FUSED: NameMapping = MappingProxyType(
     {
         "q_proj": ("qkv_proj", "q"),
         "k_proj": ("qkv_proj", "k"),

@@ -9,12 +9,13 @@ from commgraph.nn.embedding import ParallelLMHead, VocabParallelEmbedding
 from commgraph.nn.layer import ParallelLayer
 from commgraph.nn.linear import ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from commgraph.nn.rebind import rebind
-from commgraph.nn.state import LoadReport, full_state_dict, load_full_state_dict
+from commgraph.nn.state import LoadReport, NameMapping, full_state_dict, load_full_state_dict
 
 __all__ = [
     "ColumnParallelLinear",
     "LoadReport",
     "MergedColumnParallelLinear",
+    "NameMapping",
     "ParallelLMHead",
     "ParallelLayer",
     "QKVParallelLinear",

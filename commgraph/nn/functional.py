@@ -72,9 +72,12 @@ def reduce_from(x: torch.Tensor, group: Reducer) -> torch.Tensor:
         The sum, a new tensor of x's shape and dtype, with the same bits on every rank. Backward is the identity: the gradient of a sum with
         respect to each term is that of the sum, which every rank already has.
     """
-    if group.world_size > 1 and _records(x):
-        return _apply(_Reduce, x, group)
-    return group.all_reduce(x)
+    if not _records(x):
+        return group.all_reduce(x)
+    if group.world_size == 1:
+        with torch.no_grad():  # gives x back, after it looked at the arguments
+            return group.all_reduce(x)
+    return _apply(_Reduce, x, group)
 
 
 def gather_from(x: torch.Tensor, group: GroupCoordinator, dim: int = -1, *, reduce_grad: bool = False) -> torch.Tensor:
@@ -91,9 +94,12 @@ def gather_from(x: torch.Tensor, group: GroupCoordinator, dim: int = -1, *, redu
     Returns:
         x's shape with `dim` multiplied by the group's size.
     """
-    if group.world_size > 1 and _records(x):
-        return _apply(_Gather, x, group, dim, reduce_grad)
-    return group.all_gather(x, dim)
+    if not _records(x):
+        return group.all_gather(x, dim)
+    if group.world_size == 1:
+        with torch.no_grad():  # gives x back, after it looked at the arguments
+            return group.all_gather(x, dim)
+    return _apply(_Gather, x, group, dim, reduce_grad)
 
 
 def scatter_to(x: torch.Tensor, group: GroupCoordinator, dim: int = -1) -> torch.Tensor:
@@ -127,9 +133,12 @@ def reduce_scatter_to(x: torch.Tensor, group: GroupCoordinator, dim: int = -1) -
     Returns:
         x's shape with `dim` divided by the group's size. Backward gathers: every rank's partial result entered every piece.
     """
-    if group.world_size > 1 and _records(x):
-        return _apply(_ReduceScatter, x, group, dim)
-    return group.reduce_scatter(x, dim)
+    if not _records(x):
+        return group.reduce_scatter(x, dim)
+    if group.world_size == 1:
+        with torch.no_grad():  # gives x back, after it looked at the arguments
+            return group.reduce_scatter(x, dim)
+    return _apply(_ReduceScatter, x, group, dim)
 
 
 def _apply(function: type[Function], *args: Any) -> torch.Tensor:
