@@ -1,0 +1,91 @@
+"""What the documentation shows is run as it stands there."""
+
+from __future__ import annotations
+
+import doctest
+import io
+import os
+import re
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import commgraph as cg
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"```(python|text)\n(.*?)```", re.DOTALL)
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    return BLOCK.findall((ROOT / page).read_text())
+
+
+def test_the_prompts_of_the_tutorial_answer_as_printed() -> None:
+    text = "\n".join(code for kind, code in blocks("docs/tutorial/first_steps.md") if kind == "python" and code.startswith(">>>"))
+    parser, runner = doctest.DocTestParser(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    result = runner.run(parser.get_doctest(text, {}, "first_steps", None, None))
+    assert result.attempted > 5
+    assert result.failed == 0
+
+
+def test_the_programs_of_the_tutorial_print_what_the_page_says() -> None:
+    found = blocks("docs/tutorial/first_steps.md")
+    names: dict[str, Any] = {}
+    compared = 0
+    for (kind, code), (next_kind, output) in zip(found, [*found[1:], ("", "")], strict=True):
+        if kind != "python" or code.startswith(">>>") or "from_env" in code:
+            continue
+        printed = io.StringIO()
+        if "# raises" in code:
+            with pytest.raises((ValueError, TypeError)):
+                exec(code, names)
+        else:
+            with redirect_stdout(printed):
+                exec(code, names)
+        if next_kind == "text":
+            assert printed.getvalue() == output
+            compared += 1
+    assert compared >= 3
+
+
+def test_the_tests_of_the_spmd_page_pass() -> None:
+    names: dict[str, Any] = {}
+    for kind, code in blocks("docs/how-to/test-with-spmd.md"):
+        if kind == "python":
+            exec(code, names)
+    tests = {name: value for name, value in names.items() if name.startswith("test_")}
+    assert len(tests) >= 4
+    for test in tests.values():
+        test()
+
+
+def test_the_ten_lines_of_the_readme_run_under_torchrun(tmp_path: Path) -> None:
+    (code,) = (code for kind, code in blocks("README.md") if kind == "python")
+    app = tmp_path / "app.py"
+    app.write_text(code)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", str(app)]
+    done = subprocess.run(launcher, capture_output=True, text=True, timeout=100, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+    assert len(lines) == 4
+    assert lines[2] == "rank 2: stage 1, tp ranks (2, 3), sum [2.0, 2.0, 2.0, 2.0], draft tp 1"
+
+
+def test_the_table_from_vllm_names_only_what_exists_or_is_planned() -> None:
+    """Every attribute of a group or context that the README's table promises is there, unless its row says that it is planned."""
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index("<!-- begin table") : text.index("<!-- end table")]
+    owners = {"ctx": cg.ParallelContext, "world": cg.World, "group": cg.GroupCoordinator, "World": cg.World}
+    checked = 0
+    for row in table.splitlines():
+        if not row.startswith("|") or "planned" in row:
+            continue
+        for owner, attribute in re.findall(r"`(ctx|world|group|World)\.([a-z_]+)", row):
+            # `group` and `store` of a World are set when it is made.
+            assert hasattr(owners[owner], attribute) or attribute in cg.World.__doc__, row
+            checked += 1
+    assert checked > 30
