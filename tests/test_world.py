@@ -279,6 +279,7 @@ def test_a_world_that_could_not_be_built_blames_nobody_for_not_closing_it() -> N
         return cg.World.from_store(store, rank=rank, world_size=2, platform=Broken(), timeout=SOON)
 
     store = dist.HashStore()
+    gc.collect()
     descriptors = len(os.listdir("/proc/self/fd"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -287,7 +288,7 @@ def test_a_world_that_could_not_be_built_blames_nobody_for_not_closing_it() -> N
         del results
         gc.collect()
     assert [str(warning.message) for warning in caught] == []
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 
 def test_ranks_with_and_without_a_secret_do_not_meet() -> None:
@@ -580,6 +581,7 @@ def test_a_world_that_nobody_closed_warns_and_lets_go() -> None:
         world.context(cg.Layout(2, tp=2), name="a")
         return world
 
+    gc.collect()
     descriptors = len(os.listdir("/proc/self/fd"))
     worlds = together(lambda: make(0), lambda: make(1))
     assert len(os.listdir("/proc/self/fd")) > descriptors

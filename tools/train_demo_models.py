@@ -45,7 +45,7 @@ PROMPTS: Final = (
     "Once upon a time",
 )
 
-Loss = Callable[[Tensor], Tensor]
+Loss = Callable[[int, int], Tensor]  # (length of the windows, seed of the batch) -> scalar
 
 
 # The text
@@ -108,11 +108,8 @@ def initialise(model: Llama, seed: int) -> None:
             torch.nn.init.normal_(parameter, std=0.05 / (math.sqrt(2 * model.config.num_layers) if residual else 1), generator=generator)
 
 
-def train(model: Llama, run: Run, batch: Callable[[int, int], Tensor], loss_of: Loss, report: Callable[[], str]) -> None:
-    """AdamW, warm-up and cosine; the last sixth of the steps sees windows as long as ``max_positions``.
-
-    ``batch(length, seed)`` gives tokens ``[B, length + 1]``, ``loss_of(tokens)`` a scalar.
-    """
+def train(model: Llama, run: Run, loss_of: Loss, report: Callable[[], str]) -> None:
+    """AdamW, warm-up and cosine; the last sixth of the steps sees windows as long as ``max_positions``, the others half as long."""
     decayed = [p for p in model.parameters() if p.dim() == 2]
     scales = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -130,7 +127,7 @@ def train(model: Llama, run: Run, batch: Callable[[int, int], Tensor], loss_of: 
         for group in optimizer.param_groups:
             group["lr"] = rate
         length = model.config.max_positions // (1 if step >= run.steps * 5 // 6 else 2)
-        loss = loss_of(batch(length, run.seed * 1_000_003 + step))
+        loss = loss_of(length, run.seed * 1_000_003 + step)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -139,7 +136,7 @@ def train(model: Llama, run: Run, batch: Callable[[int, int], Tensor], loss_of: 
         if (step + 1) % 100 == 0:
             speed = (step + 1 - first) * BATCH_BYTES / (time.monotonic() - began)
             print(f"{run.name} {step + 1}/{run.steps}: loss {mean / math.log(2):.3f} bits per byte, {speed:.0f} bytes/s", flush=True)
-        if (step + 1) % 500 == 0 or step + 1 == run.steps:
+        if (step + 1) % 1000 == 0 or step + 1 == run.steps:
             print(report(), flush=True)
             if saved:
                 saved.parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +181,7 @@ def train_target(data: Tensor, test: Tensor, run: Run) -> Llama:
         text = decode(model.generate(encode(DEFAULT_PROMPT), 200))
         return f"  seen text {bits_per_byte(model, data):.3f}, held-out {bits_per_byte(model, test):.3f}: {DEFAULT_PROMPT}{text!r}"
 
-    train(model, run, lambda length, seed: windows(data, length, seed), lambda tokens: cross_entropy(model, tokens), report)
+    train(model, run, lambda length, seed: cross_entropy(model, windows(data, length, seed)), report)
     return stored(model)
 
 
@@ -198,10 +195,10 @@ def written(target: Llama, data: Tensor, count: int, seed: int) -> Tensor:
     begins = (data[:-1] == ord("\n")).nonzero().flatten() + 1
     begins = begins[begins < len(data) - 64]
     rows = []
-    for _ in range(count // 256):
+    for _ in range(count // 128):
         length = int(torch.randint(6, 48, (), generator=generator))
-        starts = begins[torch.randint(len(begins), (256,), generator=generator)]
-        starts[::2] = torch.randint(len(data) - 64, (128,), generator=generator)  # every other one begins anywhere
+        starts = begins[torch.randint(len(begins), (128,), generator=generator)]
+        starts[::2] = torch.randint(len(data) - 64, (64,), generator=generator)  # every other one begins anywhere
         tokens = torch.stack([data[start : start + length] for start in starts.tolist()]).long()
         cache = KVCache()
         logits = target(tokens, cache)[:, -1]
@@ -219,25 +216,21 @@ def train_draft(target: Llama, data: Tensor, run: Run, sequences: int) -> Llama:
     """The draft: it learns the distribution of ``target``, and above all its first choice, on ``data`` and on what ``target`` writes."""
     model = Llama(DRAFT)
     initialise(model, run.seed)
-    pool = written(target, data, sequences, run.seed)
-    print(f"the target wrote {pool.numel()} bytes, for instance {decode(pool[0].tolist())!r}", flush=True)
+    span = target.config.max_positions
+    texts = torch.cat((data.long().unfold(0, span + 1, span // 2), written(target, data, sequences, run.seed)))  # [N, span + 1]
+    with torch.no_grad():
+        truths = torch.cat([target(rows[:, :-1]).half() for rows in texts.split(32)])  # [N, span, vocab_size]
+    print(f"{len(texts)} lessons; the target wrote {decode(texts[-3].tolist())!r}", flush=True)
 
-    def batch(length: int, seed: int) -> Tensor:
-        tokens = windows(data, length, seed)
+    def loss_of(length: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        half = len(tokens) // 2
-        rows = torch.randint(len(pool), (half,), generator=generator)
-        start = int(torch.randint(pool.shape[1] - length, (), generator=generator))
-        tokens[:half] = pool[rows, start : start + length + 1]
-        return tokens
-
-    def loss_of(tokens: Tensor) -> Tensor:
-        with torch.no_grad():
-            truth = target(tokens[:, :-1]).flatten(0, 1)
-        logits = model(tokens[:, :-1]).flatten(0, 1)
+        rows = torch.randint(len(texts), (BATCH_BYTES // length,), generator=generator)
+        start = int(torch.randint(span - length + 1, (), generator=generator))
+        truth = truths[rows, start : start + length].flatten(0, 1).float()
+        logits = model(texts[rows, start : start + length]).flatten(0, 1)
         return 0.5 * F.cross_entropy(logits, truth.softmax(-1)) + 0.5 * F.cross_entropy(logits, truth.argmax(-1))
 
-    train(model, run, batch, loss_of, lambda: f"  accepted {acceptance(target, model, 4):.1%}")
+    train(model, run, loss_of, lambda: f"  accepted {acceptance(target, model, 4):.1%}")
     return stored(model)
 
 
@@ -253,7 +246,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for target.safetensors and draft.safetensors")
     parser.add_argument("--checkpoints", type=Path, default=None, help="folder to resume from; none: start afresh, keep nothing")
     parser.add_argument("--target-steps", type=int, default=3000)
-    parser.add_argument("--draft-steps", type=int, default=1500)
+    parser.add_argument("--draft-steps", type=int, default=4000)
     parser.add_argument("--sequences", type=int, default=1024, help="sequences that the target writes for the draft to learn from")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=7)

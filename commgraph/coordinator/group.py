@@ -408,10 +408,8 @@ class GroupCoordinator:
             x.
         """
         call, seconds = self._begin("broadcast", timeout)
-        x = call.tensor(x)
+        x = call.written(call.tensor(x))
         src = call.peer(src, "src")
-        if self.rank_in_group != src:
-            x = call.written(x)
         if self.world_size > 1:
             strategy = self._link.route("broadcast", x.shape, x.dtype, x.device)
             self._run(call, f"src={src} {_sig(x)}", seconds, lambda tag, left: strategy.broadcast(x, src, tag=tag, timeout=left))

@@ -106,7 +106,8 @@ class ObjectPath:
             raise call.wrong(str(error)) from error
         # pickle raises AttributeError for a local function, PicklingError for others, and whatever an object's own __reduce__ raises.
         except Exception as error:
-            what = str(error) if isinstance(error, TypeError) else f"a {type(obj).__name__} cannot be pickled: {type(error).__name__}: {error}"
+            # TypeErrors are our own, of what is no plain data, or pickle's of what never can be: they say it all.
+            what = f"{error}" if isinstance(error, TypeError) else f"cannot pickle a {type(obj).__name__}: {type(error).__name__}: {error}"
             raise TypeError(f"{call.where}: {what}. Nothing was sent.") from error
 
     def _decode(self, frame: memoryview, context: str) -> Any:

@@ -236,7 +236,7 @@ class QKVParallelLinear(ColumnLinear):
         tp = self.group.world_size
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self._divisible(num_heads=num_heads)
-        if num_heads % kv_heads:
+        if kv_heads < 1 or num_heads % kv_heads:
             raise ConfigurationError(
                 f"QKVParallelLinear(num_heads={num_heads}, num_kv_heads={kv_heads}): each must serve as many query heads"
             )
@@ -338,9 +338,9 @@ class RowParallelLinear(_Linear):
             ValueError: x has another number of features; nothing was sent.
         """
         x = self._checked(x if self.input_is_parallel else scatter_to(x, self.group))
-        y = F.linear(x, self.weight)
-        if self.reduce_results:
-            y = reduce_from(y, self.group)
+        if self.group.world_size == 1 or not self.reduce_results:
+            return F.linear(x, self.weight, self.bias)
+        y = reduce_from(F.linear(x, self.weight), self.group)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

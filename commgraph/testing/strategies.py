@@ -6,14 +6,36 @@ They need ``hypothesis``, which commgraph itself does not depend on.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from hypothesis import strategies as st
 
 from commgraph.layout import GroupSpec, Layout, Positions, Split
+from commgraph.testing._program import OPERATIONS, STRIDES, Program, Step, TensorSpec
 
-__all__ = ["layouts"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["layouts", "programs", "tensors"]
 
 _AXES = ("dp", "pp", "pcp", "tp")
+
+# Every dtype that can be reduced, by what its reductions are.
+_FLOATS = (
+    "float32",
+    "float64",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+)
+_COMPLEX = ("complex64", "complex128")
+_WHOLE = ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64", "bool")
+_DTYPES = (*_FLOATS, *_COMPLEX, *_WHOLE)
 
 
 def _divisors(number: int) -> list[int]:
@@ -62,3 +84,117 @@ def layouts(draw: st.DrawFn, *, max_world_size: int = 64, world_size: int | None
     dcp = draw(st.sampled_from(_divisors(tp) if pcp == 1 else sorted({1, pcp, tp * pcp})))
     own = {f"own{index}": _specs(draw, sizes) for index in range(draw(st.integers(0, 2)) if groups else 0)}
     return Layout(world, **{axis: sizes[axis] for axis in _AXES}, dcp=dcp, groups=own)
+
+
+def _tensor_specs(
+    dtypes: Sequence[str], *, min_dims: int = 0, max_dims: int = 4, max_side: int = 3, strides: Sequence[str] = STRIDES, bits: bool = False
+) -> st.SearchStrategy[TensorSpec]:
+    shapes = st.lists(st.integers(0, max_side), min_size=min_dims, max_size=max_dims).map(tuple)
+    return st.builds(TensorSpec, st.sampled_from(dtypes), shapes, st.sampled_from(strides), st.just(bits))
+
+
+def tensors(
+    *,
+    dtypes: Sequence[torch.dtype] | None = None,
+    min_dims: int = 0,
+    max_dims: int = 4,
+    max_side: int = 3,
+    strides: Sequence[str] = STRIDES,
+    bits: bool = False,
+) -> st.SearchStrategy[torch.Tensor]:
+    """Host tensors of every dtype, of any shape (0-d and empty ones too) and lying in memory in any way.
+
+    Args:
+        dtypes: of which; None: every one that can be reduced.
+        min_dims, max_dims: number of dimensions.
+        max_side: the largest extent.
+        strides: how they may lie: ``"plain"``, ``"transposed"``, ``"sliced"``, ``"expanded"``.
+        bits: fill them with random bits, in place of numbers whose sums and products over a few ranks do not overflow.
+    """
+    names = _DTYPES if dtypes is None else [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    specs = _tensor_specs(names, min_dims=min_dims, max_dims=max_dims, max_side=max_side, strides=strides, bits=bits)
+    return st.builds(TensorSpec.make, specs, st.integers(0, 2**31 - 1))
+
+
+_REDUCTIONS = frozenset({"all_reduce", "all_reduce_", "reduce_scatter", "reduce_scatterv"})
+_IN_PLACE = frozenset({"all_reduce_", "broadcast"})
+# Those that have no dim take tensors without one.
+_WITHOUT_DIM = frozenset({"all_reduce", "all_reduce_", "broadcast", "ring", "pair"})
+_AROUND = ("replica", *_AXES)
+
+
+def _plain() -> st.SearchStrategy[Any]:
+    leaves = (
+        st.none()
+        | st.booleans()
+        | st.integers(-(2**70), 2**70)
+        | st.text(max_size=5)
+        | st.binary(max_size=5)
+        | st.complex_numbers(allow_nan=False)
+    )
+    return st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple), max_leaves=5)
+
+
+def _trees() -> st.SearchStrategy[dict[Any, Any]]:
+    leaves = _tensor_specs(_DTYPES, bits=True) | _plain()
+    keys = st.sampled_from(("hidden", "residual", "a.b", "", 7, ("x", 1)))
+    return st.dictionaries(keys, st.recursive(leaves, lambda inner: st.dictionaries(keys, inner, max_size=3), max_leaves=6), max_size=4)
+
+
+@st.composite
+def _steps(draw: st.DrawFn, layout: Layout, operations: Sequence[str]) -> Step:
+    operation = draw(st.sampled_from(operations))
+    # Small layouts have many groups of one rank: look for a larger one first.
+    names = sorted(layout.names, key=layout.size, reverse=True)
+    group = names[draw(st.integers(0, len(names) - 1)) if draw(st.booleans()) else draw(st.integers(0, min(3, len(names) - 1)))]
+    if operation in ("broadcast_object", "broadcast_object_list", "all_gather_object", "object_ring", "broadcast_tensor_dict"):
+        return Step(operation, group, tree=draw(_trees()), root=draw(st.integers(0, 5)))
+    if operation == "tensor_dict_ring":
+        axes = [axis for axis in _AROUND if axis in layout.names]
+        group = draw(st.sampled_from(sorted(axes, key=layout.size, reverse=True)[:2]))
+        gather = draw(st.sampled_from([None, *(axis for axis in axes if axis != group)]))
+        return Step(operation, group, tree=draw(_trees()), gather=gather)
+    if operation == "barrier":
+        return Step(operation, group)
+    reduces = operation in _REDUCTIONS
+    op = draw(st.sampled_from(("sum", "avg", "max", "min", "product"))) if reduces and operation != "reduce_scatterv" else "sum"
+    dtypes = [name for name in _DTYPES if not (op == "avg" and name in _WHOLE) and not (op in ("max", "min") and name in _COMPLEX)]
+    strides = [kind for kind in STRIDES if not (kind == "expanded" and operation in _IN_PLACE)]
+    tensor = draw(_tensor_specs(dtypes, min_dims=0 if operation in _WITHOUT_DIM else 1, strides=strides, bits=not reduces))
+    sides = len(tensor.shape)
+    dims = st.integers(-sides, sides - 1) if sides else st.just(0)
+    return Step(
+        operation,
+        group,
+        tensor,
+        dim=draw(dims),
+        other_dim=draw(dims),
+        op=op,
+        root=draw(st.integers(0, 5)),
+        hop=draw(st.integers(0, 4)),
+        sizes=draw(st.lists(st.integers(0, 3), min_size=1, max_size=7).map(tuple)),
+        out=draw(st.booleans()),
+    )
+
+
+@st.composite
+def programs(
+    draw: st.DrawFn, *, world_size: int | None = None, max_world_size: int = 6, max_steps: int = 8, operations: Sequence[str] = OPERATIONS
+) -> Program:
+    """Programs that every rank runs alike: a layout, and blocking operations over its groups with random tensors, dims, sizes and roots.
+
+    Run one with ``spmd(program, program.world_size)``; it prints as what it is and shrinks to few ranks and few steps.
+
+    Args:
+        draw: given by hypothesis.
+        world_size: exactly this many ranks, instead of up to `max_world_size`.
+        max_world_size: the most ranks.
+        max_steps: the most operations.
+        operations: which ones.
+
+    Returns:
+        A strategy that draws a `Program`.
+    """
+    size = draw(st.integers(1, max_world_size)) if world_size is None else world_size
+    layout = draw(layouts(world_size=size))
+    return Program(layout, tuple(draw(st.lists(_steps(layout, operations), min_size=1, max_size=max_steps))))

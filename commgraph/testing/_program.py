@@ -1,0 +1,310 @@
+"""Programs of collective operations as plain values: what `commgraph.testing.strategies.programs` draws.
+
+Values only: nothing here imports torch before it is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from commgraph.layout import Layout
+
+if TYPE_CHECKING:
+    import torch
+
+    from commgraph.coordinator import GroupCoordinator
+    from commgraph.world import World
+
+__all__ = ["OPERATIONS", "STRIDES", "Program", "Step", "TensorSpec", "fill"]
+
+STRIDES = ("plain", "transposed", "sliced", "expanded")
+
+OPERATIONS = (
+    "all_reduce",
+    "all_reduce_",
+    "all_gather",
+    "all_gatherv",
+    "all_gatherv_list",
+    "reduce_scatter",
+    "reduce_scatterv",
+    "all_to_all",
+    "all_to_allv",
+    "gather",
+    "broadcast",
+    "ring",
+    "pair",
+    "barrier",
+    "broadcast_object",
+    "broadcast_object_list",
+    "all_gather_object",
+    "object_ring",
+    "broadcast_tensor_dict",
+    "tensor_dict_ring",
+)
+"""What a step may do. ``ring``: every rank sends to the next and receives from the previous one; ``pair``: one rank sends to one other."""
+
+
+@attrs.frozen
+class TensorSpec:
+    """A tensor to be made.
+
+    Attributes:
+        dtype: name of its dtype, without ``torch.``.
+        shape: its shape.
+        strides: how it lies in memory: one of `STRIDES`.
+        bits: random bits (NaN and all), and not the gentle numbers that a reduction does not overflow with.
+    """
+
+    dtype: str = "float32"
+    shape: tuple[int, ...] = ()
+    strides: str = "plain"
+    bits: bool = False
+
+    def make(self, seed: int) -> torch.Tensor:
+        """The tensor; the same one for the same seed."""
+        if not self.shape:
+            return self._dense((), seed)
+        if self.strides == "transposed":
+            return self._dense(self.shape[::-1], seed).permute(*range(len(self.shape) - 1, -1, -1))
+        if self.strides == "sliced":
+            # Also not at the start of its memory.
+            return self._dense((*self.shape[:-1], 2 * self.shape[-1] + 1), seed)[..., 1::2]
+        if self.strides == "expanded":
+            return self._dense((min(self.shape[0], 1), *self.shape[1:]), seed).expand(self.shape)
+        return self._dense(self.shape, seed)
+
+    def _dense(self, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+        import torch
+
+        random = torch.Generator().manual_seed(seed)
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        if dtype == torch.bool:
+            return torch.randint(2, shape, generator=random).bool()
+        if self.bits or not (dtype.is_floating_point or dtype.is_complex):
+            data = torch.randint(256, (*shape, dtype.itemsize), generator=random, dtype=torch.uint8)
+            return data.view(dtype).reshape(shape)
+        if dtype.is_complex:
+            return torch.complex(torch.randn(shape, generator=random), torch.randn(shape, generator=random)).to(dtype)
+        if dtype.itemsize > 1:
+            return torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)
+        # Few bits: numbers that they hold, and a kind that knows powers of two only.
+        few = torch.randint(-3, 4, shape, generator=random).float()
+        return (few.exp2() if dtype == torch.float8_e8m0fnu else few / 2).to(dtype)
+
+
+@attrs.frozen
+class Step:
+    """One operation on one group, the same in every rank's program. What an operation does not need, it does not look at.
+
+    Attributes:
+        operation: one of `OPERATIONS`.
+        group: name of the group.
+        tensor: what each rank gives, or its piece of that. Values differ between ranks.
+        dim, other_dim: as given to the operation (`other_dim`: where `all_to_all` joins).
+        op: of a reduction.
+        root: source or destination, modulo the size of the group.
+        hop: how far from `root` the peer of a ``pair`` is.
+        sizes: uneven extents; ranks and pairs of ranks take theirs in turn.
+        out: whether the result goes to a tensor that the caller gives.
+        tree: a dict of tensor specs, objects and dicts; for objects its whole is the object.
+        gather: the all-gather group of ``tensor_dict_ring``, None for none.
+        override: its ``all_gather_tensors``.
+    """
+
+    operation: str
+    group: str
+    tensor: TensorSpec = TensorSpec()
+    dim: int = 0
+    other_dim: int = 0
+    op: str = "sum"
+    root: int = 0
+    hop: int = 1
+    sizes: tuple[int, ...] = (1,)
+    out: bool = False
+    tree: Mapping[Any, Any] = attrs.field(factory=dict)
+    gather: str | None = None
+    override: Mapping[str, bool] | None = None
+
+    def extent(self, i: int) -> int:
+        """The uneven size of rank i."""
+        return self.sizes[i % len(self.sizes)]
+
+    def crossing(self, i: int, j: int) -> int:
+        """The uneven size of what goes from rank i to rank j."""
+        return self.sizes[(i + 2 * j) % len(self.sizes)]
+
+    def extents(self, n: int, i: int) -> tuple[int, ...]:
+        """The shape of what rank i of n gives."""
+        shape, operation = list(self.tensor.shape), self.operation
+        if operation in ("reduce_scatter", "all_to_all"):
+            shape[self.dim] *= n
+        elif operation in ("all_gatherv", "all_gatherv_list"):
+            shape[self.dim] = self.extent(i)
+        elif operation == "reduce_scatterv":
+            shape[self.dim] = sum(map(self.extent, range(n)))
+        elif operation == "all_to_allv" and self.same_dims:
+            shape[self.dim] = sum(self.crossing(i, j) for j in range(n))
+        elif operation == "all_to_allv":
+            shape[self.dim] = sum(map(self.extent, range(n)))
+            shape[self.other_dim] = self.extent(i + 1)
+        return tuple(shape)
+
+    @property
+    def same_dims(self) -> bool:
+        """Whether `all_to_all` cuts and joins the same dimension."""
+        return (self.dim - self.other_dim) % max(len(self.tensor.shape), 1) == 0
+
+    def given(self, n: int, i: int, seed: int) -> torch.Tensor:
+        """The tensor of rank i of n; `seed` tells ranks apart."""
+        return attrs.evolve(self.tensor, shape=self.extents(n, i)).make(seed)
+
+    def run(self, group: GroupCoordinator, seed: Callable[[int], int], gather: GroupCoordinator | None = None) -> tuple[Any, Any]:
+        """Performs the step on this rank.
+
+        Args:
+            group: the coordinator.
+            seed: global rank -> seed.
+            gather: the all-gather group of ``tensor_dict_ring``.
+
+        Returns:
+            What was given to the operation, and what came of it.
+        """
+        n, me, operation = group.world_size, group.rank_in_group, self.operation
+        root = self.root % n
+        mine = seed(group.rank)
+        if operation == "barrier":
+            return None, group.barrier()
+        if "object" in operation:
+            obj = {"rank": group.rank, "value": fill(self.tree, mine)}
+            return obj, self._run_objects(group, obj, root)
+        if operation == "broadcast_tensor_dict":
+            tree = fill(self.tree, mine) if me == root else None
+            return tree, group.broadcast_tensor_dict(tree, root)
+        if operation == "tensor_dict_ring":
+            # Ranks of the all-gather group hold the same dict.
+            tree = fill(self.tree, seed(group.rank if gather is None else gather.first_rank))
+            return tree, self._ring(
+                group,
+                lambda: group.send_tensor_dict(tree, None, gather, self.override),
+                lambda: group.recv_tensor_dict(None, gather, self.override),
+            )
+        x = self.given(n, me, mine)
+        return x, self._run_tensors(group, x, root)
+
+    def _run_objects(self, group: GroupCoordinator, obj: Any, root: int) -> Any:
+        if self.operation == "broadcast_object":
+            return group.broadcast_object(obj if group.rank_in_group == root else None, root)
+        if self.operation == "broadcast_object_list":
+            return group.broadcast_object_list([obj, group.rank], root)
+        if self.operation == "all_gather_object":
+            return group.all_gather_object(obj)
+        return self._ring(group, lambda: group.send_object(obj, group.next_in_group), lambda: group.recv_object(group.prev_in_group))
+
+    def _run_tensors(self, group: GroupCoordinator, x: torch.Tensor, root: int) -> Any:
+        n, me, dim, operation = group.world_size, group.rank_in_group, self.dim, self.operation
+        spread = [self.extent(i) for i in range(n)]
+        if operation == "all_reduce":
+            return group.all_reduce(x, op=self.op)
+        if operation == "all_reduce_":
+            return group.all_reduce_(x, op=self.op)
+        if operation == "all_gather":
+            return group.all_gather(x, dim, out=self._out(x, dim, n * x.shape[dim]))
+        if operation == "all_gatherv":
+            return group.all_gatherv(x, dim, spread)
+        if operation == "all_gatherv_list":
+            return group.all_gatherv([x, x.clone()], dim, spread)
+        if operation == "reduce_scatter":
+            return group.reduce_scatter(x, dim, op=self.op, out=self._out(x, dim, x.shape[dim] // n))
+        if operation == "reduce_scatterv":
+            return group.reduce_scatterv(x, dim, spread)
+        if operation == "all_to_all":
+            return group.all_to_all(x, scatter_dim=dim, gather_dim=self.other_dim)
+        if operation == "all_to_allv":
+            same = self.same_dims
+            return group.all_to_all(
+                x,
+                scatter_dim=dim,
+                gather_dim=self.other_dim,
+                input_sizes=[self.crossing(me, j) for j in range(n)] if same else spread,
+                output_sizes=[self.crossing(j, me) for j in range(n)] if same else [self.extent(j + 1) for j in range(n)],
+            )
+        if operation == "gather":
+            return group.gather(x, root, dim)
+        if operation == "broadcast":
+            return group.broadcast(x, root)
+        into = self._out(x, 0, x.shape[0]) if x.dim() else None
+        if operation == "ring":
+            return self._ring(group, lambda: group.send(x), lambda: group.recv(x.shape, x.dtype, out=into))
+        assert operation == "pair", operation
+        to = (root + 1 + self.hop % max(n - 1, 1)) % n
+        if n > 1 and me == root:
+            group.send(x, to)
+        elif n > 1 and me == to:
+            return group.recv(x.shape, x.dtype, root, out=into)
+        return None
+
+    @staticmethod
+    def _ring(group: GroupCoordinator, send: Callable[[], None], receive: Callable[[], Any]) -> Any:
+        if group.world_size == 1:
+            return None
+        # A send returns when it was taken, so somebody has to begin.
+        if group.is_first_rank:
+            send()
+            return receive()
+        received = receive()
+        send()
+        return received
+
+    def _out(self, x: torch.Tensor, dim: int, extent: int) -> torch.Tensor | None:
+        if not self.out:
+            return None
+        shape = list(x.shape)
+        shape[dim] = extent
+        # Not contiguous, and full of something else.
+        return attrs.evolve(self.tensor, shape=tuple(shape), strides="transposed", bits=False).make(0)
+
+
+@attrs.frozen
+class Program:
+    """A layout and what its ranks do, in order. Call it with a `World`, e.g. ``spmd(program, program.world_size)``.
+
+    Attributes:
+        layout: the groups.
+        steps: the operations.
+    """
+
+    layout: Layout
+    steps: tuple[Step, ...]
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.layout.world_size
+
+    @staticmethod
+    def seed(index: int, rank: int) -> int:
+        """What the values of a rank in a step come from."""
+        return 1 + index * 4099 + rank * 17
+
+    def __call__(self, world: World) -> list[tuple[Any, Any]]:
+        """Runs it on one rank.
+
+        Returns:
+            For each step what this rank gave, and what it got.
+        """
+        done = []
+        with world.context(self.layout, name="program") as context:
+            for index, step in enumerate(self.steps):
+                gather = None if step.gather is None else context[step.gather]
+                done.append(step.run(context[step.group], lambda rank, index=index: self.seed(index, rank), gather))
+        return done
+
+
+def fill(tree: Any, seed: int) -> Any:
+    """`tree` with a tensor in the place of each `TensorSpec`."""
+    if isinstance(tree, TensorSpec):
+        return tree.make(seed)
+    return {key: fill(value, seed + 1 + i) for i, (key, value) in enumerate(tree.items())} if isinstance(tree, Mapping) else tree
