@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
+import resource
 import threading
 from collections.abc import Sequence
 from datetime import timedelta
@@ -20,7 +20,11 @@ from commgraph.hosts import Hosts
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import GroupFacts, Platform
 
-__all__ = ["Builder", "Links"]
+__all__ = ["Builder", "Connection", "Links"]
+
+
+# Of a gloo device and its listener, beside one for each peer.
+_SPARE_DESCRIPTORS = 8
 
 
 class Links:
@@ -53,6 +57,19 @@ class Links:
 
 
 @attrs.frozen
+class Connection:
+    """The ranks of one group, connected.
+
+    Attributes:
+        store: holds this group's keys only.
+        transport: to every other rank.
+    """
+
+    store: dist.Store
+    transport: GlooTransport
+
+
+@attrs.frozen
 class Builder:
     """Makes the groups of one world.
 
@@ -74,63 +91,107 @@ class Builder:
     authkey: bytes | None = attrs.field(repr=False)
     links: Links
 
-    def link(
-        self, ident: str, ranks: tuple[int, ...], platform: Platform, options: CommunicatorOptions, *, wants_device: bool
-    ) -> GroupLink:
-        """Connects the ranks of one group. Collective over them; a group of one rank does nothing.
+    def connect(self, ident: str, ranks: tuple[int, ...]) -> Connection | None:
+        """Connects the ranks of one group. Collective over them; None for one rank, which needs nothing.
 
         Args:
             ident: names this group among all of the world, and how often this very group was built; the same on its ranks.
             ranks: global ranks in group order, this one among them.
+
+        Raises:
+            BackendUnavailableError: torch has no gloo.
+            BuildError: the connections could not be made.
+        """
+        if len(ranks) == 1:
+            return None
+        if not compat.gloo_available():
+            raise BackendUnavailableError("this torch was built without gloo, which carries host tensors and objects between ranks")
+        store = dist.PrefixStore(f"group/{hashlib.sha256(ident.encode()).hexdigest()[:32]}", self.store)
+        self._check_descriptors(ident, len(ranks))
+        self._meet(ident, store, ranks)
+        return Connection(store, self._connect(ident, dist.PrefixStore("connect", store), ranks, ranks.index(self.rank)))
+
+    def link(
+        self,
+        ident: str,
+        ranks: tuple[int, ...],
+        connection: Connection | None,
+        platform: Platform,
+        options: CommunicatorOptions,
+        *,
+        wants_device: bool,
+    ) -> GroupLink:
+        """Makes the strategies of a group, on its connection, which is closed if that fails.
+
+        Args:
+            ident, ranks: as for `connect`.
+            connection: what `connect` gave for them.
             platform: chooses the strategies.
             options: of this group.
             wants_device: whether the group serves device tensors too.
 
         Raises:
-            BackendUnavailableError: torch has no gloo, or the platform has nothing that serves the options.
-            BuildError: the connections could not be made.
+            BackendUnavailableError: the platform has nothing that serves the options.
         """
-        rank_in_group = ranks.index(self.rank)
         timeout = options.timeout or self.timeout
         host_timeout = options.host_timeout or timeout
-        if len(ranks) == 1:
+        if connection is None:
             return GroupLink(ident=ident, ranks=ranks, rank_in_group=0, host_timeout=host_timeout.total_seconds())
-        if not compat.gloo_available():
-            raise BackendUnavailableError("this torch was built without gloo, which carries host tensors and objects between ranks")
-        store = dist.PrefixStore(f"group/{hashlib.sha256(ident.encode()).hexdigest()[:32]}", self.store)
-        transport = self._connect(ident, store, ranks, rank_in_group)
         try:
+            rank_in_group = ranks.index(self.rank)
             facts = GroupFacts(ranks, rank_in_group, tuple(self.hosts.nodes[rank] for rank in ranks), options, wants_device)
             link = GroupLink(
                 ident=ident,
                 ranks=ranks,
                 rank_in_group=rank_in_group,
-                communicators=platform.communicators(facts, transport),
-                transport=transport,
-                store=store,
+                communicators=platform.communicators(facts, connection.transport),
+                transport=connection.transport,
+                store=connection.store,
                 key=self._key(ranks),
                 timeout=timeout.total_seconds(),
                 host_timeout=host_timeout.total_seconds(),
                 check=options.check,
             )
         except BaseException:
-            transport.close()
+            connection.transport.close()
             raise
         self.links.add(link)
         return link
+
+    def _meet(self, ident: str, store: dist.Store, ranks: Sequence[int]) -> None:
+        """Waits until all are here. gloo would wait as well, but say of nobody that he is missing, and not let itself be interrupted."""
+        keys = [f"here/{rank}" for rank in ranks]
+        try:
+            store.set(f"here/{self.rank}", "")
+            store.wait(keys, self.timeout)
+        except RuntimeError as error:
+            missing = [str(rank) for rank, key in zip(ranks, keys, strict=True) if not _is_there(store, key)]
+            names = f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing[:16])}{'...' if len(missing) > 16 else ''}"
+            raise BuildError(
+                f"rank {self.rank}: group {ident}: {names} of the group's {len(ranks)} did not come within "
+                f"{self.timeout.total_seconds():g} s. Building is collective: every rank makes the same calls in the same order ({error})"
+            ) from error
 
     def _connect(self, ident: str, store: dist.Store, ranks: Sequence[int], rank_in_group: int) -> GlooTransport:
         try:
             device = compat.gloo_device(loopback=self._share_loopback(ranks))
             return GlooTransport(store, rank_in_group, len(ranks), timeout=self.timeout, device=device)
         except RuntimeError as error:
-            reason = str(error)
-            if os.strerror(errno.EMFILE) in reason:
-                reason = f"too many open files: a group needs a descriptor for each of its ranks (raise the limit: ulimit -n). {reason}"
             members = f"{len(ranks)} ranks {tuple(ranks[:8])}{'...' if len(ranks) > 8 else ''}"
             raise BuildError(
-                f"rank {self.rank}: group {ident} of {members} could not connect within {self.timeout.total_seconds():g} s: {reason}"
+                f"rank {self.rank}: group {ident} of {members} could not connect within {self.timeout.total_seconds():g} s: {error}"
             ) from error
+
+    def _check_descriptors(self, ident: str, size: int) -> None:
+        """Refuses what cannot end well: where its listener runs out of descriptors, gloo ends the process."""
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        used = len(os.listdir("/dev/fd"))
+        needed = size + _SPARE_DESCRIPTORS
+        if limit != resource.RLIM_INFINITY and limit - used < needed:
+            raise BuildError(
+                f"rank {self.rank}: group {ident} of {size} ranks needs about {needed} more open files; {used} are open and {limit} are "
+                "allowed: raise the limit (ulimit -n), or close contexts that are not used"
+            )
 
     def _share_loopback(self, ranks: Sequence[int]) -> bool:
         """Whether these ranks can reach each other at 127.0.0.1; alike on all of them."""
@@ -143,3 +204,10 @@ class Builder:
         if self.authkey is not None:
             return self.authkey
         return self.hosts.node_key if all(self.hosts.nodes[rank] == self.hosts.node_rank for rank in ranks) else None
+
+
+def _is_there(store: dist.Store, key: str) -> bool:
+    try:
+        return store.check([key])
+    except RuntimeError:  # the store itself is gone
+        return False

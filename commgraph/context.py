@@ -9,13 +9,15 @@ from datetime import timedelta
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
+import attrs
 import torch
 import torch.distributed as dist
 
 import commgraph
 from commgraph.agreement import agree
-from commgraph.building import Builder
+from commgraph.building import Builder, Connection
 from commgraph.coordinator import GroupCoordinator
+from commgraph.coordinator.link import GroupLink
 from commgraph.coordinator.objects import ObjectPath
 from commgraph.errors import BuildError, CommGraphError, ConfigurationError, LayoutError, LayoutMismatchError
 from commgraph.layout import Layout
@@ -235,7 +237,8 @@ class ParallelContext:
             try:
                 world.barrier(timeout=timeout)
             except CommGraphError as error:
-                logger.warning("context %r was closed on rank %d without its peers: %s", self._name, self.rank, error)
+                # As text: a record that is kept must not keep the connections, through the error's traceback.
+                logger.warning("context %r was closed on rank %d without its peers: %s", self._name, self.rank, str(error))
         self._drop()
 
     def _drop(self) -> None:
@@ -324,62 +327,73 @@ def build_context(
     agree(begin, rank, size, facts, what=what, timeout=builder.timeout)
 
     end = dist.PrefixStore("end", store)
-    made: dict[tuple[Any, ...], GroupCoordinator] = {}
+    # Groups may share that have the same ranks in the same order and the same options, both served alike. On the host there is no
+    # difference between groups that serve device tensors and those that do not.
+    shared: dict[tuple[Any, ...], list[str]] = {}
+    for group, (given, device) in plan.items():
+        key = (layout.ranks(group, rank), given, device or world.device.type == "cpu", group if given.isolates(group) else None)
+        shared.setdefault(key, []).append(group)
+    idents = {names[0]: f"{name}/{build}/{names[0]}/{layout.ranks(names[0], rank)}" for names in shared.values()}
+    connections: dict[str, Connection | None] = {}
     coordinators: dict[str, GroupCoordinator] = {}
     try:
-        for group, (given, device) in plan.items():
-            ranks = layout.ranks(group, rank)
-            # A group may share with one of the same ranks in the same order, of the same options, both served alike.
-            # On the host there is no difference between groups that serve device tensors and those that do not.
-            key = (ranks, given, device or world.device.type == "cpu", group if given.isolates(group) else None)
-            twin = made.get(key)
-            coordinators[group] = made[key] = build_coordinator(
-                world, builder, group, ranks, f"{name}/{build}/{group}/{ranks}", platform, given, wants_device=device, twin=twin
-            )
-        routing = {f"the strategies of group {c.name!r} {c.ranks}": repr(dict(c.communicators)) for c in made.values() if c.world_size > 1}
+        # First every connection, then what is put on them: a rank whose strategies fail keeps nobody waiting for a connection with it.
+        for first, ident in idents.items():
+            connections[first] = builder.connect(ident, layout.ranks(first, rank))
+        for first, *others in shared.values():
+            given, device = plan[first]
+            link = builder.link(idents[first], layout.ranks(first, rank), connections[first], platform, given, wants_device=device)
+            coordinators[first] = build_coordinator(world, first, link)
+            coordinators |= {other: join_coordinator(other, coordinators[first]) for other in others}
+        firsts = [coordinators[first] for first in idents if coordinators[first].world_size > 1]
+        routing = {f"the strategies of group {c.name!r} {c.ranks}": repr(dict(c.communicators)) for c in firsts}
     except BaseException as error:
-        for coordinator in coordinators.values():
-            coordinator.close()
-        builder.links.prune()
+        _undo(builder, coordinators, connections)
         _report(end, rank, size, what, builder.timeout, error)
         raise
     try:
         agree(end, rank, size, routing, what=what, timeout=builder.timeout)
-    except BuildError:
-        for coordinator in coordinators.values():
-            coordinator.close()
-        builder.links.prune()
+    except BaseException:
+        _undo(builder, coordinators, connections)
         raise
     context = ParallelContext(
-        name=name, layout=layout, world=world, groups=coordinators, options={group: given for group, (given, _) in plan.items()}
+        name=name,
+        layout=layout,
+        world=world,
+        groups={group: coordinators[group] for group in plan},
+        options={group: given for group, (given, _) in plan.items()},
     )
     logger.info(
         "%r sits at %s: %s",
         context,
         layout.coordinate(rank),
-        ", ".join(f"{g} {c.rank_in_group}/{c.world_size}" for g, c in coordinators.items()),
+        ", ".join(f"{group} {context[group].rank_in_group}/{context[group].world_size}" for group in plan),
     )
     return context
 
 
-def build_coordinator(
-    world: World,
-    builder: Builder,
-    name: str,
-    ranks: tuple[int, ...],
-    ident: str,
-    platform: Platform,
-    options: CommunicatorOptions,
-    *,
-    wants_device: bool,
-    twin: GroupCoordinator | None = None,
-) -> GroupCoordinator:
-    """One coordinator; with `twin`, on that one's communicators. Collective over `ranks`."""
-    link = builder.link(ident, ranks, platform, options, wants_device=wants_device) if twin is None else twin._link
-    objects = ObjectPath(link) if twin is None else twin._objects
-    coordinator = GroupCoordinator(name, builder.rank, ranks, world.local_rank, world.device, link, objects)
+def build_coordinator(world: World, name: str, link: GroupLink) -> GroupCoordinator:
+    """The first coordinator on a link."""
+    coordinator = GroupCoordinator(name, world.rank, link.ranks, world.local_rank, world.device, link, ObjectPath(link))
     link.join(coordinator)
     return coordinator
+
+
+def join_coordinator(name: str, twin: GroupCoordinator) -> GroupCoordinator:
+    """A further coordinator, on the communicators of `twin`."""
+    coordinator = attrs.evolve(twin, name=name)
+    twin._link.join(coordinator)
+    return coordinator
+
+
+def _undo(builder: Builder, coordinators: Mapping[str, GroupCoordinator], connections: Mapping[str, Connection | None]) -> None:
+    """Drops what a build that failed has made, on this rank."""
+    for coordinator in coordinators.values():
+        coordinator.close()
+    for connection in connections.values():
+        if connection is not None:
+            connection.transport.close()
+    builder.links.prune()
 
 
 def _report(store: dist.Store, rank: int, size: int, what: str, timeout: timedelta, error: BaseException) -> None:

@@ -89,9 +89,9 @@ class World:
         # Nothing of the World itself may be reachable from here, or it would never be collected.
         self._finalizer = weakref.finalize(self, builder.links.release)
         try:
-            self.group: GroupCoordinator = build_coordinator(
-                self, builder, "world", tuple(range(self.size)), "world", platform, CommunicatorOptions(), wants_device=False
-            )
+            everyone = tuple(range(self.size))
+            link = builder.link("world", everyone, builder.connect("world", everyone), platform, CommunicatorOptions(), wants_device=False)
+            self.group: GroupCoordinator = build_coordinator(self, "world", link)
         except BaseException:
             self._state.closed = True  # there is nothing to close, and nobody to blame for not closing it
             raise
@@ -385,7 +385,8 @@ class World:
                 try:
                     self.group.barrier(timeout=timeout)
                 except CommGraphError as error:
-                    logger.warning("%r was closed without its peers: %s", self, error)
+                    # As text: a record that is kept must not keep the world, nor the frames of the error.
+                    logger.warning("%s was closed without its peers: %s", repr(self), str(error))
             self._drop()
         if empty_cache:
             gc.collect()

@@ -191,7 +191,8 @@ def environment_writes(tree: ast.Module) -> list[str]:
     for node in ast.walk(tree):
         targets = node.targets if isinstance(node, ast.Assign | ast.Delete) else [node.target] if isinstance(node, ast.AugAssign) else []
         written = [dotted(target.value if isinstance(target, ast.Subscript) else target) for target in targets]
-        found += [f"line {node.lineno}: os.environ is written to"] * ("os.environ" in written)
+        if "os.environ" in written:
+            found.append(f"line {node.lineno}: os.environ is written to")
         if isinstance(node, ast.Call):
             name = dotted(node.func)
             readers = ("get", "copy", "items", "keys", "values")

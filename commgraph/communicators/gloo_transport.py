@@ -55,7 +55,8 @@ class TransportClosed(Exception):  # noqa: N818 - internal; GroupLink turns it i
 
 def as_bytes(x: torch.Tensor) -> torch.Tensor:
     """The memory of a contiguous tensor as uint8, 1-D, without a copy."""
-    return x.reshape(-1).view(torch.uint8)
+    # Not reshape(-1): of a single element any stride is contiguous, and only a stride of one can be viewed as bytes.
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)
 
 
 def _sized(tag: int, nbytes: int) -> int:

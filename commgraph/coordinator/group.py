@@ -409,7 +409,9 @@ class GroupCoordinator:
         """
         call, seconds = self._begin("broadcast", timeout)
         x = call.written(call.tensor(x))
-        src = call.peer(src, "src")
+        return self._broadcast(call, x, call.peer(src, "src"), seconds)
+
+    def _broadcast(self, call: Call, x: torch.Tensor, src: int, seconds: float) -> torch.Tensor:
         if self.world_size > 1:
             strategy = self._link.route("broadcast", x.shape, x.dtype, x.device)
             self._run(call, f"src={src} {_sig(x)}", seconds, lambda tag, left: strategy.broadcast(x, src, tag=tag, timeout=left))
@@ -563,7 +565,9 @@ class GroupCoordinator:
         if self.world_size > 1:
             self.broadcast_object(description, src, timeout=timeout)
             for tensor in tensors:
-                self.broadcast(tensor, src, timeout=timeout)
+                # On this side it is only read, and may lie in memory in any way.
+                part, seconds = self._begin("broadcast", timeout)
+                self._broadcast(part, tensor, src, seconds)
         return tensor_dict
 
     def send_tensor_dict(

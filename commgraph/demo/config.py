@@ -15,7 +15,7 @@ import attrs
 
 __all__ = ["DEFAULT_PROMPT", "LlamaConfig", "decode", "encode", "weights_path"]
 
-DEFAULT_PROMPT: Final = "The with statement is used to"
+DEFAULT_PROMPT: Final = "When a function is called,"
 
 
 @attrs.frozen(kw_only=True)

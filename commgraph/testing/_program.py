@@ -6,6 +6,7 @@ Values only: nothing here imports torch before it is run.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -176,7 +177,8 @@ class Step:
         root = self.root % n
         mine = seed(group.rank)
         if operation == "barrier":
-            return None, group.barrier()
+            group.barrier()
+            return None, None
         if "object" in operation:
             obj = {"rank": group.rank, "value": fill(self.tree, mine)}
             return obj, self._run_objects(group, obj, root)
@@ -299,7 +301,7 @@ class Program:
         with world.context(self.layout, name="program") as context:
             for index, step in enumerate(self.steps):
                 gather = None if step.gather is None else context[step.gather]
-                done.append(step.run(context[step.group], lambda rank, index=index: self.seed(index, rank), gather))
+                done.append(step.run(context[step.group], partial(self.seed, index), gather))
         return done
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
+import resource
 import sys
 import threading
 import time
@@ -20,6 +21,9 @@ __all__ = ["ThreadStore", "spmd"]
 
 T = TypeVar("T")
 
+# What the keys by which gloo connects have in their names (`Builder.connect`), and how long a peer may take to write one.
+_CONNECTING = "/connect/"
+_CONNECT_SECONDS = 5.0
 # How long the ranks that were released may take to unwind.
 _UNWIND_SECONDS = 10.0
 
@@ -68,7 +72,11 @@ class ThreadStore(dist.Store):
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         limit = (self.timeout if timeout is None else timeout).total_seconds()  # type: ignore[attr-defined]  # missing in torch's stub
         with self._changed:
-            if not self._changed.wait_for(lambda: self._aborted or self.check(keys), limit) or self._aborted:
+            self._changed.wait_for(lambda: self._aborted or self.check(keys), limit)
+            if self._aborted and all(_CONNECTING in key for key in keys):
+                # All ranks of this group have come. One that left now would leave the others in gloo's connecting, which nothing ends.
+                self._changed.wait_for(lambda: self.check(keys), min(limit, _CONNECT_SECONDS))
+            if not self.check(keys):
                 why = "another rank failed" if self._aborted else f"timed out after {limit:g} s"
                 raise dist.DistStoreError(f"waiting for {list(keys)[:4]}: {why}")
 
@@ -103,6 +111,8 @@ class _Rank(threading.Thread):
         self.run_ = run
         self.rank = rank
         self.world: World | None = None
+        # To be waited for in place of the thread: a join that Ctrl-C interrupts takes the thread for ended (CPython before 3.13).
+        self.ended = threading.Event()
 
     def run(self) -> None:
         run = self.run_
@@ -120,6 +130,8 @@ class _Rank(threading.Thread):
                     raise
         except BaseException as error:
             run.fail(self.rank, error)
+        finally:
+            self.ended.set()
 
 
 class _Run:
@@ -133,15 +145,22 @@ class _Run:
         self.store = ThreadStore()
         self.results: dict[int, object] = {}
         self.failure: tuple[int, BaseException] | None = None
+        self.expired = False
         self.threads = [_Rank(self, rank) for rank in range(world_size)]
         self._lock = threading.Lock()
 
     def fail(self, rank: int, error: BaseException) -> None:
         """Notes the first failure; those that follow from it are of no interest. Releases every rank."""
         with self._lock:
-            if self.failure is not None:
+            if self.failure is not None or self.expired:
                 return
             self.failure = (rank, error)
+        self.release()
+
+    def expire(self) -> None:
+        """The time is over: what fails from now on is no failure of its own. Releases every rank."""
+        with self._lock:
+            self.expired = self.failure is None or isinstance(self.failure[1], CollectiveTimeoutError)
         self.release()
 
     def release(self) -> None:
@@ -151,14 +170,17 @@ class _Run:
                 thread.world._abort()
 
     def join(self, deadline: float) -> list[_Rank]:
-        """Waits for the threads; returns those that are still alive."""
+        """Waits for the threads; returns those that have not ended."""
         for thread in self.threads:
-            thread.join(max(deadline - time.monotonic(), 0.0))
-        return [thread for thread in self.threads if thread.is_alive()]
+            if thread.ended.wait(max(deadline - time.monotonic(), 0.0)):
+                thread.join()
+        return [thread for thread in self.threads if not thread.ended.is_set()]
 
 
 def spmd(fn: Callable[[World], T], world_size: int, *, timeout: float = 60, nodes: int = 1) -> list[T]:
     """Runs ``fn(world)`` on `world_size` threads of this process, each with a World of its own over real communicators.
+
+    Both ends of every connection are in this process: the soft limit of open files is raised where it is too low for that.
 
     Args:
         fn: the program of every rank.
@@ -170,11 +192,13 @@ def spmd(fn: Callable[[World], T], world_size: int, *, timeout: float = 60, node
         What `fn` returned, in rank order.
 
     Raises:
+        ConfigurationError: sizes that cannot be, or more ranks than this process may have open files for.
         BaseException: the first failure of any rank, with a note that says which rank; the others are released and have ended by then.
         CollectiveTimeoutError: the time ran out; the message says where each rank was.
     """
     if world_size < 1 or not 1 <= nodes <= world_size:
         raise ConfigurationError(f"spmd(world_size={world_size}, nodes={nodes}): at least one rank, and a rank for each node")
+    _make_room(world_size)
     run = _Run(fn, world_size, timeout, nodes)
     deadline = time.monotonic() + timeout
     for thread in run.threads:
@@ -188,19 +212,35 @@ def spmd(fn: Callable[[World], T], world_size: int, *, timeout: float = 60, node
         raise
     stuck: list[_Rank] = []
     if late:
-        run.release()
+        run.expire()
         stuck = run.join(time.monotonic() + _UNWIND_SECONDS)
-    if run.failure is not None and (not late or not isinstance(run.failure[1], CollectiveTimeoutError)):
-        rank, error = run.failure
-        error.add_note(f"(raised on rank {rank} of {world_size})")
-        with contextlib.suppress(AttributeError):
-            del run.threads  # the traceback holds this frame: do not let it hold every world too
-        raise error
-    if late:
+    if run.expired:
         ranks = ", ".join(str(thread.rank) for thread in late)
         left = f" Ranks {', '.join(str(thread.rank) for thread in stuck)} could not be ended and go on." if stuck else ""
         raise CollectiveTimeoutError(f"spmd: ranks {ranks} of {world_size} were not done after {timeout:g} s.{left} They were at:\n{where}")
+    if run.failure is not None:
+        rank, error = run.failure
+        error.add_note(f"(raised on rank {rank} of {world_size})")
+        del run.threads  # the traceback holds this frame: do not let it hold every world too
+        raise error
     return [run.results[rank] for rank in range(world_size)]  # type: ignore[misc]  # what fn returned
+
+
+def _make_room(world_size: int) -> None:
+    """Sees to it that there are descriptors enough: where gloo runs out of them it ends the process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return
+    used, one_group = len(os.listdir("/dev/fd")), world_size * (world_size + 8)
+    wanted = used + 8 * one_group  # the world's and those of several contexts
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft - used < one_group:
+        raise ConfigurationError(
+            f"spmd(world_size={world_size}): one group of {world_size} threads needs about {one_group} open files; {used} are open and "
+            f"{hard} are allowed (ulimit -Hn)"
+        )
 
 
 def _stacks(threads: Sequence[threading.Thread]) -> str:
