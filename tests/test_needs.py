@@ -1,0 +1,298 @@
+"""What users of other communicator layers suffer from, row by row, and the guarantee that stands in its place here."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import commgraph as cg
+from commgraph.testing import spmd
+from commgraph.testing.spmd import ThreadStore
+
+ROOT = Path(__file__).parent.parent
+
+
+def work(ctx: cg.ParallelContext, seed: int) -> torch.Tensor:
+    random = torch.Generator().manual_seed(100 * seed + ctx.rank)
+    parts = []
+    for _ in range(3):
+        x = torch.randn(17, 8, generator=random)
+        for name in ("tp", "dp", "pp", "ep", "dcp"):
+            parts += [ctx[name].all_reduce(x), ctx[name].all_gather(x, 0)]
+    return torch.cat([part.flatten() for part in parts])
+
+
+def test_row_1_eight_contexts_from_two_threads_never_answer_for_each_other() -> None:
+    """Row 1: a global getter answers with another grid's group. Here eight contexts are used alternately from two threads, bit-exact."""
+    layouts = [
+        cg.Layout(4, tp=2, pp=2),
+        cg.Layout(4, tp=4),
+        cg.Layout(4, pp=4),
+        cg.Layout(4, dp=2, tp=2),
+        cg.Layout(4),
+        cg.Layout(4, pcp=2, tp=2),
+        cg.Layout(4, tp=4, dcp=2),
+        cg.Layout(4, dp=4),
+    ]
+
+    def program(world: cg.World) -> list[bool]:
+        contexts = [world.context(layout, name=f"context {i}") for i, layout in enumerate(layouts)]
+        alone = [work(ctx, i) for i, ctx in enumerate(contexts)]
+        together: dict[int, torch.Tensor] = {}
+
+        def half(first: int) -> None:
+            for i in range(first, len(contexts), 2):
+                together[i] = work(contexts[i], i)
+
+        threads = [threading.Thread(target=half, args=(first,)) for first in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [torch.equal(alone[i], together[i]) for i in range(len(contexts))]
+
+    assert spmd(program, 4) == [[True] * 8] * 4
+
+
+def test_row_1_asking_for_a_group_that_a_context_lacks_raises() -> None:
+    """Row 1: a draft's tensor parallelism silently ignored. Here a context has the groups of its own layout and no other."""
+
+    def program(world: cg.World) -> None:
+        ctx = world.context(cg.Layout.from_axes(2, {"attention": 2}), name="main")
+        with pytest.raises(cg.LayoutError, match=r"'tp'.*attention"):
+            ctx.tp  # noqa: B018 - the access is what raises
+
+    spmd(program, 2)
+
+
+class CountingStore(dist.Store):
+    """Counts operations, and the keys they name."""
+
+    def __init__(self, store: ThreadStore) -> None:
+        super().__init__()
+        self.inner = store
+        self.calls: Counter[str] = Counter()
+
+    def set(self, key: str, value: Any) -> None:
+        self.calls["set"] += 1
+        self.inner.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        self.calls["get"] += 1
+        return self.inner.get(key)
+
+    def add(self, key: str, amount: int) -> int:
+        self.calls["add"] += 1
+        return self.inner.add(key, amount)
+
+    def check(self, keys: Sequence[str]) -> bool:
+        self.calls["check"] += len(keys)
+        return self.inner.check(keys)
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        self.calls["wait"] += len(keys)
+        self.inner.wait(keys, timeout)
+
+    def multi_get(self, keys: Sequence[str]) -> list[bytes]:
+        self.calls["multi_get"] += len(keys)
+        return self.inner.multi_get(keys)
+
+    def has_extended_api(self) -> bool:
+        return True
+
+    def clone(self) -> CountingStore:
+        return self
+
+
+def store_keys(layout: cg.Layout) -> list[int]:
+    """How many keys each rank touches while it builds a context of `layout`."""
+    n = layout.world_size
+    store = ThreadStore()
+    counts = [0] * n
+
+    def rank(number: int) -> None:
+        counting = CountingStore(store)
+        with cg.World.from_store(counting, rank=number, world_size=n, timeout=timedelta(seconds=30)) as world:
+            before = sum(counting.calls.values())
+            with world.context(layout, name="main"):
+                counts[number] = sum(counting.calls.values()) - before
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return counts
+
+
+def test_row_8_building_touches_only_the_groups_of_this_rank() -> None:
+    """Row 8: start-up grows with the number of groups. Here a rank's store traffic is bounded by the sizes of its own groups."""
+    n = 8
+    few, many = cg.Layout(n, tp=2, groups={"own": ("replica",)}), cg.Layout(n, tp=2)
+    # The same groups of the same sizes around each rank, whether the world has two of a kind or four.
+    assert store_keys(few)[1:] == store_keys(many)[1:]
+    for layout in (many, cg.Layout(n, pp=2, tp=2), cg.Layout(n, tp=8), cg.Layout(n, dp=2, pp=2, tp=2)):
+        counts = store_keys(layout)
+        for rank, count in enumerate(counts):
+            distinct = {layout.ranks(name, rank) for name in layout.names} - {(rank,)}
+            # Rank 0 reads what every rank says, once before and once after; gloo takes a few keys for each member of a group.
+            assert 0 < count <= 8 * sum(map(len, distinct)) + (4 * n if rank == 0 else 0) + 16, (layout, rank)
+
+
+def test_row_8_a_world_of_one_rank_does_no_rendezvous_at_all() -> None:
+    """Row 8: one rank, no store operation."""
+    counting = CountingStore(ThreadStore())
+    with cg.World.from_store(counting, rank=0, world_size=1) as world, world.context(cg.Layout(1), name="main") as ctx:
+        x = torch.ones(3)
+        assert ctx.tp.all_reduce(x) is x
+    assert not counting.calls
+
+
+def test_row_8_a_layout_of_a_hundred_thousand_ranks() -> None:
+    """Row 8: a 100,000-rank layout in under a second."""
+    started = time.perf_counter()
+    layout = cg.Layout(100_000, dp=125, pp=10, pcp=2, tp=8, dcp=2)
+    assert all(rank in layout.ranks(name, rank) for rank in range(0, 100_000, 1000) for name in layout.names if name != "world")
+    assert time.perf_counter() - started < 1
+
+
+def test_row_12_fifty_engines_in_a_process_and_a_default_group_untouched(tmp_path: Path) -> None:
+    """Row 12: a second engine in a process fails. Here 50 cycles beside an initialised default group, which stays as it was."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        group = dist.group.WORLD
+
+        def program(world: cg.World) -> list[tuple[int, int]]:
+            marks = []
+            for cycle in range(60):
+                layouts = (cg.Layout(2, tp=2), cg.Layout(2, pp=2), cg.Layout(2, dp=2))
+                contexts = [world.context(layout, name=f"engine {i}") for i, layout in enumerate(layouts)]
+                for ctx in contexts:
+                    assert ctx.world.all_reduce(torch.ones(2)).tolist() == [2, 2]
+                    assert ctx.ep.broadcast_object(cycle) == cycle
+                for ctx in contexts:
+                    ctx.close()
+                world.group.barrier()
+                if world.rank == 0 and cycle in (9, 59):
+                    gc.collect()
+                    marks.append((len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
+                    pages = int(Path("/proc/self/statm").read_text().split()[1])
+                    marks.append((pages * os.sysconf("SC_PAGE_SIZE"), 0))
+                world.group.barrier()
+            return marks
+
+        early, early_memory, late, late_memory = spmd(program, 2)[0]
+        assert late == early, "file descriptors, threads"
+        assert late_memory[0] - early_memory[0] < 4 << 20, "resident bytes"
+        assert dist.group.WORLD is group
+        x = torch.ones(1)
+        dist.all_reduce(x)
+        assert x.item() == 1
+    finally:
+        dist.destroy_process_group()
+
+
+def test_row_13_no_port_is_chosen_before_it_is_bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Row 13: ports chosen, released, then bound by another. Here nothing in Python picks a port, and one node meets by a file."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a port was bound in Python, to be told to others")
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    results: dict[int, float] = {}
+
+    def rank(number: int) -> None:
+        environ = {"PMI_RANK": str(number), "PMI_SIZE": "2", "MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": str(number), "PMI_JOBID": "row 13"}
+        with cg.World.from_env(environ, timeout=timedelta(seconds=30)) as world, world.context(cg.Layout(2, tp=2), name="main") as ctx:
+            results[number] = ctx.tp.all_reduce(torch.ones(1)).item()
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {0: 2.0, 1: 2.0}
+    # And where a port is asked for, "any" is refused: nobody could be told which one it became.
+    with pytest.raises(cg.LaunchError, match="port"):
+        cg.World.connect("tcp://127.0.0.1:0", rank=0, world_size=2)
+
+
+def test_row_24_sixty_four_ranks_with_real_data_in_one_process() -> None:
+    """Row 24: nothing can be tested without GPUs. Here 64 ranks in one process, real data over real connections."""
+
+    def program(world: cg.World) -> tuple[int, float]:
+        tp = world.context(cg.Layout(64, tp=64), name="main").tp
+        return tp.rank_in_group, tp.all_reduce(torch.full((1000,), float(world.rank))).sum().item()
+
+    assert spmd(program, 64) == [(rank, 2016000.0) for rank in range(64)]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("commgraph")]
+
+
+def test_row_24_a_fault_is_injected_and_told_by_rank() -> None:
+    """Row 24: with a fault injected: the rank that failed is named, the others are released at once."""
+
+    def program(world: cg.World) -> None:
+        ctx = world.context(cg.Layout(8, tp=8), name="main")
+        ctx.tp.barrier()
+        if world.rank == 5:
+            raise OSError("injected")
+        ctx.tp.all_reduce(torch.ones(3))
+
+    started = time.monotonic()
+    with pytest.raises(OSError, match="injected") as caught:
+        spmd(program, 8)
+    assert time.monotonic() - started < 20
+    assert any("rank 5 of 8" in note for note in caught.value.__notes__)
+
+
+def test_row_25_ranks_with_different_layouts_build_nothing() -> None:
+    """Row 25: several rank formulas disagree. Here one value, whose digest the ranks compare before anything is built."""
+
+    def program(world: cg.World) -> str:
+        layout = cg.Layout(4, tp=2) if world.rank != 3 else cg.Layout(4, pp=2)
+        with pytest.raises(cg.LayoutMismatchError, match="ranks 3: Layout") as caught:
+            world.context(layout, name="main")
+        # Nothing is left: the name is free.
+        world.context(cg.Layout(4, tp=2), name="main").close()
+        return str(caught.value)
+
+    assert all("the layout" in message for message in spmd(program, 4))
+
+
+EXIT = """
+import torch, commgraph as cg
+world = cg.World.from_env()
+ctx = world.context(cg.Layout(world.size, tp=2), name="main")
+assert ctx.tp.all_reduce(torch.ones(3)).sum() == 6
+ctx.world.barrier()
+print("done", world.rank, flush=True)
+"""
+
+
+def test_an_interpreter_that_exits_without_close_neither_aborts_nor_hangs(tmp_path: Path) -> None:
+    """A gloo group that is alive at exit aborts some of the time; each run here has eight chances."""
+    app = tmp_path / "app.py"
+    app.write_text(EXIT)
+    launcher = [sys.executable, "-W", "ignore::ResourceWarning", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    for _ in range(2):
+        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([*launcher, str(app)], capture_output=True, text=True, timeout=100, env=environ, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("done") == 4
+        assert "terminate called" not in done.stderr
