@@ -168,8 +168,8 @@ def test_a_context_cannot_be_changed() -> None:
         assert copy.copy(ctx) is copy.deepcopy(ctx) is ctx
         assert copy.copy(ctx.tp) is copy.deepcopy(ctx.tp) is ctx.tp
         layer = torch.nn.Linear(2, 2)
-        layer.ctx = ctx
-        assert copy.deepcopy(layer).ctx is ctx
+        layer.__dict__["ctx"] = ctx
+        assert copy.deepcopy(layer).__dict__["ctx"] is ctx
 
     spmd(run, 2)
 
@@ -336,7 +336,7 @@ def test_a_strategy_that_only_one_rank_has_is_found_at_build() -> None:
             made = super().communicators(facts, transport)
             if self.odd:
                 for communicator in made:
-                    communicator.name = "another"
+                    communicator.name = "another"  # type: ignore[misc]  # a rank that differs is what is tested
             return made
 
     errors = outcomes(lambda world: world.context(cg.Layout(3, tp=3), name="a", platform=Lopsided(world.rank == 1)), 3)

@@ -86,6 +86,6 @@ def test_the_table_from_vllm_names_only_what_exists_or_is_planned() -> None:
             continue
         for owner, attribute in re.findall(r"`(ctx|world|group|World)\.([a-z_]+)", row):
             # `group` and `store` of a World are set when it is made.
-            assert hasattr(owners[owner], attribute) or attribute in cg.World.__doc__, row
+            assert hasattr(owners[owner], attribute) or attribute in str(cg.World.__doc__), row
             checked += 1
     assert checked > 30

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -22,8 +20,6 @@ import torch.distributed as dist
 import commgraph as cg
 from commgraph.testing import spmd
 from commgraph.testing.spmd import ThreadStore
-
-ROOT = Path(__file__).parent.parent
 
 
 def work(ctx: cg.ParallelContext, seed: int) -> torch.Tensor:
@@ -273,26 +269,3 @@ def test_row_25_ranks_with_different_layouts_build_nothing() -> None:
         return str(caught.value)
 
     assert all("the layout" in message for message in spmd(program, 4))
-
-
-EXIT = """
-import torch, commgraph as cg
-world = cg.World.from_env()
-ctx = world.context(cg.Layout(world.size, tp=2), name="main")
-assert ctx.tp.all_reduce(torch.ones(3)).sum() == 6
-ctx.world.barrier()
-print("done", world.rank, flush=True)
-"""
-
-
-def test_an_interpreter_that_exits_without_close_neither_aborts_nor_hangs(tmp_path: Path) -> None:
-    """A gloo group that is alive at exit aborts some of the time; each run here has eight chances."""
-    app = tmp_path / "app.py"
-    app.write_text(EXIT)
-    launcher = [sys.executable, "-W", "ignore::ResourceWarning", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    for _ in range(2):
-        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([*launcher, str(app)], capture_output=True, text=True, timeout=100, env=environ, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("done") == 4
-        assert "terminate called" not in done.stderr

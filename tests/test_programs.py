@@ -56,10 +56,10 @@ def assert_reduced(result: torch.Tensor, pieces: Sequence[torch.Tensor], op: str
     assert result.shape == pieces[0].shape
     columns = list(zip(*(piece.flatten().tolist() for piece in pieces), strict=True)) if dtype.itemsize and not dtype.is_complex else []
     if dtype == torch.bool:
-        combine = any if op in ("sum", "max") else all
-        assert result.flatten().tolist() == [combine(column) for column in columns]
+        either: Any = any if op in ("sum", "max") else all
+        assert result.flatten().tolist() == [either(column) for column in columns]
     elif not (dtype.is_floating_point or dtype.is_complex):
-        combine = {"sum": sum, "product": math.prod, "max": max, "min": min}[op]
+        combine: Any = {"sum": sum, "product": math.prod, "max": max, "min": min}[op]
         assert result.flatten().tolist() == [wrap(combine(column), dtype) for column in columns]
     else:
         wide = torch.complex128 if dtype.is_complex else torch.float64
@@ -384,7 +384,8 @@ def test_two_senders_to_one_receiver_do_not_collide() -> None:
         for i in range(20):
             # Now one first, now the other.
             for src in (1, 2) if i % 2 else (2, 1):
-                got.append((int(group.recv(1, torch.int64, src)), group.recv_object(src)) == (src * 100 + i, (src, i)))
+                received = (int(group.recv(1, torch.int64, src)), group.recv_object(src))
+                got.append(received == (src * 100 + i, (src, i)))
         return all(got)
 
     assert on(3, body)[0] is True

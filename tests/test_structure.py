@@ -167,17 +167,17 @@ def state_in(tree: ast.Module) -> list[str]:
                 continue
             if (reason := changes_by_run(node.value, frozen_classes(tree))) is not None:
                 found.append(f"line {node.lineno}: {', '.join(names)} is {reason}")
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            for decorator in node.decorator_list:
+    for part in ast.walk(tree):
+        if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef):
+            for decorator in part.decorator_list:
                 name = dotted(decorator.func if isinstance(decorator, ast.Call) else decorator)
                 if name.rpartition(".")[2] in ("cache", "lru_cache", "singledispatch"):
-                    found.append(f"line {node.lineno}: {node.name} remembers its calls ({name})")
-            mutable_defaults = [*node.args.defaults, *(default for default in node.args.kw_defaults if default is not None)]
+                    found.append(f"line {part.lineno}: {part.name} remembers its calls ({name})")
+            mutable_defaults = [*part.args.defaults, *(default for default in part.args.kw_defaults if default is not None)]
             if any(isinstance(default, MUTABLE) for default in mutable_defaults):
-                found.append(f"line {node.lineno}: {node.name} has a mutable default")
+                found.append(f"line {part.lineno}: {part.name} has a mutable default")
         # X[...] = ..., X.y = ..., X.append(...) of a module-level name: constants are not written to.
-        targets = node.targets if isinstance(node, ast.Assign | ast.Delete) else [node.target] if isinstance(node, ast.AugAssign) else []
+        targets = part.targets if isinstance(part, ast.Assign | ast.Delete) else [part.target] if isinstance(part, ast.AugAssign) else []
         for target in targets:
             base = target.value if isinstance(target, ast.Subscript | ast.Attribute) else None
             if isinstance(base, ast.Name) and base.id in module_names:
@@ -191,7 +191,7 @@ def environment_writes(tree: ast.Module) -> list[str]:
     for node in ast.walk(tree):
         targets = node.targets if isinstance(node, ast.Assign | ast.Delete) else [node.target] if isinstance(node, ast.AugAssign) else []
         written = [dotted(target.value if isinstance(target, ast.Subscript) else target) for target in targets]
-        if "os.environ" in written:
+        if "os.environ" in written and isinstance(node, ast.stmt):
             found.append(f"line {node.lineno}: os.environ is written to")
         if isinstance(node, ast.Call):
             name = dotted(node.func)

@@ -70,7 +70,8 @@ class GroupLink:
         host_timeout: float = 0.0,
         check: bool = False,
     ) -> None:
-        """
+        """Not for users: made while a context is built.
+
         Args:
             ident: names the group among all groups of all contexts of the job; the same on its ranks.
             ranks: global ranks in group order.
@@ -206,16 +207,16 @@ class GroupLink:
 
     def _timed_out(self, call: Call, what: str, timeout: float, error: TransportTimeout) -> NoReturn:
         at = place()
-        head = f"{call.where}: call #{call.sequence}, {what}, at {at}, did not end within {timeout:g} s; it waited for rank {self.ranks[error.peer]}"
+        head = f"{call.where}: call #{call.sequence}, {what}, at {at}, did not end within {timeout:g} s; "
+        head += f"it waited for rank {self.ranks[error.peer]}"
         self._publish(_Fault("timeout", f"{call.sequence} {what}", None, call.sequence, f"{what} at {at}"))
         self._abort()
         faults = self._read_faults(range(self.world_size), wait=1.0)
         lines = [f"  rank {self.ranks[peer]} gave up in call #{fault.sequence}, {fault.text}" for peer, fault in sorted(faults.items())]
         silent = [self.ranks[i] for i in range(self.world_size) if i != self.rank_in_group and i not in faults]
         if silent:
-            lines.append(
-                f"  no word from rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}: late, dead, or elsewhere in the program"
-            )
+            named = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
+            lines.append(f"  no word from {named}: late, dead, or elsewhere in the program")
         message = head + ":\n" + "\n".join(lines)
         differs = any(fault.kind == "timeout" and fault.at != f"{call.sequence} {what}" for fault in faults.values())
         kind: type[CollectiveError] = CollectiveMismatchError if differs else CollectiveTimeoutError
@@ -230,17 +231,15 @@ class GroupLink:
         at = place()
         lost: int | None = self.ranks[error.peer]
         kind: type[CollectiveError] = PeerLostError
+        during = f"call #{call.sequence}, {what}, at {at}"
         if fault is None:
-            message = f"{call.where}: rank {lost} is gone (died, or closed its side) during call #{call.sequence}, {what}, at {at}: {error.reason}"
+            message = f"{call.where}: rank {lost} is gone (died, or closed its side) during {during}: {error.reason}"
         else:
             kind = {"timeout": CollectiveTimeoutError, "mismatch": CollectiveMismatchError}.get(fault.kind, PeerLostError)
             lost = fault.lost
-            message = f"{call.where}: ended in call #{call.sequence}, {what}, at {at}, because rank {lost if lost is not None else self.ranks[error.peer]} "
-            message += (
-                f"is gone (a peer reported it in its call #{fault.sequence})"
-                if lost is not None
-                else f"gave up in call #{fault.sequence}, {fault.text}"
-            )
+            gone = f"rank {lost} is gone (a peer reported it in its call #{fault.sequence})"
+            gave_up = f"rank {self.ranks[error.peer]} gave up in call #{fault.sequence}, {fault.text}"
+            message = f"{call.where}: ended in {during}, because {gave_up if lost is None else gone}"
         self._publish(_Fault(fault.kind if fault else "lost", f"{call.sequence} {what}", lost, call.sequence, f"{what} at {at}"))
         self._abort()
         raise self._remember(kind(message, **self._call_facts(call, lost))) from None
