@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import socket
 import threading
 import time
@@ -138,10 +139,16 @@ def store_keys(layout: cg.Layout) -> list[int]:
 def test_row_8_building_touches_only_the_groups_of_this_rank() -> None:
     """Row 8: start-up grows with the number of groups. Here a rank's store traffic is bounded by the sizes of its own groups."""
     n = 8
-    few, many = cg.Layout(n, tp=2, groups={"own": ("replica",)}), cg.Layout(n, tp=2)
-    # The same groups of the same sizes around each rank, whether the world has two of a kind or four.
-    assert store_keys(few)[1:] == store_keys(many)[1:]
-    for layout in (many, cg.Layout(n, pp=2, tp=2), cg.Layout(n, tp=8), cg.Layout(n, dp=2, pp=2, tp=2)):
+
+    def around_a_pair(others: int) -> cg.Layout:
+        """Ranks 0 and 1 have the world and each other; the others share ever more groups, of ever more sizes."""
+        more = {f"more{i}": [[0], [1], list(range(2, n - i)), *([rank] for rank in range(n - i, n))] for i in range(others)}
+        return cg.Layout.from_groups(n, {"pair": [[0, 1], *([rank] for rank in range(2, n))], **more})
+
+    few, many = store_keys(around_a_pair(0)), store_keys(around_a_pair(5))
+    assert few[:2] == many[:2]
+    assert few[2] < many[2], "those who have more groups do pay for them"
+    for layout in (cg.Layout(n, tp=2), cg.Layout(n, pp=2, tp=2), cg.Layout(n, tp=8), cg.Layout(n, dp=2, pp=2, tp=2)):
         counts = store_keys(layout)
         for rank, count in enumerate(counts):
             distinct = {layout.ranks(name, rank) for name in layout.names} - {(rank,)}
@@ -227,6 +234,47 @@ def test_row_13_no_port_is_chosen_before_it_is_bound(monkeypatch: pytest.MonkeyP
     # And where a port is asked for, "any" is refused: nobody could be told which one it became.
     with pytest.raises(cg.LaunchError, match="port"):
         cg.World.connect("tcp://127.0.0.1:0", rank=0, world_size=2)
+
+
+def listening_ports() -> set[int]:
+    """Ports at which this process listens now, as the kernel says."""
+    own = {str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+    ports = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in own:  # 0A: LISTEN
+                ports.add(int(fields[1].rpartition(":")[2], 16))
+    return ports
+
+
+def test_row_13_every_port_is_bound_when_it_is_announced() -> None:
+    """Row 13: port 0 first, then publish. The address that a rank writes into the store is one at which it listens already."""
+    announced: list[tuple[int, bool]] = []
+
+    class Watching(ThreadStore):
+        def set(self, key: str, value: bytes | str) -> None:
+            data = value.encode() if isinstance(value, str) else bytes(value)
+            # gloo writes a sockaddr_in of the loopback: family 2, the port in network order, 127.0.0.1.
+            for found in re.finditer(rb"\x02\x00(..)\x7f\x00\x00\x01", data, re.DOTALL):
+                port = int.from_bytes(found[1], "big")
+                announced.append((port, port in listening_ports()))
+            super().set(key, value)
+
+    store = Watching()
+
+    def rank(number: int) -> None:
+        with cg.World.from_store(store, rank=number, world_size=3, timeout=timedelta(seconds=30)) as world:
+            world.context(cg.Layout(3, tp=3), name="main").tp.barrier()
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(announced) >= 6, "three ranks, two groups: else this test saw nothing"
+    assert all(bound for _, bound in announced), announced
+    assert all(port for port, _ in announced)
 
 
 def test_row_24_sixty_four_ranks_with_real_data_in_one_process() -> None:

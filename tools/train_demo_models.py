@@ -3,9 +3,9 @@
     python tools/train_demo_models.py --out commgraph/demo/weights
 
 The text is English that comes with Python itself: the prose of ``pydoc_data.topics`` (the language reference, as ``help()`` shows it), some
-160 KB without code, grammar, tables and markup. The target sees it some forty times over and half learns it by heart, on purpose: its
-greedy continuations read well. The draft learns the target's distribution, half on that text and half on text that the target wrote, since
-that is what it has to guess in speculative decoding.
+160 KB without code, grammar, tables and markup. The target sees it thirty-seven times over and learns much of it by heart, on purpose: its
+greedy continuations read well. The draft learns the target's distribution, on that text and on text that the target wrote, since that is
+what it has to guess in speculative decoding.
 
 Every batch follows from the seed and the step, so a run is repeatable (same Python, same torch, same number of threads) and, with
 ``--checkpoints``, may be interrupted. On two cores the target takes about half an hour, the draft a quarter.
@@ -84,16 +84,11 @@ def corpus() -> tuple[Tensor, Tensor]:
 
 @attrs.frozen
 class Run:
-    """How long and from where.
-
-    The first ``short_share`` of the steps sees windows of half ``max_positions``, which train faster; ``checkpoints`` is a folder, or None
-    to keep nothing in between.
-    """
+    """How long and from where; ``checkpoints`` is a folder, or None to keep nothing in between."""
 
     name: str
     steps: int
     peak_rate: float
-    short_share: float
     seed: int
     checkpoints: Path | None
 
@@ -114,7 +109,7 @@ def initialise(model: Llama, seed: int) -> None:
 
 
 def train(model: Llama, run: Run, loss_of: Loss, report: Callable[[], str]) -> None:
-    """AdamW, warm-up and cosine."""
+    """AdamW, warm-up and cosine; the last sixth of the steps sees windows as long as ``max_positions``, the others half as long."""
     decayed = [p for p in model.parameters() if p.dim() == 2]
     scales = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -131,7 +126,7 @@ def train(model: Llama, run: Run, loss_of: Loss, report: Callable[[], str]) -> N
         rate = run.peak_rate * min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / run.steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        length = model.config.max_positions // (2 if step < run.steps * run.short_share else 1)
+        length = model.config.max_positions // (1 if step >= run.steps * 5 // 6 else 2)
         loss = loss_of(length, run.seed * 1_000_003 + step)
         optimizer.zero_grad()
         loss.backward()
@@ -251,7 +246,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for target.safetensors and draft.safetensors")
     parser.add_argument("--checkpoints", type=Path, default=None, help="folder to resume from; none: start afresh, keep nothing")
     parser.add_argument("--target-steps", type=int, default=3000)
-    parser.add_argument("--draft-steps", type=int, default=6000)
+    parser.add_argument("--draft-steps", type=int, default=4000)
     parser.add_argument("--sequences", type=int, default=1024, help="sequences that the target writes for the draft to learn from")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=7)
@@ -260,9 +255,9 @@ def main() -> None:
 
     data, test = corpus()
     print(f"text: {len(data)} bytes to train on, {len(test)} held out", flush=True)
-    target = train_target(data, test, Run("target", args.target_steps, 2.5e-3, 5 / 6, args.seed, args.checkpoints))
+    target = train_target(data, test, Run("target", args.target_steps, 2.5e-3, args.seed, args.checkpoints))
     save(target, args.out / "target.safetensors")
-    draft = train_draft(target, data, Run("draft", args.draft_steps, 3e-3, 0.0, args.seed + 1, args.checkpoints), args.sequences)
+    draft = train_draft(target, data, Run("draft", args.draft_steps, 3e-3, args.seed + 1, args.checkpoints), args.sequences)
     save(draft, args.out / "draft.safetensors")
 
     for name, model in (("target", target), ("draft", draft)):

@@ -88,7 +88,7 @@ class Call:
 
     def written(self, x: torch.Tensor, name: str = "x") -> torch.Tensor:
         """`x`, if a result may be written to it."""
-        if any(stride == 0 and extent > 1 for stride, extent in zip(x.stride(), x.shape, strict=True)):
+        if x.numel() and any(stride == 0 and extent > 1 for stride, extent in zip(x.stride(), x.shape, strict=True)):
             raise self.unsupported(f"{name} is expanded (strides {x.stride()}): several of its entries share memory and cannot be filled")
         if x.is_inference() and not torch.is_inference_mode_enabled():
             raise self.unsupported(f"{name} was made in inference mode, where alone torch lets it be filled")

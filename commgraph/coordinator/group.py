@@ -393,7 +393,8 @@ class GroupCoordinator:
         signature = f"{x.dtype} {tuple(x.shape) if even else rest} {x.dim()} {scatter_dim} {gather_dim} {'' if same else cut}"
         # Uneven pieces differ between ranks, and so must not choose the strategy.
         strategy = self._link.route("all_to_all", x.shape if even else rest, x.dtype, x.device)
-        self._run(call, signature, seconds, lambda tag, left: strategy.all_to_all(sends, receives, tag=tag, timeout=left))
+        crossing = [(to.numel(), back.numel()) for to, back in zip(sends, receives, strict=True)]
+        self._run(call, signature, seconds, lambda tag, left: strategy.all_to_all(sends, receives, tag=tag, timeout=left), crossing)
         return result
 
     def broadcast(self, x: torch.Tensor, src: int = 0, *, timeout: Timeout = None) -> torch.Tensor:
@@ -655,10 +656,17 @@ class GroupCoordinator:
         call = Call(self.name, operation, self.rank, self.rank_in_group, self.world_size, sequence, self.device)
         return call, call.seconds(timeout, self._link.host_timeout)
 
-    def _run(self, call: Call, signature: str, seconds: float, serve: Callable[[int, float], T]) -> T:
+    def _run(
+        self,
+        call: Call,
+        signature: str,
+        seconds: float,
+        serve: Callable[[int, float], T],
+        crossing: Sequence[tuple[int, int]] | None = None,
+    ) -> T:
         # A strategy is free to save and reuse tensors; it must not record their history.
         with torch.no_grad():
-            return self._link.run(call, signature, seconds, serve)
+            return self._link.run(call, signature, seconds, serve, crossing)
 
     def __copy__(self) -> GroupCoordinator:
         return self

@@ -34,12 +34,27 @@ T = TypeVar("T")
 # Kinds of messages: those of different kinds never pair, however they are interleaved. The highest of 3 bits stays free.
 COLLECTIVE, MESSAGE, OBJECT, OBJECT_REST, CHECK = range(5)
 
+# Of a message in which a rank tells a peer what it calls, and of the place in the code at its end.
 _CHECK_BYTES = 512
+_PLACE_BYTES = 200
 
 
 def make_tag(kind: int, sequence: int, signature: str = "") -> int:
     """31 bits that two messages share only if they belong together: kind, and a hash of the count and of what all sides know."""
     return kind << 28 | (zlib.crc32(f"{sequence} {signature}".encode()) & 0xFFFFFFF)
+
+
+def _check_text(sequence: int, crossing: tuple[int, int], what: str, at: str) -> torch.Tensor:
+    """What a rank tells a peer before a call; a long signature is cut, with a digest in the place of what was cut off."""
+    end = f"\0{crossing[0]}\0{crossing[1]}\0".encode() + at.encode()[-_PLACE_BYTES:]
+    head = f"{sequence}\0{what}".encode()
+    room = _CHECK_BYTES - len(end)
+    if len(head) > room:
+        mark = f"... {zlib.crc32(head):08x}".encode()
+        head = head[: room - len(mark)] + mark
+    text = torch.zeros(_CHECK_BYTES, dtype=torch.uint8)
+    text[: len(head) + len(end)] = torch.frombuffer(bytearray(head + end), dtype=torch.uint8)
+    return text
 
 
 @attrs.frozen
@@ -149,7 +164,14 @@ class GroupLink:
         """Takes the last collective's number back: it is still to come."""
         self.sequence -= 1
 
-    def run(self, call: Call, signature: str, timeout: float, serve: Callable[[int, float], T]) -> T:
+    def run(
+        self,
+        call: Call,
+        signature: str,
+        timeout: float,
+        serve: Callable[[int, float], T],
+        crossing: Sequence[tuple[int, int]] | None = None,
+    ) -> T:
         """Runs one collective: `serve(tag, seconds left)`.
 
         Args:
@@ -157,12 +179,13 @@ class GroupLink:
             signature: what all ranks must have in common, as text.
             timeout: seconds.
             serve: talks to the peers under the tag.
+            crossing: entries that go to and come from each rank, where they are not in the signature.
         """
         started = time.monotonic()
         what = f"{call.operation}({signature})"
         with self.guard(call, what, timeout):
             if self.check:
-                self._compare(call, what, timeout)
+                self.compare(call, what, timeout, crossing)
             return serve(make_tag(COLLECTIVE, call.sequence, what), max(timeout - (time.monotonic() - started), 0.001))
 
     @contextlib.contextmanager
@@ -179,22 +202,40 @@ class GroupLink:
 
     # Failures.
 
-    def _compare(self, call: Call, what: str, timeout: float) -> None:
-        """Every rank learns what the others called; all raise alike where they differ."""
+    def compare(
+        self, call: Call, what: str, timeout: float, crossing: Sequence[tuple[int, int]] | None = None, at: str | None = None
+    ) -> None:
+        """Every rank learns what the others called; all raise alike where they differ. Inside `guard`.
+
+        Args:
+            call, what, timeout, crossing: as in `run`.
+            at: place of the call in the user's code; None finds it.
+        """
         assert self.transport is not None
         n, me = self.world_size, self.rank_in_group
-        text = f"{call.sequence}\0{what}\0{place()}".encode()[:_CHECK_BYTES]
-        mine = torch.zeros(_CHECK_BYTES, dtype=torch.uint8)
-        mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        theirs = [mine if peer == me else torch.empty_like(mine) for peer in range(n)]
+        at = place() if at is None else at
+        mine = [_check_text(call.sequence, crossing[peer] if crossing else (0, 0), what, at) for peer in range(n)]
+        theirs = [torch.empty_like(mine[me]) for _ in range(n)]
+        theirs[me] = mine[me]
         others = [(me + i) % n for i in range(1, n)]
-        tag = make_tag(CHECK, call.sequence)
-        self.transport.exchange([(mine, peer) for peer in others], [(theirs[peer], peer) for peer in others], tag=tag, timeout=timeout)
+        sends, receives = [(mine[peer], peer) for peer in others], [(theirs[peer], peer) for peer in others]
+        self.transport.exchange(sends, receives, tag=make_tag(CHECK, call.sequence), timeout=timeout)
         said = [bytes(text.tolist()).rstrip(b"\0").decode(errors="replace").split("\0") for text in theirs]
+        calls = [f"  rank {self.ranks[i]}: call #{number}, {words}, at {there}" for i, (number, words, *_, there) in enumerate(said)]
         if len({tuple(words[:2]) for words in said}) > 1:
-            lines = [f"  rank {self.ranks[i]}: call #{words[0]}, {words[1]}, at {words[-1]}" for i, words in enumerate(said)]
             raise CollectiveMismatchError(
-                f"{call.where}: the ranks of the group called different things:\n" + "\n".join(lines), **self._call_facts(call)
+                f"{call.where}: the ranks of the group called different things:\n" + "\n".join(calls), **self._call_facts(call)
+            )
+        wrong = []
+        for peer, (_, _, sent, expected, _) in enumerate(said if crossing else ()):
+            to, back = crossing[peer] if crossing else (0, 0)
+            if int(expected) != to:
+                wrong.append(f"  rank {self.ranks[me]} sends {to} entries to rank {self.ranks[peer]}, which expects {expected}")
+            if int(sent) != back and peer != me:
+                wrong.append(f"  rank {self.ranks[peer]} sends {sent} entries to rank {self.ranks[me]}, which expects {back}")
+        if wrong:
+            raise CollectiveMismatchError(
+                f"{call.where}: the sizes of the ranks do not fit together:\n" + "\n".join([*wrong, *calls]), **self._call_facts(call)
             )
 
     @property

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import itertools
 import struct
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from commgraph import wire
 from commgraph.communicators.gloo_transport import GlooTransport, LateReceive
-from commgraph.coordinator.call import Call
+from commgraph.coordinator.call import Call, place
 from commgraph.coordinator.link import COLLECTIVE, OBJECT, OBJECT_REST, GroupLink, make_tag
 from commgraph.errors import CollectiveTimeoutError
 
@@ -26,6 +27,8 @@ __all__ = ["ObjectPath"]
 _BLOCK = 4096
 _LENGTH = struct.Struct("<Q")
 _INLINE = _BLOCK - _LENGTH.size
+# Seconds; the caller's own deadlines are kept elsewhere.
+_FOR_EVER = 365 * 86400.0
 # A frame beyond this is not a message but a mistake (or an attack); nothing is allocated for it.
 _MAX_FRAME = 1 << 40
 
@@ -37,6 +40,8 @@ class ObjectPath:
         self._link = link
         # Receives that a caller's deadline left behind, by tag and source.
         self._late: dict[tuple[int, int], tuple[LateReceive, bytearray]] = {}
+        # The same for a comparison with the peers, by tag.
+        self._comparing: dict[int, _Background] = {}
 
     def send(self, call: Call, obj: object, dst: int, timeout: float) -> None:
         """Sends `obj` to one rank."""
@@ -61,7 +66,8 @@ class ObjectPath:
     def broadcast(self, call: Call, obj: object, src: int, timeout: float) -> Any:
         """`obj` of `src`, on every rank. On `src` the object itself."""
         context = f"broadcast {src} {call.sequence}"
-        tag = make_tag(COLLECTIVE, call.sequence, f"{call.operation} {src}")
+        what = f"{call.operation}(src={src})"
+        tag = make_tag(COLLECTIVE, call.sequence, what)
         rest = make_tag(OBJECT_REST, call.sequence, "broadcast")
         if call.rank_in_group == src:
             try:
@@ -70,13 +76,28 @@ class ObjectPath:
                 # The others wait for this call's object: the next one is theirs.
                 self._link.uncount_collective()
                 raise
+            if self._link.check:
+                with self._link.guard(call, what, timeout):
+                    self._link.compare(call, what, timeout)
             self._post(call, frame, [peer for peer in range(call.world_size) if peer != src], tag, rest, timeout)
             return obj
-        received = self._await(call, src, tag, rest, timeout)
+        started = time.monotonic()
+        received = None
+        if not self._link.check or self._compared(call, what, tag, timeout):
+            received = self._await(call, src, tag, rest, max(timeout - (time.monotonic() - started), 0.001))
         if received is None:
             self._link.uncount_collective()
             raise self._nothing_yet(call, src, timeout)
+        self._comparing.pop(tag, None)
         return self._decode(received, context)
+
+    def _compared(self, call: Call, what: str, tag: int, timeout: float) -> bool:
+        """Compares this call with those of the peers, once; False if not all of them came in time, so that the next call goes on."""
+        with self._link.guard(call, what, timeout):
+            if tag not in self._comparing:
+                at = place()
+                self._comparing[tag] = _Background(lambda: self._link.compare(call, what, _FOR_EVER, at=at))
+            return self._comparing[tag].wait(timeout)
 
     def all_gather(self, call: Call, obj: object, timeout: float) -> list[Any]:
         """Every rank's object, in rank order."""
@@ -169,7 +190,33 @@ class ObjectPath:
         """Waits for the threads of receives that were left behind, after the connections were closed."""
         for late, _ in self._late.values():
             late.join(timeout)
+        for comparing in self._comparing.values():
+            comparing.join(timeout)
         self._late.clear()
+        self._comparing.clear()
+
+
+class _Background(threading.Thread):
+    """Something that waits for peers, on a thread of its own so that a caller's deadline can pass without harm to the group."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        super().__init__(name="commgraph-compare", daemon=True)
+        self._wait = wait
+        self._error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._wait()
+        except Exception as error:
+            self._error = error
+
+    def wait(self, timeout: float) -> bool:
+        """Whether it has ended; raises what it raised."""
+        self.join(timeout)
+        if self._error is not None:
+            raise self._error
+        return not self.is_alive()
 
 
 def _buffer(size: int) -> tuple[bytearray, torch.Tensor]:

@@ -1,0 +1,169 @@
+"""What a process holds after worlds and contexts came and went: descriptors, threads, memory, objects."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tracemalloc
+import weakref
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import commgraph as cg
+from commgraph.testing import spmd
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def native_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def nothing_grows(cycle: Callable[[], object], cycles: int, *, python_bytes: int, bytes_in_all: int) -> None:
+    """Runs `cycle` until everything that is made once is there, then `cycles` times more, and compares."""
+
+    def settle() -> tuple[int, int]:
+        gc.collect()
+        return descriptors(), native_threads()
+
+    for _ in range(8):
+        cycle()
+    tracemalloc.start()
+    try:
+        before, resident, python = settle(), resident_bytes(), tracemalloc.get_traced_memory()[0]
+        for _ in range(cycles):
+            cycle()
+        after = settle()
+        assert after == before, "(descriptors, threads)"
+        assert tracemalloc.get_traced_memory()[0] - python < python_bytes
+        assert resident_bytes() - resident < bytes_in_all
+    finally:
+        tracemalloc.stop()
+
+
+def three_contexts(world: cg.World) -> None:
+    a = world.context(cg.Layout(2, tp=2), name="a")
+    b = world.context(cg.Layout(2, pp=2), name="b")
+    c = world.context(cg.Layout(2), name="c")
+    x = torch.full((1000,), float(world.rank))
+    assert a.tp.all_reduce(x)[0] == 1
+    assert b.pp.all_gather_object([world.rank] * 100)[1][0] == 1
+    assert c.tp.all_reduce(x) is x
+    if world.rank == 0:
+        b.pp.send_tensor_dict({"x": x, "y": "z"})
+    else:
+        assert b.pp.recv_tensor_dict()["y"] == "z"
+    b.close()
+    c.close()
+    a.close()
+
+
+def test_fifty_worlds_of_three_contexts_leave_nothing() -> None:
+    nothing_grows(lambda: spmd(three_contexts, 2), 50, python_bytes=300_000, bytes_in_all=8 << 20)
+
+
+def test_fifty_rounds_of_three_contexts_in_one_world_leave_nothing() -> None:
+    def run(world: cg.World) -> None:
+        def round_() -> None:
+            three_contexts(world)
+            world.group.barrier()
+
+        if world.rank == 0:
+            # What stays is a few keys for each group that was built, in the store: some hundred bytes each.
+            nothing_grows(round_, 50, python_bytes=1_500_000, bytes_in_all=12 << 20)
+        else:
+            for _ in range(58):
+                round_()
+        world.group.barrier()
+
+    spmd(run, 2, timeout=110)
+
+
+def test_rounds_that_fail_leave_nothing() -> None:
+    """Builds that are refused, groups that break, contexts left by an exception, splits: twenty times."""
+
+    def run(world: cg.World) -> None:
+        with pytest.raises(cg.BuildError):
+            world.context(cg.Layout(2, tp=1 + world.rank), name="a")
+        with pytest.raises((ZeroDivisionError, cg.PeerLostError)), world.context(cg.Layout(2, tp=2), name="a") as ctx:
+            ctx.tp.all_reduce(torch.ones(1) if world.rank else torch.ones(1 // world.rank))
+        broken = world.context(cg.Layout(2, tp=2), name="a")
+        call = broken.tp.all_reduce if world.rank else broken.tp.all_gather
+        with pytest.raises(cg.CollectiveError):
+            call(torch.ones(1), timeout=0.05)
+        broken.close()
+        split = world.split([1, 0])
+        split.group.barrier()
+        if world.rank:
+            split.close(timeout=timedelta(seconds=1))  # and the other one leaves it to its world
+
+    nothing_grows(lambda: spmd(run, 2), 12, python_bytes=300_000, bytes_in_all=8 << 20)
+
+
+def test_a_world_forgets_its_closed_contexts_and_splits() -> None:
+    def run(world: cg.World) -> Any:
+        def once() -> list[weakref.ref[Any]]:
+            with world.context(cg.Layout(2, tp=2), name="a") as ctx, world.split([0, 1]) as split:
+                return [weakref.ref(ctx), weakref.ref(split), weakref.ref(ctx.tp)]
+
+        gone = [ref for _ in range(5) for ref in once()]
+        world.split([0, 1])  # the closed ones are forgotten when the next one is made
+        gc.collect()
+        return [ref() for ref in gone]
+
+    assert spmd(run, 2) == [[None] * 15] * 2
+
+
+def test_a_closed_world_is_collected_with_all_that_it_held() -> None:
+    def run(world: cg.World) -> Any:
+        ctx = world.context(cg.Layout(2, tp=2), name="a")
+        return weakref.ref(world), weakref.ref(ctx), weakref.ref(ctx.tp), weakref.ref(world.group)
+
+    refs = [ref for refs in spmd(run, 2) for ref in refs]
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * len(refs)
+
+
+def test_a_kept_context_holds_no_connections_after_close() -> None:
+    """A model may outlive its context; what it keeps then is facts."""
+    gc.collect()
+    before = descriptors(), native_threads()
+
+    def run(world: cg.World) -> cg.ParallelContext:
+        ctx = world.context(cg.Layout(2, tp=2), name="a")
+        ctx.tp.all_reduce(torch.ones(1))
+        return ctx
+
+    contexts = spmd(run, 2)
+    assert (descriptors(), native_threads()) == before
+    assert [ctx.tp.rank_in_group for ctx in contexts] == [0, 1]
+    assert contexts[0].layout == cg.Layout(2, tp=2)
+
+
+def test_cycles_beside_a_default_group_leave_it_untouched() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        default, names = dist.group.WORLD, dict(dist.distributed_c10d._world.pg_names)
+        for _ in range(5):
+            spmd(three_contexts, 2)
+            with cg.World.from_torch() as world:
+                world.context(cg.Layout(1), name="a").tp.all_reduce(torch.ones(1))
+        assert dist.group.WORLD is default
+        assert dict(dist.distributed_c10d._world.pg_names) == names
+        x = torch.ones(1)
+        dist.all_reduce(x)
+        assert x.item() == 1
+    finally:
+        dist.destroy_process_group()
