@@ -1,0 +1,296 @@
+"""Dictionaries of tensors and objects: nesting, odd tensors, and slices through an all-gather group."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import commgraph as cg
+from commgraph.coordinator import GroupCoordinator
+from commgraph.coordinator.tensor_dict import Plan, empties, join_dict, split_dict
+from commgraph.testing import spmd
+from commgraph.testing._program import fill
+from commgraph.testing.strategies import _trees, tensors  # the trees that `programs` draws
+
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e8m0fnu,
+    torch.complex64,
+    torch.int64,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.bool,
+]
+
+
+def bits(x: torch.Tensor) -> list[int]:
+    flat: list[int] = x.flatten().clone().view(torch.uint8).tolist()
+    return flat
+
+
+def same(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and left.dtype == right.dtype and left.shape == right.shape and bits(left) == bits(right)
+    if type(left) is dict:
+        return type(right) is dict and list(left) == list(right) and all(same(left[key], right[key]) for key in left)
+    return type(left) is type(right) and bool(left == right)
+
+
+def tree_of(seed: int) -> dict[Any, Any]:
+    """Of everything, and in an order that is not sorted."""
+    random = torch.Generator().manual_seed(seed)
+    return {
+        "z": torch.randn(2, 3, generator=random),
+        "a": {
+            "deep": {"er": torch.randn(3, 2, 2, generator=random).permute(2, 0, 1), 7: torch.tensor(seed), ("t", 1): {}},
+            "none": None,
+        },
+        "": {},
+        "0-d": torch.tensor(2.5 + seed),
+        "empty": torch.empty(0, 4),
+        "empty too": torch.empty(3, 0, dtype=torch.int8),
+        "expanded": torch.randn(1, 3, generator=random).expand(4, 3),
+        "sliced": torch.arange(10)[1::3],
+        "conjugated": torch.tensor([1 + 2j]).conj(),
+        "values": [1, "x", (seed, b"y"), {"in a list": 1}],
+        "dtype": torch.bfloat16,
+        "dtypes": {str(dtype): torch.randint(2, (3,), generator=random).to(dtype) for dtype in DTYPES},
+    }
+
+
+def on(n: int, body: Callable[[GroupCoordinator], Any], *, nodes: int = 1) -> list[Any]:
+    def run(world: cg.World) -> Any:
+        with world.context(cg.Layout(n, tp=n), name="a") as context:
+            return body(context.tp)
+
+    return spmd(run, n, nodes=nodes, timeout=30)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_broadcast_from_any_rank(n: int, nodes: int) -> None:
+    def body(group: GroupCoordinator) -> None:
+        for src in range(n):
+            mine = tree_of(group.rank) if group.rank == src else None
+            got = group.broadcast_tensor_dict(mine, src)
+            assert same(got, tree_of(src))
+            if group.rank == src:
+                assert got is mine
+            else:
+                assert all(x.is_contiguous() for x in (got["expanded"], got["a"]["deep"]["er"], got["sliced"]))
+                got["expanded"].zero_()
+
+    on(n, body, nodes=nodes)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_send_to_any_rank(nodes: int) -> None:
+    def body(group: GroupCoordinator) -> None:
+        for src, dst in ((0, 1), (2, 0), (1, 2), (1, 0)):
+            if group.rank == src:
+                kept = tree_of(src)
+                group.send_tensor_dict(kept, dst)
+                assert same(kept, tree_of(src))
+            elif group.rank == dst:
+                assert same(group.recv_tensor_dict(src), tree_of(src))
+
+    on(3, body, nodes=nodes)
+
+
+def test_the_next_and_the_previous_rank_by_default() -> None:
+    def body(group: GroupCoordinator) -> None:
+        for round_ in range(3):
+            if group.is_first_rank:
+                group.send_tensor_dict({"n": round_, "t": torch.ones(2)})
+                got = group.recv_tensor_dict()
+            else:
+                got = group.recv_tensor_dict()
+                group.send_tensor_dict({"n": got["n"], "t": got["t"] + 1})
+            assert got["n"] == round_
+            assert got["t"].tolist() == [1 + (group.rank - 1) % 3] * 2
+
+    on(3, body)
+
+
+def test_no_tensors_and_nothing_at_all() -> None:
+    def body(group: GroupCoordinator) -> None:
+        trees: list[dict[str, Any]] = [{}, {"a": {}}, {"a": {"b": {}}}, {"x": 1}, {"e": torch.empty(0)}]
+        for tree in trees:
+            if group.is_first_rank:
+                group.send_tensor_dict(tree)
+            else:
+                assert same(group.recv_tensor_dict(), tree)
+            assert same(group.broadcast_tensor_dict(dict(tree) if group.rank else None, 1), tree)
+
+    on(2, body)
+
+
+def test_other_mappings_and_what_is_in_them() -> None:
+    """Any mapping is a dict of tensors; inside, dicts alone are entered, and other containers travel whole."""
+
+    def body(group: GroupCoordinator) -> None:
+        inner = OrderedDict(t=torch.ones(2), n=1)
+        given = MappingProxyType({"ordered": inner, "list": [torch.zeros(1)]})
+        got: Any = group.broadcast_tensor_dict(given if group.is_first_rank else None)
+        assert type(got["ordered"]) is OrderedDict
+        assert got["ordered"]["t"].tolist() == [1, 1]
+        assert got["list"][0].tolist() == [0]
+
+    on(2, body)
+
+
+# Through an all-gather group
+
+
+def through(layout: cg.Layout, tree: Callable[[int], Mapping[Any, Any]], *, gather: str = "tp", **how: Any) -> list[Any]:
+    """Each stage sends its tree to the next; what each rank got, and the bytes that each sent over pp."""
+
+    def run(world: cg.World) -> Any:
+        with world.context(layout, name="a") as context:
+            pp, group = context.pp, context[gather]
+            before = pp.bytes_sent
+            got = None
+            if not pp.is_first_rank:
+                got = pp.recv_tensor_dict(None, group, **how)
+            if not pp.is_last_rank:
+                pp.send_tensor_dict(tree(pp.rank_in_group), None, group, **how)
+            return got, pp.bytes_sent - before
+
+    return spmd(run, layout.world_size, timeout=30)
+
+
+LAYOUTS = [
+    cg.Layout(4, pp=2, tp=2),
+    cg.Layout(6, pp=2, tp=3),
+    cg.Layout(6, pp=3, tp=2),
+    cg.Layout(8, pp=2, tp=2, dp=2),
+    cg.Layout(3, pp=3),
+    cg.Layout(4, pp=2, tp=2, pcp=1),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+@pytest.mark.parametrize("override", [None, {}, {"z": False, "a.deep.er": False}, {"z": True}])
+def test_slices_are_gathered(layout: cg.Layout, override: dict[str, bool] | None) -> None:
+    for rank, (got, _) in enumerate(through(layout, tree_of, all_gather_tensors=override)):
+        stage = layout.ranks("pp", rank).index(rank)
+        assert (got is None) == (stage == 0)
+        assert got is None or same(got, tree_of(stage - 1))
+
+
+def test_each_rank_sends_its_slice_and_no_more() -> None:
+    layout = cg.Layout(8, pp=2, tp=4)
+    tree = {"even": torch.arange(4000.0), "odd": torch.arange(4001.0), "kept": torch.arange(400.0), "n": {"even": torch.ones(8)}}
+    block = 4096  # one message holds the description
+    for override, entries in (
+        (None, 1000 + 4001 + 100 + 2),
+        ({"kept": False}, 1000 + 4001 + 400 + 2),
+        ({"n.even": False}, 1000 + 4001 + 100 + 8),
+        ({"even": True, "odd": False}, 1000 + 4001 + 100 + 2),
+    ):
+        results = through(layout, lambda _: tree, all_gather_tensors=override)
+        assert {sent for _, sent in results[:4]} == {block + 4 * entries}
+        assert all(same(got, tree) for got, _ in results[4:])
+
+
+def test_what_differs_between_the_ranks_must_not_be_sliced() -> None:
+    """Sequence parallelism: each rank's own residual reaches its counterpart whole if the override says so."""
+    layout = cg.Layout(4, pp=2, tp=2)
+
+    def run(world: cg.World) -> Any:
+        with world.context(layout, name="a") as context:
+            how: dict[str, Any] = {"all_gather_group": context.tp, "all_gather_tensors": {"residual": False}}
+            if context.pp.is_first_rank:
+                context.pp.send_tensor_dict({"hidden": torch.arange(4.0), "residual": torch.full((4,), float(world.rank))}, **how)
+                return None
+            return context.pp.recv_tensor_dict(**how)
+
+    for rank, got in enumerate(spmd(run, 4)[2:]):
+        assert got["hidden"].tolist() == [0, 1, 2, 3]
+        assert got["residual"].tolist() == [rank] * 4
+
+
+def test_an_all_gather_group_of_one_rank_changes_nothing() -> None:
+    for got, sent in through(cg.Layout(2, pp=2), lambda _: {"x": torch.ones(5)}, all_gather_tensors={"x": True}):
+        assert sent in (0, 4096 + 20)
+        assert got is None or got["x"].tolist() == [1] * 5
+
+
+@pytest.mark.parametrize("override", [{"odd": True}, {"even": True, "none": False}, {"n": True}])
+def test_overrides_that_cannot_be_are_refused_before_anything_is_sent(override: dict[str, bool]) -> None:
+    tree = {"even": torch.ones(4), "odd": torch.ones(3), "n": 1}
+
+    def run(world: cg.World) -> None:
+        with world.context(cg.Layout(4, pp=2, tp=2), name="a") as context:
+            pp, how = context.pp, {"all_gather_group": context.tp}
+            if pp.is_first_rank:
+                with pytest.raises(ValueError, match=r"send_tensor_dict on group 'pp' \(rank .*all_gather_tensors"):
+                    pp.send_tensor_dict(tree, **how, all_gather_tensors=override)
+                pp.send_tensor_dict(tree, **how)
+            else:
+                assert same(pp.recv_tensor_dict(**how), tree)
+
+    spmd(run, 4)
+
+
+def test_an_override_on_one_side_only_ends_in_time() -> None:
+    def run(world: cg.World) -> None:
+        with world.context(cg.Layout(4, pp=2, tp=2), name="a") as context:
+            pp = context.pp
+            kinds = (cg.CollectiveTimeoutError, cg.CollectiveMismatchError)
+            if pp.is_first_rank:
+                with pytest.raises(kinds):
+                    pp.send_tensor_dict({"x": torch.ones(4)}, None, context.tp, {"x": False}, timeout=0.4)
+            else:
+                with pytest.raises(kinds):
+                    pp.recv_tensor_dict(None, context.tp, timeout=0.4)
+
+    spmd(run, 4, timeout=20)
+
+
+# The description alone
+
+
+@given(_trees(), st.integers(0, 100))
+def test_taken_apart_and_joined_again(tree: dict[Any, Any], seed: int) -> None:
+    filled = fill(tree, seed)
+    entries, parts = split_dict(filled)
+    assert same(join_dict(entries, parts), filled)
+    shells = empties(entries, torch.device("cpu"))
+    assert [(x.dtype, x.shape) for x in shells] == [(x.dtype, x.shape) for x in parts]
+
+
+@given(st.lists(tensors(max_dims=3), max_size=4), st.integers(1, 5))
+def test_slices_make_up_the_whole(given_: list[torch.Tensor], n: int) -> None:
+    tree = {str(i): x for i, x in enumerate(given_)}
+    entries, parts = split_dict(tree)
+    for x, cut in zip(parts, Plan(n, 0).sliced(entries), strict=True):
+        assert cut == (n > 1 and x.numel() > 0 and x.numel() % n == 0)
+        if cut:
+            assert bits(torch.cat([Plan(n, i).slice(x) for i in range(n)])) == bits(x)
+
+
+def test_a_dict_that_occurs_twice_is_no_circle() -> None:
+    shared = {"t": torch.ones(1)}
+    entries, parts = split_dict({"a": shared, "b": {"c": shared}})
+    assert len(parts) == 2
+    assert same(join_dict(entries, parts), {"a": shared, "b": {"c": shared}})
+    shared["again"] = shared  # type: ignore[assignment]
+    with pytest.raises(TypeError, match=r"contains itself at a\.again"):
+        split_dict({"a": shared})
