@@ -40,7 +40,9 @@ DTYPES = [
 
 
 def bits(x: torch.Tensor) -> list[int]:
-    flat: list[int] = x.flatten().clone().view(torch.uint8).tolist()
+    # Of one element or none any stride is contiguous, and only a stride of one can be viewed as bytes.
+    dense = x.clone(memory_format=torch.contiguous_format).as_strided((x.numel(),), (1,))
+    flat: list[int] = dense.view(torch.uint8).tolist()
     return flat
 
 

@@ -81,7 +81,8 @@ def test_a_world_of_one_meets_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(dist, name, refuse)
     monkeypatch.setattr(socket, "socket", refuse)
     store = CountingStore()
-    descriptors, threads = sorted(os.listdir("/proc/self/fd")), threading.active_count()
+    gc.collect()
+    descriptors, threads = set(os.listdir("/proc/self/fd")), threading.active_count()
     native = len(os.listdir("/proc/self/task"))
     for world in (
         cg.World.from_env(NOBODY),
@@ -100,9 +101,10 @@ def test_a_world_of_one_meets_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert ctx.tp.cpu_group is None
                 assert dict(ctx.tp.communicators) == {}
             assert world.split([0]).size == 1
-            assert sorted(os.listdir("/proc/self/fd")) == descriptors
+            assert set(os.listdir("/proc/self/fd")) <= descriptors
     assert store.calls == []
-    assert (threading.active_count(), len(os.listdir("/proc/self/task"))) == (threads, native)
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/task")) <= native  # fewer where an earlier test's event loop ended meanwhile
 
 
 class CountingStore(dist.Store):

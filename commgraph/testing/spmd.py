@@ -35,12 +35,15 @@ class ThreadStore(dist.Store):
         super().__init__()
         self._data: dict[str, bytes] = {}
         self._changed = threading.Condition()
-        self._aborted = False
+        # Once aborted: the keys that were there then, and the only ones that a wait still finds. Whether a group has met is thereby
+        # the same for all of its ranks.
+        self._final: frozenset[str] | None = None
 
     def abort(self) -> None:
-        """Ends every wait, now and later, with an error."""
+        """Ends every wait, now and later, with an error, but for keys that were there before."""
         with self._changed:
-            self._aborted = True
+            if self._final is None:
+                self._final = frozenset(self._data)
             self._changed.notify_all()
 
     def set(self, key: str, value: bytes | str) -> None:
@@ -72,12 +75,14 @@ class ThreadStore(dist.Store):
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         limit = (self.timeout if timeout is None else timeout).total_seconds()  # type: ignore[attr-defined]  # missing in torch's stub
         with self._changed:
-            self._changed.wait_for(lambda: self._aborted or self.check(keys), limit)
-            if self._aborted and all(_CONNECTING in key for key in keys):
-                # All ranks of this group have come. One that left now would leave the others in gloo's connecting, which nothing ends.
-                self._changed.wait_for(lambda: self.check(keys), min(limit, _CONNECT_SECONDS))
-            if not self.check(keys):
-                why = "another rank failed" if self._aborted else f"timed out after {limit:g} s"
+            self._changed.wait_for(lambda: self._final is not None or self.check(keys), limit)
+            if self._final is None or all(_CONNECTING in key for key in keys):
+                # All ranks of a group that connects have met. One that left now would leave the others in gloo's wait, which nothing ends.
+                there = self._changed.wait_for(lambda: self.check(keys), 0 if self._final is None else min(limit, _CONNECT_SECONDS))
+            else:
+                there = self._final.issuperset(keys)
+            if not there:
+                why = f"timed out after {limit:g} s" if self._final is None else "another rank failed"
                 raise dist.DistStoreError(f"waiting for {list(keys)[:4]}: {why}")
 
     def multi_get(self, keys: Sequence[str]) -> list[bytes]:
