@@ -59,8 +59,10 @@ def with_torch(session: nox.Session, *names: str) -> Path:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """The test suite. Arguments after -- go to pytest."""
-    session.run(str(with_torch(session, "test") / "python"), "-m", "pytest", *session.posargs, external=True)
+    """The test suite, on two processes. Arguments after -- go to pytest in place of that."""
+    # By file, because some tests compare what this process holds before and after them: a file's tests run one after another.
+    how = session.posargs or ["-n", "2", "--dist", "loadfile"]
+    session.run(str(with_torch(session, "test") / "python"), "-m", "pytest", *how, external=True)
 
 
 @nox.session(venv_backend="none")
