@@ -20,8 +20,10 @@ from commgraph.hosts import Hosts
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import GroupFacts, Platform
 
-__all__ = ["Builder", "Connection", "Links"]
+__all__ = ["CONNECTING", "Builder", "Connection", "Links"]
 
+# Prefix of the keys by which gloo connects a group. Two parts, as no name of a user's can have: those are one part each.
+CONNECTING = "gloo/connect"
 
 # Of a gloo device and its listener, beside one for each peer.
 _SPARE_DESCRIPTORS = 8
@@ -109,7 +111,7 @@ class Builder:
         store = dist.PrefixStore(f"group/{hashlib.sha256(ident.encode()).hexdigest()[:32]}", self.store)
         self._check_descriptors(ident, len(ranks))
         self._meet(ident, store, ranks)
-        return Connection(store, self._connect(ident, dist.PrefixStore("connect", store), ranks, ranks.index(self.rank)))
+        return Connection(store, self._connect(ident, dist.PrefixStore(CONNECTING, store), ranks, ranks.index(self.rank)))
 
     def link(
         self,
@@ -133,8 +135,7 @@ class Builder:
         Raises:
             BackendUnavailableError: the platform has nothing that serves the options.
         """
-        timeout = options.timeout or self.timeout
-        host_timeout = options.host_timeout or timeout
+        host_timeout = options.host_timeout or options.timeout or self.timeout
         if connection is None:
             return GroupLink(ident=ident, ranks=ranks, rank_in_group=0, host_timeout=host_timeout.total_seconds())
         try:
@@ -148,7 +149,6 @@ class Builder:
                 transport=connection.transport,
                 store=connection.store,
                 key=self._key(ranks),
-                timeout=timeout.total_seconds(),
                 host_timeout=host_timeout.total_seconds(),
                 check=options.check,
             )

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _demo(argv: Sequence[str]) -> int:
     try:
-        from commgraph.demo.main import run_demo
+        from commgraph.demo.main import main as run_demo
     except ModuleNotFoundError as error:
         print(f"commgraph demo needs {error.name}: pip install 'commgraph[demo]'", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
-"""The only module that imports private names of torch, each with the versions it was seen in.
+"""The only module that imports private names of torch.
 
-Everything here was checked against torch 2.11 and 2.13 by name. A torch release that moves one of them is a change in this file.
+All of them were seen in torch 2.13, the version that the tests run on, and in no other yet. A torch release that moves one of them is a
+change in this file.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def gloo_device(*, loopback: bool) -> GlooDevice:
         loopback: bind to 127.0.0.1, right where all ranks are known to share a network namespace. Otherwise gloo resolves this host's
             name, or takes GLOO_SOCKET_IFNAME.
     """
-    # ProcessGroupGloo and its two device factories: torch._C._distributed_c10d, 2.0 to 2.15.
+    # ProcessGroupGloo and its two device factories: torch._C._distributed_c10d.
     from torch._C._distributed_c10d import ProcessGroupGloo
 
     # lazy_init=False: a lazily connected pair blocks its first receive until the peer sends, which deadlocks a ring of receivers.
@@ -41,7 +42,7 @@ def gloo_device(*, loopback: bool) -> GlooDevice:
 def make_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta, device: GlooDevice) -> Any:
     """A connected ProcessGroupGloo that no table of torch.distributed knows.
 
-    `_Options` with `_devices`, `_threads`, `_timeout`: torch._C._distributed_c10d, 2.0 to 2.15.
+    `_Options` with `_devices`, `_threads`, `_timeout`: torch._C._distributed_c10d.
     """
     from torch._C._distributed_c10d import ProcessGroupGloo
 
@@ -56,7 +57,7 @@ def make_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta, devic
 def wrap_gloo(store: dist.Store, rank: int, size: int, backend: Any) -> dist.ProcessGroup:
     """`backend` as the torch ProcessGroup that other libraries expect, without a default group.
 
-    `ProcessGroup._register_backend` and `_set_default_backend`: 2.0 to 2.15.
+    By the private `ProcessGroup._register_backend` and `_set_default_backend`.
     """
     group = dist.ProcessGroup(store, rank, size)
     group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
@@ -65,7 +66,7 @@ def wrap_gloo(store: dist.Store, rank: int, size: int, backend: Any) -> dist.Pro
 
 
 def default_store() -> dist.Store:
-    """The store of torch's default process group. `torch.distributed.distributed_c10d._get_default_store`: 1.13 to 2.15."""
+    """The store of torch's default process group. Privately `torch.distributed.distributed_c10d._get_default_store`."""
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store()

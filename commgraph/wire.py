@@ -121,8 +121,7 @@ def decode(frame: bytes | bytearray | memoryview, *, key: bytes | None, context:
 class _Pickler(pickle.Pickler):
     """Pickles plain host tensors by their values.
 
-    torch's own way sends the whole storage of a view, takes five times as long, and fails on what it has no typed storage for (float8,
-    most unsigned integers).
+    torch's own way sends the whole storage of a view, and fails on what it has no typed storage for (float8, most unsigned integers).
     """
 
     def reducer_override(self, obj: Any) -> Any:

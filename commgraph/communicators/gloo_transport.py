@@ -1,8 +1,7 @@
 """Messages between the ranks of one group over gloo's TCP connections.
 
 Everything that commgraph does over gloo is built from `exchange`: some sends and some receives at once, under one deadline.
-Point-to-point messages run on the caller's thread and take half the time of gloo's own collectives here, serve every dtype as bytes, and
-let the order of a reduction be ours.
+Point-to-point messages run on the caller's thread, serve every dtype as bytes, and let the order of a reduction be ours.
 
 What was seen of gloo (torch 2.13) and is relied upon:
 
@@ -28,7 +27,7 @@ import torch.distributed as dist
 
 from commgraph import compat
 
-__all__ = ["GlooTransport", "TransportClosed", "TransportTimeout", "as_bytes"]
+__all__ = ["Background", "GlooTransport", "TransportClosed", "TransportTimeout", "as_bytes"]
 
 # No call uses the highest tag: a receive on it can only time out.
 _NEVER_SENT = 2**31 - 1
@@ -132,7 +131,7 @@ class GlooTransport:
             self.abort()
             raise
 
-    def receive_later(self, tensor: torch.Tensor, peer: int, *, tag: int) -> LateReceive:
+    def receive_later(self, tensor: torch.Tensor, peer: int, *, tag: int) -> Background:
         """A receive that may be waited for several times: gloo's own wait closes the group when it runs out, this one does not."""
         if self._backend is None:
             raise TransportClosed(self.rank_in_group, "this rank closed the group")
@@ -140,7 +139,15 @@ class GlooTransport:
             work = self._backend.recv([as_bytes(tensor)], peer, _sized(tag, tensor.nbytes))
         except RuntimeError as error:
             raise TransportClosed(peer, str(error)) from None
-        return LateReceive(work.wait, tensor, peer)
+
+        def receive(_buffer: torch.Tensor = tensor) -> None:  # which must live as long as gloo may write to it
+            try:
+                # Far beyond any deadline: the caller keeps those, and closing the group ends this wait.
+                work.wait(timedelta(days=365))
+            except RuntimeError as error:
+                raise TransportClosed(peer, str(error)) from None
+
+        return Background(receive)
 
     def abort(self) -> None:
         """Closes every connection at once: all waits end with an error, here and on the peers. Never raises."""
@@ -162,33 +169,30 @@ class GlooTransport:
             self._keep.clear()
 
 
-class LateReceive:
-    """One receive, awaited on a thread of its own so that a caller's deadline can pass without harm to the group."""
+class Background:
+    """Something that waits for peers, on a thread of its own so that a caller's deadline can pass without harm to the group."""
 
-    def __init__(self, wait: Callable[[timedelta], Any], tensor: torch.Tensor, peer: int) -> None:
-        self.tensor = tensor
-        self.peer = peer
-        self._error: str | None = None
+    def __init__(self, wait: Callable[[], object]) -> None:
+        self._error: Exception | None = None
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(wait,), name=f"commgraph-recv-{peer}", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(wait,), name="commgraph-wait", daemon=True)
         self._thread.start()
 
-    def _run(self, wait: Callable[[timedelta], Any]) -> None:
+    def _run(self, wait: Callable[[], object]) -> None:
         try:
-            # Far beyond any deadline: the caller keeps those, and closing the group ends this wait.
-            wait(timedelta(days=365))
-        except RuntimeError as error:
-            self._error = str(error)
+            wait()
+        except Exception as error:
+            self._error = error
         finally:
             self._done.set()
 
     def wait(self, timeout: float) -> bool:
-        """Whether the message is here; False after `timeout` seconds."""
+        """Whether it has ended, False after `timeout` seconds; raises what it raised."""
         if not self._done.wait(timeout):
             return False
         self._thread.join()
         if self._error is not None:
-            raise TransportClosed(self.peer, self._error)
+            raise self._error
         return True
 
     def join(self, timeout: float) -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import SupportsIndex, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
 import attrs
 import torch
@@ -55,10 +55,13 @@ class Call:
     def where(self) -> str:
         return f"{self.operation} on group {self.group!r} (rank {self.rank}, {self.rank_in_group} of {self.world_size} in the group)"
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a `CollectiveError` carries."""
+        return {"group": self.group, "operation": self.operation, "rank": self.rank, "sequence": self.sequence}
+
     def unsupported(self, what: str) -> UnsupportedTensorError:
-        return UnsupportedTensorError(
-            f"{self.where}: {what}. Nothing was sent.", group=self.group, operation=self.operation, rank=self.rank, sequence=self.sequence
-        )
+        return UnsupportedTensorError(f"{self.where}: {what}. Nothing was sent.", **self.facts)
 
     def wrong(self, what: str) -> ValueError:
         return ValueError(f"{self.where}: {what}. Nothing was sent.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import attrs
@@ -165,7 +165,7 @@ class GroupCoordinator:
         if self.world_size == 1:
             return x
         strategy = self._link.route("all_reduce", x.shape, x.dtype, x.device)
-        return self._run(call, f"{op} {_sig(x)}", seconds, lambda tag, left: strategy.all_reduce(x, op, tag=tag, timeout=left))
+        return self._link.run(call, f"{op} {_sig(x)}", seconds, lambda tag, left: strategy.all_reduce(x, op, tag=tag, timeout=left))
 
     def all_reduce_(self, x: torch.Tensor, *, op: str = "sum", timeout: Timeout = None) -> torch.Tensor:
         """`all_reduce` into x itself, which is returned."""
@@ -175,7 +175,7 @@ class GroupCoordinator:
         if self.world_size == 1:
             return x
         strategy = self._link.route("all_reduce", x.shape, x.dtype, x.device)
-        return self._run(call, f"{op} {_sig(x)}", seconds, lambda tag, left: strategy.all_reduce_(x, op, tag=tag, timeout=left))
+        return self._link.run(call, f"{op} {_sig(x)}", seconds, lambda tag, left: strategy.all_reduce_(x, op, tag=tag, timeout=left))
 
     def reduce_scatter(
         self, x: torch.Tensor, dim: int = -1, *, op: str = "sum", out: torch.Tensor | None = None, timeout: Timeout = None
@@ -227,7 +227,7 @@ class GroupCoordinator:
             return x if out is None else call.out(out, x.shape, x).copy_(x)
         result = call.out(out, _resized(x, dim, sizes[self.rank_in_group]), x)
         strategy = self._link.route("reduce_scatter", x.shape, x.dtype, x.device)
-        self._run(
+        self._link.run(
             call,
             f"{op} {_sig(x)} dim={dim} {sizes}",
             seconds,
@@ -297,7 +297,7 @@ class GroupCoordinator:
         result = call.out(out, shape, x)
         x = _apart(x, result, result.split(sizes, dim)[self.rank_in_group])
         strategy = self._link.route("all_gather", shape, x.dtype, x.device)
-        self._run(
+        self._link.run(
             call,
             f"{x.dtype} {shape} dim={dim} {sizes}",
             seconds,
@@ -328,7 +328,9 @@ class GroupCoordinator:
             out = torch.empty(_resized(x, dim, x.shape[dim] * self.world_size), dtype=x.dtype, device=x.device)
         pieces = None if out is None else out.split([x.shape[dim]] * self.world_size, dim)
         strategy = self._link.route("gather", x.shape, x.dtype, x.device)
-        self._run(call, f"dst={dst} {_sig(x)} dim={dim}", seconds, lambda tag, left: strategy.gather(x, pieces, dst, tag=tag, timeout=left))
+        self._link.run(
+            call, f"dst={dst} {_sig(x)} dim={dim}", seconds, lambda tag, left: strategy.gather(x, pieces, dst, tag=tag, timeout=left)
+        )
         return out
 
     # Exchanges.
@@ -394,7 +396,7 @@ class GroupCoordinator:
         # Uneven pieces differ between ranks, and so must not choose the strategy.
         strategy = self._link.route("all_to_all", x.shape if even else rest, x.dtype, x.device)
         crossing = [(to.numel(), back.numel()) for to, back in zip(sends, receives, strict=True)]
-        self._run(call, signature, seconds, lambda tag, left: strategy.all_to_all(sends, receives, tag=tag, timeout=left), crossing)
+        self._link.run(call, signature, seconds, lambda tag, left: strategy.all_to_all(sends, receives, tag=tag, timeout=left), crossing)
         return result
 
     def broadcast(self, x: torch.Tensor, src: int = 0, *, timeout: Timeout = None) -> torch.Tensor:
@@ -415,7 +417,7 @@ class GroupCoordinator:
     def _broadcast(self, call: Call, x: torch.Tensor, src: int, seconds: float) -> torch.Tensor:
         if self.world_size > 1:
             strategy = self._link.route("broadcast", x.shape, x.dtype, x.device)
-            self._run(call, f"src={src} {_sig(x)}", seconds, lambda tag, left: strategy.broadcast(x, src, tag=tag, timeout=left))
+            self._link.run(call, f"src={src} {_sig(x)}", seconds, lambda tag, left: strategy.broadcast(x, src, tag=tag, timeout=left))
         return x
 
     def barrier(self, *, timeout: Timeout = None) -> None:
@@ -423,7 +425,7 @@ class GroupCoordinator:
         call, seconds = self._begin("barrier", timeout)
         if self.world_size > 1:
             strategy = self._link.route("barrier", (), None, torch.device("cpu"))
-            self._run(call, "", seconds, lambda tag, left: strategy.barrier(tag=tag, timeout=left))
+            self._link.run(call, "", seconds, lambda tag, left: strategy.barrier(tag=tag, timeout=left))
 
     # Point to point. Only the two ranks concerned count these, so they may fall between collectives as they like.
 
@@ -655,18 +657,6 @@ class GroupCoordinator:
     def _describe(self, operation: str, sequence: int, timeout: Timeout) -> tuple[Call, float]:
         call = Call(self.name, operation, self.rank, self.rank_in_group, self.world_size, sequence, self.device)
         return call, call.seconds(timeout, self._link.host_timeout)
-
-    def _run(
-        self,
-        call: Call,
-        signature: str,
-        seconds: float,
-        serve: Callable[[int, float], T],
-        crossing: Sequence[tuple[int, int]] | None = None,
-    ) -> T:
-        # A strategy is free to save and reuse tensors; it must not record their history.
-        with torch.no_grad():
-            return self._link.run(call, signature, seconds, serve, crossing)
 
     def __copy__(self) -> GroupCoordinator:
         return self

@@ -7,13 +7,14 @@ happened below into an error that names rank, group, operation and place.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import attrs
 import torch
@@ -81,7 +82,6 @@ class GroupLink:
         transport: GlooTransport | None = None,
         store: dist.Store | None = None,
         key: bytes | None = None,
-        timeout: float = 0.0,
         host_timeout: float = 0.0,
         check: bool = False,
     ) -> None:
@@ -95,7 +95,7 @@ class GroupLink:
             transport: carries objects and checks; None for one rank.
             store: holds this group's keys only.
             key: authenticates pickled objects; None: plain data only.
-            timeout, host_timeout: default deadlines in seconds, of tensors on a device and of host tensors and objects.
+            host_timeout: default deadline in seconds, of host tensors and objects.
             check: compare every call with the peers'.
         """
         self.ident = ident
@@ -104,7 +104,6 @@ class GroupLink:
         self.communicators = tuple(communicators)
         self.transport = transport
         self.key = key
-        self.timeout = timeout
         self.host_timeout = host_timeout
         self.check = check
         self.sequence = 0
@@ -143,12 +142,7 @@ class GroupLink:
                 f"group {name!r} (rank {self.ranks[self.rank_in_group]}): its context was closed; build another with world.context"
             )
         if self._broken is not None:
-            again = type(self._broken)(*self._broken.args, **self._facts(self._broken))
-            raise again from self._broken
-
-    @staticmethod
-    def _facts(error: CollectiveError) -> dict[str, Any]:
-        return {"group": error.group, "operation": error.operation, "rank": error.rank, "sequence": error.sequence}
+            raise copy.copy(self._broken) from self._broken
 
     def count(self, kind: int, peer: int, *, outgoing: bool) -> int:
         """Numbers the messages of one kind to (or from) one peer."""
@@ -200,8 +194,6 @@ class GroupLink:
         except CollectiveError as error:
             self._break(call, error, what)
 
-    # Failures.
-
     def compare(
         self, call: Call, what: str, timeout: float, crossing: Sequence[tuple[int, int]] | None = None, at: str | None = None
     ) -> None:
@@ -224,7 +216,7 @@ class GroupLink:
         calls = [f"  rank {self.ranks[i]}: call #{number}, {words}, at {there}" for i, (number, words, *_, there) in enumerate(said)]
         if len({tuple(words[:2]) for words in said}) > 1:
             raise CollectiveMismatchError(
-                f"{call.where}: the ranks of the group called different things:\n" + "\n".join(calls), **self._call_facts(call)
+                f"{call.where}: the ranks of the group called different things:\n" + "\n".join(calls), **call.facts
             )
         wrong = []
         for peer, (_, _, sent, expected, _) in enumerate(said if crossing else ()):
@@ -235,16 +227,14 @@ class GroupLink:
                 wrong.append(f"  rank {self.ranks[peer]} sends {sent} entries to rank {self.ranks[me]}, which expects {back}")
         if wrong:
             raise CollectiveMismatchError(
-                f"{call.where}: the sizes of the ranks do not fit together:\n" + "\n".join([*wrong, *calls]), **self._call_facts(call)
+                f"{call.where}: the sizes of the ranks do not fit together:\n" + "\n".join([*wrong, *calls]), **call.facts
             )
 
     @property
     def world_size(self) -> int:
         return len(self.ranks)
 
-    @staticmethod
-    def _call_facts(call: Call, rank: int | None = None) -> dict[str, Any]:
-        return {"group": call.group, "operation": call.operation, "rank": call.rank if rank is None else rank, "sequence": call.sequence}
+    # Failures.
 
     def _timed_out(self, call: Call, what: str, timeout: float, error: TransportTimeout) -> NoReturn:
         at = place()
@@ -261,7 +251,7 @@ class GroupLink:
         message = head + ":\n" + "\n".join(lines)
         differs = any(fault.kind == "timeout" and fault.at != f"{call.sequence} {what}" for fault in faults.values())
         kind: type[CollectiveError] = CollectiveMismatchError if differs else CollectiveTimeoutError
-        raise self._remember(kind(message, **self._call_facts(call))) from None
+        raise self._remember(kind(message, **call.facts)) from None
 
     def _lost(self, call: Call, what: str, error: TransportClosed) -> NoReturn:
         if self._closed:
@@ -283,7 +273,7 @@ class GroupLink:
             message = f"{call.where}: ended in {during}, because {gave_up if lost is None else gone}"
         self._publish(_Fault(fault.kind if fault else "lost", f"{call.sequence} {what}", lost, call.sequence, f"{what} at {at}"))
         self._abort()
-        raise self._remember(kind(message, **self._call_facts(call, lost))) from None
+        raise self._remember(kind(message, **call.facts | ({} if lost is None else {"rank": lost}))) from None
 
     def _break(self, call: Call, error: CollectiveError, what: str) -> NoReturn:
         kind = (
@@ -359,3 +349,5 @@ class GroupLink:
             communicator.close()
         self.transport = None
         self._store = None
+        # Its traceback would hold what was released.
+        self._broken = None

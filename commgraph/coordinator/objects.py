@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import itertools
 import struct
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from commgraph import wire
-from commgraph.communicators.gloo_transport import GlooTransport, LateReceive
+from commgraph.communicators.gloo_transport import Background, GlooTransport
 from commgraph.coordinator.call import Call, place
 from commgraph.coordinator.link import COLLECTIVE, OBJECT, OBJECT_REST, GroupLink, make_tag
 from commgraph.errors import CollectiveTimeoutError
@@ -39,9 +38,9 @@ class ObjectPath:
     def __init__(self, link: GroupLink) -> None:
         self._link = link
         # Receives that a caller's deadline left behind, by tag and source.
-        self._late: dict[tuple[int, int], tuple[LateReceive, bytearray]] = {}
+        self._late: dict[tuple[int, int], tuple[Background, bytearray]] = {}
         # The same for a comparison with the peers, by tag.
-        self._comparing: dict[int, _Background] = {}
+        self._comparing: dict[int, Background] = {}
 
     def send(self, call: Call, obj: object, dst: int, timeout: float) -> None:
         """Sends `obj` to one rank."""
@@ -96,7 +95,7 @@ class ObjectPath:
         with self._link.guard(call, what, timeout):
             if tag not in self._comparing:
                 at = place()
-                self._comparing[tag] = _Background(lambda: self._link.compare(call, what, _FOR_EVER, at=at))
+                self._comparing[tag] = Background(lambda: self._link.compare(call, what, _FOR_EVER, at=at))
             return self._comparing[tag].wait(timeout)
 
     def all_gather(self, call: Call, obj: object, timeout: float) -> list[Any]:
@@ -180,10 +179,7 @@ class ObjectPath:
         return CollectiveTimeoutError(
             f"{call.where}: nothing came from rank {self._link.ranks[src]} ({src} in the group) within {timeout:g} s. The group is "
             "unharmed: call again to go on waiting for the same object",
-            group=call.group,
-            operation=call.operation,
-            rank=call.rank,
-            sequence=call.sequence,
+            **call.facts,
         )
 
     def join(self, timeout: float) -> None:
@@ -194,29 +190,6 @@ class ObjectPath:
             comparing.join(timeout)
         self._late.clear()
         self._comparing.clear()
-
-
-class _Background(threading.Thread):
-    """Something that waits for peers, on a thread of its own so that a caller's deadline can pass without harm to the group."""
-
-    def __init__(self, wait: Callable[[], None]) -> None:
-        super().__init__(name="commgraph-compare", daemon=True)
-        self._wait = wait
-        self._error: Exception | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._wait()
-        except Exception as error:
-            self._error = error
-
-    def wait(self, timeout: float) -> bool:
-        """Whether it has ended; raises what it raised."""
-        self.join(timeout)
-        if self._error is not None:
-            raise self._error
-        return not self.is_alive()
 
 
 def _buffer(size: int) -> tuple[bytearray, torch.Tensor]:

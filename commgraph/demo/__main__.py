@@ -2,6 +2,6 @@
 
 import sys
 
-from commgraph.demo.main import run_demo
+from commgraph.demo.main import main
 
-sys.exit(run_demo(sys.argv[1:]))
+sys.exit(main())

@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo, or one rank of it where a launcher started this process.
 
     Returns:
-        0; 1 if what was written differs from what the unsharded model writes; 2 if the sizes cannot work.
+        0; 1 if what was written differs from what the unsharded model writes, or the ranks could not talk; 2 if the sizes cannot work.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     first = True
@@ -93,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if first:  # every rank finds the same mistake
             print(f"commgraph demo: {error}", file=sys.stderr)
         return 2
+    except CommGraphError as error:
+        print(f"commgraph demo: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
 
 
 def _parse(argv: Sequence[str], launched: launch.Launch) -> _Arguments:
@@ -232,12 +235,3 @@ def _print_report(
 def _plain(text: str) -> str:
     """`text` with nothing in it that rich takes for markup."""
     return text.replace("[", "\\[")
-
-
-def run_demo(argv: Sequence[str]) -> int:
-    """`main`, with the library's own errors told in one line each."""
-    try:
-        return main(argv)
-    except CommGraphError as error:
-        print(f"commgraph demo: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1

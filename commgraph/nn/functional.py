@@ -72,10 +72,8 @@ def reduce_from(x: torch.Tensor, group: Reducer) -> torch.Tensor:
         The sum, a new tensor of x's shape and dtype, with the same bits on every rank. Backward is the identity: the gradient of a sum with
         respect to each term is that of the sum, which every rank already has.
     """
-    if not _records(x):
-        return group.all_reduce(x)
-    if group.world_size == 1:
-        with torch.no_grad():  # gives x back, after it looked at the arguments
+    if group.world_size == 1 or not _records(x):
+        with torch.no_grad():  # one rank gets x back, after its arguments were looked at
             return group.all_reduce(x)
     return _apply(_Reduce, x, group)
 
@@ -94,10 +92,8 @@ def gather_from(x: torch.Tensor, group: GroupCoordinator, dim: int = -1, *, redu
     Returns:
         x's shape with `dim` multiplied by the group's size.
     """
-    if not _records(x):
-        return group.all_gather(x, dim)
-    if group.world_size == 1:
-        with torch.no_grad():  # gives x back, after it looked at the arguments
+    if group.world_size == 1 or not _records(x):
+        with torch.no_grad():  # one rank gets x back, after its arguments were looked at
             return group.all_gather(x, dim)
     return _apply(_Gather, x, group, dim, reduce_grad)
 
@@ -133,10 +129,8 @@ def reduce_scatter_to(x: torch.Tensor, group: GroupCoordinator, dim: int = -1) -
     Returns:
         x's shape with `dim` divided by the group's size. Backward gathers: every rank's partial result entered every piece.
     """
-    if not _records(x):
-        return group.reduce_scatter(x, dim)
-    if group.world_size == 1:
-        with torch.no_grad():  # gives x back, after it looked at the arguments
+    if group.world_size == 1 or not _records(x):
+        with torch.no_grad():  # one rank gets x back, after its arguments were looked at
             return group.reduce_scatter(x, dim)
     return _apply(_ReduceScatter, x, group, dim)
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from commgraph.building import CONNECTING
 from commgraph.errors import CollectiveTimeoutError, ConfigurationError
 from commgraph.world import World
 
@@ -21,8 +22,7 @@ __all__ = ["ThreadStore", "spmd"]
 
 T = TypeVar("T")
 
-# What the keys by which gloo connects have in their names (`Builder.connect`), and how long a peer may take to write one.
-_CONNECTING = "/connect/"
+# How long a peer may take to write a key by which gloo connects.
 _CONNECT_SECONDS = 5.0
 # How long the ranks that were released may take to unwind.
 _UNWIND_SECONDS = 10.0
@@ -76,7 +76,7 @@ class ThreadStore(dist.Store):
         limit = (self.timeout if timeout is None else timeout).total_seconds()  # type: ignore[attr-defined]  # missing in torch's stub
         with self._changed:
             self._changed.wait_for(lambda: self._final is not None or self.check(keys), limit)
-            if self._final is None or all(_CONNECTING in key for key in keys):
+            if self._final is None or all(f"/{CONNECTING}/" in key for key in keys):
                 # All ranks of a group that connects have met. One that left now would leave the others in gloo's wait, which nothing ends.
                 there = self._changed.wait_for(lambda: self.check(keys), 0 if self._final is None else min(limit, _CONNECT_SECONDS))
             else:
