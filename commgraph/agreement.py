@@ -21,7 +21,15 @@ _GRACE = timedelta(seconds=5)
 
 
 def agree(
-    store: dist.Store, rank: int, world_size: int, facts: Mapping[str, str], *, what: str, timeout: timedelta, error: str = ""
+    store: dist.Store,
+    rank: int,
+    world_size: int,
+    facts: Mapping[str, str],
+    *,
+    what: str,
+    timeout: timedelta,
+    error: str = "",
+    follows: bool = False,
 ) -> None:
     """Compares facts over all ranks. Collective; `store` must be this agreement's own prefix.
 
@@ -34,6 +42,7 @@ def agree(
         timeout: how long to wait for the last rank.
         error: why this rank cannot go on: every other rank then raises `BuildError`, and this one, which has an error of its own,
             returns at once.
+        follows: the error only follows from that of another rank, which is likely to be told here: this rank raises it, too.
 
     Raises:
         LayoutMismatchError: facts differ; on every rank, naming fact, values and ranks.
@@ -43,8 +52,8 @@ def agree(
         return
     keys = [f"said/{peer}" for peer in range(world_size)]
     try:
-        store.set(keys[rank], json.dumps({"facts": dict(facts), "error": error}))
-        if error:
+        store.set(keys[rank], json.dumps({"facts": dict(facts), "error": error, "follows": follows}))
+        if error and not follows:
             if rank == 0:  # it need not hear the others to answer them
                 store.set("verdict", json.dumps(("error", _refusal(what, {0: error}))))
             return
@@ -81,6 +90,7 @@ def _judge(store: dist.Store, keys: Sequence[str], what: str, timeout: timedelta
     said = {peer: json.loads(value) for peer, value in zip(came, values, strict=True)}
     if failed := {peer: entry["error"] for peer, entry in said.items() if entry["error"]}:
         # First, because the ranks that did not come may well be waiting for one that failed.
+        failed = {peer: why for peer, why in failed.items() if not said[peer]["follows"]} or failed
         return "error", _refusal(what, failed)
     if missing := sorted(set(range(len(keys))) - set(came)):
         return "error", (

@@ -13,6 +13,7 @@ import attrs
 import torch.distributed as dist
 
 from commgraph import compat
+from commgraph.communicators.base import Communicator, Limits, PeerClosed, PeerLate, Refused
 from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.coordinator.link import GroupLink
 from commgraph.errors import BackendUnavailableError, BuildError
@@ -20,13 +21,17 @@ from commgraph.hosts import Hosts
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import GroupFacts, Platform
 
-__all__ = ["CONNECTING", "Builder", "Connection", "Links"]
+__all__ = ["CONNECTING", "Builder", "Connection", "Links", "PeerLeftError"]
 
 # Prefix of the keys by which gloo connects a group. Two parts, as no name of a user's can have: those are one part each.
 CONNECTING = "gloo/connect"
 
 # Of a gloo device and its listener, beside one for each peer.
 _SPARE_DESCRIPTORS = 8
+
+
+class PeerLeftError(BuildError):
+    """A build ended because another rank of the group had ended it."""
 
 
 class Links:
@@ -140,12 +145,16 @@ class Builder:
             return GroupLink(ident=ident, ranks=ranks, rank_in_group=0, host_timeout=host_timeout.total_seconds())
         try:
             rank_in_group = ranks.index(self.rank)
-            facts = GroupFacts(ranks, rank_in_group, tuple(self.hosts.nodes[rank] for rank in ranks), options, wants_device)
+            nodes = tuple(self.hosts.nodes[rank] for rank in ranks)
+            limits = Limits(host_timeout.total_seconds(), self.timeout.total_seconds(), self.hosts.local_size)
+            facts = GroupFacts(ranks, rank_in_group, nodes, options, wants_device, limits)
+            chain = self._chain(ident, platform, facts, connection)
             link = GroupLink(
                 ident=ident,
                 ranks=ranks,
                 rank_in_group=rank_in_group,
-                communicators=platform.communicators(facts, connection.transport),
+                communicators=[one for one in chain if isinstance(one, Communicator)],
+                refused=[one for one in chain if isinstance(one, Refused)],
                 transport=connection.transport,
                 store=connection.store,
                 key=self._key(ranks),
@@ -157,6 +166,15 @@ class Builder:
             raise
         self.links.add(link)
         return link
+
+    def _chain(self, ident: str, platform: Platform, facts: GroupFacts, connection: Connection) -> Sequence[Communicator | Refused]:
+        try:
+            return platform.communicators(facts, connection.transport)
+        except (PeerClosed, PeerLate) as error:
+            why = f"({error.reason})" if isinstance(error, PeerClosed) else f"within {self.timeout.total_seconds():g} s"
+            raise PeerLeftError(
+                f"rank {self.rank}: group {ident}: rank {facts.ranks[error.peer]} did not take part in making its strategies {why}"
+            ) from error
 
     def _meet(self, ident: str, store: dist.Store, ranks: Sequence[int]) -> None:
         """Waits until all are here. gloo would wait as well, but say of nobody that he is missing, and not let itself be interrupted."""

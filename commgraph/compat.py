@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["GlooDevice", "default_store", "gloo_available", "gloo_device", "make_gloo", "wrap_gloo"]
+__all__ = ["GlooDevice", "default_store", "dlpack_exchange", "gloo_available", "gloo_device", "make_gloo", "wrap_gloo"]
 
 # The opaque handle of a gloo network device (one event loop thread); torch gives it no public type.
 GlooDevice = Any
@@ -70,3 +70,8 @@ def default_store() -> dist.Store:
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store()
+
+
+def dlpack_exchange() -> Any:
+    """The capsule of DLPack's C functions, None in a torch that has none (it came after 2.11): then tensors are read by their addresses."""
+    return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)

@@ -15,8 +15,9 @@ import torch.distributed as dist
 
 import commgraph
 from commgraph.agreement import agree
-from commgraph.building import Builder, Connection
+from commgraph.building import Builder, Connection, PeerLeftError
 from commgraph.coordinator import GroupCoordinator
+from commgraph.coordinator.host_objects import HostObjects
 from commgraph.coordinator.link import GroupLink
 from commgraph.coordinator.objects import ObjectPath
 from commgraph.errors import BuildError, CommGraphError, ConfigurationError, LayoutError, LayoutMismatchError
@@ -208,6 +209,7 @@ class ParallelContext:
                 chains.setdefault(names, []).append(operation)
             lines += [f"    {', '.join(operations)}: {', then '.join(names)}" for names, operations in chains.items()]
             lines += [f"    {c.name}: {c.describe()}" for c in coordinator._link.communicators if c.describe()]
+            lines += [f"    {refused.name}: not used, {refused.reason}" for refused in coordinator._link.refused]
         communicators = [c for coordinator in self._distinct() for c in coordinator._link.communicators]
         memory = sum(c.memory() for c in communicators)
         lines.append(f"  {len(communicators)} communicators in {len(self._distinct())} groups, {memory} bytes of shared memory")
@@ -347,6 +349,11 @@ def build_context(
             coordinators |= {other: join_coordinator(other, coordinators[first]) for other in others}
         firsts = [coordinators[first] for first in idents if coordinators[first].world_size > 1]
         routing = {f"the strategies of group {c.name!r} {c.ranks}": repr(dict(c.communicators)) for c in firsts}
+    except PeerLeftError as error:
+        _undo(builder, coordinators, connections)
+        # Why it left is told by that rank, and raised here.
+        agree(end, rank, size, {}, what=what, timeout=builder.timeout, error=str(error), follows=True)
+        raise
     except BaseException as error:
         _undo(builder, coordinators, connections)
         _report(end, rank, size, what, builder.timeout, error)
@@ -374,14 +381,16 @@ def build_context(
 
 def build_coordinator(world: World, name: str, link: GroupLink) -> GroupCoordinator:
     """The first coordinator on a link."""
-    coordinator = GroupCoordinator(name, world.rank, link.ranks, world.local_rank, world.device, link, ObjectPath(link))
+    strategy, mailbox = link.comparing, link.mailbox
+    objects = ObjectPath(link) if strategy is None or mailbox is None else HostObjects(link, strategy, mailbox)
+    coordinator = GroupCoordinator(name, world.rank, link.ranks, world.local_rank, world.device, link, objects, link.door())
     link.join(coordinator)
     return coordinator
 
 
 def join_coordinator(name: str, twin: GroupCoordinator) -> GroupCoordinator:
     """A further coordinator, on the communicators of `twin`."""
-    coordinator = attrs.evolve(twin, name=name)
+    coordinator = attrs.evolve(twin, name=name, door=twin._link.door())
     twin._link.join(coordinator)
     return coordinator
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 
 import attrs
@@ -29,6 +29,14 @@ def _positive(_: object, attribute: attrs.Attribute[timedelta | None], value: ti
         raise ConfigurationError(f"CommunicatorOptions({attribute.name}={value!r}): a deadline must lie in the future")
 
 
+def _at_least(least: int) -> Callable[[object, attrs.Attribute[int], int], None]:
+    def check(_: object, attribute: attrs.Attribute[int], value: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 1 << 30:
+            raise ConfigurationError(f"CommunicatorOptions({attribute.name}={value!r}): bytes are needed, {least} to {1 << 30}")
+
+    return check
+
+
 @attrs.frozen(kw_only=True)
 class CommunicatorOptions:
     """How the groups of a context communicate. Immutable; compared across ranks before anything is built.
@@ -41,9 +49,15 @@ class CommunicatorOptions:
         backend: torch backend of the device group (``"gloo"``, ...); None leaves it to the platform.
         check: compare (sequence, operation, shape, dtype) across the group before each collective, so that a skipped, reordered or
             differently shaped call raises `CollectiveMismatchError` on every rank at once. Costs one small message per call and peer.
-            Without it such calls still never pair, and end at the deadline.
+            Without it such calls still never pair: collectives of tensors in shared memory raise on every rank all the same, whoever only
+            puts an object or sends learns of it in its next call, and over a network they end at the deadline.
         isolate: groups that share communicators with none, though their ranks equal another group's: True for every group that
             these options apply to, or the names of some.
+        shm: let the ranks of one host go through shared memory.
+        message_queue: let their objects, messages and tensor dicts do so.
+        shm_bytes: what a rank can stage there at once (it has two such slots; ranks of large groups get less); larger tensors go through in
+            pieces.
+        queue_bytes: of the ring from one rank to all others; that to a single one has half. Larger objects go through in pieces.
     """
 
     timeout: timedelta | None = attrs.field(default=None, validator=_positive)
@@ -52,6 +66,11 @@ class CommunicatorOptions:
     check: bool = attrs.field(default=False)
     isolate: bool | frozenset[str] = attrs.field(default=False, converter=_isolate)
 
+    shm: bool = attrs.field(default=True)
+    message_queue: bool = attrs.field(default=True)
+    shm_bytes: int = attrs.field(default=1 << 20, validator=_at_least(16 * 1024))
+    queue_bytes: int = attrs.field(default=1 << 20, validator=_at_least(16 * 1024))
+
     def isolates(self, name: str) -> bool:
         """Whether the group called `name` must share its communicators with no other."""
         return self.isolate if isinstance(self.isolate, bool) else name in self.isolate
@@ -59,4 +78,7 @@ class CommunicatorOptions:
     def describe(self) -> str:
         """The same text on every rank for equal options."""
         isolate = self.isolate if isinstance(self.isolate, bool) else sorted(self.isolate)
-        return f"timeout={self.timeout} host_timeout={self.host_timeout} backend={self.backend} check={self.check} isolate={isolate}"
+        return (
+            f"timeout={self.timeout} host_timeout={self.host_timeout} backend={self.backend} check={self.check} isolate={isolate} "
+            f"shm={self.shm} message_queue={self.message_queue} shm_bytes={self.shm_bytes} queue_bytes={self.queue_bytes}"
+        )

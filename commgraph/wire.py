@@ -28,7 +28,7 @@ import torch
 
 from commgraph.errors import CommGraphError
 
-__all__ = ["WireError", "decode", "encode"]
+__all__ = ["CARRIERS", "WireError", "decode", "encode"]
 
 # The upper half of the first byte is the version of the format.
 _PLAIN, _SIGNED = b"\x11", b"\x12"
@@ -45,7 +45,7 @@ _SEQUENCES: MappingProxyType[type, int] = MappingProxyType(
 _BUILDERS: MappingProxyType[int, Callable[[list[Any]], Any]] = MappingProxyType({number: kind for kind, number in _SEQUENCES.items()})
 _DTYPES = MappingProxyType({str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)})
 # Bits travel as an ordinary dtype of the same size: torch can copy those of every layout, and knows no warning about them.
-_CARRIERS = MappingProxyType({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128})
+CARRIERS = MappingProxyType({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128})
 
 
 class WireError(CommGraphError, ValueError):
@@ -225,7 +225,7 @@ def _pack_tensor(value: torch.Tensor) -> list[Any]:
     if value.layout is not torch.strided or value.is_nested or value.is_quantized:
         raise _not_plain(f"a tensor of layout {value.layout}, nested or quantized")
     resolved = value.detach().resolve_conj().resolve_neg()
-    bits = resolved.view(_CARRIERS[value.dtype.itemsize]).contiguous()
+    bits = resolved.view(CARRIERS[value.dtype.itemsize]).contiguous()
     data = bytes((ctypes.c_ubyte * bits.nbytes).from_address(bits.data_ptr())) if bits.nbytes else b""
     return [_TENSOR, _name(value.dtype), list(value.shape), data]
 
@@ -307,7 +307,7 @@ def _unpack_tensor(name: Any, shape: Any, data: Any) -> torch.Tensor:
     # Before anything is allocated. A quantized dtype is none without the scale that its tensors have.
     if math.prod(sizes) * dtype.itemsize != len(data) or name.startswith("q"):
         raise WireError(f"malformed frame: {len(data)} bytes are no {name} tensor of shape {reprlib.repr(sizes)}")
-    bits = torch.empty(sizes, dtype=_CARRIERS[dtype.itemsize], device="cpu")
+    bits = torch.empty(sizes, dtype=CARRIERS[dtype.itemsize], device="cpu")
     ctypes.memmove(bits.data_ptr(), data, len(data))
     return bits.view(dtype)
 

@@ -18,7 +18,7 @@ import torch
 
 import commgraph as cg
 from commgraph.coordinator import GroupCoordinator
-from commgraph.coordinator.link import CHECK, COLLECTIVE, MESSAGE, OBJECT, OBJECT_REST, make_tag
+from commgraph.communicators.signature import CHECK, COLLECTIVE, MESSAGE, OBJECT, OBJECT_REST, make_tag
 from commgraph.testing import spmd
 
 Body = Callable[[GroupCoordinator], Any]
@@ -520,10 +520,38 @@ def test_without_check_a_mismatch_ends_at_the_deadline_and_tells_what_each_was_d
         assert time.monotonic() - started < 6
         return said
 
-    messages = [message for message in on(3, body, host_timeout=timedelta(seconds=0.4), timeout=20) if message]
+    messages = [message for message in on(3, body, host_timeout=timedelta(seconds=0.4), timeout=20, shm=False) if message]
     assert messages
     assert any("did not end within" in message and "gave up in call" in message for message in messages) or "object" in kind
     assert all("test_bad_input.py:" in message for message in messages) or "object" in kind
+
+
+@pytest.mark.parametrize("kind", MISMATCHES)
+def test_row_2_in_shared_memory_a_mismatch_raises_without_check(kind: str) -> None:
+    """Row 2: ranks diverge and the job hangs. Here each learns what all called, at once where tensors are concerned."""
+    objects = "object" in kind
+
+    def body(group: GroupCoordinator) -> str | None:
+        group.barrier()
+        started = time.monotonic()
+        said = None
+        try:
+            MISMATCHES[kind](group)
+        except cg.CollectiveMismatchError as error:
+            said = str(error)
+        # Whoever only puts an object waits for nobody, and learns of it in the next call.
+        with pytest.raises(cg.CollectiveMismatchError):
+            group.all_gather_object(1)
+        assert time.monotonic() - started < 3  # far from any deadline
+        assert said is not None or objects
+        return said
+
+    messages = [message for message in on(3, body, timeout=20) if message]
+    assert messages or objects
+    for message in messages:
+        assert "on group 'tp'" in message
+        assert re.search(r"rank \d.*call #\d+, ", message)
+        assert "test_bad_input.py:" in message
 
 
 def test_with_check_objects_are_still_polled_for() -> None:
@@ -567,7 +595,11 @@ def test_mixed_sizes_never_end_the_process() -> None:
             call(group)
 
     for call in calls:
+        on(2, partial(body, call=call), timeout=20, shm=False)
+    # In shared memory a message is taken by the ring, and its sender waits for nobody: only the receiver can know.
+    for call in calls[:-1]:
         on(2, partial(body, call=call), timeout=20)
+    on(2, lambda group: body(group, calls[-1]) if group.rank else calls[-1](group), timeout=20)
 
 
 def test_tags_tell_sizes_and_calls_apart() -> None:

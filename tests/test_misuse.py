@@ -217,5 +217,5 @@ def test_slices_of_a_tensor_dict_are_gathered_and_overrides_are_kept() -> None:
 
     first, *_, last = spmd(program, 4)
     assert last is True
-    # Half of `hidden`, all of the others, and one block of description.
-    assert first == 24 + 24 + 32 + 4096
+    # Half of `hidden`, all of the others, and the description.
+    assert 24 + 24 + 32 < first < 24 + 24 + 32 + 1024

@@ -340,8 +340,9 @@ def test_an_authkey_handed_over() -> None:
 
 def test_other_authkeys_on_other_ranks_let_nothing_through() -> None:
     def body(world: cg.World) -> Any:
-        with pytest.raises(WireError, match="authkey"):
-            world.group.all_gather_object(Point(world.rank))
+        with world.context(cg.Layout(2, tp=2), name="network", options=cg.CommunicatorOptions(shm=False)) as context:
+            with pytest.raises(WireError, match="authkey"):
+                context.tp.all_gather_object(Point(world.rank))
         return "refused"
 
     assert from_store([body] * 2, [b"secret", b"another"]) == ["refused"] * 2
@@ -436,8 +437,9 @@ def commgraph_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("commgraph")]
 
 
+@pytest.mark.parametrize("shm", [False, True])
 @pytest.mark.parametrize("check", [False, True])
-def test_a_receive_left_behind_leaves_no_thread_after_close(check: bool) -> None:
+def test_a_receive_left_behind_leaves_no_thread_after_close(check: bool, shm: bool) -> None:
     def body(group: GroupCoordinator) -> None:
         if group.rank == 1:
             for _ in range(2):
@@ -445,10 +447,11 @@ def test_a_receive_left_behind_leaves_no_thread_after_close(check: bool) -> None
                     group.recv_object(0, timeout=0.02)
                 with pytest.raises(cg.CollectiveTimeoutError):
                     group.broadcast_object(None, 0, timeout=0.02)
-            assert any(not name.startswith("commgraph-rank") for name in commgraph_threads())
+            waiting = any(not name.startswith("commgraph-rank") for name in commgraph_threads())
+            assert waiting == (check or not shm)  # shared memory needs no thread to wait
 
     # Isolated: the barrier in close is not the next call of a group with an announcement that nobody joined.
-    on(2, body, check=check, isolate=True)
+    on(2, body, check=check, isolate=True, shm=shm)
     deadline = time.monotonic() + 2
     while commgraph_threads() and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -6,12 +6,66 @@ import abc
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import attrs
 import torch
 
-__all__ = ["COLLECTIVES", "OPERATIONS", "Communicator"]
+__all__ = ["COLLECTIVES", "OPERATIONS", "CallsDiffer", "Communicator", "Limits", "PeerClosed", "PeerLate", "Refused"]
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "gather", "broadcast", "barrier")
 OPERATIONS = (*COLLECTIVES, "send", "recv")
+
+
+class PeerLate(Exception):  # noqa: N818 - GroupLink turns it into the public error
+    """The deadline passed. `peer`: a rank in the group that was waited for."""
+
+    def __init__(self, peer: int) -> None:
+        super().__init__(peer)
+        self.peer = peer
+
+
+class PeerClosed(Exception):  # noqa: N818 - GroupLink turns it into the public error
+    """`peer` (a rank in the group) is gone; `reason` says what was seen of that."""
+
+    def __init__(self, peer: int, reason: str) -> None:
+        super().__init__(peer, reason)
+        self.peer = peer
+        self.reason = reason
+
+
+class CallsDiffer(Exception):  # noqa: N818 - GroupLink turns it into the public error
+    """`peer` (a rank in the group) called something else."""
+
+    def __init__(self, peer: int) -> None:
+        super().__init__(peer)
+        self.peer = peer
+
+
+@attrs.frozen
+class Refused:
+    """Stands in a chain for a strategy that a group could have had, and has not, for the same reason on every rank.
+
+    Attributes:
+        name: of the strategy.
+        reason: why, with the numbers.
+    """
+
+    name: str
+    reason: str
+
+
+@attrs.frozen
+class Limits:
+    """What strategies of the host are built with.
+
+    Attributes:
+        timeout: default deadline of an operation, in seconds.
+        build_timeout: deadline of the build, in seconds.
+        crowd: ranks of the job on this host, which share its cores (another number on another host).
+    """
+
+    timeout: float
+    build_timeout: float
+    crowd: int
 
 
 class Communicator(abc.ABC):
@@ -31,6 +85,15 @@ class Communicator(abc.ABC):
 
     operations: ClassVar[frozenset[str]]
     """Which of `OPERATIONS` this strategy can serve at all."""
+
+    compares: ClassVar[bool] = False
+    """Whether every collective finds out by itself that the ranks called different things, and raises `CallsDiffer`."""
+
+    mailbox: Any = None
+    """A `commgraph.shm.mailbox.Mailbox` where the ranks can hand each other objects without a network."""
+
+    sequence: int
+    """Collectives begun; kept by those that have a `door`, which counts as well."""
 
     def __init__(self, rank_in_group: int, world_size: int) -> None:
         self.rank_in_group = rank_in_group
@@ -94,6 +157,38 @@ class Communicator(abc.ABC):
     ) -> None:
         """Serves "send" and "recv": sends and fills (tensor, rank) pairs, all at once; between two ranks they pair in order."""
         raise self._unserved("exchange")
+
+    # Memory.
+
+    def new(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """An uninitialised tensor for a result."""
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, tag: int, timeout: float) -> torch.Tensor:
+        """A tensor in memory that the ranks share, so that it needs no staging. Collective. Here: nothing is shared."""
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+    # What a strategy that compares calls has beside that.
+
+    def door(self) -> Any:
+        """A short way for plain calls, past the coordinator's checks, as native/door.c has it; None where there is none."""
+        return None
+
+    def translate(self, stopped: Any) -> Exception:
+        """`PeerLate`, `PeerClosed` or `CallsDiffer` for what the door raised."""
+        raise self._unserved("translate")
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a call of the door was broken off halfway."""
+        return False
+
+    def post_note(self, text: str) -> None:
+        """Says to the others what this rank called."""
+
+    def read_note(self, rank: int) -> str | None:
+        """What that rank in the group said it called, None as long as it has said nothing."""
+        return None
 
     # Life.
 

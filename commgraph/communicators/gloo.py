@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 
 from commgraph.communicators.base import OPERATIONS, Communicator
-from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.communicators.reduction import reduce_pieces
 
-__all__ = ["GlooCommunicator"]
+__all__ = ["GlooCommunicator", "Transport"]
 
 # Up to here every rank sends its whole tensor to the others and each reduces alone: one step in place of two. Bytes of one tensor.
 _ONE_SHOT_BYTES = 32 * 1024
 # Up to here gathers send n-1 messages at once, beyond they take log2(n) steps of growing messages. Ranks.
 _DIRECT_RANKS = 4
+
+
+class Transport(Protocol):
+    """What is used of a `GlooTransport`."""
+
+    rank_in_group: int
+    world_size: int
+
+    @property
+    def bytes_sent(self) -> int: ...
+
+    def exchange(
+        self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]], *, tag: int, timeout: float
+    ) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class GlooCommunicator(Communicator):
@@ -32,7 +49,7 @@ class GlooCommunicator(Communicator):
     name: ClassVar[str] = "gloo"
     operations: ClassVar[frozenset[str]] = frozenset(OPERATIONS)
 
-    def __init__(self, transport: GlooTransport) -> None:
+    def __init__(self, transport: Transport) -> None:
         super().__init__(transport.rank_in_group, transport.world_size)
         self.transport = transport
 

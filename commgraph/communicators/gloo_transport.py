@@ -26,30 +26,14 @@ import torch
 import torch.distributed as dist
 
 from commgraph import compat
+from commgraph.communicators.base import PeerClosed, PeerLate
 
-__all__ = ["Background", "GlooTransport", "TransportClosed", "TransportTimeout", "as_bytes"]
+__all__ = ["Background", "GlooTransport", "as_bytes"]
 
 # No call uses the highest tag: a receive on it can only time out.
 _NEVER_SENT = 2**31 - 1
 # The part of a tag that tells one call from another; what is above it is the kind of message.
 _TAG_MASK = (1 << 28) - 1
-
-
-class TransportTimeout(Exception):  # noqa: N818 - internal; GroupLink turns it into the public error
-    """The deadline passed. `peer`: a rank in the group that was waited for."""
-
-    def __init__(self, peer: int) -> None:
-        super().__init__(peer)
-        self.peer = peer
-
-
-class TransportClosed(Exception):  # noqa: N818 - internal; GroupLink turns it into the public error
-    """The connection to `peer` (a rank in the group) is gone; `reason` is gloo's text."""
-
-    def __init__(self, peer: int, reason: str) -> None:
-        super().__init__(peer, reason)
-        self.peer = peer
-        self.reason = reason
 
 
 def as_bytes(x: torch.Tensor) -> torch.Tensor:
@@ -82,11 +66,16 @@ class GlooTransport:
         self.world_size = world_size
         self._backend: Any = compat.make_gloo(store, rank_in_group, world_size, timeout, device)
         self.process_group: dist.ProcessGroup | None = compat.wrap_gloo(store, rank_in_group, world_size, self._backend)
-        self.bytes_sent = 0
+        self._bytes_sent = 0
         self._lock = threading.Lock()
         self._aborted = False
         # Buffers of operations that failed: gloo may still write to them until the connections are gone.
         self._keep: list[object] = []
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that were sent so far."""
+        return self._bytes_sent
 
     def exchange(
         self,
@@ -107,7 +96,7 @@ class GlooTransport:
         deadline = time.monotonic() + timeout
         backend = self._backend
         if backend is None:
-            raise TransportClosed(self.rank_in_group, "this rank closed the group")
+            raise PeerClosed(self.rank_in_group, "this rank closed the group")
         works: list[tuple[Any, int]] = []
         peer = self.rank_in_group
         try:
@@ -117,14 +106,14 @@ class GlooTransport:
             for tensor, peer in sends:
                 if tensor.numel():
                     works.append((backend.send([as_bytes(tensor)], peer, _sized(tag, tensor.nbytes)), peer))
-                    self.bytes_sent += tensor.nbytes
+                    self._bytes_sent += tensor.nbytes
             for work, peer in works:  # noqa: B007 - read where it fails
                 work.wait(_left(deadline))
         except RuntimeError as error:
             self._keep.append((sends, receives, works))
             if time.monotonic() >= deadline and not self._aborted:
-                raise TransportTimeout(peer) from None
-            raise TransportClosed(peer, str(error)) from None
+                raise PeerLate(peer) from None
+            raise PeerClosed(peer, str(error)) from None
         except BaseException:
             # Whatever it was, messages are under way that nobody will wait for: their buffers must live until the connections are gone.
             self._keep.append((sends, receives, works))
@@ -134,18 +123,18 @@ class GlooTransport:
     def receive_later(self, tensor: torch.Tensor, peer: int, *, tag: int) -> Background:
         """A receive that may be waited for several times: gloo's own wait closes the group when it runs out, this one does not."""
         if self._backend is None:
-            raise TransportClosed(self.rank_in_group, "this rank closed the group")
+            raise PeerClosed(self.rank_in_group, "this rank closed the group")
         try:
             work = self._backend.recv([as_bytes(tensor)], peer, _sized(tag, tensor.nbytes))
         except RuntimeError as error:
-            raise TransportClosed(peer, str(error)) from None
+            raise PeerClosed(peer, str(error)) from None
 
         def receive(_buffer: torch.Tensor = tensor) -> None:  # which must live as long as gloo may write to it
             try:
                 # Far beyond any deadline: the caller keeps those, and closing the group ends this wait.
                 work.wait(timedelta(days=365))
             except RuntimeError as error:
-                raise TransportClosed(peer, str(error)) from None
+                raise PeerClosed(peer, str(error)) from None
 
         return Background(receive)
 

@@ -6,7 +6,7 @@ import contextlib
 import math
 import operator
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, SupportsIndex, TypeVar
@@ -153,8 +153,16 @@ class Call:
             )
         return index
 
-    def out(self, out: torch.Tensor | None, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        """The caller's `out`, or a new tensor."""
+    def out(
+        self,
+        out: torch.Tensor | None,
+        shape: Sequence[int],
+        like: torch.Tensor,
+        new: Callable[[Sequence[int], torch.dtype, torch.device], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """The caller's `out`, or a new tensor: one by `new`, where that is given."""
+        if out is None and new is not None:
+            return new(tuple(shape), like.dtype, like.device)
         if out is None:
             return torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
         self.written(self.tensor(out, "out"), "out")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import attrs
 import torch
 import torch.distributed as dist
 
-from commgraph.communicators.base import Communicator
+from commgraph.communicators.base import CallsDiffer, Communicator
 from commgraph.coordinator.call import Call, Timeout
-from commgraph.coordinator.link import MESSAGE, GroupLink, make_tag
+from commgraph.communicators import signature
+from commgraph.coordinator.host_objects import HostObjects
+from commgraph.coordinator.link import GroupLink
 from commgraph.coordinator.objects import ObjectPath
-from commgraph.coordinator.tensor_dict import Entry, Plan, empties, join_dict, split_dict
+from commgraph.coordinator.tensor_dict import Entry, Plan, join_dict, landings, split_dict
+from commgraph.shm.stopped import Stopped
 from commgraph.errors import BackendUnavailableError
 
 __all__ = ["GroupCoordinator"]
@@ -55,7 +58,9 @@ class GroupCoordinator:
     local_rank: int
     device: torch.device
     _link: GroupLink = attrs.field(alias="link")
-    _objects: ObjectPath = attrs.field(alias="objects")
+    _objects: ObjectPath | HostObjects = attrs.field(alias="objects")
+    # The short way for plain calls (native/door.c), None where there is none; it answers None to whatever is not plain.
+    _door: Any = attrs.field(alias="door")
 
     # Facts.
 
@@ -159,23 +164,35 @@ class GroupCoordinator:
         Returns:
             A new tensor of x's shape and dtype, with the same bits on every rank.
         """
+        if timeout is None and self._door is not None:
+            try:
+                if (y := self._door.all_reduce(x, op)) is not None:
+                    return y  # type: ignore[no-any-return]  # the native module has no types
+            except BaseException as error:
+                self._broken_off("all_reduce", lambda: signature.reduced(op, x), error)
         call, seconds = self._begin("all_reduce", timeout)
         x = call.tensor(x)
         call.op(op, x.dtype)
         if self.world_size == 1:
             return x
         strategy = self._link.route("all_reduce", x.shape, x.dtype, x.device)
-        return self._link.run(call, f"{op} {_sig(x)}", seconds, lambda tag, left: strategy.all_reduce(x, op, tag=tag, timeout=left))
+        return self._link.run(call, signature.reduced(op, x), seconds, lambda tag, left: strategy.all_reduce(x, op, tag=tag, timeout=left))
 
     def all_reduce_(self, x: torch.Tensor, *, op: str = "sum", timeout: Timeout = None) -> torch.Tensor:
         """`all_reduce` into x itself, which is returned."""
+        if timeout is None and self._door is not None:
+            try:
+                if self._door.all_reduce_(x, op):
+                    return x
+            except BaseException as error:
+                self._broken_off("all_reduce_", lambda: signature.reduced(op, x), error)
         call, seconds = self._begin("all_reduce_", timeout)
         x = call.written(call.tensor(x))
         call.op(op, x.dtype)
         if self.world_size == 1:
             return x
         strategy = self._link.route("all_reduce", x.shape, x.dtype, x.device)
-        return self._link.run(call, f"{op} {_sig(x)}", seconds, lambda tag, left: strategy.all_reduce_(x, op, tag=tag, timeout=left))
+        return self._link.run(call, signature.reduced(op, x), seconds, lambda tag, left: strategy.all_reduce_(x, op, tag=tag, timeout=left))
 
     def reduce_scatter(
         self, x: torch.Tensor, dim: int = -1, *, op: str = "sum", out: torch.Tensor | None = None, timeout: Timeout = None
@@ -192,6 +209,12 @@ class GroupCoordinator:
         Returns:
             x's shape with `dim` divided by the group's size.
         """
+        if timeout is None and self._door is not None:
+            try:
+                if (y := self._door.reduce_scatter(x, dim, op, out)) is not None:
+                    return y  # type: ignore[no-any-return]  # the native module has no types
+            except BaseException as error:
+                self._broken_off("reduce_scatter", lambda: f"{op} {signature.describe(x)} dim={dim}", error)
         call, seconds = self._begin("reduce_scatter", timeout)
         x = call.tensor(x)
         dim = call.dim(x, dim)
@@ -225,11 +248,11 @@ class GroupCoordinator:
         call.op(op, x.dtype)
         if self.world_size == 1:
             return x if out is None else call.out(out, x.shape, x).copy_(x)
-        result = call.out(out, _resized(x, dim, sizes[self.rank_in_group]), x)
         strategy = self._link.route("reduce_scatter", x.shape, x.dtype, x.device)
+        result = call.out(out, _resized(x, dim, sizes[self.rank_in_group]), x, strategy.new)
         self._link.run(
             call,
-            f"{op} {_sig(x)} dim={dim} {sizes}",
+            signature.scattered(op, x, dim, sizes),
             seconds,
             lambda tag, left: strategy.reduce_scatter(x, dim, sizes, op, result, tag=tag, timeout=left),
         )
@@ -249,6 +272,12 @@ class GroupCoordinator:
         Returns:
             x's shape with `dim` multiplied by the group's size.
         """
+        if timeout is None and self._door is not None:
+            try:
+                if (y := self._door.all_gather(x, dim, out)) is not None:
+                    return y  # type: ignore[no-any-return]  # the native module has no types
+            except BaseException as error:
+                self._broken_off("all_gather", lambda: f"{signature.describe(x)} dim={dim}", error)
         call, seconds = self._begin("all_gather", timeout)
         x = call.tensor(x)
         dim = call.dim(x, dim)
@@ -294,12 +323,12 @@ class GroupCoordinator:
         if self.world_size == 1:
             return x if out is None else call.out(out, x.shape, x).copy_(x)
         shape = _resized(x, dim, sum(sizes))
-        result = call.out(out, shape, x)
-        x = _apart(x, result, result.split(sizes, dim)[self.rank_in_group])
         strategy = self._link.route("all_gather", shape, x.dtype, x.device)
+        result = call.out(out, shape, x, strategy.new)
+        x = _apart(x, result, result.split(sizes, dim)[self.rank_in_group])
         self._link.run(
             call,
-            f"{x.dtype} {shape} dim={dim} {sizes}",
+            signature.gathered(x.dtype, shape, dim, sizes),
             seconds,
             lambda tag, left: strategy.all_gather(x, dim, sizes, result, tag=tag, timeout=left),
         )
@@ -324,12 +353,12 @@ class GroupCoordinator:
         if self.world_size == 1:
             return x
         out = None
-        if self.rank_in_group == dst:
-            out = torch.empty(_resized(x, dim, x.shape[dim] * self.world_size), dtype=x.dtype, device=x.device)
-        pieces = None if out is None else out.split([x.shape[dim]] * self.world_size, dim)
         strategy = self._link.route("gather", x.shape, x.dtype, x.device)
+        if self.rank_in_group == dst:
+            out = strategy.new(_resized(x, dim, x.shape[dim] * self.world_size), x.dtype, x.device)
+        pieces = None if out is None else out.split([x.shape[dim]] * self.world_size, dim)
         self._link.run(
-            call, f"dst={dst} {_sig(x)} dim={dim}", seconds, lambda tag, left: strategy.gather(x, pieces, dst, tag=tag, timeout=left)
+            call, f"dst={dst} {signature.describe(x)} dim={dim}", seconds, lambda tag, left: strategy.gather(x, pieces, dst, tag=tag, timeout=left)
         )
         return out
 
@@ -362,6 +391,12 @@ class GroupCoordinator:
         Returns:
             x's shape with `scatter_dim` cut to this rank's share and `gather_dim` grown to the sum of `output_sizes`.
         """
+        if timeout is None and self._door is not None and input_sizes is None and output_sizes is None:
+            try:
+                if (y := self._door.all_to_all(x, scatter_dim, gather_dim, out)) is not None:
+                    return y  # type: ignore[no-any-return]  # the native module has no types
+            except BaseException as error:
+                self._broken_off("all_to_all", lambda: f"{signature.describe(x)} dim={scatter_dim}", error)
         call, seconds = self._begin("all_to_all", timeout)
         x = call.tensor(x)
         scatter_dim, gather_dim = call.dim(x, scatter_dim, "scatter_dim"), call.dim(x, gather_dim, "gather_dim")
@@ -386,17 +421,17 @@ class GroupCoordinator:
         shape = list(x.shape)
         shape[scatter_dim] = cut[self.rank_in_group]
         shape[gather_dim] = sum(joined)
-        result = call.out(out, shape, x)
-        x = _apart(x, result)
-        sends, receives = x.split(cut, scatter_dim), result.split(joined, gather_dim)
-        # What all ranks share of the shape: not the extents that each may choose.
         rest = [extent for i, extent in enumerate(x.shape) if i not in (scatter_dim, gather_dim)]
         even = input_sizes is None and output_sizes is None
-        signature = f"{x.dtype} {tuple(x.shape) if even else rest} {x.dim()} {scatter_dim} {gather_dim} {'' if same else cut}"
-        # Uneven pieces differ between ranks, and so must not choose the strategy.
-        strategy = self._link.route("all_to_all", x.shape if even else rest, x.dtype, x.device)
+        # What all ranks share of the shape: not the extents that each may choose, which therefore must not choose the strategy either.
+        shared = x.shape if even else rest
+        strategy = self._link.route("all_to_all", shared, x.dtype, x.device)
+        result = call.out(out, shape, x, strategy.new)
+        x = _apart(x, result)
+        sends, receives = x.split(cut, scatter_dim), result.split(joined, gather_dim)
+        text = signature.all_to_all(x, shared, scatter_dim, gather_dim, None if same else cut)
         crossing = [(to.numel(), back.numel()) for to, back in zip(sends, receives, strict=True)]
-        self._link.run(call, signature, seconds, lambda tag, left: strategy.all_to_all(sends, receives, tag=tag, timeout=left), crossing)
+        self._link.run(call, text, seconds, lambda tag, left: strategy.all_to_all(sends, receives, tag=tag, timeout=left), crossing)
         return result
 
     def broadcast(self, x: torch.Tensor, src: int = 0, *, timeout: Timeout = None) -> torch.Tensor:
@@ -410,6 +445,12 @@ class GroupCoordinator:
         Returns:
             x.
         """
+        if timeout is None and self._door is not None:
+            try:
+                if self._door.broadcast(x, src):
+                    return x
+            except BaseException as error:
+                self._broken_off("broadcast", lambda: f"src={src} {signature.describe(x)}", error)
         call, seconds = self._begin("broadcast", timeout)
         x = call.written(call.tensor(x))
         return self._broadcast(call, x, call.peer(src, "src"), seconds)
@@ -417,11 +458,17 @@ class GroupCoordinator:
     def _broadcast(self, call: Call, x: torch.Tensor, src: int, seconds: float) -> torch.Tensor:
         if self.world_size > 1:
             strategy = self._link.route("broadcast", x.shape, x.dtype, x.device)
-            self._link.run(call, f"src={src} {_sig(x)}", seconds, lambda tag, left: strategy.broadcast(x, src, tag=tag, timeout=left))
+            self._link.run(call, f"src={src} {signature.describe(x)}", seconds, lambda tag, left: strategy.broadcast(x, src, tag=tag, timeout=left))
         return x
 
     def barrier(self, *, timeout: Timeout = None) -> None:
         """Returns on no rank before every rank of the group has called it. Orders the hosts, not their devices."""
+        if timeout is None and self._door is not None:
+            try:
+                if self._door.barrier():
+                    return
+            except BaseException as error:
+                self._broken_off("barrier", str, error)
         call, seconds = self._begin("barrier", timeout)
         if self.world_size > 1:
             strategy = self._link.route("barrier", (), None, torch.device("cpu"))
@@ -477,9 +524,10 @@ class GroupCoordinator:
         for x in tensors:
             by_strategy.setdefault(self._link.route(operation, x.shape, x.dtype, x.device), []).append((x, peer))
         for strategy, pairs in by_strategy.items():
-            signature = " ".join(f"{x.dtype} {x.numel()}" for x, _ in pairs)
-            tag = make_tag(MESSAGE, self._link.count(MESSAGE, peer, outgoing=outgoing), signature)
-            with self._link.guard(call, f"{operation}({signature}, {peer})", seconds):
+            text = " ".join(f"{x.dtype} {x.numel()}" for x, _ in pairs)
+            number = self._link.count(signature.MESSAGE, peer, outgoing=outgoing)
+            tag = signature.make_tag(signature.MESSAGE, number, text)
+            with self._link.guard(call, f"{operation}({text}, {peer})", seconds):
                 strategy.exchange(pairs if outgoing else [], [] if outgoing else pairs, tag=tag, timeout=seconds)
 
     # Objects.
@@ -554,24 +602,32 @@ class GroupCoordinator:
             On `src` and in a group of one rank the dict itself; elsewhere a new one, its tensors on the host if they were there, else on
             the group's device.
         """
-        call, _ = self._message("broadcast_tensor_dict", timeout)
+        call, seconds = self._message("broadcast_tensor_dict", timeout)
         src = call.peer(src, "src")
         if self.rank_in_group != src:
-            entries: list[Entry] = self.broadcast_object(None, src, timeout=timeout)
-            landing = empties(entries, self.device)
-            for tensor in landing:
-                self.broadcast(tensor, src, timeout=timeout)
-            return join_dict(entries, landing)
+            call, seconds = self._begin("broadcast_tensor_dict", timeout)
+            entries, carried = self._objects.broadcast_dict(call, None, (), src, seconds)
+            whole = landings(entries, self.device, carried)
+            for i, x in enumerate(whole):
+                if i not in carried:
+                    self._broadcast_part(x, src, timeout)
+            return join_dict(entries, whole)
         if tensor_dict is None:
             raise call.wrong("tensor_dict is None on src, which has to give it")
-        description, tensors = _split(call, tensor_dict)
+        entries, tensors = _split(call, tensor_dict)
         if self.world_size > 1:
-            self.broadcast_object(description, src, timeout=timeout)
-            for tensor in tensors:
-                # On this side it is only read, and may lie in memory in any way.
-                part, seconds = self._begin("broadcast", timeout)
-                self._broadcast(part, tensor, src, seconds)
+            # Counted only now: of what was refused above the others know nothing, and go on waiting.
+            call, seconds = self._begin("broadcast_tensor_dict", timeout)
+            _, carried = self._objects.broadcast_dict(call, entries, tensors, src, seconds)
+            for i, x in enumerate(tensors):
+                if i not in carried:
+                    # On this side it is only read, and may lie in memory in any way.
+                    self._broadcast_part(x, src, timeout)
         return tensor_dict
+
+    def _broadcast_part(self, x: torch.Tensor, src: int, timeout: Timeout) -> None:
+        call, seconds = self._begin("broadcast", timeout)
+        self._broadcast(call, x, src, seconds)
 
     def send_tensor_dict(
         self,
@@ -598,8 +654,8 @@ class GroupCoordinator:
         entries, tensors = _split(call, tensor_dict)
         plan, sliced = _sliced(call, entries, all_gather_group, all_gather_tensors)
         outgoing = [plan.slice(x) if cut else x for x, cut in zip(tensors, sliced, strict=True)]
-        self._objects.send(call, entries, dst, seconds)
-        self._exchange(call, outgoing, dst, "send", seconds)
+        carried = self._objects.send_dict(call, entries, outgoing, dst, seconds)
+        self._exchange(call, [x for i, x in enumerate(outgoing) if i not in carried], dst, "send", seconds)
 
     def recv_tensor_dict(
         self,
@@ -622,15 +678,33 @@ class GroupCoordinator:
         """
         call, seconds = self._message("recv_tensor_dict", timeout)
         src = call.peer(self.prev_in_group if src is None else src, "src", other=True)
-        entries = self._objects.recv(call, src, seconds)
+        entries, carried = self._objects.recv_dict(call, src, seconds)
         plan, sliced = _sliced(call, entries, all_gather_group, all_gather_tensors)
-        whole = empties(entries, self.device)
-        landing = [plan.slice(x) if cut else x for x, cut in zip(whole, sliced, strict=True)]
-        self._exchange(call, landing, src, "recv", seconds)
+        self._check_carried(call, src, entries, carried, sliced, plan, seconds)
+        whole = landings(entries, self.device, {i: x for i, x in carried.items() if not sliced[i]})
+        landing = [carried.get(i, plan.slice(x) if cut else x) for i, (x, cut) in enumerate(zip(whole, sliced, strict=True))]
+        self._exchange(call, [x for i, x in enumerate(landing) if i not in carried], src, "recv", seconds)
         for x, piece, cut in zip(whole, landing, sliced, strict=True):
             if cut and all_gather_group is not None:
                 all_gather_group.all_gather(piece, 0, out=x.view(-1), timeout=timeout)
         return join_dict(entries, whole)
+
+    def _check_carried(
+        self,
+        call: Call,
+        src: int,
+        entries: Sequence[Entry],
+        carried: Mapping[int, torch.Tensor],
+        sliced: Sequence[bool],
+        plan: Plan,
+        seconds: float,
+    ) -> None:
+        """Whether the sender has sliced what is going to be gathered here, and nothing else."""
+        expected = [torch.Size(what[2]).numel() for _, what in entries if what[0] == "t"]
+        with self._link.guard(call, "recv_tensor_dict(...)", seconds):
+            for i, x in carried.items():
+                if x.numel() != expected[i] // (plan.world_size if sliced[i] else 1):
+                    raise CallsDiffer(src)
 
     # Life.
 
@@ -640,11 +714,51 @@ class GroupCoordinator:
         for communicator in self._link.communicators:
             communicator.prepare(model)
 
+    def empty(self, size: Sequence[int] | int, dtype: torch.dtype, *, timeout: Timeout = None) -> torch.Tensor:
+        """A tensor in memory that the ranks share until the group is closed, so that collectives on it need no staging copy. Collective.
+
+        Where the ranks do not share memory it is a tensor like any other. It may be used after the group was closed, as any tensor.
+
+        Args:
+            size: its shape, equal on all ranks.
+            dtype: its dtype.
+            timeout: deadline.
+
+        Returns:
+            An uninitialised tensor of this rank's own on the group's device.
+        """
+        call, seconds = self._begin("empty", timeout)
+        shape, like = call.size(size), call.like(dtype, self.device)
+        if self.world_size == 1:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        strategy = self._link.route("all_reduce", shape, dtype, self.device)
+        return self._link.run(
+            call,
+            f"{dtype} {shape}",
+            seconds,
+            lambda tag, left: strategy.empty(shape, like.dtype, like.device, tag=tag, timeout=left),
+        )
+
     def close(self) -> None:
         """Closes this coordinator on this rank; the last one on its communicators takes them along. Sends nothing; idempotent."""
+        if self._door is not None:
+            self._door.close()
         self._link.leave(self.name)
         if self._link.is_closed:
             self._objects.join(1.0)
+
+    def _broken_off(self, operation: str, text: Callable[[], str], error: BaseException) -> NoReturn:
+        """A call that took the short way has failed: as the long way would have it."""
+        strategy = self._link.comparing
+        if strategy is None or not strategy.interrupted:
+            raise error  # nothing was sent
+        if not isinstance(error, Stopped):
+            strategy.abort()  # a signal's handler has raised: the others must not wait for this rank
+            raise error
+        call, seconds = self._describe(operation, max(self._link.sequence - 1, 0), None)
+        with self._link.guard(call, f"{operation}({text()})", seconds):
+            raise strategy.translate(error)
+        raise AssertionError("guard always raises")
 
     def _begin(self, operation: str, timeout: Timeout) -> tuple[Call, float]:
         """Counts a collective, whether its arguments are good or not: ranks that all raised stay level."""
@@ -672,10 +786,6 @@ class GroupCoordinator:
 
     def __repr__(self) -> str:
         return f"<GroupCoordinator {self.name!r}: rank {self.rank}, {self.rank_in_group} of {self.world_size} in {_short(self.ranks)}>"
-
-
-def _sig(x: torch.Tensor) -> str:
-    return f"{x.dtype} {tuple(x.shape)}"
 
 
 def _resized(x: torch.Tensor, dim: int, extent: int) -> tuple[int, ...]:

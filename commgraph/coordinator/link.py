@@ -14,35 +14,30 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import attrs
 import torch
 import torch.distributed as dist
 
-from commgraph.communicators.base import OPERATIONS, Communicator
-from commgraph.communicators.gloo_transport import GlooTransport, TransportClosed, TransportTimeout
+from commgraph import compat
+from commgraph.communicators.base import OPERATIONS, CallsDiffer, Communicator, PeerClosed, PeerLate, Refused
+from commgraph.communicators.gloo_transport import GlooTransport
+from commgraph.communicators.signature import CHECK, COLLECTIVE, make_tag
 from commgraph.coordinator.call import Call, place
 from commgraph.errors import CollectiveError, CollectiveMismatchError, CollectiveTimeoutError, ContextClosedError, PeerLostError
+from commgraph.shm import native_module
 
 if TYPE_CHECKING:
     from commgraph.coordinator.group import GroupCoordinator
 
-__all__ = ["CHECK", "COLLECTIVE", "MESSAGE", "OBJECT", "OBJECT_REST", "GroupLink", "make_tag"]
+__all__ = ["GroupLink"]
 
 T = TypeVar("T")
-
-# Kinds of messages: those of different kinds never pair, however they are interleaved. The highest of 3 bits stays free.
-COLLECTIVE, MESSAGE, OBJECT, OBJECT_REST, CHECK = range(5)
 
 # Of a message in which a rank tells a peer what it calls, and of the place in the code at its end.
 _CHECK_BYTES = 512
 _PLACE_BYTES = 200
-
-
-def make_tag(kind: int, sequence: int, signature: str = "") -> int:
-    """31 bits that two messages share only if they belong together: kind, and a hash of the count and of what all sides know."""
-    return kind << 28 | (zlib.crc32(f"{sequence} {signature}".encode()) & 0xFFFFFFF)
 
 
 def _check_text(sequence: int, crossing: tuple[int, int], what: str, at: str) -> torch.Tensor:
@@ -79,6 +74,7 @@ class GroupLink:
         ranks: tuple[int, ...],
         rank_in_group: int,
         communicators: Sequence[Communicator] = (),
+        refused: Sequence[Refused] = (),
         transport: GlooTransport | None = None,
         store: dist.Store | None = None,
         key: bytes | None = None,
@@ -92,6 +88,7 @@ class GroupLink:
             ranks: global ranks in group order.
             rank_in_group: this rank's place among them.
             communicators: live strategies, first choice first; empty for one rank.
+            refused: strategies that are not among them, and why.
             transport: carries objects and checks; None for one rank.
             store: holds this group's keys only.
             key: authenticates pickled objects; None: plain data only.
@@ -102,11 +99,16 @@ class GroupLink:
         self.ranks = ranks
         self.rank_in_group = rank_in_group
         self.communicators = tuple(communicators)
+        self.refused = tuple(refused)
+        # The one that compares calls by itself, has a short way for them, and therefore counts them.
+        self.comparing = next((c for c in self.communicators if c.compares), None)
+        # Who puts a record for all does not wait for anybody, and so could not learn of a mismatch at once, as `check` promises.
+        self.mailbox = None if check else next((c.mailbox for c in self.communicators if c.mailbox is not None), None)
         self.transport = transport
         self.key = key
         self.host_timeout = host_timeout
         self.check = check
-        self.sequence = 0
+        self._sequence = 0
         self.coordinators: tuple[GroupCoordinator, ...] = ()
         self._store = store
         self._broken: CollectiveError | None = None
@@ -114,6 +116,25 @@ class GroupLink:
         self._open: set[str] = set()
         self._counts: dict[tuple[int, int, bool], int] = {}
         self._lock = threading.Lock()
+
+    @property
+    def sequence(self) -> int:
+        """Collectives begun on the group."""
+        return self._sequence if self.comparing is None else self.comparing.sequence
+
+    @sequence.setter
+    def sequence(self, number: int) -> None:
+        if self.comparing is None:
+            self._sequence = number
+        else:
+            self.comparing.sequence = number
+
+    def door(self) -> Any:
+        """A short way for one coordinator, None where there is none."""
+        if self.world_size > 1:
+            return None if self.comparing is None or self.check else self.comparing.door()
+        native = native_module.load()
+        return None if native is None else native.Door(None, torch.Tensor, compat.dlpack_exchange())
 
     @property
     def table(self) -> Mapping[str, tuple[str, ...]]:
@@ -187,10 +208,12 @@ class GroupLink:
         """Turns a failure below into the public error, breaks the group and releases the peers."""
         try:
             yield
-        except TransportTimeout as error:
+        except PeerLate as error:
             self._timed_out(call, what, timeout, error)
-        except TransportClosed as error:
+        except PeerClosed as error:
             self._lost(call, what, error)
+        except CallsDiffer as error:
+            self._differ(call, what, error)
         except CollectiveError as error:
             self._break(call, error, what)
 
@@ -236,7 +259,7 @@ class GroupLink:
 
     # Failures.
 
-    def _timed_out(self, call: Call, what: str, timeout: float, error: TransportTimeout) -> NoReturn:
+    def _timed_out(self, call: Call, what: str, timeout: float, error: PeerLate) -> NoReturn:
         at = place()
         head = f"{call.where}: call #{call.sequence}, {what}, at {at}, did not end within {timeout:g} s; "
         head += f"it waited for rank {self.ranks[error.peer]}"
@@ -253,7 +276,7 @@ class GroupLink:
         kind: type[CollectiveError] = CollectiveMismatchError if differs else CollectiveTimeoutError
         raise self._remember(kind(message, **call.facts)) from None
 
-    def _lost(self, call: Call, what: str, error: TransportClosed) -> NoReturn:
+    def _lost(self, call: Call, what: str, error: PeerClosed) -> NoReturn:
         if self._closed:
             raise ContextClosedError(f"{call.where}: its context was closed during the call") from None
         # Its deadline may have passed: then the connection closes a moment before it has told why.
@@ -274,6 +297,23 @@ class GroupLink:
         self._publish(_Fault(fault.kind if fault else "lost", f"{call.sequence} {what}", lost, call.sequence, f"{what} at {at}"))
         self._abort()
         raise self._remember(kind(message, **call.facts | ({} if lost is None else {"rank": lost}))) from None
+
+    def _differ(self, call: Call, what: str, error: CallsDiffer) -> NoReturn:
+        """Each rank says what it called, and reads what the others did."""
+        strategy, n, me = self.comparing, self.world_size, self.rank_in_group
+        said: dict[int, str] = {me: f"call #{call.sequence}, {what}, at {place()}"}
+        if strategy is not None:
+            strategy.post_note(said[me])
+            deadline = time.monotonic() + 1.0
+            while len(said) < n and time.monotonic() < deadline:
+                said |= {peer: note for peer in range(n) if peer not in said and (note := strategy.read_note(peer)) is not None}
+                time.sleep(0.001)
+        lines = [f"  rank {self.ranks[peer]}: {said.get(peer, 'has not said what it called')}" for peer in range(n)]
+        self._break(
+            call,
+            CollectiveMismatchError(f"{call.where}: the ranks of the group called different things:\n" + "\n".join(lines), **call.facts),
+            what,
+        )
 
     def _break(self, call: Call, error: CollectiveError, what: str) -> NoReturn:
         kind = (

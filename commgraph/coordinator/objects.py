@@ -18,10 +18,12 @@ import torch
 from commgraph import wire
 from commgraph.communicators.gloo_transport import Background, GlooTransport
 from commgraph.coordinator.call import Call, place
-from commgraph.coordinator.link import COLLECTIVE, OBJECT, OBJECT_REST, GroupLink, make_tag
+from commgraph.communicators.signature import COLLECTIVE, OBJECT, OBJECT_REST, make_tag
+from commgraph.coordinator.link import GroupLink
+from commgraph.coordinator.tensor_dict import Entry
 from commgraph.errors import CollectiveTimeoutError
 
-__all__ = ["ObjectPath"]
+__all__ = ["ObjectPath", "nothing_yet", "refuse_object"]
 
 _BLOCK = 4096
 _LENGTH = struct.Struct("<Q")
@@ -59,7 +61,7 @@ class ObjectPath:
         frame = self._await(call, src, make_tag(OBJECT, number), make_tag(OBJECT_REST, number), timeout)
         if frame is None:
             self._link.uncount(OBJECT, src, outgoing=False)
-            raise self._nothing_yet(call, src, timeout)
+            raise nothing_yet(self._link, call, src, timeout)
         return self._decode(frame, f"message {src} {call.rank_in_group} {number}")
 
     def broadcast(self, call: Call, obj: object, src: int, timeout: float) -> Any:
@@ -86,7 +88,7 @@ class ObjectPath:
             received = self._await(call, src, tag, rest, max(timeout - (time.monotonic() - started), 0.001))
         if received is None:
             self._link.uncount_collective()
-            raise self._nothing_yet(call, src, timeout)
+            raise nothing_yet(self._link, call, src, timeout)
         self._comparing.pop(tag, None)
         return self._decode(received, context)
 
@@ -119,16 +121,30 @@ class ObjectPath:
         frames = link.run(call, "", timeout, gather)
         return [obj if i == me else self._decode(frame, f"gather {i} {call.sequence}") for i, frame in enumerate(frames)]
 
+    # Dicts, taken apart: here only the description is an object, and the tensors go as tensors.
+
+    def send_dict(self, call: Call, entries: Sequence[Entry], tensors: Sequence[torch.Tensor], dst: int, timeout: float) -> frozenset[int]:
+        """Sends the description; returns which tensors went with it."""
+        self.send(call, list(entries), dst, timeout)
+        return frozenset()
+
+    def recv_dict(self, call: Call, src: int, timeout: float) -> tuple[list[Entry], dict[int, torch.Tensor]]:
+        """The description, and the tensors that came with it."""
+        return self.recv(call, src, timeout), {}
+
+    def broadcast_dict(
+        self, call: Call, entries: Sequence[Entry] | None, tensors: Sequence[torch.Tensor], src: int, timeout: float
+    ) -> tuple[list[Entry], dict[int, torch.Tensor]]:
+        """The same from one rank to all."""
+        return self.broadcast(call, None if entries is None else list(entries), src, timeout), {}
+
     def _encode(self, call: Call, obj: object, context: str) -> bytes:
         try:
             return wire.encode(obj, key=self._link.key, context=f"{self._link.ident} {context}".encode())
         except ValueError as error:
             raise call.wrong(str(error)) from error
-        # pickle raises AttributeError for a local function, PicklingError for others, and whatever an object's own __reduce__ raises.
         except Exception as error:
-            # TypeErrors are our own, of what is no plain data, or pickle's of what never can be: they say it all.
-            what = f"{error}" if isinstance(error, TypeError) else f"cannot pickle a {type(obj).__name__}: {type(error).__name__}: {error}"
-            raise TypeError(f"{call.where}: {what}. Nothing was sent.") from error
+            raise refuse_object(call, obj, error) from error
 
     def _decode(self, frame: memoryview, context: str) -> Any:
         return wire.decode(frame, key=self._link.key, context=f"{self._link.ident} {context}".encode())
@@ -175,13 +191,6 @@ class ObjectPath:
         assert transport is not None
         return transport
 
-    def _nothing_yet(self, call: Call, src: int, timeout: float) -> CollectiveTimeoutError:
-        return CollectiveTimeoutError(
-            f"{call.where}: nothing came from rank {self._link.ranks[src]} ({src} in the group) within {timeout:g} s. The group is "
-            "unharmed: call again to go on waiting for the same object",
-            **call.facts,
-        )
-
     def join(self, timeout: float) -> None:
         """Waits for the threads of receives that were left behind, after the connections were closed."""
         for late, _ in self._late.values():
@@ -190,6 +199,23 @@ class ObjectPath:
             comparing.join(timeout)
         self._late.clear()
         self._comparing.clear()
+
+
+def refuse_object(call: Call, obj: object, error: Exception) -> TypeError:
+    """The error for an object that could not be pickled."""
+    # pickle raises AttributeError for a local function, PicklingError for others, and whatever an object's own __reduce__ raises.
+    # TypeErrors are our own, of what is no plain data, or pickle's of what never can be: they say it all.
+    what = f"{error}" if isinstance(error, TypeError) else f"cannot pickle a {type(obj).__name__}: {type(error).__name__}: {error}"
+    return TypeError(f"{call.where}: {what}. Nothing was sent.")
+
+
+def nothing_yet(link: GroupLink, call: Call, src: int, timeout: float) -> CollectiveTimeoutError:
+    """The error of a receive whose deadline passed before its object came."""
+    return CollectiveTimeoutError(
+        f"{call.where}: nothing came from rank {link.ranks[src]} ({src} in the group) within {timeout:g} s. The group is "
+        "unharmed: call again to go on waiting for the same object",
+        **call.facts,
+    )
 
 
 def _buffer(size: int) -> tuple[bytearray, torch.Tensor]:

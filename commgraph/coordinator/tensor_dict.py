@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 import torch
 
-__all__ = ["Entry", "Plan", "empties", "join_dict", "split_dict"]
+__all__ = ["Entry", "Plan", "join_dict", "landings", "split_dict"]
 
 # An entry of the description: path of keys, then ("o", value), ("d",) for an empty dict, or ("t", dtype, shape, on the host?).
 Entry = tuple[tuple[Any, ...], tuple[Any, ...]]
@@ -58,13 +58,19 @@ def join_dict(entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> dict
     return tree
 
 
-def empties(entries: Sequence[Entry], device: torch.device) -> list[torch.Tensor]:
-    """A tensor to fill for each one of the description: on the host where it was there, else on `device`."""
+def landings(entries: Sequence[Entry], device: torch.device, carried: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
+    """A tensor for each one of the description: the one that came with it, else one to fill, on the host if it was there, else on `device`.
+
+    Args:
+        entries: the description.
+        device: of tensors that were not on the host.
+        carried: tensors that are there already, 1-D, by their place among all.
+    """
+    described = [what for _, what in entries if what[0] == "t"]
     return [
-        torch.empty(what[2], dtype=what[1], device="cpu" if what[3] else device)
-        for _, what in entries
-        if what[0] == "t"
-    ]  # fmt: skip
+        carried[i].view(what[2]) if i in carried else torch.empty(what[2], dtype=what[1], device="cpu" if what[3] else device)
+        for i, what in enumerate(described)
+    ]
 
 
 @attrs.frozen

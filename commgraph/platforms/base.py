@@ -9,7 +9,7 @@ from typing import ClassVar
 import attrs
 import torch
 
-from commgraph.communicators.base import Communicator
+from commgraph.communicators.base import Communicator, Limits, Refused
 from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.options import CommunicatorOptions
 
@@ -26,6 +26,7 @@ class GroupFacts:
         nodes: node of each of them.
         options: those of the group.
         wants_device: whether the group serves device tensors too, or host tensors and objects only.
+        limits: of what is built.
     """
 
     ranks: tuple[int, ...]
@@ -33,6 +34,7 @@ class GroupFacts:
     nodes: tuple[int, ...]
     options: CommunicatorOptions
     wants_device: bool
+    limits: Limits
 
 
 class Platform(abc.ABC):
@@ -45,8 +47,10 @@ class Platform(abc.ABC):
         """The device of the rank at this place of its node."""
 
     @abc.abstractmethod
-    def communicators(self, facts: GroupFacts, transport: GlooTransport) -> Sequence[Communicator]:
+    def communicators(self, facts: GroupFacts, transport: GlooTransport) -> Sequence[Communicator | Refused]:
         """Live strategies for a group, first choice first; the last one that serves an operation must accept every call of it.
+
+        Collective over the group. A strategy that was considered and is not there stands in its place as `Refused`.
 
         Args:
             facts: about the group, of at least two ranks.

@@ -1,0 +1,172 @@
+"""Reductions of a group that is spread over several hosts: inside each host in shared memory, between hosts on the network."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+
+from commgraph.communicators.base import CallsDiffer, Communicator, Limits, PeerClosed, PeerLate, Refused
+from commgraph.communicators.gloo import GlooCommunicator, Transport
+from commgraph.communicators.reduction import accumulator
+from commgraph.communicators.shm import ShmCommunicator
+from commgraph.communicators.signature import SETUP, make_tag
+from commgraph.options import CommunicatorOptions
+
+__all__ = ["HierarchicalCommunicator"]
+
+
+class HierarchicalCommunicator(Communicator):
+    """All-reduce in three steps: the ranks of each host, then one rank of each host, then back.
+
+    What crosses the network is one tensor per host and not per rank. Everything is accumulated in float32 or wider, the ranks of a host in
+    their order and then the hosts in theirs, and rounded once on the way back: every rank gets the same bits (not those of a group on one
+    host, whose order is another one).
+    """
+
+    name: ClassVar[str] = "hierarchical"
+    operations: ClassVar[frozenset[str]] = frozenset({"all_reduce"})
+
+    def __init__(
+        self, group: GlooCommunicator, neighbours: Sequence[int], local: ShmCommunicator | None, leaders: GlooCommunicator | None
+    ) -> None:
+        super().__init__(group.rank_in_group, group.world_size)
+        self._neighbours = tuple(neighbours)
+        self._local = local
+        self._leaders = leaders
+
+    @classmethod
+    def build(
+        cls, gloo: GlooCommunicator, nodes: Sequence[int], options: CommunicatorOptions, limits: Limits
+    ) -> HierarchicalCommunicator | Refused:
+        """Makes the memory of each host. Collective over the group; the strategy on every rank, or a refusal on every rank.
+
+        Args:
+            gloo: serves the whole group.
+            nodes: the host of each rank in the group.
+            options, limits: as for `ShmCommunicator.build`.
+        """
+        me = gloo.rank_in_group
+        hosts = list(dict.fromkeys(nodes))
+        neighbours = [rank for rank, node in enumerate(nodes) if node == nodes[me]]
+        first_ranks = [list(nodes).index(host) for host in hosts]
+        local: ShmCommunicator | Refused | None = None
+        if len(neighbours) > 1:
+            local = ShmCommunicator.build(_Part(gloo.transport, neighbours).communicator(), options, limits)
+        fine = torch.tensor([int(not isinstance(local, Refused))])
+        gloo.all_reduce_(fine, "min", tag=make_tag(SETUP, 0, "hierarchical"), timeout=limits.build_timeout)
+        if isinstance(local, Refused):
+            return Refused(cls.name, local.reason)
+        if not int(fine):
+            if local is not None:
+                local.close()
+            return Refused(cls.name, "the ranks of another host could not make their shared memory")
+        leaders = _Part(gloo.transport, first_ranks).communicator() if me in first_ranks else None
+        return cls(gloo, neighbours, local, leaders)
+
+    def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:
+        """Every reduction on the host."""
+        return device.type == "cpu"
+
+    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
+        return self._reduce(x, torch.empty_like(x, memory_format=torch.contiguous_format), op, tag, timeout)
+
+    def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
+        return self._reduce(x, x, op, tag, timeout)
+
+    def _reduce(self, x: torch.Tensor, out: torch.Tensor, op: str, tag: int, timeout: float) -> torch.Tensor:
+        wide = accumulator(x.dtype)
+        # torch converts most unsigned integers, but knows no arithmetic of them; both strategies below have their own.
+        total = x.to(wide).clone() if wide is not None and x.dtype.is_floating_point else x.clone()
+        total = total.resolve_conj().resolve_neg().contiguous()
+        inner = "sum" if op == "avg" else op
+        deadline = time.monotonic() + timeout
+        with self._among_neighbours() as local:
+            if local is not None:
+                local.all_reduce_(total, inner, tag=tag, timeout=timeout)
+        if self._leaders is not None:
+            self._leaders.all_reduce_(total, inner, tag=tag, timeout=max(deadline - time.monotonic(), 0.001))
+        with self._among_neighbours() as local:
+            if local is not None:
+                local.broadcast(total, 0, tag=tag, timeout=max(deadline - time.monotonic(), 0.001))
+        if op == "avg":
+            total /= self.world_size
+        return out.copy_(total.to(x.dtype))
+
+    @contextlib.contextmanager
+    def _among_neighbours(self) -> Iterator[ShmCommunicator | None]:
+        """The strategy of this host; what it says of one of its ranks is said of that rank in the whole group."""
+        if self._local is not None:
+            self._local.sequence += 1  # one number for each of its calls, as if it were a group of its own
+        try:
+            yield self._local
+        except PeerLate as error:
+            raise PeerLate(self._neighbours[error.peer]) from None
+        except PeerClosed as error:
+            raise PeerClosed(self._neighbours[error.peer], error.reason) from None
+        except CallsDiffer as error:
+            raise CallsDiffer(self._neighbours[error.peer]) from None
+
+    def warmup(self) -> None:
+        if self._local is not None:
+            self._local.warmup()
+
+    def memory(self) -> int:
+        return 0 if self._local is None else self._local.memory()
+
+    def abort(self) -> None:
+        if self._local is not None:
+            self._local.abort()
+
+    def close(self) -> None:
+        if self._local is not None:
+            self._local.close()
+
+    @property
+    def bytes_sent(self) -> int:
+        return 0 if self._local is None else self._local.bytes_sent
+
+    def describe(self) -> str:
+        here = "this rank is alone on its host" if self._local is None else f"{self._local.world_size} ranks here, {self._local.describe()}"
+        return f"reduces inside each host, then between hosts over gloo; {here}"
+
+
+class _Part:
+    """The connections among some ranks of a group, on those that the group has already."""
+
+    def __init__(self, whole: Transport, members: Sequence[int]) -> None:
+        self._whole = whole
+        self._members = tuple(members)
+        self.rank_in_group = self._members.index(whole.rank_in_group)
+        self.world_size = len(self._members)
+
+    def communicator(self) -> GlooCommunicator:
+        return GlooCommunicator(self)
+
+    @property
+    def bytes_sent(self) -> int:
+        return 0  # counted by the whole
+
+    def exchange(
+        self,
+        sends: Sequence[tuple[torch.Tensor, int]],
+        receives: Sequence[tuple[torch.Tensor, int]],
+        *,
+        tag: int,
+        timeout: float,
+    ) -> None:
+        self._whole.exchange(
+            [(x, self._members[peer]) for x, peer in sends],
+            [(x, self._members[peer]) for x, peer in receives],
+            tag=tag,
+            timeout=timeout,
+        )
+
+    def abort(self) -> None:
+        self._whole.abort()
+
+    def close(self) -> None:
+        """Nothing is its own."""

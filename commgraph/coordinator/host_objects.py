@@ -1,0 +1,177 @@
+"""Python objects and tensor dicts between the ranks of one host, through the memory that they share.
+
+An object is one record: a pickle and the large buffers in it. A tensor dict is one record, too: the pickled description, then the memory of
+each host tensor. What arrives lies in memory of its own, writable, and is not touched by later messages.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from commgraph.communicators.base import CallsDiffer, Communicator
+from commgraph.communicators.signature import COLLECTIVE, make_tag
+from commgraph.coordinator.call import Call
+from commgraph.coordinator.link import GroupLink
+from commgraph.coordinator.objects import nothing_yet, refuse_object
+from commgraph.coordinator.tensor_dict import Entry
+from commgraph.shm.mailbox import DICT, OBJECT, Mailbox
+from commgraph.shm.pickling import buffer_of, loads, tensor_over
+from commgraph.shm.stopped import TIMEOUT, Stopped
+
+__all__ = ["HostObjects"]
+
+
+class HostObjects:
+    """Sends and receives for one link whose ranks have a mailbox; the same methods as `ObjectPath`."""
+
+    def __init__(self, link: GroupLink, strategy: Communicator, mailbox: Mailbox) -> None:
+        self._link = link
+        self._strategy = strategy
+        self._mailbox = mailbox
+
+    def send(self, call: Call, obj: object, dst: int, timeout: float) -> None:
+        """Sends `obj` to one rank."""
+        parts = self._dumps(call, obj)
+        with self._stops(call, timeout):
+            self._mailbox.send(dst, OBJECT, 0, parts, timeout)
+
+    def recv(self, call: Call, src: int, timeout: float) -> Any:
+        """The next object from one rank."""
+        with self._stops(call, timeout, awaited=src):
+            _, parts = self._mailbox.receive(src, OBJECT, timeout)
+        return loads(parts[0], parts[1:])
+
+    def broadcast(self, call: Call, obj: object, src: int, timeout: float) -> Any:
+        """`obj` of `src`, on every rank. On `src` the object itself."""
+        if call.rank_in_group == src:
+            self._put(call, OBJECT, f"src={src}", lambda: self._dumps(call, obj), timeout)
+            return obj
+        parts = self._get(call, src, OBJECT, f"src={src}", timeout)
+        return loads(parts[0], parts[1:])
+
+    def all_gather(self, call: Call, obj: object, timeout: float) -> list[Any]:
+        """Every rank's object, in rank order: each puts its own for all, and reads those of all."""
+        deadline = time.monotonic() + timeout
+        meta, posted = self._number(call, "")
+        parts = self._dumps(call, obj)
+        gathered: list[Any] = []
+        with self._stops(call, timeout):
+            self._mailbox.broadcast(OBJECT, meta, parts, timeout, posted)
+            for src in range(call.world_size):
+                if src == call.rank_in_group:
+                    gathered.append(obj)
+                    continue
+                left = max(deadline - time.monotonic(), 0.001)
+                gathered.append(self._checked(src, OBJECT, meta, self._mailbox.receive_broadcast(src, left, posted)))
+        return [obj if i == call.rank_in_group else loads(parts[0], parts[1:]) for i, parts in enumerate(gathered)]
+
+    # Dicts, taken apart.
+
+    def send_dict(self, call: Call, entries: Sequence[Entry], tensors: Sequence[torch.Tensor], dst: int, timeout: float) -> frozenset[int]:
+        """Sends the description and the host tensors; returns which those were."""
+        carried, parts = self._dict_parts(call, entries, tensors)
+        with self._stops(call, timeout):
+            self._mailbox.send(dst, DICT, 0, parts, timeout)
+        return carried
+
+    def recv_dict(self, call: Call, src: int, timeout: float) -> tuple[list[Entry], dict[int, torch.Tensor]]:
+        """The description, and the tensors that came with it as 1-D tensors, by their place among all."""
+        with self._stops(call, timeout, awaited=src):
+            _, parts = self._mailbox.receive(src, DICT, timeout)
+        return _join(parts)
+
+    def broadcast_dict(
+        self, call: Call, entries: Sequence[Entry] | None, tensors: Sequence[torch.Tensor], src: int, timeout: float
+    ) -> tuple[list[Entry], dict[int, torch.Tensor]]:
+        """The same from one rank to all; `entries` and `tensors` are its own on `src`, and of no interest elsewhere."""
+        if call.rank_in_group == src and entries is not None:
+            self._put(call, DICT, f"src={src}", lambda: self._dict_parts(call, entries, tensors)[1], timeout)
+            return list(entries), {i: x for i, x in enumerate(tensors) if x.device.type == "cpu"}
+        return _join(self._get(call, src, DICT, f"src={src}", timeout))
+
+    def _dict_parts(self, call: Call, entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> tuple[frozenset[int], tuple[Any, ...]]:
+        carried = tuple(i for i, x in enumerate(tensors) if x.device.type == "cpu")
+        # Buffers of the pickle itself, if any, come first: reading it takes as many as it has.
+        described = self._dumps(call, (list(entries), carried))
+        return frozenset(carried), (*described, *(buffer_of(tensors[i]) for i in carried))
+
+    # The ways of a record to all.
+
+    def _put(self, call: Call, kind: int, signature: str, make: Any, timeout: float) -> None:
+        meta, posted = self._number(call, signature)
+        try:
+            parts = make()
+        except BaseException:
+            # The others wait for this call's record: the next one is theirs.
+            self._link.uncount_collective()
+            raise
+        with self._stops(call, timeout):
+            self._mailbox.broadcast(kind, meta, parts, timeout, posted)
+
+    def _get(self, call: Call, src: int, kind: int, signature: str, timeout: float) -> list[Any]:
+        meta, posted = self._number(call, signature)
+        try:
+            with self._stops(call, timeout, awaited=src):
+                return self._checked(src, kind, meta, self._mailbox.receive_broadcast(src, timeout, posted))
+        except TimeoutError:
+            if not self._link.is_broken:
+                self._link.uncount_collective()
+                self._mailbox.team.unpost()
+            raise
+
+    @staticmethod
+    def _number(call: Call, signature: str) -> tuple[int, int]:
+        """What the record is known by, and what the seat says while this rank waits (native/team.h)."""
+        tag = make_tag(COLLECTIVE, call.sequence, f"{call.operation}({signature})")
+        # Operations of objects are numbered from 128, apart from those of the native module.
+        return call.sequence << 32 | tag, call.sequence + 1 << 8 | 128 | (tag & 127)
+
+    @staticmethod
+    def _checked(src: int, kind: int, meta: int, record: tuple[int, int, list[Any]]) -> list[Any]:
+        if record[:2] != (kind, meta):
+            raise CallsDiffer(src)
+        return record[2]
+
+    def _dumps(self, call: Call, obj: object) -> tuple[Any, ...]:
+        try:
+            return self._mailbox.pickler.dumps(obj)
+        except RecursionError as error:
+            raise call.wrong("the object to send is nested too deep for pickle") from error
+        except Exception as error:
+            raise refuse_object(call, obj, error) from error
+
+    @contextmanager
+    def _stops(self, call: Call, timeout: float, *, awaited: int | None = None) -> Iterator[None]:
+        """`awaited`: the rank whose record is waited for, so that a deadline is no failure of the group."""
+        try:
+            with self._link.guard(call, f"{call.operation}(...)", timeout):
+                try:
+                    yield
+                except Stopped as stopped:
+                    if awaited is not None and stopped.code == TIMEOUT:
+                        raise _NothingYet from None
+                    raise self._strategy.translate(stopped) from None
+        except _NothingYet:
+            assert awaited is not None
+            raise nothing_yet(self._link, call, awaited, timeout) from None
+
+    def join(self, timeout: float) -> None:
+        """No thread is left behind."""
+
+
+class _NothingYet(Exception):  # noqa: N818 - never leaves this module
+    """The deadline of a receive passed before a whole record was there."""
+
+
+def _join(parts: list[Any]) -> tuple[list[Entry], dict[int, torch.Tensor]]:
+    """The description and the tensors of a record."""
+    rest = iter(parts[1:])
+    entries, carried = loads(parts[0], rest)
+    kinds = [what[1] for _, what in entries if what[0] == "t"]
+    tensors = {i: tensor_over(buffer, kinds[i], (len(buffer) // kinds[i].itemsize,)) for i, buffer in zip(carried, rest, strict=True)}
+    return entries, tensors

@@ -1,0 +1,112 @@
+"""Records between the ranks of one host: to one of them, or to all.
+
+A record has a kind, a number that says which message it is (`meta`), and parts. Records of one kind from one rank to another arrive in
+order; one of another kind than is asked for is laid aside.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from commgraph.shm.host_memory import HostMemory
+from commgraph.shm.pickling import Pickler
+
+__all__ = ["DICT", "OBJECT", "TENSORS", "Mailbox"]
+
+TENSORS, OBJECT, DICT = 1, 2, 3
+
+# 2**62 ns are 146 years.
+_MOST_NS = 1 << 62
+
+
+class Mailbox:
+    """One rank's side. Every method raises `commgraph.shm.stopped.Stopped`; a timeout loses nothing and sends nothing."""
+
+    def __init__(self, memory: HostMemory) -> None:
+        n, me = memory.sizes.n, memory.rank_in_group
+        self.team = memory.team
+        self.pickler = Pickler()
+        self.bytes_sent = 0
+        self._broadcast = [memory.broadcast_ring(src) for src in range(n)]
+        self._mine = self._broadcast[me]
+        self._outgoing = {peer: memory.pair_ring(me, peer) for peer in range(n) if peer != me}
+        self._incoming = {peer: memory.pair_ring(peer, me) for peer in range(n) if peer != me}
+        self._aside: dict[tuple[int, int], deque[tuple[int, list[Any]]]] = {}
+
+    def send(self, dst: int, kind: int, meta: int, parts: tuple[Any, ...], timeout: float) -> None:
+        """Puts a record for one rank; returns when the ring has it, which may be before it is read."""
+        self._outgoing[dst].put(kind, meta, parts, nanoseconds(timeout), 0)
+        self.bytes_sent += _nbytes(parts)
+
+    def receive(self, src: int, kind: int, timeout: float) -> tuple[int, list[Any]]:
+        """Meta and parts of the next record of that kind: the first as bytes, the others as writable buffers of their own."""
+        aside = self._aside.get((src, kind))
+        if aside:
+            return aside.popleft()
+        while True:
+            found, meta, parts = self._incoming[src].get(nanoseconds(timeout), 0)
+            if found == kind:
+                return meta, parts
+            self._lay_aside(src, found, meta, parts)
+
+    def receive_into(self, src: int, meta: int, targets: Sequence[tuple[int, int]], timeout: float) -> bool:
+        """Reads the next record of tensors to memory of the caller's.
+
+        Args:
+            src: whose.
+            meta: what it must be.
+            targets: (address, bytes) for each part.
+            timeout: seconds.
+
+        Returns:
+            Whether it was that one; if not nothing was written.
+        """
+        aside = self._aside.get((src, TENSORS))
+        ring = self._incoming[src]
+        while not aside:
+            kind, number, sizes = ring.peek(nanoseconds(timeout), 0)
+            if kind == TENSORS:
+                if number != meta or list(sizes) != [nbytes for _, nbytes in targets]:
+                    return False
+                ring.take(nanoseconds(timeout), targets)
+                return True
+            kind, number, parts = ring.get(nanoseconds(timeout), 0)
+            self._lay_aside(src, kind, number, parts)
+        number, parts = aside[0]
+        if number != meta or [len(part) for part in parts] != [nbytes for _, nbytes in targets]:
+            return False
+        aside.popleft()
+        for part, (address, nbytes) in zip(parts, targets, strict=True):
+            memory_at(address, nbytes)[:] = part
+        return True
+
+    def broadcast(self, kind: int, meta: int, parts: tuple[Any, ...], timeout: float, posted: int) -> None:
+        """Puts a record for all others."""
+        self._mine.put(kind, meta, parts, nanoseconds(timeout), posted)
+        self.bytes_sent += _nbytes(parts)
+
+    def receive_broadcast(self, src: int, timeout: float, posted: int) -> tuple[int, int, list[Any]]:
+        """Kind, meta and parts of the next record that `src` put for all."""
+        kind, meta, parts = self._broadcast[src].get(nanoseconds(timeout), posted)
+        return kind, meta, parts
+
+    def _lay_aside(self, src: int, kind: int, meta: int, parts: list[Any]) -> None:
+        self._aside.setdefault((src, kind), deque()).append((meta, parts))
+
+
+def nanoseconds(seconds: float) -> int:
+    """A timeout as the native module takes it."""
+    return min(int(seconds * 1e9), _MOST_NS)
+
+
+def memory_at(address: int, nbytes: int) -> memoryview:
+    """Bytes of this process as a writable buffer."""
+    import ctypes
+
+    return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
+
+
+def _nbytes(parts: Sequence[Any]) -> int:
+    return sum(memoryview(part).nbytes for part in parts)

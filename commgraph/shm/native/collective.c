@@ -1,0 +1,544 @@
+#define _GNU_SOURCE
+#include "collective.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    PAGE = 4096,
+    /* Bytes that all ranks together reduce in one step, each everything: beyond, each reduces its share in a step of its own. */
+    ONE_SHOT = 512 * 1024,
+    /* Reduced at once, so that it is still in the first cache where it is copied on. */
+    REDUCE_BLOCK = 16 * 1024,
+    /* Below this a slot is always written plainly, and nothing is measured. */
+    MEASURED = 16 * 1024,
+    EXPLORE = 64, /* every so many chunks the other way to write is tried */
+};
+#define WHERE_SHIFT 44
+
+static size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
+static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+
+/* Offsets of the parts in the memory of a group. */
+typedef struct {
+    size_t lines, costs, pairs, notes, slots, end;
+} cg_map;
+
+static cg_map map_of(int n, size_t slot_bytes) {
+    size_t ranks = (size_t)n;
+    cg_map m;
+    m.lines = 0;
+    m.costs = m.lines + ranks * 2 * sizeof(cg_line);
+    m.pairs = round_up(m.costs + ranks * ranks * CG_CLASSES * 2 * sizeof(uint32_t), CG_LINE);
+    m.notes = m.pairs + 2 * ranks * 2 * ranks * sizeof(uint64_t);
+    m.slots = round_up(m.notes + ranks * CG_NOTE_BYTES, PAGE);
+    m.end = m.slots + ranks * 2 * slot_bytes;
+    return m;
+}
+
+size_t cg_group_bytes(int n, size_t slot_bytes) { return map_of(n, slot_bytes).end; }
+
+void cg_group_join(cg_group *g, cg_team *team, void *memory, size_t slot_bytes) {
+    memset(g, 0, sizeof *g);
+    cg_map m = map_of(team->n, slot_bytes);
+    g->team = team;
+    g->n = team->n;
+    g->me = team->me;
+    g->slot_bytes = slot_bytes;
+    g->lines = (cg_line *)((char *)memory + m.lines);
+    g->costs = (_Atomic uint32_t *)((char *)memory + m.costs);
+    g->pairs = (uint64_t *)((char *)memory + m.pairs);
+    g->notes = (char *)memory + m.notes;
+    g->slots = (char *)memory + m.slots;
+    g->way = -1;
+}
+
+void cg_group_leave(cg_group *g) {
+    free(g->regions);
+    g->regions = NULL;
+}
+
+int cg_group_add_region(cg_group *g, char *base, size_t stride, size_t bytes) {
+    if (g->n_regions == CG_MAX_REGIONS) return ENOSPC;
+    cg_region *grown = realloc(g->regions, sizeof(cg_region) * (size_t)(g->n_regions + 1));
+    if (grown == NULL) return ENOMEM;
+    g->regions = grown;
+    g->regions[g->n_regions++] = (cg_region){base, stride, bytes};
+    return 0;
+}
+
+static char *slot_of(cg_group *g, int rank, uint32_t step) { return g->slots + ((size_t)rank * 2 + (step & 1)) * g->slot_bytes; }
+static cg_line *line_of(cg_group *g, int rank, uint32_t step) { return &g->lines[rank * 2 + (step & 1)]; }
+
+/* Where these bytes of this rank lie in a shared region, 0 if they do not. */
+static uint64_t find_region(cg_group *g, const void *data, size_t bytes) {
+    for (int k = 0; k < g->n_regions; k++) {
+        const char *mine = g->regions[k].base + (size_t)g->me * g->regions[k].stride, *at = data;
+        if (at >= mine && at + bytes <= mine + g->regions[k].bytes)
+            return (uint64_t)(k + 1) << WHERE_SHIFT | (uint64_t)(at - mine);
+    }
+    return 0;
+}
+
+static char *resolve(cg_group *g, int rank, uint64_t where) {
+    cg_region *region = &g->regions[(where >> WHERE_SHIFT) - 1];
+    return region->base + (size_t)rank * region->stride + (where & ((1ull << WHERE_SHIFT) - 1));
+}
+
+/* Steps. */
+
+typedef struct {
+    cg_group *g;
+    uint32_t step;
+    int next; /* the first whose line was not seen yet */
+} arrival;
+
+static int all_arrived(void *arg) {
+    arrival *a = arg;
+    for (; a->next < a->g->n; a->next++)
+        if (atomic_load_explicit(&line_of(a->g, a->next, a->step)->step, memory_order_acquire) != a->step) return 0;
+    return 1;
+}
+
+static void arrive(cg_group *g) {
+    atomic_store_explicit(&line_of(g, g->me, g->step)->step, g->step, memory_order_release);
+    cg_notify_all(g->team);
+}
+
+static int await(cg_group *g, const cg_call *call, int *who) {
+    arrival a = {g, g->step, 0};
+    int result = cg_wait(g->team, all_arrived, &a, CG_EVERYONE, 1, call->deadline, who);
+    if (result == CG_TIMEOUT) *who = a.next;
+    return result;
+}
+
+/* The first step of a call: its line says what is called. */
+static void announce(cg_group *g, const cg_call *call, uint64_t bytes, uint64_t where, uint32_t rounds, int streamed) {
+    cg_line *line = line_of(g, g->me, g->step);
+    line->tag = call->tag;
+    line->bytes = bytes;
+    line->where = where;
+    line->rounds = rounds;
+    line->streamed = (uint32_t)streamed;
+    line->call = call->call;
+    arrive(g);
+}
+
+static void begin(cg_group *g, const cg_call *call) {
+    g->step++;
+    atomic_store_explicit(&g->team->seats[g->me].posted, call->call + 256, memory_order_release);
+}
+
+/* Waits for the first step of the others, and compares. */
+static int agree(cg_group *g, const cg_call *call, int *who) {
+    int result = await(g, call, who);
+    if (result != CG_OK) return result;
+    /* One that was here, and gave up before the last had come, has no result: then nobody has. */
+    int failed = cg_team_failed(g->team);
+    if (failed >= 0) {
+        *who = failed;
+        return CG_GONE;
+    }
+    for (int p = 0; p < g->n; p++) {
+        if (line_of(g, p, g->step)->tag != call->tag) {
+            *who = p;
+            return CG_MISMATCH;
+        }
+    }
+    return CG_OK;
+}
+
+static int next_step(cg_group *g, const cg_call *call, int *who) {
+    arrive(g);
+    return await(g, call, who);
+}
+
+/* Plain or streaming stores.
+ *
+ * Which are faster depends on where the ranks run: where they share a cache plain ones stay in it, across caches they have to be
+ * fetched from another. It is the writer's choice alone, since a reader does not see the difference. So each writer compares what
+ * writing costs it, and what reading costs its slowest reader, which the readers leave in shared memory. */
+
+static int class_of(size_t bytes) { return bytes < 64 * 1024 ? 0 : bytes < 256 * 1024 ? 1 : 2; }
+
+static _Atomic uint32_t *cost_cell(cg_group *g, int reader, int writer, int class_, int way) {
+    return &g->costs[(((size_t)reader * (size_t)g->n + (size_t)writer) * CG_CLASSES + (size_t)class_) * 2 + (size_t)way];
+}
+
+static int choose_way(cg_group *g, size_t bytes) {
+#if !defined(__SSE2__)
+    return 0; /* this processor's C library knows best */
+#endif
+    if (g->way >= 0) return g->way;
+    if (bytes < MEASURED) return 0;
+    cg_choice *c = &g->choices[class_of(bytes)];
+    float total[2];
+    for (int way = 0; way < 2; way++) {
+        uint32_t slowest = 0;
+        for (int p = 0; p < g->n; p++) {
+            uint32_t cost = p == g->me ? 0 : atomic_load_explicit(cost_cell(g, p, g->me, class_of(bytes), way), memory_order_relaxed);
+            if (cost > slowest) slowest = cost;
+        }
+        if (slowest == 0 || c->cost[way] == 0) return way; /* not tried yet */
+        total[way] = c->cost[way] + (float)slowest / 256;
+    }
+    int best = total[1] < total[0];
+    return ++c->turn % EXPLORE == 0 ? !best : best;
+}
+
+/* A moving average; one that was interrupted counts for little. */
+static float blend(float old, float now) {
+    if (old == 0) return now;
+    if (now > 4 * old) now = 4 * old;
+    return old + (now - old) / 4;
+}
+
+static void note_write(cg_group *g, size_t bytes, int way, int64_t ns) {
+    if (bytes < MEASURED || g->way >= 0) return;
+    cg_choice *c = &g->choices[class_of(bytes)];
+    c->cost[way] = blend(c->cost[way], (float)ns * 1024 / (float)bytes);
+}
+
+static void note_read(cg_group *g, int writer, size_t bytes, int way, int64_t ns) {
+    if (bytes < MEASURED) return;
+    _Atomic uint32_t *cell = cost_cell(g, g->me, writer, class_of(bytes), way);
+    float old = (float)atomic_load_explicit(cell, memory_order_relaxed) / 256;
+    float now = blend(old, (float)ns * 1024 / (float)bytes);
+    atomic_store_explicit(cell, (uint32_t)(now * 256) + 1, memory_order_relaxed);
+}
+
+/* The same where all others were read at once. */
+static void note_reads(cg_group *g, size_t bytes, int64_t ns) {
+    for (int p = 0; p < g->n; p++)
+        if (p != g->me) note_read(g, p, bytes, (int)line_of(g, p, g->step)->streamed, ns / (g->n - 1));
+}
+
+typedef struct {
+    int64_t started;
+    size_t bytes;
+} stopwatch;
+
+static stopwatch start(size_t bytes) { return (stopwatch){bytes < MEASURED ? 0 : cg_clock_ns(), bytes}; }
+static int64_t stop(const stopwatch *s) { return s->bytes < MEASURED ? 0 : cg_clock_ns() - s->started; }
+
+/* Collectives. */
+
+int cg_barrier(cg_group *g, const cg_call *call, int *who) {
+    begin(g, call);
+    announce(g, call, 0, 0, 1, 0);
+    return agree(g, call, who);
+}
+
+/* Everybody reduces everything. */
+static int one_shot(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, size_t size, cg_kernel kernel, int *who) {
+    size_t bytes = count * size;
+    int way = choose_way(g, bytes);
+    stopwatch writing = start(bytes);
+    cg_copy(slot_of(g, g->me, g->step), from, bytes, way);
+    note_write(g, bytes, way, stop(&writing));
+    if (way) cg_stream_fence();
+    announce(g, call, bytes, 0, 1, way);
+    int result = agree(g, call, who);
+    if (result != CG_OK) return result;
+    const void *sources[g->n];
+    for (int p = 0; p < g->n; p++) sources[p] = p == g->me ? from : slot_of(g, p, g->step);
+    stopwatch reading = start(bytes);
+    kernel(to, sources, g->n, count);
+    note_reads(g, bytes, stop(&reading));
+    return CG_OK;
+}
+
+/* Entries [begin, end) of `count` that rank r reduces; whole cache lines, as evenly as these allow. */
+static void share_of(size_t count, size_t size, int n, int r, size_t *begin_, size_t *end) {
+    size_t unit = CG_LINE / size, each = round_up((count + (size_t)n - 1) / (size_t)n, unit);
+    *begin_ = smaller((size_t)r * each, count);
+    *end = smaller(*begin_ + each, count);
+}
+
+/* Tensors that all ranks can reach are reduced where they are, and the results written to all of them. */
+static int reduce_in_shared(cg_group *g, const cg_call *call, size_t count, size_t size, cg_kernel kernel, int *who) {
+    char *tensors[g->n];
+    const void *sources[g->n];
+    for (int p = 0; p < g->n; p++) tensors[p] = resolve(g, p, line_of(g, p, g->step)->where);
+    size_t at, end, block = REDUCE_BLOCK / size;
+    share_of(count, size, g->n, g->me, &at, &end);
+    for (; at < end; at += block) {
+        size_t length = smaller(block, end - at);
+        for (int p = 0; p < g->n; p++) sources[p] = tensors[p] + at * size;
+        kernel(tensors[g->me] + at * size, sources, g->n, length);
+        for (int i = 1; i < g->n; i++) cg_copy(tensors[(g->me + i) % g->n] + at * size, tensors[g->me] + at * size, length * size, 0);
+    }
+    g->step++;
+    return next_step(g, call, who);
+}
+
+int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, int dtype, int op, int in_place, int *who) {
+    size_t size = cg_dtype_bytes(dtype), bytes = count * size;
+    cg_kernel kernel = cg_find_kernel(dtype, op);
+    begin(g, call);
+    g->bytes_sent += bytes;
+    if (bytes <= g->slot_bytes && bytes * (size_t)g->n <= ONE_SHOT) return one_shot(g, call, from, to, count, size, kernel, who);
+
+    uint64_t where = g->n_regions ? find_region(g, from, bytes) : 0;
+    size_t chunk = g->slot_bytes / size, mine_from, mine_to;
+    for (size_t at = 0; at < count; at += chunk) {
+        size_t length = smaller(chunk, count - at);
+        share_of(length, size, g->n, g->me, &mine_from, &mine_to);
+        int way = choose_way(g, length * size);
+        if (at > 0) g->step++;
+        if (where == 0) {
+            /* Each share to its place in the slot, but for this rank's own, which nobody else reads. */
+            char *slot = slot_of(g, g->me, g->step);
+            const char *part = (const char *)from + at * size;
+            stopwatch writing = start(length * size);
+            cg_copy(slot, part, mine_from * size, way);
+            cg_copy(slot + mine_to * size, part + mine_to * size, (length - mine_to) * size, way);
+            note_write(g, length * size, way, stop(&writing));
+            if (way) cg_stream_fence();
+        }
+        int result;
+        if (at == 0) {
+            announce(g, call, bytes, where, 1, way);
+            result = agree(g, call, who);
+            if (result != CG_OK) return result;
+            int direct = in_place;
+            for (int p = 0; p < g->n; p++) direct = direct && line_of(g, p, g->step)->where != 0;
+            if (direct) return reduce_in_shared(g, call, count, size, kernel, who);
+        } else {
+            line_of(g, g->me, g->step)->where = where;
+            line_of(g, g->me, g->step)->streamed = (uint32_t)way;
+            result = next_step(g, call, who);
+            if (result != CG_OK) return result;
+        }
+        const char *parts[g->n];
+        const void *sources[g->n];
+        for (int p = 0; p < g->n; p++) {
+            uint64_t there = line_of(g, p, g->step)->where;
+            parts[p] = p == g->me ? (const char *)from + at * size : there ? resolve(g, p, there) + at * size : slot_of(g, p, g->step);
+        }
+        /* Its own share: to the result, and on to the slot of the next step. */
+        char *out = (char *)to + at * size, *shared = slot_of(g, g->me, g->step + 1);
+        stopwatch reading = start(length * size);
+        size_t block = REDUCE_BLOCK / size;
+        for (size_t i = mine_from; i < mine_to; i += block) {
+            size_t some = smaller(block, mine_to - i);
+            for (int p = 0; p < g->n; p++) sources[p] = parts[p] + i * size;
+            kernel(out + i * size, sources, g->n, some);
+            cg_copy(shared + (i - mine_from) * size, out + i * size, some * size, way);
+        }
+        if (way) cg_stream_fence();
+        note_reads(g, length * size, stop(&reading));
+        g->step++;
+        result = next_step(g, call, who);
+        if (result != CG_OK) return result;
+        for (int i = 1; i < g->n; i++) {
+            int p = (g->me + i) % g->n;
+            size_t first, last;
+            share_of(length, size, g->n, p, &first, &last);
+            memcpy(out + first * size, slot_of(g, p, g->step), (last - first) * size);
+        }
+    }
+    return CG_OK;
+}
+
+int cg_share(cg_group *g, const cg_call *call, const char *mine, const size_t *bytes, const cg_block *into, int *who) {
+    size_t most = 0, own = bytes[g->me];
+    for (int p = 0; p < g->n; p++)
+        if (bytes[p] > most) most = bytes[p];
+    size_t chunk = g->slot_bytes, rounds = most ? (most + chunk - 1) / chunk : 1;
+    uint64_t where = g->n_regions && own > MEASURED ? find_region(g, mine, own) : 0;
+    int any_direct = 0;
+    g->bytes_sent += own;
+    begin(g, call);
+    for (size_t k = 0; k < rounds; k++) {
+        size_t at = k * chunk, length = at < own ? smaller(chunk, own - at) : 0;
+        int way = choose_way(g, length);
+        if (k > 0) g->step++;
+        if (where == 0 && length > 0) {
+            stopwatch writing = start(length);
+            cg_copy(slot_of(g, g->me, g->step), mine + at, length, way);
+            note_write(g, length, way, stop(&writing));
+            if (way) cg_stream_fence();
+        }
+        int result;
+        if (k == 0) {
+            announce(g, call, own, where, (uint32_t)rounds, way);
+            /* Its own piece while the others arrive. It may lie where it belongs already. */
+            if (into[g->me].base != NULL && into[g->me].base != mine) cg_unpack(&into[g->me], mine, 0, own);
+            result = agree(g, call, who);
+            for (int p = 0; result == CG_OK && p < g->n; p++) any_direct |= line_of(g, p, g->step)->where != 0;
+        } else {
+            line_of(g, g->me, g->step)->where = where;
+            line_of(g, g->me, g->step)->streamed = (uint32_t)way;
+            result = next_step(g, call, who);
+        }
+        if (result != CG_OK) return result;
+        for (int i = 1; i < g->n; i++) {
+            int p = (g->me + i) % g->n;
+            if (at >= bytes[p] || into[p].base == NULL) continue;
+            size_t part = smaller(chunk, bytes[p] - at);
+            cg_line *line = line_of(g, p, g->step);
+            stopwatch reading = start(part);
+            cg_unpack(&into[p], line->where ? resolve(g, p, line->where) + at : slot_of(g, p, g->step), at, part);
+            note_read(g, p, part, (int)line->streamed, stop(&reading));
+        }
+    }
+    if (any_direct) {
+        /* Nobody leaves while his tensor is still read. */
+        g->step++;
+        return next_step(g, call, who);
+    }
+    return CG_OK;
+}
+
+static uint64_t *pair_row(cg_group *g, int rank, int incoming) {
+    return g->pairs + (((size_t)(g->step & 1) * (size_t)g->n + (size_t)rank) * 2 + (size_t)incoming) * (size_t)g->n;
+}
+
+int cg_trade(cg_group *g, const cg_call *call, const cg_block *out, const cg_block *into, int *who) {
+    int n = g->n;
+    size_t chunk = g->slot_bytes / (size_t)n / CG_LINE * CG_LINE, most = 0;
+    begin(g, call);
+    for (int p = 0; p < n; p++) {
+        pair_row(g, g->me, 0)[p] = cg_block_bytes(&out[p]);
+        pair_row(g, g->me, 1)[p] = cg_block_bytes(&into[p]);
+        if (cg_block_bytes(&out[p]) > most) most = cg_block_bytes(&out[p]);
+        if (p != g->me) g->bytes_sent += cg_block_bytes(&out[p]);
+    }
+    size_t rounds = most ? (most + chunk - 1) / chunk : 1;
+    for (size_t k = 0; k < rounds; k++) {
+        size_t at = k * chunk, staged = 0;
+        if (k > 0) g->step++;
+        char *slot = slot_of(g, g->me, g->step);
+        for (int p = 0; p < n; p++) staged += at < cg_block_bytes(&out[p]) ? smaller(chunk, cg_block_bytes(&out[p]) - at) : 0;
+        int way = choose_way(g, staged);
+        stopwatch writing = start(staged);
+        for (int i = 1; i <= n; i++) { /* its own last: it is read first */
+            int p = (g->me + i) % n;
+            size_t whole = cg_block_bytes(&out[p]);
+            if (at < whole) cg_pack(slot + (size_t)p * chunk, &out[p], at, smaller(chunk, whole - at), p == g->me ? 0 : way);
+        }
+        note_write(g, staged, way, stop(&writing));
+        if (way) cg_stream_fence();
+        int result;
+        if (k == 0) {
+            announce(g, call, most, 0, (uint32_t)rounds, way);
+            result = agree(g, call, who);
+            for (int p = 0; result == CG_OK && p < n; p++) {
+                uint32_t theirs = line_of(g, p, g->step)->rounds;
+                if (theirs > rounds) rounds = theirs;
+                for (int q = 0; q < n; q++) {
+                    if (pair_row(g, p, 0)[q] != pair_row(g, q, 1)[p]) {
+                        *who = p;
+                        result = CG_MISMATCH; /* every rank looks at all pairs, so that all of them raise */
+                    }
+                }
+            }
+        } else {
+            line_of(g, g->me, g->step)->streamed = (uint32_t)way;
+            result = next_step(g, call, who);
+        }
+        if (result != CG_OK) return result;
+        for (int i = 0; i < n; i++) {
+            int p = (g->me + i) % n;
+            size_t whole = cg_block_bytes(&into[p]);
+            if (at >= whole) continue;
+            size_t part = smaller(chunk, whole - at);
+            stopwatch reading = start(part);
+            cg_unpack(&into[p], slot_of(g, p, g->step) + (size_t)g->me * chunk, at, part);
+            if (i > 0) note_read(g, p, part, (int)line_of(g, p, g->step)->streamed, stop(&reading));
+        }
+    }
+    return CG_OK;
+}
+
+int cg_reduce_scatter(cg_group *g, const cg_call *call, const cg_block *out, void *to, int dtype, int op, int *who) {
+    int n = g->n;
+    size_t size = cg_dtype_bytes(dtype), most = 0, own = cg_block_bytes(&out[g->me]);
+    cg_kernel kernel = cg_find_kernel(dtype, op);
+    int flat = out[g->me].rows <= 1, runs = 1;
+    for (int p = 0; p < n; p++) {
+        if (cg_block_bytes(&out[p]) > most) most = cg_block_bytes(&out[p]);
+        if (p != g->me) g->bytes_sent += cg_block_bytes(&out[p]);
+    }
+    /* Whole tensors in shared memory are read where they are, if their pieces are runs. */
+    size_t total = 0;
+    for (int p = 0; p < n; p++) total += cg_block_bytes(&out[p]), runs = runs && out[p].rows <= 1;
+    uint64_t where = g->n_regions && runs && most > MEASURED ? find_region(g, out[0].base, total) : 0;
+    size_t chunk = g->slot_bytes / (size_t)n / CG_LINE * CG_LINE, rounds = most ? (most + chunk - 1) / chunk : 1;
+    int any_direct = 0;
+    begin(g, call);
+    for (size_t k = 0; k < rounds; k++) {
+        size_t at = k * chunk, staged = 0;
+        if (k > 0) g->step++;
+        char *slot = slot_of(g, g->me, g->step);
+        for (int p = 0; p < n; p++) staged += at < cg_block_bytes(&out[p]) ? smaller(chunk, cg_block_bytes(&out[p]) - at) : 0;
+        int way = choose_way(g, staged);
+        if (where == 0) {
+            stopwatch writing = start(staged);
+            for (int i = 1; i <= n; i++) {
+                int p = (g->me + i) % n;
+                size_t whole = cg_block_bytes(&out[p]);
+                if (at < whole && !(p == g->me && flat))
+                    cg_pack(slot + (size_t)p * chunk, &out[p], at, smaller(chunk, whole - at), p == g->me ? 0 : way);
+            }
+            note_write(g, staged, way, stop(&writing));
+            if (way) cg_stream_fence();
+        }
+        int result;
+        if (k == 0) {
+            announce(g, call, most, where, (uint32_t)rounds, way);
+            result = agree(g, call, who);
+            for (int p = 0; result == CG_OK && p < n; p++) any_direct |= line_of(g, p, g->step)->where != 0;
+        } else {
+            line_of(g, g->me, g->step)->where = where;
+            line_of(g, g->me, g->step)->streamed = (uint32_t)way;
+            result = next_step(g, call, who);
+        }
+        if (result != CG_OK) return result;
+        if (at >= own) continue;
+        size_t part = smaller(chunk, own - at), offset = (size_t)(out[g->me].base - out[0].base);
+        const void *sources[n];
+        for (int p = 0; p < n; p++) {
+            uint64_t there = line_of(g, p, g->step)->where;
+            sources[p] = p == g->me && flat ? out[p].base + at : there ? resolve(g, p, there) + offset + at : slot_of(g, p, g->step) + (size_t)g->me * chunk;
+        }
+        stopwatch reading = start(part);
+        kernel((char *)to + at, sources, n, part / size);
+        note_reads(g, part, stop(&reading));
+    }
+    if (any_direct) {
+        g->step++;
+        return next_step(g, call, who);
+    }
+    return CG_OK;
+}
+
+int cg_ping_pong(cg_group *g, const cg_call *call, int rounds, double *ns, int *who) {
+    int result = cg_barrier(g, call, who);
+    if (result != CG_OK) return result;
+    int64_t started = cg_clock_ns();
+    if (g->me < 2) {
+        /* On the lines of the two, by the numbers of steps to come. */
+        for (int i = 0; i < rounds; i++) {
+            g->step++;
+            if (g->me == 0) atomic_store_explicit(&line_of(g, 0, g->step)->step, g->step, memory_order_release);
+            for (int64_t spins = 0; atomic_load_explicit(&line_of(g, 1 - g->me, g->step)->step, memory_order_acquire) != g->step; spins++) {
+                if (spins > 20000) {
+                    sched_yield(); /* the other has no core */
+                    *who = 1 - g->me;
+                    if (cg_clock_ns() > call->deadline) return CG_TIMEOUT;
+                }
+            }
+            if (g->me == 1) atomic_store_explicit(&line_of(g, 1, g->step)->step, g->step, memory_order_release);
+        }
+    } else {
+        g->step += (uint32_t)rounds;
+        atomic_store_explicit(&line_of(g, g->me, g->step)->step, g->step, memory_order_release);
+    }
+    *ns = (double)(cg_clock_ns() - started) / (2.0 * rounds);
+    g->step++;
+    return next_step(g, call, who);
+}

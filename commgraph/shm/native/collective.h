@@ -1,0 +1,84 @@
+/* Collectives of the ranks of one group in shared memory.
+ *
+ * A call is a sequence of steps, numbered through the life of the group. In step t a rank writes its data to its slot t & 1, then its line
+ * t & 1 with a header, then the number of the step into the line (release), and waits until the lines of all others show t (acquire).
+ * Two slots are enough: who has reached step t + 1 has read everything of step t, and a rank overwrites its slot t & 1 in step t + 2,
+ * after all have reached t + 1.
+ */
+#ifndef COMMGRAPH_COLLECTIVE_H
+#define COMMGRAPH_COLLECTIVE_H
+
+#include "copy.h"
+#include "kernels.h"
+#include "team.h"
+
+#define CG_MAX_REGIONS 4096
+#define CG_NOTE_BYTES 1024
+
+typedef struct {
+    _Alignas(CG_LINE) _Atomic uint32_t step;
+    uint32_t tag;      /* of the call: what all ranks must have in common */
+    uint64_t bytes;    /* that this rank gives */
+    uint64_t where;    /* (1 + region) << 44 | offset of them where they lie in shared memory already, 0: staged in the slot */
+    uint32_t rounds;   /* that this rank needs */
+    uint32_t streamed; /* whether the slot was written past the caches */
+    uint64_t call;     /* number << 8 | operation, for whoever wants to tell what was called */
+} cg_line;
+
+/* How two ways to write a slot compare, for one class of sizes: nanoseconds per KiB, of the writer and of the slowest reader together. */
+typedef struct {
+    float cost[2];
+    uint32_t turn;
+} cg_choice;
+enum { CG_CLASSES = 3 };
+
+typedef struct {
+    char *base;    /* of the mapping; rank r's part begins at base + r * stride */
+    size_t stride, bytes;
+} cg_region;
+
+typedef struct {
+    cg_team *team;
+    int n, me;
+    size_t slot_bytes;
+    cg_line *lines;          /* [rank][parity] */
+    char *slots;             /* [rank][parity][slot_bytes] */
+    _Atomic uint32_t *costs; /* [reader][writer][class][way]: ns per KiB as a reader measured it, in 1/256 */
+    uint64_t *pairs;         /* [parity][rank][out, in][peer]: bytes of an all_to_all */
+    char *notes;             /* [rank][CG_NOTE_BYTES], a step in front */
+    uint32_t step;
+    cg_choice choices[CG_CLASSES];
+    int way; /* forced way to write slots: 0 plain, 1 streaming, -1 by measurement */
+    cg_region *regions;
+    int n_regions;
+    uint64_t bytes_sent;
+} cg_group;
+
+/* What a call is, and until when. */
+typedef struct {
+    uint32_t tag;
+    uint64_t call;
+    int64_t deadline;
+} cg_call;
+
+size_t cg_group_bytes(int n, size_t slot_bytes);
+/* `memory`: zeroed, of cg_group_bytes(), at a multiple of 4096. */
+void cg_group_join(cg_group *group, cg_team *team, void *memory, size_t slot_bytes);
+void cg_group_leave(cg_group *group);
+int cg_group_add_region(cg_group *group, char *base, size_t stride, size_t bytes);
+
+/* All return CG_*, and set *who where it says so. After anything but CG_OK the group is of no use any more. */
+int cg_barrier(cg_group *g, const cg_call *call, int *who);
+/* `to` may be `from`; `in_place` says on all ranks alike whether it is. */
+int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, int dtype, int op, int in_place, int *who);
+/* Every rank p gives bytes[p] bytes, this one those at `mine`; `into[p]` (base NULL: not wanted) gets those of rank p. */
+int cg_share(cg_group *g, const cg_call *call, const char *mine, const size_t *bytes, const cg_block *into, int *who);
+/* Block out[p] goes to rank p, into[p] comes from rank p. */
+int cg_trade(cg_group *g, const cg_call *call, const cg_block *out, const cg_block *into, int *who);
+/* Block out[p] is reduced by rank p; `to` gets the reduction of this rank's. Sizes are the same on all ranks. */
+int cg_reduce_scatter(cg_group *g, const cg_call *call, const cg_block *out, void *to, int dtype, int op, int *who);
+
+/* One way, in ns, of a cache line between the first two ranks; the others look on. */
+int cg_ping_pong(cg_group *g, const cg_call *call, int rounds, double *ns, int *who);
+
+#endif

@@ -1,0 +1,65 @@
+#include "copy.h"
+
+#include <string.h>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+void cg_stream_fence(void) {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+void cg_copy(void *to, const void *from, size_t bytes, int streaming) {
+#if defined(__SSE2__)
+    /* Every x86-64 has these. Four at a time fill one line, which then leaves as a whole. */
+    if (streaming && bytes >= 256) {
+        char *out = to;
+        const char *in = from;
+        size_t head = (size_t)(-(uintptr_t)out & 63);
+        memcpy(out, in, head);
+        out += head, in += head, bytes -= head;
+        for (; bytes >= 64; bytes -= 64, out += 64, in += 64) {
+            __m128i a = _mm_loadu_si128((const __m128i *)in), b = _mm_loadu_si128((const __m128i *)(in + 16));
+            __m128i c = _mm_loadu_si128((const __m128i *)(in + 32)), d = _mm_loadu_si128((const __m128i *)(in + 48));
+            _mm_stream_si128((__m128i *)out, a);
+            _mm_stream_si128((__m128i *)(out + 16), b);
+            _mm_stream_si128((__m128i *)(out + 32), c);
+            _mm_stream_si128((__m128i *)(out + 48), d);
+        }
+        memcpy(out, in, bytes);
+        return;
+    }
+#else
+    (void)streaming;
+#endif
+    memcpy(to, from, bytes);
+}
+
+void cg_pack(void *to, const cg_block *from, size_t at, size_t bytes, int streaming) {
+    char *out = to;
+    if (from->rows <= 1 || from->pitch == from->row) {
+        cg_copy(out, from->base + at, bytes, streaming);
+        return;
+    }
+    for (size_t row = at / from->row, offset = at % from->row; bytes > 0; row++, offset = 0) {
+        size_t part = from->row - offset < bytes ? from->row - offset : bytes;
+        cg_copy(out, from->base + row * from->pitch + offset, part, streaming);
+        out += part, bytes -= part;
+    }
+}
+
+void cg_unpack(const cg_block *to, const void *from, size_t at, size_t bytes) {
+    const char *in = from;
+    if (to->rows <= 1 || to->pitch == to->row) {
+        memcpy(to->base + at, in, bytes);
+        return;
+    }
+    for (size_t row = at / to->row, offset = at % to->row; bytes > 0; row++, offset = 0) {
+        size_t part = to->row - offset < bytes ? to->row - offset : bytes;
+        memcpy(to->base + row * to->pitch + offset, in, part);
+        in += part, bytes -= part;
+    }
+}

@@ -1,0 +1,200 @@
+/* The kernels of one instruction set: included by kernels.c once for each, with TARGET (a function attribute) and NAME(x) (a suffix). */
+
+#if defined(__clang__)
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define INDEPENDENT _Pragma("GCC ivdep") /* where `out` is a source, it is the same entry that is read and written */
+#endif
+
+/* Two sources go straight through, more by way of a block that stays in the first cache: `out` may be one that is still to be read. */
+#define DIRECT(name, T, COMBINE, FINISH)                                                             \
+    TARGET static void NAME(name)(void *out_, const void *const *src, int n, size_t count) {         \
+        T *out = out_;                                                                               \
+        const T *first = src[0], *second = src[1];                                                   \
+        if (n == 2) {                                                                                \
+            INDEPENDENT                                                                              \
+            for (size_t i = 0; i < count; i++) {                                                     \
+                T a = first[i], b = second[i];                                                       \
+                a = COMBINE;                                                                         \
+                out[i] = FINISH;                                                                     \
+            }                                                                                        \
+            return;                                                                                  \
+        }                                                                                            \
+        T block[BLOCK];                                                                              \
+        for (size_t at = 0; at < count; at += BLOCK) {                                               \
+            size_t length = count - at < BLOCK ? count - at : BLOCK;                                 \
+            for (size_t i = 0; i < length; i++) {                                                    \
+                T a = first[at + i], b = second[at + i];                                             \
+                block[i] = COMBINE;                                                                  \
+            }                                                                                        \
+            for (int k = 2; k < n; k++) {                                                            \
+                const T *next = (const T *)src[k] + at;                                              \
+                for (size_t i = 0; i < length; i++) {                                                \
+                    T a = block[i], b = next[i];                                                     \
+                    block[i] = COMBINE;                                                              \
+                }                                                                                    \
+            }                                                                                        \
+            for (size_t i = 0; i < length; i++) {                                                    \
+                T a = block[i];                                                                      \
+                out[at + i] = FINISH;                                                                \
+            }                                                                                        \
+        }                                                                                            \
+    }
+
+/* The same in float32, for kinds of 16 bits. */
+#define WIDENED(name, WIDEN, NARROW, COMBINE, FINISH)                                                \
+    TARGET static void NAME(name)(void *out_, const void *const *src, int n, size_t count) {         \
+        uint16_t *out = out_;                                                                        \
+        float block[BLOCK], other[BLOCK];                                                            \
+        for (size_t at = 0; at < count; at += BLOCK) {                                               \
+            size_t length = count - at < BLOCK ? count - at : BLOCK;                                 \
+            NAME(WIDEN)(block, (const uint16_t *)src[0] + at, length);                               \
+            for (int k = 1; k < n; k++) {                                                            \
+                NAME(WIDEN)(other, (const uint16_t *)src[k] + at, length);                           \
+                for (size_t i = 0; i < length; i++) {                                                \
+                    float a = block[i], b = other[i];                                                \
+                    block[i] = COMBINE;                                                              \
+                }                                                                                    \
+            }                                                                                        \
+            for (size_t i = 0; i < length; i++) {                                                    \
+                float a = block[i];                                                                  \
+                block[i] = FINISH;                                                                   \
+            }                                                                                        \
+            NAME(NARROW)(out + at, block, length);                                                   \
+        }                                                                                            \
+    }
+
+TARGET static void NAME(bf16_widen)(float *to, const uint16_t *from, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        union { uint32_t bits; float value; } u = {.bits = (uint32_t)from[i] << 16};
+        to[i] = u.value;
+    }
+}
+
+TARGET static void NAME(bf16_narrow)(uint16_t *to, const float *from, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        union { float value; uint32_t bits; } u = {.value = from[i]};
+        uint32_t rounded = (u.bits + 0x7FFF + (u.bits >> 16 & 1)) >> 16;
+        to[i] = (uint16_t)((u.bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+    }
+}
+
+#if defined(HALF_BY_F16C)
+TARGET static void NAME(f16_widen)(float *to, const uint16_t *from, size_t count) {
+    size_t i = 0;
+    for (; i + 8 <= count; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
+    for (; i < count; i++) to[i] = _cvtsh_ss(from[i]);
+}
+TARGET static void NAME(f16_narrow)(uint16_t *to, const float *from, size_t count) {
+    size_t i = 0;
+    for (; i + 8 <= count; i += 8) _mm_storeu_si128((__m128i *)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+    for (; i < count; i++) to[i] = _cvtss_sh(from[i], _MM_FROUND_TO_NEAREST_INT);
+}
+#elif defined(__aarch64__)
+TARGET static void NAME(f16_widen)(float *to, const uint16_t *from, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        union { uint16_t bits; __fp16 value; } u = {.bits = from[i]};
+        to[i] = u.value;
+    }
+}
+TARGET static void NAME(f16_narrow)(uint16_t *to, const float *from, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        union { __fp16 value; uint16_t bits; } u = {.value = (__fp16)from[i]};
+        to[i] = u.bits;
+    }
+}
+#else
+/* By integers alone. A half is a float of another bias: subnormals by the exact product with a power of two, rounding by the integer unit. */
+TARGET static void NAME(f16_widen)(float *to, const uint16_t *from, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        uint32_t half = from[i], sign = (half & 0x8000) << 16, rest = half & 0x7FFF;
+        union { uint32_t bits; float value; } scaled = {.bits = rest << 13}, whole, special = {.bits = (rest << 13) | 0x7F800000};
+        whole.value = scaled.value * 0x1p+112f;
+        /* A NaN is made quiet, as the processor's own conversion does. */
+        if (rest > 0x7C00) special.bits |= 0x00400000;
+        union { uint32_t bits; float value; } result = {.bits = (rest >= 0x7C00 ? special.bits : whole.bits) | sign};
+        to[i] = result.value;
+    }
+}
+TARGET static void NAME(f16_narrow)(uint16_t *to, const float *from, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        union { float value; uint32_t bits; } u = {.value = from[i]}, small;
+        uint32_t sign = u.bits >> 16 & 0x8000, rest = u.bits & 0x7FFFFFFF, half;
+        if (rest > 0x7F800000) {
+            half = 0x7E00 | (rest >> 13 & 0x3FF);
+        } else if (rest >= 0x477FF000) {
+            half = 0x7C00; /* 65520 and beyond round to infinity */
+        } else if (rest < 0x38800000) {
+            /* Subnormal: the addition shifts and rounds, with one unit of the sum being one of the result. */
+            small.bits = rest;
+            small.value += 0.5f;
+            half = small.bits - 0x3F000000;
+        } else {
+            half = (rest - 0x38000000 + 0xFFF + (rest >> 13 & 1)) >> 13;
+        }
+        to[i] = (uint16_t)(half | sign);
+    }
+}
+#endif
+
+#define ADD a + b
+#define TIMES a * b
+#define LARGER (a > b || a != a) ? a : b
+#define SMALLER (a < b || a != a) ? a : b
+#define LARGER_WHOLE a > b ? a : b
+#define SMALLER_WHOLE a < b ? a : b
+
+#define FLOATS(prefix, T)                             \
+    DIRECT(prefix##_sum, T, ADD, a)                   \
+    DIRECT(prefix##_avg, T, ADD, a / (T)n)            \
+    DIRECT(prefix##_max, T, LARGER, a)                \
+    DIRECT(prefix##_min, T, SMALLER, a)               \
+    DIRECT(prefix##_product, T, TIMES, a)
+#define HALVES(prefix)                                                                   \
+    WIDENED(prefix##_sum, prefix##_widen, prefix##_narrow, ADD, a)                       \
+    WIDENED(prefix##_avg, prefix##_widen, prefix##_narrow, ADD, a / (float)n)            \
+    WIDENED(prefix##_max, prefix##_widen, prefix##_narrow, LARGER, a)                    \
+    WIDENED(prefix##_min, prefix##_widen, prefix##_narrow, SMALLER, a)                   \
+    WIDENED(prefix##_product, prefix##_widen, prefix##_narrow, TIMES, a)
+/* Signed sums and products are computed unsigned, where wrapping is defined; the bits are the same. */
+#define WHOLES(bits)                                                                             \
+    DIRECT(u##bits##_sum, uint##bits##_t, (uint##bits##_t)(a + b), a)                            \
+    DIRECT(u##bits##_product, uint##bits##_t, (uint##bits##_t)(1u * a * b), a)                   \
+    DIRECT(u##bits##_max, uint##bits##_t, LARGER_WHOLE, a)                                       \
+    DIRECT(u##bits##_min, uint##bits##_t, SMALLER_WHOLE, a)                                      \
+    DIRECT(i##bits##_max, int##bits##_t, LARGER_WHOLE, a)                                        \
+    DIRECT(i##bits##_min, int##bits##_t, SMALLER_WHOLE, a)
+
+FLOATS(f32, float)
+FLOATS(f64, double)
+HALVES(bf16)
+HALVES(f16)
+WHOLES(8)
+WHOLES(16)
+WHOLES(32)
+WHOLES(64)
+
+#define ALL_FLOAT(p) {NAME(p##_sum), NAME(p##_avg), NAME(p##_max), NAME(p##_min), NAME(p##_product)}
+#define ALL_SIGNED(b) {NAME(u##b##_sum), NULL, NAME(i##b##_max), NAME(i##b##_min), NAME(u##b##_product)}
+#define ALL_UNSIGNED(b) {NAME(u##b##_sum), NULL, NAME(u##b##_max), NAME(u##b##_min), NAME(u##b##_product)}
+static const cg_kernel NAME(table)[CG_DTYPES][CG_OPS] = {
+    [CG_F32] = ALL_FLOAT(f32), [CG_F64] = ALL_FLOAT(f64), [CG_BF16] = ALL_FLOAT(bf16), [CG_F16] = ALL_FLOAT(f16),
+    [CG_I8] = ALL_SIGNED(8), [CG_I16] = ALL_SIGNED(16), [CG_I32] = ALL_SIGNED(32), [CG_I64] = ALL_SIGNED(64),
+    [CG_U8] = ALL_UNSIGNED(8), [CG_U16] = ALL_UNSIGNED(16), [CG_U32] = ALL_UNSIGNED(32), [CG_U64] = ALL_UNSIGNED(64),
+};
+
+#undef INDEPENDENT
+#undef DIRECT
+#undef WIDENED
+#undef ADD
+#undef TIMES
+#undef LARGER
+#undef SMALLER
+#undef LARGER_WHOLE
+#undef SMALLER_WHOLE
+#undef FLOATS
+#undef HALVES
+#undef WHOLES
+#undef ALL_FLOAT
+#undef ALL_SIGNED
+#undef ALL_UNSIGNED

@@ -1,0 +1,84 @@
+/* What the parts of the Python module share. Only the stable ABI of Python 3.11 is used: one build serves every later version. */
+#ifndef COMMGRAPH_MODULE_H
+#define COMMGRAPH_MODULE_H
+
+#define Py_LIMITED_API 0x030B0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "collective.h"
+#include "pool.h"
+#include "ring.h"
+
+typedef struct {
+    PyObject *stopped; /* the exception */
+    PyTypeObject *segment, *pool, *block, *team, *group, *ring, *door;
+    PyObject *requires_grad, *is_neg, *is_inference; /* names, interned */
+} module_state;
+
+typedef struct {
+    PyObject_HEAD
+    char *base;
+    size_t bytes;
+} Segment;
+
+typedef struct {
+    PyObject_HEAD
+    cg_pool *pool;
+} Pool;
+
+/* Memory of a pool, given back when the last reference goes. */
+typedef struct {
+    PyObject_HEAD
+    char *base;
+    Py_ssize_t bytes;
+} Block;
+
+typedef struct {
+    PyObject_HEAD
+    cg_team team;
+    Segment *segment;
+    PyThreadState *saved; /* of the thread that is in a call */
+    int busy;
+} Team;
+
+/* Operations, as a line and a seat name them. */
+enum {
+    OP_BARRIER = 1, OP_ALL_REDUCE, OP_ALL_REDUCE_, OP_ALL_GATHER, OP_REDUCE_SCATTER, OP_ALL_TO_ALL, OP_GATHER, OP_BROADCAST, OP_OBJECT
+};
+
+enum { CACHED = 64, KEY_DIMS = 4 };
+/* A call that was made before: its digest need not be computed again. */
+typedef struct {
+    int operation, dtype, ndim;
+    int64_t extra, shape[KEY_DIMS];
+    uint32_t digest;
+} cached_call;
+
+typedef struct {
+    PyObject_HEAD
+    cg_group group;
+    Team *team;
+    Pool *pool;
+    PyObject *regions; /* segments that are kept mapped */
+    PyObject *describe;
+    PyTypeObject *tensor_type;
+    const void *exchange; /* dl_exchange, or NULL */
+    uint64_t sequence;
+    int64_t timeout_ns;
+    int enabled;
+    cached_call cache[CACHED];
+} Group;
+
+extern PyType_Spec door_spec;
+
+module_state *state_of(PyObject *self);
+/* Begins and ends a call on a team, during which other threads of Python run. 0 if the team is in use. */
+int enter(Team *team);
+void leave(Team *team);
+/* The exception for a result other than CG_OK. */
+PyObject *raise_stopped(PyObject *self, int code, int who);
+int64_t deadline_after(int64_t timeout_ns);
+uint64_t call_word(const Group *group, int operation);
+
+#endif

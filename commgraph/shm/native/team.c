@@ -1,0 +1,247 @@
+#define _GNU_SOURCE
+#include "team.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/futex.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef SYS_pidfd_open
+#define SYS_pidfd_open 434 /* the same on every architecture; C libraries before 2.36 lack the name */
+#endif
+
+/* team->watch[seat] where it is no descriptor. */
+enum { WATCH_UNKNOWN = -1, WATCH_MYSELF = -2, WATCH_BY_PROC = -3 };
+
+#define SLICE_NS 50000000ull /* of a sleep, after which the others are looked after: a death is noticed within it */
+
+int64_t cg_clock_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+/* State and start time of a process, from /proc. 0 if there is none, or it is a zombie. */
+static int process_alive(int pid, uint64_t *born) {
+    char path[64], text[1024];
+    snprintf(path, sizeof path, "/proc/%d/stat", pid);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return errno != ENOENT && errno != ESRCH; /* too many open files, say: nothing is known */
+    ssize_t length = read(fd, text, sizeof text - 1);
+    close(fd);
+    if (length <= 0) return 0;
+    text[length] = 0;
+    char *rest = strrchr(text, ')'); /* the name of a program may hold anything */
+    if (rest == NULL || rest[1] == 0) return 0;
+    rest += 2;
+    if (*rest == 'Z' || *rest == 'X') return 0;
+    for (int field = 3; field < 22 && rest != NULL; field++) {
+        rest = strchr(rest, ' ');
+        if (rest != NULL) rest++;
+    }
+    if (rest != NULL) *born = strtoull(rest, NULL, 10);
+    return 1;
+}
+
+int cg_team_join(cg_team *team, cg_seat *seats, int n, int me, int crowd) {
+    memset(team, 0, sizeof *team);
+    team->watch = malloc(sizeof(int) * (size_t)n);
+    if (team->watch == NULL) return ENOMEM;
+    team->seats = seats;
+    team->n = n;
+    team->me = me;
+    team->slice_ns = SLICE_NS;
+    for (int i = 0; i < n; i++) team->watch[i] = WATCH_UNKNOWN;
+    cpu_set_t allowed;
+    int cores = sched_getaffinity(0, sizeof allowed, &allowed) == 0 ? CPU_COUNT(&allowed) : 1;
+    /* A spin is lost time where the one that is waited for has no core of its own. */
+    team->spins = crowd <= cores ? 100 : 0;
+    team->yields = crowd <= cores ? 200 : 20;
+    int32_t nobody = 0;
+    if (!atomic_compare_exchange_strong(&seats[me].pid, &nobody, getpid())) return EBUSY;
+    process_alive(seats[me].pid, &seats[me].born);
+    atomic_store_explicit(&seats[me].state, CG_SEATED, memory_order_release);
+    return 0;
+}
+
+void cg_team_leave(cg_team *team) {
+    for (int i = 0; team->watch != NULL && i < team->n; i++)
+        if (team->watch[i] >= 0) close(team->watch[i]);
+    free(team->watch);
+    team->watch = NULL;
+}
+
+static void ring(cg_team *team, int seat) {
+    atomic_fetch_add_explicit(&team->seats[seat].doorbell, 1, memory_order_seq_cst);
+    syscall(SYS_futex, &team->seats[seat].doorbell, FUTEX_WAKE, INT32_MAX, NULL, NULL, 0);
+}
+
+static int has_left(const cg_team *team, int seat) {
+    return atomic_load_explicit(&team->seats[seat].state, memory_order_acquire) >= CG_CLOSED;
+}
+
+int cg_team_failed(const cg_team *team) {
+    for (int i = 0; i < team->n; i++)
+        if (i != team->me && atomic_load_explicit(&team->seats[i].state, memory_order_acquire) == CG_FAILED) return i;
+    return -1;
+}
+
+void cg_team_close(cg_team *team, int failed) {
+    if (!has_left(team, team->me))
+        atomic_store_explicit(&team->seats[team->me].state, failed ? CG_FAILED : CG_CLOSED, memory_order_seq_cst);
+    for (int i = 0; i < team->n; i++) ring(team, i);
+}
+
+int cg_team_leave_out(cg_team *team, int seat) {
+    int32_t nobody = 0;
+    return atomic_compare_exchange_strong(&team->seats[seat].pid, &nobody, -1) || nobody == -1;
+}
+
+void cg_notify(cg_team *team, int seat) {
+    /* Pairs with the fence in cg_wait: either the sleeper sees what was stored, or this sees that it sleeps. */
+    atomic_thread_fence(memory_order_seq_cst);
+    if (atomic_load_explicit(&team->seats[seat].sleeping, memory_order_relaxed)) ring(team, seat);
+}
+
+void cg_notify_all(cg_team *team) {
+    atomic_thread_fence(memory_order_seq_cst);
+    for (int i = 0; i < team->n; i++)
+        if (i != team->me && atomic_load_explicit(&team->seats[i].sleeping, memory_order_relaxed)) ring(team, i);
+}
+
+/* Whether the process in that seat has ended. */
+static int is_dead(cg_team *team, int seat) {
+    cg_seat *other = &team->seats[seat];
+    if (seat == team->me || atomic_load_explicit(&other->state, memory_order_acquire) == CG_EMPTY) return 0;
+    if (team->watch[seat] == WATCH_UNKNOWN) {
+        uint64_t born = other->born;
+        if (other->pid == team->seats[team->me].pid) {
+            team->watch[seat] = WATCH_MYSELF; /* a thread of this process, which says itself that it ends */
+        } else {
+            int fd = (int)syscall(SYS_pidfd_open, other->pid, 0);
+            if (fd < 0 && errno == ESRCH) return 1;
+            /* Opened first and then compared: what the descriptor means cannot change any more. */
+            if (!process_alive(other->pid, &born) || born != other->born) {
+                if (fd >= 0) close(fd);
+                return 1;
+            }
+            team->watch[seat] = fd >= 0 ? fd : WATCH_BY_PROC; /* an old kernel, a sandbox, too many open files */
+        }
+    }
+    if (team->watch[seat] == WATCH_MYSELF) return 0;
+    if (team->watch[seat] == WATCH_BY_PROC) {
+        uint64_t born = other->born;
+        return !process_alive(other->pid, &born) || born != other->born;
+    }
+    struct pollfd watched = {.fd = team->watch[seat], .events = POLLIN};
+    return poll(&watched, 1, 0) > 0 && (watched.revents & POLLIN);
+}
+
+/* Who of those that are watched has left, -1 for nobody. */
+static int someone_closed(cg_team *team, int watched) {
+    if (watched != CG_EVERYONE) return has_left(team, watched) ? watched : -1;
+    for (int i = 0; i < team->n; i++)
+        if (i != team->me && has_left(team, i)) return i;
+    return -1;
+}
+
+static int someone_died(cg_team *team, int watched) {
+    if (watched != CG_EVERYONE) return is_dead(team, watched) ? watched : -1;
+    for (int i = 0; i < team->n; i++)
+        if (is_dead(team, i)) return i;
+    return -1;
+}
+
+int cg_team_lost(cg_team *team, int *who) {
+    if ((*who = someone_closed(team, CG_EVERYONE)) >= 0) return CG_GONE;
+    return (*who = someone_died(team, CG_EVERYONE)) >= 0 ? CG_LOST : CG_OK;
+}
+
+/* Who of those that are watched is in another call of the same number, or in a later one, -1 for nobody: what is waited for never comes. */
+static int someone_elsewhere(cg_team *team, int watched) {
+    uint64_t mine = atomic_load_explicit(&team->seats[team->me].posted, memory_order_relaxed);
+    if (mine == 0) return -1;
+    for (int i = 0; i < team->n; i++) {
+        if (i == team->me || (watched != CG_EVERYONE && watched != i)) continue;
+        uint64_t theirs = atomic_load_explicit(&team->seats[i].posted, memory_order_acquire);
+        if (theirs >> 8 > mine >> 8 || (theirs >> 8 == mine >> 8 && theirs != mine)) return i;
+    }
+    return -1;
+}
+
+int cg_wait(cg_team *team, cg_condition ready, void *arg, int watched, int collective, int64_t deadline, int *who) {
+    cg_seat *mine = &team->seats[team->me];
+    for (int i = 0; i < team->spins; i++) {
+        if (ready(arg)) return CG_OK;
+        cg_pause();
+    }
+    for (int i = 0; i < team->yields; i++) {
+        if (ready(arg)) return CG_OK;
+        sched_yield();
+    }
+    int64_t looked = cg_clock_ns();
+    int result = CG_OK;
+    for (;;) {
+        uint32_t rung = atomic_load_explicit(&mine->doorbell, memory_order_acquire);
+        atomic_store_explicit(&mine->sleeping, 1, memory_order_relaxed);
+        atomic_thread_fence(memory_order_seq_cst);
+        if (ready(arg)) break;
+        if (has_left(team, team->me)) {
+            result = CG_SELF;
+            break;
+        }
+        int gone = someone_closed(team, watched);
+        if (gone >= 0) {
+            /* What it did before it left counts. */
+            if (ready(arg)) break;
+            *who = gone;
+            result = CG_GONE;
+            break;
+        }
+        int64_t now = cg_clock_ns();
+        if (now >= deadline) {
+            result = CG_TIMEOUT;
+            break;
+        }
+        if (now - looked >= (int64_t)team->slice_ns) {
+            looked = now;
+            int dead = someone_died(team, watched);
+            if (dead >= 0) {
+                if (ready(arg)) break;
+                *who = dead;
+                result = CG_LOST;
+                break;
+            }
+            int elsewhere = collective ? someone_elsewhere(team, watched) : -1;
+            if (elsewhere >= 0) {
+                if (ready(arg)) break;
+                *who = elsewhere;
+                result = CG_MISMATCH;
+                break;
+            }
+            atomic_store_explicit(&mine->sleeping, 0, memory_order_relaxed);
+            if (team->interrupted != NULL && team->interrupted(team)) {
+                result = CG_SIGNAL;
+                break;
+            }
+            continue;
+        }
+        int64_t left = deadline - now, slice = (int64_t)team->slice_ns;
+        if (left > slice) left = slice;
+        struct timespec relative = {.tv_sec = left / 1000000000, .tv_nsec = left % 1000000000};
+        long slept = syscall(SYS_futex, &mine->doorbell, FUTEX_WAIT, rung, &relative, NULL, 0);
+        if (slept < 0 && errno == EINTR && team->interrupted != NULL && team->interrupted(team)) {
+            result = CG_SIGNAL;
+            break;
+        }
+    }
+    atomic_store_explicit(&mine->sleeping, 0, memory_order_relaxed);
+    return result;
+}

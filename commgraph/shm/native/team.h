@@ -1,0 +1,85 @@
+/* The participants of one piece of shared memory: who sits where, how they wait for each other, how a death is noticed.
+ *
+ * Every participant has a seat with a doorbell. Whoever waits for anything sleeps on its own doorbell, and whoever makes something true
+ * rings the doorbells of those that sleep. The order of stores and loads in `cg_wait` and `cg_notify` is the one that
+ * tests/protocol_model.py explores: change them together.
+ */
+#ifndef COMMGRAPH_TEAM_H
+#define COMMGRAPH_TEAM_H
+
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define CG_LINE 64 /* bytes of a cache line */
+
+/* CG_FAILED: left after an error, so that what it did last does not count as done. */
+enum { CG_EMPTY = 0, CG_SEATED = 1, CG_CLOSED = 2, CG_FAILED = 3 };
+
+/* What a wait comes to. */
+enum {
+    CG_OK = 0,
+    CG_TIMEOUT = 1,     /* the deadline passed; `who` was waited for */
+    CG_LOST = 2,        /* participant `who` died */
+    CG_GONE = 3,        /* participant `who` closed its side */
+    CG_SELF = 4,        /* this side was closed, by another thread */
+    CG_SIGNAL = 5,      /* a signal handler raised */
+    CG_MISMATCH = 6,    /* the calls of the participants do not fit together */
+    CG_NOMEM = 7,
+    CG_RESTART = 8,     /* the writer of a ring gave up on the record that was being read, and began another */
+};
+
+/* One participant, in shared memory. Two cache lines: the first is written by anyone, the second by its owner. */
+typedef struct {
+    _Alignas(CG_LINE) _Atomic uint32_t doorbell; /* counts what was rung */
+    _Atomic uint32_t sleeping;                   /* its owner is about to sleep, or does */
+    _Alignas(CG_LINE) _Atomic uint32_t state;
+    _Atomic int32_t pid;      /* 0 until somebody claims the seat; -1 where nobody ever will */
+    uint64_t born;            /* start time of the process in clock ticks since boot: a pid may be used again */
+    _Atomic uint64_t posted;  /* the last call that its owner began: (1 + number) << 8 | operation; 0 for none */
+} cg_seat;
+
+/* The view of one participant; process memory. */
+typedef struct cg_team {
+    cg_seat *seats;
+    int n, me;
+    int spins, yields;
+    int *watch; /* pidfd of each process; WATCH_* */
+    int (*interrupted)(struct cg_team *); /* called every slice of a wait; non-zero ends it with CG_SIGNAL */
+    void *user;
+    uint64_t slice_ns;
+} cg_team;
+
+int64_t cg_clock_ns(void);
+
+/* Sits down: `seats` is zeroed memory of `n` seats. 0, or an errno: EBUSY where somebody sits, or sat. */
+int cg_team_join(cg_team *team, cg_seat *seats, int n, int me, int crowd);
+void cg_team_leave(cg_team *team); /* frees the view; the seat stays as it is */
+/* Says that this side does nothing more, and wakes everybody. From any thread. */
+void cg_team_close(cg_team *team, int failed);
+/* Whether anybody else has left or died: CG_OK, CG_GONE or CG_LOST. Not beside a wait on the same view. */
+int cg_team_lost(cg_team *team, int *who);
+/* Says that nobody will sit there. 0 if somebody does. */
+int cg_team_leave_out(cg_team *team, int seat);
+/* Who has failed, -1 for nobody. */
+int cg_team_failed(const cg_team *team);
+
+typedef int (*cg_condition)(void *);
+#define CG_EVERYONE (-1)
+/* Waits until `ready(arg)`. `watched`: whose death or leaving ends the wait, CG_EVERYONE for all. `collective`: so does one of them that is in
+ * another call of the same number, or in a later one. `deadline`: CLOCK_MONOTONIC ns. */
+int cg_wait(cg_team *team, cg_condition ready, void *arg, int watched, int collective, int64_t deadline, int *who);
+/* After a store that may make somebody's condition true. */
+void cg_notify(cg_team *team, int seat);
+void cg_notify_all(cg_team *team);
+
+static inline void cg_pause(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("isb" ::: "memory");
+#endif
+}
+
+
+#endif

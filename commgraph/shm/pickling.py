@@ -1,0 +1,87 @@
+"""Python objects as a pickle and the large buffers in it, which travel beside it and are not copied into it (pickle protocol 5, PEP 574).
+
+For processes that share memory and so trust each other; `commgraph.wire` is for what comes from a network.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import pickle
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from commgraph.wire import CARRIERS
+
+__all__ = ["Pickler", "buffer_of", "loads", "tensor_over"]
+
+# Bytes of a buffer from which on it travels beside the pickle.
+_OUT_OF_BAND = 4096
+
+
+class Pickler:
+    """Makes records of objects, one after the other."""
+
+    def __init__(self) -> None:
+        self._file = io.BytesIO()
+        self._buffers: list[memoryview] = []
+        self._pickler = _Pickler(self._file, protocol=5, buffer_callback=self._take)
+
+    def dumps(self, obj: object) -> tuple[Any, ...]:
+        """The parts of a record: the pickle, then its buffers. They are views of the object: write them before it changes.
+
+        Raises:
+            Exception: whatever pickling raises.
+        """
+        self._file.seek(0)
+        self._file.truncate()
+        self._buffers.clear()
+        try:
+            self._pickler.dump(obj)
+        finally:
+            # What was pickled is remembered by its address, which another object may have by the next call.
+            self._pickler.clear_memo()
+        return (self._file.getvalue(), *self._buffers)
+
+    def _take(self, buffer: pickle.PickleBuffer) -> bool:
+        view = buffer.raw()
+        if view.nbytes < _OUT_OF_BAND:
+            return True  # in band
+        self._buffers.append(view)
+        return False
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles plain host tensors by their values: torch's own way copies the whole storage of a view, and fails on float8."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        """As pickle asks for each object that is not of a built-in kind; NotImplemented leaves it to the usual way."""
+        if type(obj) is not torch.Tensor or obj.requires_grad:
+            return NotImplemented
+        if obj.device.type != "cpu" or obj.layout is not torch.strided or obj.is_nested or obj.is_quantized:
+            return NotImplemented
+        return tensor_over, (pickle.PickleBuffer(buffer_of(obj)), obj.dtype, tuple(obj.shape))
+
+
+def buffer_of(x: torch.Tensor) -> Any:
+    """The bytes of a strided host tensor as a buffer, which keeps them alive: its own memory, or that of a contiguous copy."""
+    bits = x.detach().resolve_conj().resolve_neg().view(CARRIERS[x.dtype.itemsize]).contiguous()
+    if not bits.nbytes:
+        return bytearray()
+    buffer = (ctypes.c_ubyte * bits.nbytes).from_address(bits.data_ptr())
+    buffer.owner = bits  # type: ignore[attr-defined]  # it takes any attribute
+    return buffer
+
+
+def tensor_over(buffer: Any, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor whose memory is a writable buffer, which it keeps alive."""
+    if not len(buffer):
+        return torch.empty(tuple(shape), dtype=dtype)
+    return torch.frombuffer(buffer, dtype=CARRIERS[dtype.itemsize]).view(dtype).view(tuple(shape))
+
+
+def loads(pickled: bytes, buffers: Iterable[Any]) -> Any:
+    """The object of a record; what it holds in buffers stays in their memory. Takes as many of them as it has."""
+    return pickle.loads(pickled, buffers=buffers)
