@@ -71,6 +71,22 @@ def demo(session: nox.Session) -> None:
     session.run(str(with_torch(session) / "commgraph"), "demo", *session.posargs, external=True)
 
 
+@nox.session(venv_backend="none", default=False)
+def bench(session: nox.Session) -> None:
+    """Measures commgraph beside other libraries and writes docs/benchmarks.md. Arguments after -- go to each run, e.g. --seconds 3."""
+    commgraph = str(with_torch(session, "bench") / "commgraph")
+    # MPI starts its own processes and multiprocessing.Queue is inherited from ours: hence tensors and objects apart.
+    runs = (
+        "--op tensors --dtype float32 bfloat16 --compare gloo mpi deepspeed",
+        "--op tensor_dict objects --compare gloo pipe queue zmq",
+        "--ranks 4 --op all_reduce_ barrier object_readers --sizes 4Ki,64Ki,1Mi --compare gloo pipe queue zmq",
+    )
+    files = [str(Path(session.create_tmp()) / f"{number}.json") for number in range(len(runs))]
+    for arguments, file in zip(runs, files, strict=True):
+        session.run(commgraph, "bench", *arguments.split(), "--json", file, *session.posargs, external=True)
+    session.run(commgraph, "bench", "--read", *files, "--markdown", "docs/benchmarks.md", external=True, silent=True)
+
+
 @nox.session(venv_backend="none")
 def types(session: nox.Session) -> None:
     """Strict static types."""

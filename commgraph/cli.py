@@ -26,8 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"commgraph {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    # The demo parses its own arguments: under torchrun it is started without this command.
+    # These two parse their own arguments: under a launcher they are started without this command.
     commands.add_parser("demo", help="generate text on several processes of this machine", add_help=False)
+    commands.add_parser("bench", help="measure what communication takes here, alone or beside other libraries", add_help=False)
     layout = commands.add_parser(
         "layout", help="print and draw where ranks sit", description="Prints and draws where the ranks of a layout sit."
     )
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given, rest = parser.parse_known_args(argv)
     if given.command == "demo":
         return _demo(argv[argv.index("demo") + 1 :])
+    if given.command == "bench":
+        return _bench(argv[argv.index("bench") + 1 :])
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return _layout(given)
@@ -50,6 +53,12 @@ def _demo(argv: Sequence[str]) -> int:
         print(f"commgraph demo needs {error.name}: pip install 'commgraph[demo]'", file=sys.stderr)
         return 2
     return run_demo(argv)
+
+
+def _bench(argv: Sequence[str]) -> int:
+    from commgraph.bench.main import main as run_bench
+
+    return run_bench(argv)
 
 
 def _layout(given: argparse.Namespace) -> int:

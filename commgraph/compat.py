@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["GlooDevice", "default_store", "dlpack_exchange", "gloo_available", "gloo_device", "make_gloo", "wrap_gloo"]
+__all__ = ["GlooDevice", "default_store", "dlpack_exchange", "gloo_available", "gloo_device", "make_gloo", "mark_written", "wrap_gloo"]
 
 # The opaque handle of a gloo network device (one event loop thread); torch gives it no public type.
 GlooDevice = Any
@@ -75,3 +75,13 @@ def default_store() -> dist.Store:
 def dlpack_exchange() -> Any:
     """The capsule of DLPack's C functions, None in a torch that has none (it came after 2.11): then tensors are read by their addresses."""
     return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+
+
+def mark_written() -> Any:
+    """A function of a tuple of tensors whose memory is going to be filled past torch: counts their versions up, so that autograd notices.
+
+    Privately `torch._C._increment_version`: `torch.autograd.graph.increment_version` is public and takes twice the time.
+    """
+    from torch._C import _increment_version
+
+    return _increment_version

@@ -37,6 +37,9 @@ CLOSE_TIMEOUT = timedelta(seconds=30)
 # Serve host tensors and objects only, unless `groups` names them: every rank is in them, and nobody all-reduces activations there.
 _HOST_GROUPS = frozenset({"world", "replica"})
 
+# Found as attributes of a context; those of the user's own by their names in brackets.
+_GROUPS = ("world", "replica", "dp", "pp", "pcp", "tp", "dcp", "ep")
+
 
 class ParallelContext:
     """The groups of one layout as this rank sees them. Made by `World.context`; frozen.
@@ -44,9 +47,20 @@ class ParallelContext:
     ``context.tp`` and ``context["tp"]`` are the same `GroupCoordinator`; a size-1 axis has a coordinator of one rank, so that layers need
     no special case. Several contexts live in one process, each with groups of its own. Copying (deepcopy included) gives the
     same object, so that a model that holds a context can be copied; pickling is refused.
+
+    Attributes:
+        world: every rank of the layout; for host tensors and objects unless asked for otherwise.
+        replica: the same place in each replica: engines that otherwise never talk.
+        dp: data parallelism.
+        pp: pipeline parallelism: the stages, in order.
+        pcp: prefill context parallelism.
+        tp: tensor parallelism.
+        dcp: decode context parallelism.
+        ep: expert parallelism: dp x pcp x tp of one pipeline stage.
     """
 
-    __slots__ = ("__weakref__", "_groups", "_layout", "_name", "_options", "_state", "_world")
+    # Groups in slots, because looking one up is part of every call: a slot costs a fifth of a property.
+    __slots__ = ("__weakref__", "_groups", "_layout", "_name", "_options", "_state", "_world", *_GROUPS)
 
     _groups: Mapping[str, GroupCoordinator]
     _layout: Layout
@@ -54,6 +68,15 @@ class ParallelContext:
     _options: Mapping[str, CommunicatorOptions]
     _state: dict[str, bool]
     _world: World
+
+    world: GroupCoordinator
+    replica: GroupCoordinator
+    dp: GroupCoordinator
+    pp: GroupCoordinator
+    pcp: GroupCoordinator
+    tp: GroupCoordinator
+    dcp: GroupCoordinator
+    ep: GroupCoordinator
 
     def __init__(
         self,
@@ -71,6 +94,7 @@ class ParallelContext:
             ("_groups", MappingProxyType(dict(groups))),
             ("_options", MappingProxyType(dict(options))),
             ("_state", {"closed": False}),
+            *((group, groups[group]) for group in _GROUPS if group in groups),
         ):
             object.__setattr__(self, attribute, value)
 
@@ -129,45 +153,11 @@ class ParallelContext:
         except KeyError:
             raise LayoutError(f"context {self._name!r} has no group {name!r}; its layout has: {', '.join(self._groups)}") from None
 
-    @property
-    def world(self) -> GroupCoordinator:
-        """Every rank of the layout; for host tensors and objects unless asked for otherwise."""
-        return self["world"]
-
-    @property
-    def replica(self) -> GroupCoordinator:
-        """The same place in each replica: engines that otherwise never talk."""
-        return self["replica"]
-
-    @property
-    def dp(self) -> GroupCoordinator:
-        """Data parallelism."""
-        return self["dp"]
-
-    @property
-    def pp(self) -> GroupCoordinator:
-        """Pipeline parallelism: the stages, in order."""
-        return self["pp"]
-
-    @property
-    def pcp(self) -> GroupCoordinator:
-        """Prefill context parallelism."""
-        return self["pcp"]
-
-    @property
-    def tp(self) -> GroupCoordinator:
-        """Tensor parallelism."""
-        return self["tp"]
-
-    @property
-    def dcp(self) -> GroupCoordinator:
-        """Decode context parallelism."""
-        return self["dcp"]
-
-    @property
-    def ep(self) -> GroupCoordinator:
-        """Expert parallelism: dp x pcp x tp of one pipeline stage."""
-        return self["ep"]
+    def __getattr__(self, name: str) -> NoReturn:
+        # Only asked for what no slot holds.
+        if name in _GROUPS:
+            self[name]
+        raise AttributeError(f"a ParallelContext has no {name!r}; groups of your own are found as context[{name!r}]")
 
     # What is done to all groups.
 

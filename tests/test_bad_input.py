@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import commgraph as cg
-from commgraph.coordinator import GroupCoordinator
 from commgraph.communicators.signature import CHECK, COLLECTIVE, MESSAGE, OBJECT, OBJECT_REST, make_tag
+from commgraph.coordinator import GroupCoordinator
 from commgraph.testing import spmd
 
 Body = Callable[[GroupCoordinator], Any]

@@ -340,9 +340,9 @@ def test_an_authkey_handed_over() -> None:
 
 def test_other_authkeys_on_other_ranks_let_nothing_through() -> None:
     def body(world: cg.World) -> Any:
-        with world.context(cg.Layout(2, tp=2), name="network", options=cg.CommunicatorOptions(shm=False)) as context:
-            with pytest.raises(WireError, match="authkey"):
-                context.tp.all_gather_object(Point(world.rank))
+        network = cg.CommunicatorOptions(shm=False)
+        with world.context(cg.Layout(2, tp=2), name="network", options=network) as ctx, pytest.raises(WireError, match="authkey"):
+            ctx.tp.all_gather_object(Point(world.rank))
         return "refused"
 
     assert from_store([body] * 2, [b"secret", b"another"]) == ["refused"] * 2

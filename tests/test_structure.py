@@ -29,7 +29,7 @@ LAYERS = (
     ("world",),
     ("nn", "testing", "trace"),
     ("integrations",),
-    ("demo",),
+    ("demo", "bench"),
     ("cli", "__main__"),
 )
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units}

@@ -161,9 +161,7 @@ def test_other_mappings_and_what_is_in_them() -> None:
 # Through an all-gather group
 
 
-def through(
-    layout: cg.Layout, tree: Callable[[int], Mapping[Any, Any]], *, gather: str = "tp", shm: bool = True, **how: Any
-) -> list[Any]:
+def through(layout: cg.Layout, tree: Callable[[int], Mapping[Any, Any]], *, gather: str = "tp", shm: bool = True, **how: Any) -> list[Any]:
     """Each stage sends its tree to the next; what each rank got, and the bytes that each sent over pp."""
 
     def run(world: cg.World) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -18,10 +18,10 @@ from commgraph.communicators.signature import SETUP, make_tag, plain
 from commgraph.options import CommunicatorOptions
 from commgraph.shm import host_memory, segments
 from commgraph.shm.mailbox import TENSORS, Mailbox, nanoseconds
-from commgraph.shm.pickling import buffer_of, tensor_over
+from commgraph.shm.pickling import tensor_over
 from commgraph.shm.stopped import GONE, LOST, MISMATCH, TIMEOUT, Stopped
 
-__all__ = ["ShmCommunicator"]
+__all__ = ["ShmCommunicator", "make_door"]
 
 # Bytes of what a rank tells the others while the memory is made.
 _WORD_BYTES = 1024
@@ -103,9 +103,7 @@ class ShmCommunicator(Communicator):
             said = [bytes(piece.tolist()) for piece in words.split(_WORD_BYTES)]
             return [text[2 : 2 + int.from_bytes(text[:2], "little")] for text in said]
 
-        sizes = host_memory.Sizes.plan(
-            n, shm_bytes=options.shm_bytes, queue_bytes=options.queue_bytes, queues=options.message_queue
-        )
+        sizes = host_memory.Sizes.plan(n, shm_bytes=options.shm_bytes, queue_bytes=options.queue_bytes, queues=options.message_queue)
         found = host_memory.join(tell, sizes, gloo.rank_in_group, crowd=limits.crowd)
         return Refused(cls.name, found) if isinstance(found, str) else cls(found, limits.timeout)
 
@@ -115,7 +113,7 @@ class ShmCommunicator(Communicator):
 
     def door(self) -> Any:
         """The short way of one coordinator (native/door.c)."""
-        return self._native.Door(self._group, torch.Tensor, compat.dlpack_exchange())
+        return make_door(self._native, self._group)
 
     @property
     def sequence(self) -> int:
@@ -148,9 +146,7 @@ class ShmCommunicator(Communicator):
             reduce_pieces(pieces, op, out)
         else:
             with self._stops():
-                self._group.all_reduce(
-                    tag, nanoseconds(timeout), x.data_ptr(), out.data_ptr(), x.numel() * width, kind, number, in_place
-                )
+                self._group.all_reduce(tag, nanoseconds(timeout), x.data_ptr(), out.data_ptr(), x.numel() * width, kind, number, in_place)
         return out
 
     def reduce_scatter(
@@ -227,9 +223,9 @@ class ShmCommunicator(Communicator):
     ) -> None:
         assert self.mailbox is not None
         for peer, tensors in _by_peer(sends).items():
-            parts = tuple(buffer_of(x) for x in tensors)
+            dense = [_dense(x) for x in tensors]
             with self._stops():
-                self.mailbox.send(peer, TENSORS, tag, parts, timeout)
+                self.mailbox.send(peer, TENSORS, tag, tuple((x.data_ptr(), x.nbytes) for x in dense), timeout)
         for peer, tensors in _by_peer(receives).items():
             landing = [x if _is_dense(x) else torch.empty(x.shape, dtype=x.dtype) for x in tensors]
             with self._stops():
@@ -360,8 +356,15 @@ class ShmCommunicator(Communicator):
         sizes = self._memory.sizes
         return (
             f"shared memory of one host, {self._memory.nbytes} bytes (slots of {sizes.slot_bytes}, rings of {sizes.broadcast_bytes} and "
-            f"{sizes.pair_bytes})" + (f", {self._extra_bytes} bytes of shared tensors" if self._extra_bytes else "") + f"; {self._native.isa}"
+            f"{sizes.pair_bytes})"
+            + (f", {self._extra_bytes} bytes of shared tensors" if self._extra_bytes else "")
+            + f"; {self._native.isa}"
         )
+
+
+def make_door(native: Any, group: Any) -> Any:
+    """The short way of a coordinator; `group` is None for one rank."""
+    return native.Door(group, torch.Tensor, compat.dlpack_exchange(), torch.is_inference_mode_enabled, compat.mark_written())
 
 
 class _Describe:

@@ -10,15 +10,15 @@ import attrs
 import torch
 import torch.distributed as dist
 
+from commgraph.communicators import signature
 from commgraph.communicators.base import CallsDiffer, Communicator
 from commgraph.coordinator.call import Call, Timeout
-from commgraph.communicators import signature
 from commgraph.coordinator.host_objects import HostObjects
 from commgraph.coordinator.link import GroupLink
 from commgraph.coordinator.objects import ObjectPath
 from commgraph.coordinator.tensor_dict import Entry, Plan, join_dict, landings, split_dict
-from commgraph.shm.stopped import Stopped
 from commgraph.errors import BackendUnavailableError
+from commgraph.shm.stopped import Stopped
 
 __all__ = ["GroupCoordinator"]
 
@@ -358,7 +358,10 @@ class GroupCoordinator:
             out = strategy.new(_resized(x, dim, x.shape[dim] * self.world_size), x.dtype, x.device)
         pieces = None if out is None else out.split([x.shape[dim]] * self.world_size, dim)
         self._link.run(
-            call, f"dst={dst} {signature.describe(x)} dim={dim}", seconds, lambda tag, left: strategy.gather(x, pieces, dst, tag=tag, timeout=left)
+            call,
+            f"dst={dst} {signature.describe(x)} dim={dim}",
+            seconds,
+            lambda tag, left: strategy.gather(x, pieces, dst, tag=tag, timeout=left),
         )
         return out
 
@@ -458,7 +461,9 @@ class GroupCoordinator:
     def _broadcast(self, call: Call, x: torch.Tensor, src: int, seconds: float) -> torch.Tensor:
         if self.world_size > 1:
             strategy = self._link.route("broadcast", x.shape, x.dtype, x.device)
-            self._link.run(call, f"src={src} {signature.describe(x)}", seconds, lambda tag, left: strategy.broadcast(x, src, tag=tag, timeout=left))
+            self._link.run(
+                call, f"src={src} {signature.describe(x)}", seconds, lambda tag, left: strategy.broadcast(x, src, tag=tag, timeout=left)
+            )
         return x
 
     def barrier(self, *, timeout: Timeout = None) -> None:

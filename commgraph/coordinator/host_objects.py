@@ -77,7 +77,7 @@ class HostObjects:
         carried, parts = self._dict_parts(call, entries, tensors)
         with self._stops(call, timeout):
             self._mailbox.send(dst, DICT, 0, parts, timeout)
-        return carried
+        return frozenset(carried)
 
     def recv_dict(self, call: Call, src: int, timeout: float) -> tuple[list[Entry], dict[int, torch.Tensor]]:
         """The description, and the tensors that came with it as 1-D tensors, by their place among all."""
@@ -94,11 +94,11 @@ class HostObjects:
             return list(entries), {i: x for i, x in enumerate(tensors) if x.device.type == "cpu"}
         return _join(self._get(call, src, DICT, f"src={src}", timeout))
 
-    def _dict_parts(self, call: Call, entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> tuple[frozenset[int], tuple[Any, ...]]:
+    def _dict_parts(self, call: Call, entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
         carried = tuple(i for i, x in enumerate(tensors) if x.device.type == "cpu")
         # Buffers of the pickle itself, if any, come first: reading it takes as many as it has.
         described = self._dumps(call, (list(entries), carried))
-        return frozenset(carried), (*described, *(buffer_of(tensors[i]) for i in carried))
+        return carried, (*described, *(buffer_of(tensors[i]) for i in carried))
 
     # The ways of a record to all.
 

@@ -20,9 +20,9 @@ import attrs
 import torch
 import torch.distributed as dist
 
-from commgraph import compat
 from commgraph.communicators.base import OPERATIONS, CallsDiffer, Communicator, PeerClosed, PeerLate, Refused
 from commgraph.communicators.gloo_transport import GlooTransport
+from commgraph.communicators.shm import make_door
 from commgraph.communicators.signature import CHECK, COLLECTIVE, make_tag
 from commgraph.coordinator.call import Call, place
 from commgraph.errors import CollectiveError, CollectiveMismatchError, CollectiveTimeoutError, ContextClosedError, PeerLostError
@@ -134,7 +134,7 @@ class GroupLink:
         if self.world_size > 1:
             return None if self.comparing is None or self.check else self.comparing.door()
         native = native_module.load()
-        return None if native is None else native.Door(None, torch.Tensor, compat.dlpack_exchange())
+        return None if native is None else make_door(native, None)
 
     @property
     def table(self) -> Mapping[str, tuple[str, ...]]:

@@ -17,8 +17,8 @@ import torch
 
 from commgraph import wire
 from commgraph.communicators.gloo_transport import Background, GlooTransport
-from commgraph.coordinator.call import Call, place
 from commgraph.communicators.signature import COLLECTIVE, OBJECT, OBJECT_REST, make_tag
+from commgraph.coordinator.call import Call, place
 from commgraph.coordinator.link import GroupLink
 from commgraph.coordinator.tensor_dict import Entry
 from commgraph.errors import CollectiveTimeoutError

@@ -105,9 +105,7 @@ class HostMemory:
         return self.native.Ring(self.team, self.pool, offset, src, dst, 1, self.sizes.pair_bytes, False)
 
 
-def join(
-    tell: Callable[[bytes], list[bytes]], sizes: Sizes, rank_in_group: int, *, crowd: int
-) -> HostMemory | str:
+def join(tell: Callable[[bytes], list[bytes]], sizes: Sizes, rank_in_group: int, *, crowd: int) -> HostMemory | str:
     """Makes the memory of a group, or says why there is none. Collective: every rank gets memory, or every rank the same reason.
 
     Args:

@@ -36,7 +36,10 @@ class Mailbox:
         self._aside: dict[tuple[int, int], deque[tuple[int, list[Any]]]] = {}
 
     def send(self, dst: int, kind: int, meta: int, parts: tuple[Any, ...], timeout: float) -> None:
-        """Puts a record for one rank; returns when the ring has it, which may be before it is read."""
+        """Puts a record for one rank; returns when the ring has it, which may be before it is read.
+
+        A part is a buffer, or (address, bytes) of memory that the caller keeps alive.
+        """
         self._outgoing[dst].put(kind, meta, parts, nanoseconds(timeout), 0)
         self.bytes_sent += _nbytes(parts)
 
@@ -109,4 +112,4 @@ def memory_at(address: int, nbytes: int) -> memoryview:
 
 
 def _nbytes(parts: Sequence[Any]) -> int:
-    return sum(memoryview(part).nbytes for part in parts)
+    return sum(part[1] if type(part) is tuple else memoryview(part).nbytes for part in parts)

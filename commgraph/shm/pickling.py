@@ -6,9 +6,9 @@ For processes that share memory and so trust each other; `commgraph.wire` is for
 from __future__ import annotations
 
 import ctypes
-import io
 import pickle
 from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,9 +25,11 @@ class Pickler:
     """Makes records of objects, one after the other."""
 
     def __init__(self) -> None:
-        self._file = io.BytesIO()
+        # What pickle writes: one piece, and three for each large bytes object in it.
+        self._pieces: list[bytes] = []
         self._buffers: list[memoryview] = []
-        self._pickler = _Pickler(self._file, protocol=5, buffer_callback=self._take)
+        pickler = _Pickler(SimpleNamespace(write=self._pieces.append), protocol=5, buffer_callback=self._take)
+        self._dump, self._clear_memo = pickler.dump, pickler.clear_memo
 
     def dumps(self, obj: object) -> tuple[Any, ...]:
         """The parts of a record: the pickle, then its buffers. They are views of the object: write them before it changes.
@@ -35,15 +37,16 @@ class Pickler:
         Raises:
             Exception: whatever pickling raises.
         """
-        self._file.seek(0)
-        self._file.truncate()
-        self._buffers.clear()
+        pieces, buffers = self._pieces, self._buffers
         try:
-            self._pickler.dump(obj)
+            self._dump(obj)
+            pickled = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            return (pickled, *buffers) if buffers else (pickled,)
         finally:
             # What was pickled is remembered by its address, which another object may have by the next call.
-            self._pickler.clear_memo()
-        return (self._file.getvalue(), *self._buffers)
+            self._clear_memo()
+            pieces.clear()
+            buffers.clear()
 
     def _take(self, buffer: pickle.PickleBuffer) -> bool:
         view = buffer.raw()

@@ -128,7 +128,10 @@ static void announce(cg_group *g, const cg_call *call, uint64_t bytes, uint64_t 
 
 static void begin(cg_group *g, const cg_call *call) {
     g->step++;
-    atomic_store_explicit(&g->team->seats[g->me].posted, call->call + 256, memory_order_release);
+    /* A call of the coordinator may be several here (`empty`): they go by the first of them. */
+    _Atomic uint64_t *posted = &g->team->seats[g->me].posted;
+    if (atomic_load_explicit(posted, memory_order_relaxed) >> 8 != (call->call >> 8) + 1)
+        atomic_store_explicit(posted, call->call + 256, memory_order_release);
 }
 
 /* Waits for the first step of the others, and compares. */
@@ -237,8 +240,8 @@ static int one_shot(cg_group *g, const cg_call *call, const void *from, void *to
     int way = choose_way(g, bytes);
     stopwatch writing = start(bytes);
     cg_copy(slot_of(g, g->me, g->step), from, bytes, way);
-    note_write(g, bytes, way, stop(&writing));
     if (way) cg_stream_fence();
+    note_write(g, bytes, way, stop(&writing));
     announce(g, call, bytes, 0, 1, way);
     int result = agree(g, call, who);
     if (result != CG_OK) return result;
@@ -295,8 +298,8 @@ int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, 
             stopwatch writing = start(length * size);
             cg_copy(slot, part, mine_from * size, way);
             cg_copy(slot + mine_to * size, part + mine_to * size, (length - mine_to) * size, way);
-            note_write(g, length * size, way, stop(&writing));
             if (way) cg_stream_fence();
+            note_write(g, length * size, way, stop(&writing));
         }
         int result;
         if (at == 0) {
@@ -359,8 +362,8 @@ int cg_share(cg_group *g, const cg_call *call, const char *mine, const size_t *b
         if (where == 0 && length > 0) {
             stopwatch writing = start(length);
             cg_copy(slot_of(g, g->me, g->step), mine + at, length, way);
-            note_write(g, length, way, stop(&writing));
             if (way) cg_stream_fence();
+            note_write(g, length, way, stop(&writing));
         }
         int result;
         if (k == 0) {
@@ -420,8 +423,8 @@ int cg_trade(cg_group *g, const cg_call *call, const cg_block *out, const cg_blo
             size_t whole = cg_block_bytes(&out[p]);
             if (at < whole) cg_pack(slot + (size_t)p * chunk, &out[p], at, smaller(chunk, whole - at), p == g->me ? 0 : way);
         }
-        note_write(g, staged, way, stop(&writing));
         if (way) cg_stream_fence();
+        note_write(g, staged, way, stop(&writing));
         int result;
         if (k == 0) {
             announce(g, call, most, 0, (uint32_t)rounds, way);
@@ -484,8 +487,8 @@ int cg_reduce_scatter(cg_group *g, const cg_call *call, const cg_block *out, voi
                 if (at < whole && !(p == g->me && flat))
                     cg_pack(slot + (size_t)p * chunk, &out[p], at, smaller(chunk, whole - at), p == g->me ? 0 : way);
             }
-            note_write(g, staged, way, stop(&writing));
             if (way) cg_stream_fence();
+            note_write(g, staged, way, stop(&writing));
         }
         int result;
         if (k == 0) {
@@ -519,6 +522,7 @@ int cg_reduce_scatter(cg_group *g, const cg_call *call, const cg_block *out, voi
 int cg_ping_pong(cg_group *g, const cg_call *call, int rounds, double *ns, int *who) {
     int result = cg_barrier(g, call, who);
     if (result != CG_OK) return result;
+    rounds = rounds / 2 * 2;
     int64_t started = cg_clock_ns();
     if (g->me < 2) {
         /* On the lines of the two, by the numbers of steps to come. */
@@ -535,8 +539,8 @@ int cg_ping_pong(cg_group *g, const cg_call *call, int rounds, double *ns, int *
             if (g->me == 1) atomic_store_explicit(&line_of(g, 1, g->step)->step, g->step, memory_order_release);
         }
     } else {
+        /* An even number, so that what it says next is not said on the line where the barrier may still be looked for. */
         g->step += (uint32_t)rounds;
-        atomic_store_explicit(&line_of(g, g->me, g->step)->step, g->step, memory_order_release);
     }
     *ns = (double)(cg_clock_ns() - started) / (2.0 * rounds);
     g->step++;

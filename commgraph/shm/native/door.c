@@ -17,6 +17,8 @@ typedef struct {
     Group *group; /* NULL: a group of one rank */
     PyTypeObject *tensor_type;
     const dl_exchange *exchange;
+    PyObject *inference_mode; /* tells whether it is on */
+    PyObject *mark_written; /* called with a tuple of tensors that are going to be filled */
     int open;
 } Door;
 
@@ -66,13 +68,30 @@ static int look(Door *door, PyObject *x, view *v, int written) {
         count *= t.shape[i];
     }
     if (count == 0) return 0;
-    /* Lazily negated memory does not hold the tensor's values; that of a lazily conjugated one only concerns complex kinds. */
+    /* Complex memory may be lazily conjugated. Its imaginary part, a view of every second entry, may then be lazily negated: only where
+     * there is a single entry could that look like a run. */
     if (t.dtype.code > DL_BFLOAT && t.dtype.code != DL_BOOL) return 0;
     module_state *state = state_of((PyObject *)door);
     int set = flag(x, state->requires_grad, 0);
-    if (set == 0) set = flag(x, state->is_neg, 1);
-    if (set == 0 && written) set = flag(x, state->is_inference, 1);
+    if (set == 0 && count == 1) set = flag(x, state->is_neg, 1);
     if (set != 0) return set < 0 ? -1 : 0;
+    if (written) {
+        /* One of inference mode has no version, and may be filled in that mode only. */
+        set = flag(x, state->is_inference, 1);
+        if (set > 0) {
+            PyObject *on = PyObject_CallFunctionObjArgs(door->inference_mode, NULL);
+            if (on == NULL) return -1;
+            set = PyObject_IsTrue(on) ? 0 : 1;
+            Py_DECREF(on);
+        } else if (set == 0) {
+            /* Tells autograd that values are changed which it may have saved. */
+            PyObject *tensors = PyTuple_Pack(1, x), *done = tensors == NULL ? NULL : PyObject_CallFunctionObjArgs(door->mark_written, tensors, NULL);
+            Py_XDECREF(tensors);
+            if (done == NULL) return -1;
+            Py_DECREF(done);
+        }
+        if (set != 0) return set < 0 ? -1 : 0;
+    }
     v->data = (char *)t.data + t.byte_offset;
     v->ndim = t.ndim;
     v->kind = t.dtype;
@@ -377,11 +396,11 @@ static PyObject *door_close(PyObject *self, PyObject *unused) {
 
 static PyObject *door_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     (void)kwargs;
-    PyObject *group, *tensor_type, *exchange;
-    if (!PyArg_ParseTuple(args, "OOO", &group, &tensor_type, &exchange)) return NULL;
+    PyObject *group, *tensor_type, *exchange, *inference_mode, *mark_written;
+    if (!PyArg_ParseTuple(args, "OOOOO", &group, &tensor_type, &exchange, &inference_mode, &mark_written)) return NULL;
     module_state *state = PyType_GetModuleState(type);
     if (state == NULL || (group != Py_None && !PyObject_TypeCheck(group, state->group)) || !PyType_Check(tensor_type))
-        return PyErr_Format(PyExc_TypeError, "Door(group, tensor_type, exchange)");
+        return PyErr_Format(PyExc_TypeError, "Door(group, tensor_type, exchange, inference_mode, mark_written)");
     const dl_exchange *api = NULL;
     if (exchange != Py_None && (api = PyCapsule_GetPointer(exchange, "dlpack_exchange_api")) == NULL) return NULL;
     if (api != NULL && (api->version.major != 1 || api->view_of_object == NULL)) api = NULL;
@@ -390,6 +409,8 @@ static PyObject *door_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     self->group = group == Py_None ? NULL : (Group *)Py_NewRef(group);
     self->tensor_type = (PyTypeObject *)Py_NewRef(tensor_type);
     self->exchange = api;
+    self->inference_mode = Py_NewRef(inference_mode);
+    self->mark_written = Py_NewRef(mark_written);
     self->open = 1;
     return (PyObject *)self;
 }
@@ -399,6 +420,8 @@ static void door_dealloc(PyObject *self) {
     PyTypeObject *type = Py_TYPE(self);
     Py_XDECREF((PyObject *)door->group);
     Py_XDECREF((PyObject *)door->tensor_type);
+    Py_XDECREF(door->inference_mode);
+    Py_XDECREF(door->mark_written);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
 }
@@ -415,6 +438,6 @@ static PyMethodDef door_methods[] = {
     {"close", door_close, METH_NOARGS, "close()\n--\n\nFrom now on every answer is None."},
     {0}};
 static PyType_Slot door_slots[] = {
-    {Py_tp_doc, "Door(group, tensor_type, exchange)\n--\n\nThe short way of one coordinator; `group` is None for one rank."},
+    {Py_tp_doc, "Door(group, tensor_type, exchange, inference_mode, mark_written)\n--\n\nThe short way of one coordinator; `group` is None for one rank."},
     {Py_tp_new, door_new}, {Py_tp_dealloc, door_dealloc}, {Py_tp_methods, door_methods}, {0}};
 PyType_Spec door_spec = {"commgraph.shm._native.Door", sizeof(Door), 0, Py_TPFLAGS_DEFAULT, door_slots};

@@ -636,7 +636,7 @@ static void ring_dealloc(PyObject *self) {
 
 enum { FEW_PARTS = 8 };
 
-/* put(kind, meta, parts, timeout_ns, post) */
+/* put(kind, meta, parts, timeout_ns, posted): a part is a buffer, or (address, bytes) of memory that the caller keeps alive. */
 static PyObject *ring_put(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     Ring *ring = (Ring *)self;
     if (nargs != 5) return PyErr_Format(PyExc_TypeError, "put(kind, meta, parts, timeout_ns, posted)");
@@ -656,8 +656,17 @@ static PyObject *ring_put(PyObject *self, PyObject *const *args, Py_ssize_t narg
     int who = 0, result = CG_NOMEM, entered = 0;
     if (parts != NULL && views != NULL) {
         for (; held < n; held++) {
+            PyObject *item = PyTuple_GetItem(args[2], held);
+            views[held].obj = NULL; /* nothing to be released */
+            if (PyTuple_Check(item)) {
+                unsigned long long address;
+                Py_ssize_t bytes;
+                if (!PyArg_ParseTuple(item, "Kn", &address, &bytes)) break;
+                parts[held] = (cg_part){(void *)(uintptr_t)address, (size_t)bytes};
+                continue;
+            }
             /* PyBUF_SIMPLE: contiguous bytes, or an error */
-            if (PyObject_GetBuffer(PyTuple_GetItem(args[2], held), &views[held], PyBUF_SIMPLE) < 0) break;
+            if (PyObject_GetBuffer(item, &views[held], PyBUF_SIMPLE) < 0) break;
             parts[held] = (cg_part){views[held].buf, (size_t)views[held].len};
         }
         if (held == n && enter(ring->team)) {

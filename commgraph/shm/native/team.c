@@ -160,8 +160,9 @@ static int someone_died(cg_team *team, int watched) {
 }
 
 int cg_team_lost(cg_team *team, int *who) {
-    if ((*who = someone_closed(team, CG_EVERYONE)) >= 0) return CG_GONE;
-    return (*who = someone_died(team, CG_EVERYONE)) >= 0 ? CG_LOST : CG_OK;
+    for (*who = 0; *who < team->n; ++*who)
+        if (!has_left(team, *who) && is_dead(team, *who)) return CG_LOST;
+    return (*who = someone_closed(team, CG_EVERYONE)) >= 0 ? CG_GONE : CG_OK;
 }
 
 /* Who of those that are watched is in another call of the same number, or in a later one, -1 for nobody: what is waited for never comes. */

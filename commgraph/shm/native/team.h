@@ -57,7 +57,7 @@ int cg_team_join(cg_team *team, cg_seat *seats, int n, int me, int crowd);
 void cg_team_leave(cg_team *team); /* frees the view; the seat stays as it is */
 /* Says that this side does nothing more, and wakes everybody. From any thread. */
 void cg_team_close(cg_team *team, int failed);
-/* Whether anybody else has left or died: CG_OK, CG_GONE or CG_LOST. Not beside a wait on the same view. */
+/* Whether anybody else has died (CG_LOST) or, if not, left (CG_GONE); else CG_OK. Not beside a wait on the same view. */
 int cg_team_lost(cg_team *team, int *who);
 /* Says that nobody will sit there. 0 if somebody does. */
 int cg_team_leave_out(cg_team *team, int seat);

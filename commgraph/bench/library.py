@@ -1,0 +1,114 @@
+"""What can be measured: a library that moves tensors, objects or both. commgraph itself is one, and so is each of its peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+from commgraph.world import World
+
+__all__ = ["Buffers", "Channel", "Job", "Library"]
+
+
+@attrs.frozen(eq=False)
+class Job:
+    """The ranks of one run, as one of them sees it.
+
+    Attributes:
+        world: all of them.
+        started: by what: ``"processes"`` or ``"threads"`` of `commgraph bench` itself, else the launcher (``"torchrun"``, ``"PMI"``, ...).
+        directory: private to this user and the same on every rank of one node, for sockets; removed afterwards.
+        inherited: what `Library.inherit` gave in the process that started the others; None where a launcher did.
+    """
+
+    world: World
+    started: str
+    directory: Path
+    inherited: Any = None
+
+
+@attrs.frozen(eq=False)
+class Buffers:
+    """1-D host tensors of one dtype for one operation on one rank; only `out` changes, but for what works in place.
+
+    Attributes:
+        x: what goes in. The operation's size is that of the larger of the two, as in nccl-tests.
+        out: where the result belongs: x itself for ``all_reduce_`` and ``broadcast``.
+    """
+
+    x: torch.Tensor
+    out: torch.Tensor
+
+
+class Channel:
+    """Objects between one writer, rank 0, and readers, ranks 1 to n. What is sent in one direction arrives in order."""
+
+    def send(self, obj: object) -> None:
+        """On the writer: to every reader. On a reader: to the writer."""
+        raise NotImplementedError
+
+    def recv(self, source: int = 0) -> Any:
+        """The next object: on the writer that of the reader `source`, on a reader that of the writer."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Releases what this rank holds."""
+
+
+class Library:
+    """One library on one rank. A peer's file holds a class `Peer` derived from this one.
+
+    Made once per run. `available` is asked first; then come `prepare`, `call` and `channel` in the same order on every rank, and
+    `close`. A method that a library leaves out says that it cannot do this.
+
+    Attributes:
+        name: as the tables show it; may be refined in `prepare` (by a version, say).
+        job: the ranks.
+    """
+
+    name: str
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    @staticmethod
+    def inherit(ranks: int) -> Any:
+        """Makes, in the process that starts the ranks, what they must inherit: `Job.inherited`, pickled as multiprocessing does."""
+        return None
+
+    def available(self) -> str | None:
+        """Why this library cannot be measured here, in one line; None if it can."""
+        return None
+
+    def prepare(self) -> None:
+        """Connects the ranks. Collective."""
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """A 1-D tensor for `Buffers`. Collective."""
+        return torch.empty(numel, dtype=dtype)
+
+    def call(self, operation: str, buffers: Buffers) -> Callable[[], object] | None:
+        """What performs `operation` once, or None where this library lacks it or the dtype.
+
+        Args:
+            operation: ``all_reduce_`` (sum, in place), ``all_reduce`` (sum, x unchanged), ``all_gather``, ``reduce_scatter`` (sum),
+                ``all_to_all``, ``broadcast`` (from rank 0), ``barrier``, ``send_recv`` (rank 0 sends x to rank 1, which sends its own
+                back; asked on these two only) or ``tensor_dict`` (the same with x's two halves as a dict of tensors).
+            buffers: what it works on, made by `allocate`. The callable may return its result; otherwise it is in `out`.
+        """
+        return None
+
+    def strategy(self, operation: str, buffers: Buffers) -> str:
+        """Which of its ways the library takes for that call, for the table; "" if there is but one."""
+        return ""
+
+    def channel(self, readers: int) -> Channel | None:
+        """Connects a writer and so many readers, None where the library sends no objects. Called on these ranks only."""
+        return None
+
+    def close(self) -> None:
+        """Releases what this rank holds, its channels being closed already."""

@@ -1,0 +1,234 @@
+"""commgraph as a library to be measured, through what its users call."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import attrs
+import torch
+
+import commgraph as cg
+from commgraph.bench.library import Buffers, Channel, Job, Library
+from commgraph.bench.timing import Contender, repeat
+from commgraph.errors import ConfigurationError
+
+__all__ = ["OBJECT_WAYS", "Objects", "SharedTensors", "Tensors", "build_context", "overhead"]
+
+# What an operation of the benchmark is called in `GroupCoordinator.communicators`.
+_IN_THE_TABLE = MappingProxyType({"all_reduce_": "all_reduce", "send_recv": "send", "tensor_dict": "send"})
+
+OBJECT_WAYS = ("broadcast_object", "send_object")
+
+_READY_SECONDS = 60.0
+
+
+def build_context(world: cg.World, strategy: str) -> cg.ParallelContext:
+    """A context whose ``tp`` is all ranks, ``objects1`` ranks 0 and 1, and ``objects3`` ranks 0 to 3 where there are so many.
+
+    Args:
+        world: the ranks.
+        strategy: which strategy must serve all-reduce; "" leaves it to the platform.
+
+    Raises:
+        ConfigurationError: another strategy serves it here.
+    """
+    chosen: dict[str, Any] = {}
+    if strategy == "gloo" and "shm" in attrs.fields_dict(cg.CommunicatorOptions):
+        chosen["shm"] = False
+    groups = {f"objects{readers}": cg.Positions("tp", tuple(range(readers + 1))) for readers in (1, 3) if readers < world.size}
+    layout = cg.Layout(world.size, tp=world.size, groups=groups)
+    ctx = world.context(layout, name=f"bench {strategy or 'default'}", options=cg.CommunicatorOptions(**chosen))
+    serving = ctx.tp.communicators["all_reduce"]
+    if strategy and serving[0] != strategy:
+        ctx.close()
+        raise ConfigurationError(f"--strategy {strategy}: these ranks are served by {', then '.join(serving)}")
+    return ctx
+
+
+class Tensors(Library):
+    """Operations of `ctx.tp` on ordinary tensors."""
+
+    name = "commgraph"
+
+    def __init__(self, job: Job, ctx: cg.ParallelContext) -> None:
+        super().__init__(job)
+        self.group = ctx.tp
+
+    def call(self, operation: str, buffers: Buffers) -> Callable[[], object] | None:
+        """Every operation."""
+        x, out, group = buffers.x, buffers.out, self.group
+
+        def send_recv() -> None:
+            if group.rank_in_group == 0:
+                group.send(x, 1)
+                group.recv(out.shape, out.dtype, 1, out=out)
+            else:
+                group.recv(out.shape, out.dtype, 0, out=out)
+                group.send(x, 0)
+
+        def tensor_dict() -> None:
+            if group.rank_in_group == 0:
+                group.send_tensor_dict(halves, 1)
+                group.recv_tensor_dict(1)
+            else:
+                group.recv_tensor_dict(0)
+                group.send_tensor_dict(halves, 0)
+
+        halves = dict(zip("ab", x.tensor_split(2), strict=True))
+        calls: dict[str, Callable[[], object]] = {
+            "all_reduce_": lambda: group.all_reduce_(x),
+            "all_reduce": lambda: group.all_reduce(x),
+            "all_gather": lambda: group.all_gather(x, 0, out=out),
+            "reduce_scatter": lambda: group.reduce_scatter(x, 0, out=out),
+            "all_to_all": lambda: group.all_to_all(x, out=out),
+            "broadcast": lambda: group.broadcast(x, 0),
+            "barrier": group.barrier,
+            "send_recv": send_recv,
+            "tensor_dict": tensor_dict,
+        }
+        return calls.get(operation)
+
+    def strategy(self, operation: str, buffers: Buffers) -> str:
+        """The first one in the group's table that accepts the call."""
+        operation = _IN_THE_TABLE.get(operation, operation)
+        x = max(buffers.x, buffers.out, key=torch.Tensor.numel)
+        names = self.group.communicators[operation]
+        for name in names:
+            if self.group.communicator(name).accepts(operation, tuple(x.shape), x.dtype, x.device, capturing=False):
+                return name
+        return names[-1]
+
+
+class SharedTensors(Tensors):
+    """The same on tensors in memory that the group shares, from `GroupCoordinator.empty`."""
+
+    def __init__(self, job: Job, ctx: cg.ParallelContext, nbytes: int) -> None:
+        super().__init__(job, ctx)
+        self._nbytes = nbytes
+        self._pools: list[torch.Tensor] = []
+        self._turn = itertools.cycle((0, 1))
+
+    def available(self) -> str | None:
+        """Needs `GroupCoordinator.empty`, and a strategy that can do something with it."""
+        if not hasattr(self.group, "empty"):
+            return "tensors in shared memory: this commgraph has no GroupCoordinator.empty"
+        serving = self.group.communicators["all_reduce"][0]
+        return "tensors in shared memory: these ranks communicate by gloo, which has none" if serving == "gloo" else None
+
+    def prepare(self) -> None:
+        """Gets two buffers of the largest size: the group keeps them until it is closed."""
+        empty: Any = getattr(self.group, "empty")  # noqa: B009 - not there in every version
+        self._pools = [empty(self._nbytes, torch.uint8) for _ in range(2)]
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """The front of one of them, in turn: x and out of one case never meet."""
+        assert numel * dtype.itemsize <= self._nbytes, "the pools are made for the largest size of the plan"
+        return self._pools[next(self._turn)][: numel * dtype.itemsize].view(dtype)
+
+    def strategy(self, operation: str, buffers: Buffers) -> str:
+        """With a word on where the tensors are."""
+        return f"{super().strategy(operation, buffers)}, shared tensors"
+
+
+class Objects(Library):
+    """One of commgraph's ways to send objects.
+
+    Attributes:
+        way: as the table shows it, with the strategy where one was asked for.
+    """
+
+    name = "commgraph"
+
+    def __init__(self, job: Job, ctx: cg.ParallelContext, way: str, strategy: str = "") -> None:
+        super().__init__(job)
+        self.way = f"{way}, {strategy}" if strategy else way
+        self._way = way
+        self._ctx = ctx
+
+    def available(self) -> str | None:
+        """Needs `MessageQueue`, where that is the way."""
+        if self._way == "MessageQueue" and not hasattr(cg, "MessageQueue"):
+            return "objects: this commgraph has no MessageQueue"
+        return None
+
+    def channel(self, readers: int) -> Channel | None:
+        """On the group of the writer and its readers."""
+        group = self._ctx[f"objects{readers}"]
+        if self._way == "MessageQueue":
+            return _Queues(group)
+        return _Broadcasts(group) if self._way == "broadcast_object" else _Messages(group)
+
+
+class _Messages(Channel):
+    def __init__(self, group: cg.GroupCoordinator) -> None:
+        self.group = group
+        self._targets = range(1, group.world_size) if group.rank_in_group == 0 else (0,)
+
+    def send(self, obj: object) -> None:
+        for target in self._targets:
+            self.group.send_object(obj, target)
+
+    def recv(self, source: int = 0) -> Any:
+        return self.group.recv_object(source)
+
+
+class _Broadcasts(_Messages):
+    """Both directions by broadcast between two; among more a reader answers by send_object, which concerns the writer alone."""
+
+    def send(self, obj: object) -> None:
+        me = self.group.rank_in_group
+        if me == 0 or self.group.world_size == 2:
+            self.group.broadcast_object(obj, me)
+        else:
+            super().send(obj)
+
+    def recv(self, source: int = 0) -> Any:
+        if source == 0 or self.group.world_size == 2:
+            return self.group.broadcast_object(None, source)
+        return super().recv(source)
+
+
+class _Queues(Channel):
+    """One queue to all readers, and one back from each."""
+
+    def __init__(self, group: cg.GroupCoordinator) -> None:
+        queue: Any = getattr(cg, "MessageQueue")  # noqa: B009 - not there in every version
+        me, readers = group.rank_in_group, group.world_size - 1
+        mine = queue.create(readers if me == 0 else 1)
+        handles: Sequence[Any] = group.all_gather_object(mine.handle)
+        self._out = mine
+        self._in = {r: queue.attach(handles[r], 0) for r in range(1, readers + 1)} if me == 0 else {0: queue.attach(handles[0], me - 1)}
+        for end in (self._out, *self._in.values()):
+            end.wait_until_ready(_READY_SECONDS)
+
+    def send(self, obj: object) -> None:
+        self._out.enqueue(obj)
+
+    def recv(self, source: int = 0) -> Any:
+        return self._in[source].dequeue()
+
+    def close(self) -> None:
+        for end in (*self._in.values(), self._out):
+            end.close()
+
+
+def overhead(library: Tensors, buffers: Buffers) -> list[Contender]:
+    """`ctx.tp.all_reduce`, and what it hands on to, called by itself."""
+    x, name = buffers.x, library.strategy("all_reduce", buffers)
+    strategy, tags = library.group.communicator(name), itertools.count(1)
+
+    def alone() -> object:
+        return strategy.all_reduce(x, "sum", tag=next(tags) % 2**28, timeout=60.0)
+
+    contenders = [
+        Contender("commgraph", f"ctx.tp, {name}", repeat(lambda: library.group.all_reduce(x))),
+        Contender("commgraph", f"{name}'s method", repeat(alone)),
+    ]
+    # The short way that a coordinator tries first, where the strategy has one.
+    door: Any = getattr(strategy, "door", lambda: None)()
+    if door is not None:
+        contenders.append(Contender("commgraph", f"{name}'s door", repeat(lambda: door.all_reduce(x, "sum"))))
+    return contenders

@@ -1,0 +1,48 @@
+"""Where the two ranks run: how long a cache line takes between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from commgraph.coordinator import GroupCoordinator
+from commgraph.errors import BackendUnavailableError
+
+__all__ = ["PLACEMENTS", "Probe", "connect", "placement"]
+
+PLACEMENTS = ("", "siblings", "one L3", "across L3s")
+
+# Nanoseconds one way. A virtual machine's cores move while it runs, and nothing but this shows it.
+_SIBLINGS = 45.0
+_ONE_L3 = 120.0
+
+
+class Probe:
+    """A cache-line ping-pong between ranks 0 and 1."""
+
+    def __init__(self, ping_pong: Callable[[], float] | None = None) -> None:
+        self._ping_pong = ping_pong
+
+    def measure(self) -> float | None:
+        """Nanoseconds for a cache line, one way; None where nothing can tell. Collective over the two."""
+        return None if self._ping_pong is None else self._ping_pong()
+
+
+def connect(group: GroupCoordinator) -> Probe:
+    """THE place where the probe meets the native code: the shared-memory strategy's `ping_pong`.
+
+    Args:
+        group: of ranks 0 and 1; on the other ranks, which have nothing to do with it, of one rank. Then nothing is measured there, and
+            neither where the group lacks that strategy.
+    """
+    try:
+        strategy = group.communicator("shm")
+    except BackendUnavailableError:
+        return Probe()
+    return Probe(getattr(strategy, "ping_pong", None))
+
+
+def placement(nanoseconds: float | None) -> str:
+    """Names the distance that such a time shows; "" where there is none."""
+    if nanoseconds is None:
+        return ""
+    return "siblings" if nanoseconds < _SIBLINGS else "one L3" if nanoseconds < _ONE_L3 else "across L3s"

@@ -1,0 +1,349 @@
+"""The benchmark: its numbers are sane, its peers take part or say why not, and mistakes end in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commgraph.bench import main as bench_main
+from commgraph.bench import page, peers, plan, report, timing
+from commgraph.bench.figures import Row, Sample, bandwidths, percentile, rows_of, size_text
+from commgraph.bench.objects import lists, small
+from commgraph.bench.probe import Probe, placement
+from commgraph.cli import main
+from commgraph.errors import ConfigurationError
+
+ROOT = Path(__file__).parent.parent
+
+# Two peers as users write them: one that is right, one that is not.
+PEER = """
+from commgraph.bench import Channel, Library
+
+class Peer(Library):
+    name = "mine"
+
+    def call(self, operation, buffers):
+        group = self.job.world.group
+        if operation == "all_reduce_":
+            return lambda: group.all_reduce_(buffers.x)
+        return group.barrier if operation == "barrier" else None
+"""
+LIAR = PEER.replace("mine", "liar").replace("group.all_reduce_(buffers.x)", "buffers.x")
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "commgraph.cli", "bench", *arguments]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """One run on two processes, and the folder of its files."""
+    folder = tmp_path_factory.mktemp("bench")
+    for name, code in (("mine.py", PEER), ("liar.py", LIAR)):
+        (folder / name).write_text(code)
+    done = subprocess.run(
+        command(
+            *("--op", "all_reduce_", "all_reduce", "all_gather", "send_recv", "barrier", "overhead", "object_small", "object_rate"),
+            *("--sizes", "4Ki,16Ki", "--iters", "2", "--strategy", "gloo"),
+            *("--compare", "gloo", "pipe", "queue", "deepspeed", "mine.py", "liar.py"),
+            *("--json", "run.json", "--markdown", "run.md"),
+        ),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done, folder
+
+
+def rows_in(folder: Path) -> list[dict[str, Any]]:
+    (run,) = json.loads((folder / "run.json").read_text())["runs"]
+    rows: list[dict[str, Any]] = run["rows"]
+    return rows
+
+
+def test_two_processes_give_every_row_and_every_column(measured: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    done, folder = measured
+    rows = rows_in(folder)
+    found = {(row["operation"], row["size"], row["who"]) for row in rows}
+    for size in (4096, 16384):
+        for operation in ("all_reduce_", "all_reduce", "all_gather", "send_recv"):
+            assert (operation, size, "commgraph") in found
+            assert (operation, size, "torch gloo") in found
+    assert {row["who"] for row in rows if row["operation"] == "object_small"} == {
+        *("commgraph", "torch gloo", "multiprocessing.Pipe", "multiprocessing.Queue")
+    }
+    assert {row["strategy"] for row in rows if row["operation"] == "all_gather" and row["who"] == "commgraph"} == {"gloo"}
+    assert {row["strategy"] for row in rows if row["operation"] == "overhead"} == {"ctx.tp, gloo", "gloo's method"}
+    heads = next(line for line in done.stdout.splitlines() if line.startswith("operation"))
+    assert " ".join(heads.split()) == "operation size dtype who strategy placement samples p10 median p90 unit algbw GB/s busbw GB/s"
+
+
+def test_the_numbers_are_sane(measured: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    for row in rows_in(measured[1]):
+        assert 0 < row["p10"] <= row["median"] <= row["p90"], row
+        assert row["samples"] >= 1
+        if row["unit"] == "us":
+            assert 0.05 < row["median"] < 60e6, row
+        if row["operation"] == "all_gather":
+            assert row["algbw"] == pytest.approx(row["size"] / row["median"] / 1e3)
+            assert row["busbw"] == pytest.approx(row["algbw"] / 2)
+
+
+def test_a_peer_of_ones_own_takes_part_and_a_wrong_result_is_told(measured: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    done, folder = measured
+    rows = rows_in(folder)
+    assert {row["operation"] for row in rows if row["who"] == "mine"} == {"all_reduce_", "barrier"}
+    assert {row["operation"] for row in rows if row["who"] == "liar"} == {"barrier"}
+    assert "# liar, all_reduce_ of 4096 bytes of float32: rank 0: ValueError: its result is wrong: 1.0 where 3.0 belongs" in done.stdout
+    assert "# mine has no all_gather of float32 here" in done.stdout
+
+
+def test_the_page_has_a_table_for_each_operation(measured: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    text = (measured[1] / "run.md").read_text()
+    assert text.startswith("# Benchmarks\n")
+    assert re.search(r"^\| size \| dtype \| (placement \| |)commgraph, gloo \| torch gloo \| mine \| GB/s \|$", text, re.MULTILINE)
+    assert "### object_rate, messages/s" in text
+    assert os.uname().nodename not in text.split()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
+def test_a_missing_peer_is_one_line_and_the_rest_goes_on(measured: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    lines = [line for line in measured[0].stdout.splitlines() if "DeepSpeed" in line]
+    assert len(lines) == 1
+    assert "pip install deepspeed" in lines[0]
+
+
+def test_what_was_measured_can_be_shown_again(
+    measured: tuple[subprocess.CompletedProcess[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(measured[1] / "run.json")
+    assert main(["bench", "--read", file, file, "--markdown", str(tmp_path / "two.md")]) == 0
+    shown = capsys.readouterr().out
+    for line in measured[0].stdout.splitlines():
+        assert line in shown
+    assert (tmp_path / "two.md").read_text().count("### all_reduce_, us") == 2
+
+
+def test_ranks_of_a_launcher_run_it_too_and_the_first_one_prints(tmp_path: Path) -> None:
+    arguments = command("--op", "barrier", "object_idle", "--idle", "0.1", "--iters", "2", "--compare", "queue", "--json", "run.json")
+    environ = {**os.environ, "PMI_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env={**environ, "PMI_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    first, second = (rank.communicate(timeout=60)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert "barrier" in first
+    assert "its queues are inherited from the process that starts the ranks, and PMI started these" in first
+    assert second == ""
+    shares = [row for row in rows_in(tmp_path) if row["operation"] == "object_idle"]
+    assert shares[-1]["who"] == "time.sleep"
+    assert all(0 <= row["median"] < 150 and row["unit"] == "% of a core" for row in shares)
+
+
+def test_threads_need_no_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--op", "reduce_scatter", "object_readers", "object_idle", "--sizes", "4Ki", "--iters", "2", "--strategy", "gloo"]
+    assert main(["bench", "--threads", *options, "--compare", "mpi"]) == 0
+    out = capsys.readouterr().out
+    assert "started threads" in out
+    assert "reduce_scatter" in out
+    assert "object_readers needs 4 ranks, these are 2" in out
+    assert "object_idle needs processes" in out
+    assert "\n# MPI: " in out  # not installed, or not MPI's own processes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--op", "all_reduse"], "there are tensors, objects, all, all_reduce_"),
+        (["--sizes", "4K"], "'4K' is no size"),
+        (["--sizes", "0"], "no size"),
+        (["--sizes", "1Mi:4Ki"], "larger than the last"),
+        (["--sizes", "4Ki:1Mi:1"], "from 2 on"),
+        (["--dtype", "float12"], "float12"),
+        (["--ranks", "1"], "it takes two"),
+        (["--iters", "0"], "at least one"),
+        (["--seconds", "-1"], "above 0"),
+        (["--iters", "many"], "invalid int value"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--compare", "nccl"], "built-in peers, which are gloo, mpi"),
+        (["--compare", "no_such_file.py"], "neither a Python file"),
+        (["--json", "no/such/folder/run.json"], "no folder"),
+        (["--read", "no_such_file.json"], "FileNotFoundError"),
+        (["--strategy", "carrier_pigeon", "--threads"], "--strategy carrier_pigeon: these ranks are served by"),
+    ],
+)
+def test_a_bad_option_ends_in_one_clear_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert err.startswith("commgraph bench: ")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("x = 1", "needs a class Peer derived from commgraph.bench.Library"),
+        ("class Peer: pass", "needs a class Peer derived from"),
+        ("from commgraph.bench import Library\nclass Peer(Library): pass", "has no name"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+    ],
+)
+def test_a_file_that_holds_no_peer_says_what_is_missing(code: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "peer.py"
+    file.write_text(code)
+    with pytest.raises(ConfigurationError, match=said.replace("(", r"\(")):
+        peers.load(str(file))
+
+
+def test_a_plot_without_matplotlib_ends_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert bench_main.main(["--plot", "run.png"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "commgraph bench: --plot needs matplotlib: pip install 'commgraph[bench]'\n")
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    for text in ("", "[]", "{}", '{"format": 1, "runs": [{}]}', '{"format": 99, "runs": []}'):
+        file.write_text(text)
+        with pytest.raises(ConfigurationError, match=r"run\.json"):
+            report.read(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("512", (512,)),
+        ("4Ki,1MiB", (4096, 1 << 20)),
+        ("4Ki:64Ki", (4096, 16384, 65536)),
+        ("4Ki:33Ki:2", (4096, 8192, 16384, 32768)),
+        ("1Gi:1Gi", (1 << 30,)),
+    ],
+)
+def test_sizes(text: str, sizes: tuple[int, ...]) -> None:
+    assert plan.parse_sizes(text) == sizes
+
+
+def test_sizes_are_shown_as_people_read_them() -> None:
+    assert [size_text(size) for size in (75, 4096, 9400, 10 << 20, 3 << 30)] == ["75 B", "4 KiB", "9.2 KiB", "10 MiB", "3 GiB"]
+
+
+def test_compare_alone_means_every_peer() -> None:
+    assert plan.parse(["--compare"]).compare == peers.BUILT_IN
+    assert plan.parse([]).compare == ()
+
+
+def test_names_of_operations_may_be_groups() -> None:
+    assert plan.parse(["--op", "barrier", "objects", "barrier"]).operations[:2] == ("barrier", "object_small")
+
+
+@pytest.mark.parametrize(
+    ("operation", "ranks", "bus"),
+    [
+        ("all_reduce_", 2, 1.0),
+        ("all_reduce", 4, 1.5),
+        ("all_gather", 4, 0.75),
+        ("reduce_scatter", 8, 0.875),
+        ("all_to_all", 2, 0.5),
+        ("broadcast", 8, 1.0),
+        ("send_recv", 8, 1.0),
+    ],
+)
+def test_bandwidths_are_those_of_nccl_tests(operation: str, ranks: int, bus: float) -> None:
+    assert bandwidths(operation, 10**9, 0.5, ranks) == pytest.approx((2.0, 2.0 * bus))
+
+
+def test_a_barrier_has_no_bandwidth() -> None:
+    assert bandwidths("barrier", 0, 0.5, 2) is None
+    assert bandwidths("object_small", 75, 0.5, 2) is None
+
+
+def test_percentiles() -> None:
+    assert [percentile([3.0, 1.0, 2.0], q) for q in (0, 10, 50, 90, 100)] == pytest.approx([1.0, 1.2, 2.0, 2.8, 3.0])
+    assert percentile([7.0], 90) == 7.0
+    assert percentile([0.0, 10.0], 50) == 5.0
+
+
+def test_samples_of_different_placements_are_never_mixed() -> None:
+    samples = [Sample(seconds, ns) for seconds, ns in ((1e-6, 30.0), (9e-6, 240.0), (2e-6, 60.0), (3e-6, 32.0))]
+    rows = rows_of(samples, operation="broadcast", size=1000, dtype="int8", who="a", strategy="b", ranks=2)
+    assert [(row.placement, row.samples) for row in rows] == [("siblings", 2), ("one L3", 1), ("across L3s", 1)]
+    assert [row.median for row in rows] == pytest.approx([2.0, 2.0, 9.0])
+    assert rows[0].nanoseconds == 31.0
+    assert rows[2].algbw == pytest.approx(1000 / 9e-6 / 1e9)
+    text = page.markdown([report.Run({"processor": "x"}, {"ranks": 2, "started": "threads", "sampling": "4 samples"}, rows, [])])
+    assert "| 1000 B | int8 | siblings | **2.00** (1.20 - 2.80) | 0.50 |" in text
+    assert "across L3s |" not in text  # of a single sample, where there is more to tell
+
+
+def test_placements() -> None:
+    assert [placement(ns) for ns in (30.0, 60.0, 240.0, None)] == ["siblings", "one L3", "across L3s", ""]
+    assert Probe().measure() is None
+    assert Probe(lambda: 55.0).measure() == 55.0
+
+
+def test_contenders_take_turns_sample_by_sample() -> None:
+    log: list[str] = []
+
+    def contender(name: str, seconds: float) -> timing.Contender:
+        def batch(calls: int) -> None:
+            log.append(name)
+            time.sleep(seconds * calls)
+
+        return timing.Contender(name, "", batch, 0.5)
+
+    stopwatch = timing.Stopwatch(lambda value: [value], lambda: None, Probe(lambda: 50.0), samples=3, seconds=1.0)
+    fast, slow = timing.interleave([contender("a", 1e-4), contender("b", 1e-3)], stopwatch)
+    # A lead and a sample of each in turn, at the end of the log: what came before found the size of the batches.
+    assert log[-12:] == ["a", "a", "b", "b"] * 3
+    assert [len(samples) for samples in (fast, slow)] == [3, 3]
+    assert min(sample.seconds for sample in slow) >= 0.5e-3
+    assert all(0.5e-4 <= sample.seconds < 0.5e-3 for sample in fast) or max(s.seconds for s in fast) < 5e-3
+    assert fast[0].nanoseconds == 50.0
+
+
+def test_a_sample_counts_as_its_slowest_rank() -> None:
+    assert timing.slowest([[1.0, 5.0], [2.0, 3.0]]) == [2.0, 5.0]
+
+
+def test_the_number_of_samples_follows_the_time_that_is_given() -> None:
+    def rounds(samples: int | None, seconds: float, one: float) -> int:
+        return timing.Stopwatch(lambda value: [value], lambda: None, Probe(), samples, seconds).rounds(one)
+
+    assert rounds(7, 1.0, 0.01) == 7
+    assert rounds(None, 1.0, 0.01) == 100
+    assert rounds(None, 1.0, 10.0) == 5
+    assert rounds(None, 1.0, 0.0) == 2000
+
+
+def test_objects_have_the_sizes_that_they_are_known_by() -> None:
+    import pickle
+
+    assert len(pickle.dumps(small(), protocol=5)) == 75
+    assert 9300 < len(pickle.dumps(lists(), protocol=5)) < 9500
+
+
+def test_rows_survive_a_file(tmp_path: Path) -> None:
+    rows: list[Row] = rows_of([Sample(1e-6, None)], operation="barrier", size=0, dtype="", who="a", strategy="", ranks=2)
+    report.write([report.Run({"a": "b"}, {"ranks": 2}, rows, ["a note"])], tmp_path / "run.json")
+    (again,) = report.read(tmp_path / "run.json")
+    assert again.rows == rows
+    assert again.notes == ["a note"]
