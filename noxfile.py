@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
+import sysconfig
+import time
 from pathlib import Path
 
 import nox
@@ -41,8 +44,9 @@ def with_torch(session: nox.Session, *names: str) -> Path:
     Delete the environment to begin anew.
     """
     wanted = [TORCH, "--editable", ".[demo]", *groups(*names)]
-    # pyproject.toml stands for the package's own requirements and entry points, which an editable install fixes.
-    digest = hashlib.sha256(json.dumps([wanted, sys.version, (HERE / "pyproject.toml").read_text()]).encode()).hexdigest()
+    # An editable install fixes the package's own requirements, its entry points and the native module.
+    fixed = [HERE / "pyproject.toml", HERE / "setup.py", *sorted((HERE / "commgraph/shm/native").glob("*.[ch]"))]
+    digest = hashlib.sha256(json.dumps([wanted, sys.version, [path.read_text() for path in fixed]]).encode()).hexdigest()
     note = SHARED / "installed" / session.name
     if note.is_file() and note.read_text() == digest:
         session.log(f"{SHARED.relative_to(HERE)} has what {session.name!r} needs")
@@ -85,6 +89,72 @@ def bench(session: nox.Session) -> None:
     for arguments, file in zip(runs, files, strict=True):
         session.run(commgraph, "bench", *arguments.split(), "--json", file, *session.posargs, external=True)
     session.run(commgraph, "bench", "--read", *files, "--markdown", "docs/benchmarks.md", external=True, silent=True)
+
+
+@nox.session(venv_backend="none", default=False)
+def stress(session: nox.Session) -> None:
+    """Ten million checksummed messages to four readers that sleep now and then. Arguments after --: e.g. --messages 100000."""
+    python = str(with_torch(session, "test") / "python")
+    session.run(python, "tests/programs/queue_stress.py", *(session.posargs or ["--messages", "10000000"]), external=True)
+
+
+# Without kernels.c, which the harness takes in whole, to reach the kernels of every instruction set.
+CORE = tuple(f"commgraph/shm/native/{name}.c" for name in ("team", "collective", "copy", "pool", "ring"))
+HARNESS = ("tests/native/harness.c", *CORE, "-Icommgraph/shm/native", "-std=gnu11", "-ffp-contract=off", "-Wall", "-Wextra", "-lpthread", "-lm")
+PARTS = ("guards", "kernels", "collectives", "rings", "room", "pool", "endings")
+
+
+@nox.session(venv_backend="none", default=False)
+def tsan(session: nox.Session) -> None:
+    """The C core under ThreadSanitizer, then under AddressSanitizer and UBSan. After --: seconds for each part, and a seed."""
+    seconds, seed, *_ = [*session.posargs, *("20", str(int(time.time())))[len(session.posargs) :]]
+    compiler, folder = os.environ.get("CC", "cc"), Path(session.create_tmp())
+    # GCC's ThreadSanitizer before 14 does not find its way in an address space that is laid out as randomly as new kernels do it.
+    calm = ["setarch", "-R"] if shutil.which("setarch") else []
+    builds = (
+        # It does not know fences. Those of the core order flags, which are atomic themselves, and never the data: that is left to the
+        # release stores and acquire loads beside them, which it does know. Hence a warning of the compiler is turned off, and no report.
+        ("thread", ("-fsanitize=thread", "-Wno-tsan"), calm),
+        ("address", ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"), []),
+    )
+    for name, flags, prefix in builds:
+        program = str(folder / f"harness-{name}")
+        # Optimised a little, as sanitizers like it; they make the compiler see uninitialised variables where there are none.
+        session.run(compiler, "-O1", "-g", *flags, "-Wno-maybe-uninitialized", *HARNESS, "-o", program, external=True)
+        for part in ("processes", *PARTS):
+            session.run(*prefix, program, part, seconds, seed, external=True)
+
+
+@nox.session(venv_backend="none", default=False)
+def cross(session: nox.Session) -> None:
+    """The native module compiled for aarch64 without a warning; its core tested in an emulator, where there is one."""
+    compiler, emulator = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
+    if not shutil.which(compiler):
+        session.error(f"there is no {compiler}: apt-get install gcc-aarch64-linux-gnu (and qemu-user-static, to run what it makes)")
+    folder = Path(session.create_tmp())
+    # Debian's own Python keeps pyconfig.h apart for each architecture. Ours serves as well: the sizes of C's types are the same.
+    other = folder / "aarch64-linux-gnu" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    other.mkdir(parents=True, exist_ok=True)
+    shutil.copy(sysconfig.get_config_h_filename(), other / "pyconfig.h")
+    flags = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-Wall", "-Wextra", "-Werror")
+    include = ("-I", str(folder), "-I", sysconfig.get_path("include"))
+    sources = [str(path.relative_to(HERE)) for path in sorted((HERE / "commgraph/shm/native").glob("*.c"))]
+    session.run(compiler, "-shared", *flags, *include, *sources, "-o", str(folder / "_native.abi3.so"), external=True)
+    program = str(folder / "harness")
+    session.run(compiler, "-static", "-O2", "-Werror", *HARNESS, "-o", program, external=True)
+    if not shutil.which(emulator):
+        session.warn(f"there is no {emulator}, so what was compiled was not run: apt-get install qemu-user-static")
+        return
+    # Not "processes": the emulator shows a process another start time of its own than the kernel shows to others, who take it for dead.
+    for part in PARTS:
+        session.run(emulator, program, part, *(session.posargs or ["10"])[:1], "1", external=True)
+
+
+@nox.session(venv_backend="none", default=False)
+def faults(session: nox.Session) -> None:
+    """Ranks are killed at random moments of random work. After --: how many times, and a seed."""
+    python = str(with_torch(session, "test") / "python")
+    session.run(python, "tests/programs/faults.py", *(session.posargs or ["100"]), external=True)
 
 
 @nox.session(venv_backend="none")

@@ -474,3 +474,38 @@ def test_a_peer_that_leaves_ends_a_receive() -> None:
             body(context.tp)
 
     spmd(run, 2)
+
+
+@pytest.mark.parametrize("sizes", [(3_000_000, 3_000_000, 3_000_000), (10, 3_000_000, 10), (400_000, 600_000, 0)])
+def test_objects_larger_than_the_rings_are_gathered(sizes: tuple[int, ...]) -> None:
+    """Every rank puts its own before it reads: what does not fit must not make all of them wait for each other."""
+
+    def body(group: GroupCoordinator) -> None:
+        x = torch.full((sizes[group.rank],), group.rank, dtype=torch.int8)
+        mine: dict[str, Any] = {"rank": group.rank, "x": x, "text": "y" * sizes[group.rank]}
+        for _ in range(3):
+            for rank, got in enumerate(group.all_gather_object(mine, timeout=20)):
+                assert (got["rank"], len(got["text"])) == (rank, sizes[rank])
+                assert torch.equal(got["x"], torch.full((sizes[rank],), rank, dtype=torch.int8))
+                got["x"] += 1  # writable
+            x.fill_(group.rank)
+            assert group.broadcast_object(group.rank, 1) == 1
+
+    on(3, body)
+
+
+def test_large_objects_to_all_and_to_one() -> None:
+    def body(group: GroupCoordinator) -> None:
+        big = torch.arange(5_000_000, dtype=torch.int32)
+        for src in range(3):
+            kept = [group.broadcast_object({"x": big + src, "src": src} if group.rank == src else None, src) for _ in range(3)]
+            for got in kept:
+                assert got["src"] == src
+                assert torch.equal(got["x"], big + src)
+        if group.rank == 0:
+            group.send_object([big, "end"], 2)
+        elif group.rank == 2:
+            got = group.recv_object(0)
+            assert torch.equal(got[0], big)
+
+    on(3, body)

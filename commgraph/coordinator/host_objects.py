@@ -7,10 +7,11 @@ each host tensor. What arrives lies in memory of its own, writable, and is not t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 import torch
 
 from commgraph.communicators.base import CallsDiffer, Communicator
@@ -19,7 +20,7 @@ from commgraph.coordinator.call import Call
 from commgraph.coordinator.link import GroupLink
 from commgraph.coordinator.objects import nothing_yet, refuse_object
 from commgraph.coordinator.tensor_dict import Entry
-from commgraph.shm.mailbox import DICT, OBJECT, Mailbox
+from commgraph.shm.mailbox import DICT, OBJECT, SIZES, Mailbox
 from commgraph.shm.pickling import buffer_of, loads, tensor_over
 from commgraph.shm.stopped import TIMEOUT, Stopped
 
@@ -55,20 +56,53 @@ class HostObjects:
         return loads(parts[0], parts[1:])
 
     def all_gather(self, call: Call, obj: object, timeout: float) -> list[Any]:
-        """Every rank's object, in rank order: each puts its own for all, and reads those of all."""
+        """Every rank's object, in rank order: each puts its own for all, and reads those of all.
+
+        Nobody reads before he has put his own, so one that does not fit into its ring only tells its sizes there, and follows as a tensor.
+        """
         deadline = time.monotonic() + timeout
+        n, me = call.world_size, call.rank_in_group
         meta, posted = self._number(call, "")
         parts = self._dumps(call, obj)
-        gathered: list[Any] = []
+        sizes = [memoryview(part).nbytes for part in parts]
+        fits = sum(sizes) <= self._mailbox.room
+        record = parts if fits else (msgspec.msgpack.encode(sizes),)
+        found: dict[int, list[Any]] = {}
+        later: dict[int, list[int]] = {} if fits else {me: sizes}
         with self._stops(call, timeout):
-            self._mailbox.broadcast(OBJECT, meta, parts, timeout, posted)
-            for src in range(call.world_size):
-                if src == call.rank_in_group:
-                    gathered.append(obj)
-                    continue
-                left = max(deadline - time.monotonic(), 0.001)
-                gathered.append(self._checked(src, OBJECT, meta, self._mailbox.receive_broadcast(src, left, posted)))
-        return [obj if i == call.rank_in_group else loads(parts[0], parts[1:]) for i, parts in enumerate(gathered)]
+            self._mailbox.broadcast(OBJECT if fits else SIZES, meta, record, timeout, posted)
+            for src in (rank for rank in range(n) if rank != me):
+                kind, number, got = self._mailbox.receive_broadcast(src, max(deadline - time.monotonic(), 0.001), posted)
+                if number != meta or kind not in (OBJECT, SIZES):
+                    raise CallsDiffer(src)
+                if kind == OBJECT:
+                    found[src] = got
+                else:
+                    later[src] = msgspec.msgpack.decode(got[0], type=list[int])
+            if later:
+                found |= self._gather_large(call, () if fits else parts, later, deadline)
+        return [obj if rank == me else loads(found[rank][0], found[rank][1:]) for rank in range(n)]
+
+    def _gather_large(
+        self, call: Call, parts: Sequence[Any], sizes: Mapping[int, list[int]], deadline: float
+    ) -> dict[int, list[Any]]:
+        """The parts of the records that did not fit, by rank. Each begins at a multiple of 64 bytes, as tensors like it."""
+        totals = [sum(map(_padded, sizes.get(rank, ()))) for rank in range(call.world_size)]
+        mine, memory = bytearray(totals[call.rank_in_group]), self._mailbox.take(sum(totals))
+        at = 0
+        for part in parts:
+            mine[at : at + memoryview(part).nbytes] = part
+            at += _padded(memoryview(part).nbytes)
+        x, out = (tensor_over(buffer, torch.uint8, (len(buffer),)) for buffer in (mine, memory))
+        tag = make_tag(COLLECTIVE, call.sequence, f"{call.operation} {totals}")
+        self._strategy.all_gather(x, 0, totals, out, tag=tag, timeout=max(deadline - time.monotonic(), 0.001))
+        found: dict[int, list[Any]] = {rank: [] for rank in sizes}
+        at = 0
+        for rank in sorted(sizes):
+            for size in sizes[rank]:
+                found[rank].append(memoryview(memory)[at : at + size])
+                at += _padded(size)
+        return found
 
     # Dicts, taken apart.
 
@@ -166,6 +200,10 @@ class HostObjects:
 
 class _NothingYet(Exception):  # noqa: N818 - never leaves this module
     """The deadline of a receive passed before a whole record was there."""
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
 
 
 def _join(parts: list[Any]) -> tuple[list[Entry], dict[int, torch.Tensor]]:

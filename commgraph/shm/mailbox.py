@@ -13,9 +13,9 @@ from typing import Any
 from commgraph.shm.host_memory import HostMemory
 from commgraph.shm.pickling import Pickler
 
-__all__ = ["DICT", "OBJECT", "TENSORS", "Mailbox"]
+__all__ = ["DICT", "OBJECT", "SIZES", "TENSORS", "Mailbox"]
 
-TENSORS, OBJECT, DICT = 1, 2, 3
+TENSORS, OBJECT, DICT, SIZES = 1, 2, 3, 4
 
 # 2**62 ns are 146 years.
 _MOST_NS = 1 << 62
@@ -28,7 +28,10 @@ class Mailbox:
         n, me = memory.sizes.n, memory.rank_in_group
         self.team = memory.team
         self.pickler = Pickler()
+        # A record of so many bytes for all can be put before anybody reads, if all have read those before it.
+        self.room = memory.sizes.broadcast_bytes // 2
         self.bytes_sent = 0
+        self.take = memory.pool.take
         self._broadcast = [memory.broadcast_ring(src) for src in range(n)]
         self._mine = self._broadcast[me]
         self._outgoing = {peer: memory.pair_ring(me, peer) for peer in range(n) if peer != me}
