@@ -68,6 +68,7 @@ class ShmCommunicator(Communicator):
         self._memory = memory
         self._native = memory.native
         self._extra_bytes = 0
+        self._closed: int | None = None  # what `bytes_sent` was when it was closed
         self._group = memory.native.Group(
             memory.team,
             memory.pool,
@@ -295,7 +296,7 @@ class ShmCommunicator(Communicator):
         self._memory.segment.populate()
 
     def memory(self) -> int:
-        return self._memory.nbytes + self._extra_bytes
+        return self._memory.nbytes + self._extra_bytes if self._closed is None else 0
 
     # Measuring.
 
@@ -324,7 +325,7 @@ class ShmCommunicator(Communicator):
         except Stopped as stopped:
             raise self.translate(stopped) from None
         except BaseException:
-            if not self._group.enabled:  # a signal's handler raised during a call: the others must not wait for this rank
+            if self.interrupted:  # a signal's handler raised during a call: the others must not wait for this rank
                 self.abort()
             raise
 
@@ -338,21 +339,30 @@ class ShmCommunicator(Communicator):
 
     @property
     def interrupted(self) -> bool:
-        return not self._group.enabled
+        return self._closed is not None or not self._group.enabled
 
     def abort(self) -> None:
-        self._group.enabled = 0
-        self._memory.team.close(True)
+        if self._closed is None:
+            self._group.enabled = 0
+            self._memory.team.close(True)
 
     def close(self) -> None:
-        self._group.enabled = 0
-        self._memory.team.close()
+        if self._closed is None:
+            self._closed = self.bytes_sent
+            self._group.enabled = 0
+            self._memory.team.close()
+            # What is mapped goes with the last reference: that of a call that another thread is in, or of a tensor by `empty`.
+            del self._group, self._memory, self.mailbox
 
     @property
     def bytes_sent(self) -> int:
+        if self._closed is not None:
+            return self._closed
         return int(self._group.bytes_sent) + (self.mailbox.bytes_sent if self.mailbox is not None else 0)
 
     def describe(self) -> str:
+        if self._closed is not None:
+            return "closed"
         sizes = self._memory.sizes
         return (
             f"shared memory of one host, {self._memory.nbytes} bytes (slots of {sizes.slot_bytes}, rings of {sizes.broadcast_bytes} and "

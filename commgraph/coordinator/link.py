@@ -387,7 +387,10 @@ class GroupLink:
         self._closed = True
         for communicator in self.communicators:
             communicator.close()
+        self.mailbox = None
         self.transport = None
         self._store = None
+        # Coordinators know their link: without this the two would keep each other, and the memory, until garbage is collected.
+        self.coordinators = ()
         # Its traceback would hold what was released.
         self._broken = None

@@ -19,7 +19,7 @@ typedef struct {
     const dl_exchange *exchange;
     PyObject *inference_mode; /* tells whether it is on */
     PyObject *mark_written; /* called with a tuple of tensors that are going to be filled */
-    int open;
+    int open; /* a door that was closed may have no group any more */
 } Door;
 
 /* A contiguous host tensor. */
@@ -390,7 +390,10 @@ static PyObject *door_barrier(PyObject *self, PyObject *unused) {
 
 static PyObject *door_close(PyObject *self, PyObject *unused) {
     (void)unused;
-    ((Door *)self)->open = 0;
+    Door *door = (Door *)self;
+    door->open = 0;
+    /* Its memory goes with the last reference, unless another thread is in a call on it: then this one goes with the door. */
+    if (door->group != NULL && !door->group->team->busy) Py_CLEAR(door->group);
     Py_RETURN_NONE;
 }
 
