@@ -100,8 +100,18 @@ def stress(session: nox.Session) -> None:
 
 # Without kernels.c, which the harness takes in whole, to reach the kernels of every instruction set.
 CORE = tuple(f"commgraph/shm/native/{name}.c" for name in ("team", "collective", "copy", "pool", "ring"))
-HARNESS = ("tests/native/harness.c", *CORE, "-Icommgraph/shm/native", "-std=gnu11", "-ffp-contract=off", "-Wall", "-Wextra", "-lpthread", "-lm")
-PARTS = ("guards", "kernels", "collectives", "rings", "room", "pool", "endings")
+HARNESS = (
+    "tests/native/harness.c",
+    *CORE,
+    "-Icommgraph/shm/native",
+    "-std=gnu11",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-lpthread",
+    "-lm",
+)
+PARTS = ("guards", "kernels", "collectives", "rings", "pool", "endings")
 
 
 @nox.session(venv_backend="none", default=False)

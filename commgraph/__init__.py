@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from commgraph.layout import Grid, Layout, Positions, Split
     from commgraph.options import CommunicatorOptions
     from commgraph.platforms import CpuPlatform, Platform
+    from commgraph.shm.message_queue import MessageQueue
     from commgraph.world import World
 
 __version__ = "0.1.0"
@@ -59,6 +60,7 @@ __all__ = [
     "Layout",
     "LayoutError",
     "LayoutMismatchError",
+    "MessageQueue",
     "ParallelContext",
     "PeerLostError",
     "Platform",
@@ -76,6 +78,7 @@ _HOMES = MappingProxyType(
         "Grid": "commgraph.layout",
         "GroupCoordinator": "commgraph.coordinator",
         "Layout": "commgraph.layout",
+        "MessageQueue": "commgraph.shm.message_queue",
         "ParallelContext": "commgraph.context",
         "Platform": "commgraph.platforms",
         "Positions": "commgraph.layout",

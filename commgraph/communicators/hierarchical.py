@@ -12,8 +12,7 @@ import torch
 from commgraph.communicators.base import CallsDiffer, Communicator, Limits, PeerClosed, PeerLate, Refused
 from commgraph.communicators.gloo import GlooCommunicator, Transport
 from commgraph.communicators.reduction import accumulator
-from commgraph.communicators.shm import ShmCommunicator
-from commgraph.communicators.signature import SETUP, make_tag
+from commgraph.communicators.shm import ShmCommunicator, teller
 from commgraph.options import CommunicatorOptions
 
 __all__ = ["HierarchicalCommunicator"]
@@ -56,14 +55,14 @@ class HierarchicalCommunicator(Communicator):
         local: ShmCommunicator | Refused | None = None
         if len(neighbours) > 1:
             local = ShmCommunicator.build(_Part(gloo.transport, neighbours).communicator(), options, limits)
-        fine = torch.tensor([int(not isinstance(local, Refused))])
-        gloo.all_reduce_(fine, "min", tag=make_tag(SETUP, 0, "hierarchical"), timeout=limits.build_timeout)
-        if isinstance(local, Refused):
-            return Refused(cls.name, local.reason)
-        if not int(fine):
-            if local is not None:
-                local.close()
-            return Refused(cls.name, "the ranks of another host could not make their shared memory")
+        reason = local.reason if isinstance(local, Refused) else ""
+        reasons = teller(gloo, cls.name, limits.build_timeout)(reason.encode()[:900])
+        for rank, said in enumerate(reasons):
+            if said:
+                if isinstance(local, ShmCommunicator):
+                    local.close()
+                return Refused(cls.name, f"on the host of rank {rank} in the group: {said.decode(errors='replace')}")
+        assert not isinstance(local, Refused)
         leaders = _Part(gloo.transport, first_ranks).communicator() if me in first_ranks else None
         return cls(gloo, neighbours, local, leaders)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from commgraph.shm.mailbox import TENSORS, Mailbox, nanoseconds
 from commgraph.shm.pickling import tensor_over
 from commgraph.shm.stopped import GONE, LOST, MISMATCH, TIMEOUT, Stopped
 
-__all__ = ["ShmCommunicator", "make_door"]
+__all__ = ["ShmCommunicator", "make_door", "teller"]
 
 # Bytes of what a rank tells the others while the memory is made.
 _WORD_BYTES = 1024
@@ -92,19 +93,10 @@ class ShmCommunicator(Communicator):
             options: of the group.
             limits: of the build and of what is built.
         """
-        n = gloo.world_size
-        steps = iter(range(1 << 20))
-
-        def tell(word: bytes) -> list[bytes]:
-            mine = torch.zeros(_WORD_BYTES, dtype=torch.uint8)
-            mine[: 2 + len(word)] = torch.tensor([*len(word).to_bytes(2, "little"), *word], dtype=torch.uint8)
-            words = torch.empty(n * _WORD_BYTES, dtype=torch.uint8)
-            tag = make_tag(SETUP, next(steps), "shm")
-            gloo.all_gather(mine, 0, [_WORD_BYTES] * n, words, tag=tag, timeout=limits.build_timeout)
-            said = [bytes(piece.tolist()) for piece in words.split(_WORD_BYTES)]
-            return [text[2 : 2 + int.from_bytes(text[:2], "little")] for text in said]
-
-        sizes = host_memory.Sizes.plan(n, shm_bytes=options.shm_bytes, queue_bytes=options.queue_bytes, queues=options.message_queue)
+        sizes = host_memory.Sizes.plan(
+            gloo.world_size, shm_bytes=options.shm_bytes, queue_bytes=options.queue_bytes, queues=options.message_queue
+        )
+        tell = teller(gloo, cls.name, limits.build_timeout)
         found = host_memory.join(tell, sizes, gloo.rank_in_group, crowd=limits.crowd)
         return Refused(cls.name, found) if isinstance(found, str) else cls(found, limits.timeout)
 
@@ -370,6 +362,21 @@ class ShmCommunicator(Communicator):
             + (f", {self._extra_bytes} bytes of shared tensors" if self._extra_bytes else "")
             + f"; {self._native.isa}"
         )
+
+
+def teller(gloo: GlooCommunicator, name: str, timeout: float) -> Callable[[bytes], list[bytes]]:
+    """A function by which ranks that build the strategy `name` tell each other up to 1,000 bytes, each call of it being collective."""
+    n = gloo.world_size
+    steps = iter(range(1 << 20))
+
+    def tell(word: bytes) -> list[bytes]:
+        mine = tensor_over(bytearray(struct.pack(f"<H{_WORD_BYTES - 2}s", len(word), word)), torch.uint8, (_WORD_BYTES,))
+        words = torch.empty(n * _WORD_BYTES, dtype=torch.uint8)
+        gloo.all_gather(mine, 0, [_WORD_BYTES] * n, words, tag=make_tag(SETUP, next(steps), name), timeout=timeout)
+        said = [bytes(piece.tolist()) for piece in words.split(_WORD_BYTES)]
+        return [text[2 : 2 + int.from_bytes(text[:2], "little")] for text in said]
+
+    return tell
 
 
 def make_door(native: Any, group: Any) -> Any:

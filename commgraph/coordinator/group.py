@@ -250,6 +250,7 @@ class GroupCoordinator:
             return x if out is None else call.out(out, x.shape, x).copy_(x)
         strategy = self._link.route("reduce_scatter", x.shape, x.dtype, x.device)
         result = call.out(out, _resized(x, dim, sizes[self.rank_in_group]), x, strategy.new)
+        x = _apart(x, result)
         self._link.run(
             call,
             signature.scattered(op, x, dim, sizes),

@@ -83,9 +83,7 @@ class HostObjects:
                 found |= self._gather_large(call, () if fits else parts, later, deadline)
         return [obj if rank == me else loads(found[rank][0], found[rank][1:]) for rank in range(n)]
 
-    def _gather_large(
-        self, call: Call, parts: Sequence[Any], sizes: Mapping[int, list[int]], deadline: float
-    ) -> dict[int, list[Any]]:
+    def _gather_large(self, call: Call, parts: Sequence[Any], sizes: Mapping[int, list[int]], deadline: float) -> dict[int, list[Any]]:
         """The parts of the records that did not fit, by rank. Each begins at a multiple of 64 bytes, as tensors like it."""
         totals = [sum(map(_padded, sizes.get(rank, ()))) for rank in range(call.world_size)]
         mine, memory = bytearray(totals[call.rank_in_group]), self._mailbox.take(sum(totals))
@@ -195,7 +193,8 @@ class HostObjects:
             raise nothing_yet(self._link, call, awaited, timeout) from None
 
     def join(self, timeout: float) -> None:
-        """No thread is left behind."""
+        """After the group was closed. There is no thread to be waited for; the memory of the rings goes with their last reference."""
+        self.__dict__.pop("_mailbox", None)
 
 
 class _NothingYet(Exception):  # noqa: N818 - never leaves this module

@@ -49,7 +49,8 @@ class Sizes:
     @classmethod
     def plan(cls, n: int, *, shm_bytes: int, queue_bytes: int, queues: bool) -> Self:
         """What n ranks get out of the sizes that a user gave: large groups get less for each rank, so that the whole stays bounded."""
-        slot = _pages(min(shm_bytes, max(8 * shm_bytes // n, 16 * 1024)))
+        # At least some lines for what each rank sends to each other one.
+        slot = _pages(max(min(shm_bytes, max(8 * shm_bytes // n, 16 * 1024)), 256 * n))
         broadcast = min(queue_bytes, max(4 * queue_bytes // n, 16 * 1024))
         pair = min(queue_bytes // 2, max(4 * queue_bytes // (n * (n - 1)), 4 * 1024))
         return cls(n, slot, _lines(broadcast) if queues else 0, _lines(pair) if queues else 0)

@@ -14,12 +14,12 @@ def load() -> Any | None:
     reason = why_missing()
     if reason is None:
         return importlib.import_module("commgraph.shm._native")
-    # Python shows a warning of one place and text once.
+    # Python shows a warning of one place and text once: so this is its place, and not that of whoever asked.
     warnings.warn(
         f"commgraph's native module is missing ({reason}): the ranks of one host go through gloo, at a hundredth of the speed. Install "
         "commgraph where there is a C compiler (and the headers of Python), or from a wheel",
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=1,
     )
     return None
 

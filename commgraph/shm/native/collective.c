@@ -15,6 +15,8 @@ enum {
     /* Below this a slot is always written plainly, and nothing is measured. */
     MEASURED = 16 * 1024,
     EXPLORE = 64, /* every so many chunks the other way to write is tried */
+    TRIALS = 16,  /* chunks at first take turns */
+    UNTOUCHED = 4, /* and the very first count for nothing: touching a page costs more than either way */
 };
 #define WHERE_SHIFT 44
 
@@ -184,28 +186,28 @@ static int choose_way(cg_group *g, size_t bytes) {
             uint32_t cost = p == g->me ? 0 : atomic_load_explicit(cost_cell(g, p, g->me, class_of(bytes), way), memory_order_relaxed);
             if (cost > slowest) slowest = cost;
         }
-        if (slowest == 0 || c->cost[way] == 0) return way; /* not tried yet */
         total[way] = c->cost[way] + (float)slowest / 256;
     }
     int best = total[1] < total[0];
-    return ++c->turn % EXPLORE == 0 ? !best : best;
+    if (++c->turn <= TRIALS) return c->turn & 1;
+    return c->turn % EXPLORE == 0 ? !best : best;
 }
 
-/* A moving average; one that was interrupted counts for little. */
+/* A moving average that believes good news sooner than bad: whatever interrupts a copy only makes it longer. */
 static float blend(float old, float now) {
     if (old == 0) return now;
-    if (now > 4 * old) now = 4 * old;
-    return old + (now - old) / 4;
+    if (now < old) return (old + now) / 2;
+    return old + ((now > 2 * old ? 2 * old : now) - old) / 8;
 }
 
 static void note_write(cg_group *g, size_t bytes, int way, int64_t ns) {
     if (bytes < MEASURED || g->way >= 0) return;
     cg_choice *c = &g->choices[class_of(bytes)];
-    c->cost[way] = blend(c->cost[way], (float)ns * 1024 / (float)bytes);
+    if (c->turn > UNTOUCHED) c->cost[way] = blend(c->cost[way], (float)ns * 1024 / (float)bytes);
 }
 
 static void note_read(cg_group *g, int writer, size_t bytes, int way, int64_t ns) {
-    if (bytes < MEASURED) return;
+    if (bytes < MEASURED || g->choices[class_of(bytes)].turn <= UNTOUCHED) return;
     _Atomic uint32_t *cell = cost_cell(g, g->me, writer, class_of(bytes), way);
     float old = (float)atomic_load_explicit(cell, memory_order_relaxed) / 256;
     float now = blend(old, (float)ns * 1024 / (float)bytes);
@@ -282,7 +284,8 @@ int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, 
     cg_kernel kernel = cg_find_kernel(dtype, op);
     begin(g, call);
     g->bytes_sent += bytes;
-    if (bytes <= g->slot_bytes && bytes * (size_t)g->n <= ONE_SHOT) return one_shot(g, call, from, to, count, size, kernel, who);
+    /* Kinds of 16 bits are reduced at half the rate, so that sharing the work pays earlier. */
+    if (bytes <= g->slot_bytes && bytes * (size_t)g->n * (size == 2 ? 2 : 1) <= ONE_SHOT) return one_shot(g, call, from, to, count, size, kernel, who);
 
     uint64_t where = g->n_regions ? find_region(g, from, bytes) : 0;
     size_t chunk = g->slot_bytes / size, mine_from, mine_to;

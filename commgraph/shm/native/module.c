@@ -215,37 +215,6 @@ static PyObject *team_close(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-/* Whether all that are watched have sat down; used to wait for a queue's readers. */
-typedef struct {
-    cg_team *team;
-    int next;
-} seating;
-
-static int all_seated(void *arg) {
-    seating *s = arg;
-    for (; s->next < s->team->n; s->next++)
-        if (atomic_load_explicit(&s->team->seats[s->next].state, memory_order_acquire) == CG_EMPTY) return 0;
-    return 1;
-}
-
-static PyObject *team_wait_seated(PyObject *self, PyObject *arg) {
-    int64_t timeout = PyLong_AsLongLong(arg);
-    if (timeout == -1 && PyErr_Occurred()) return NULL;
-    Team *team = (Team *)self;
-    seating s = {&team->team, 0};
-    int who = 0;
-    if (!enter(team)) return NULL;
-    int result = cg_wait(&team->team, all_seated, &s, CG_EVERYONE, 0, deadline_after(timeout), &who);
-    leave(team);
-    return result == CG_OK ? Py_NewRef(Py_None) : raise_stopped(self, result, result == CG_TIMEOUT ? s.next : who);
-}
-
-static PyObject *team_announce(PyObject *self, PyObject *unused) {
-    (void)unused;
-    cg_notify_all(&((Team *)self)->team);
-    Py_RETURN_NONE;
-}
-
 static PyObject *team_state(PyObject *self, PyObject *arg) {
     long seat = PyLong_AsLong(arg);
     Team *team = (Team *)self;
@@ -271,8 +240,6 @@ static PyObject *team_unpost(PyObject *self, PyObject *unused) {
 
 static PyMethodDef team_methods[] = {
     {"close", team_close, METH_VARARGS, "close(failed=False)\n--\n\nLeaves for good and wakes everybody; from any thread."},
-    {"wait_seated", team_wait_seated, METH_O, "wait_seated(timeout_ns)\n--\n\nWaits until every seat is taken."},
-    {"announce", team_announce, METH_NOARGS, "announce()\n--\n\nWakes those that wait for this seat to be taken."},
     {"state", team_state, METH_O, "state(seat)\n--\n\n0 empty, 1 taken, 2 left, 3 left after an error."},
     {"lost", team_lost, METH_NOARGS, "lost()\n--\n\n(code, seat) of one that left or died, as in Stopped; None: nobody, or a thread waits and looks."},
     {"unpost", team_unpost, METH_NOARGS, "unpost()\n--\n\nTakes back that the call last begun was begun."},
@@ -802,12 +769,6 @@ static PyObject *ring_take(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-static PyObject *ring_has_room(PyObject *self, PyObject *arg) {
-    size_t bytes = PyLong_AsSize_t(arg);
-    if (PyErr_Occurred()) return NULL;
-    return PyBool_FromLong(cg_ring_has_room(&((Ring *)self)->ring, bytes));
-}
-
 static PyObject *ring_leave_out(PyObject *self, PyObject *arg) {
     cg_ring *ring = &((Ring *)self)->ring;
     long reader = PyLong_AsLong(arg);
@@ -820,7 +781,6 @@ static PyMethodDef ring_methods[] = {
     {"get", (PyCFunction)(void (*)(void))ring_get, METH_FASTCALL, "get(timeout_ns, posted)\n--\n\n(kind, meta, parts) of the next record."},
     {"peek", ring_peek, METH_VARARGS, "peek(timeout_ns, posted)\n--\n\n(kind, meta, sizes) of the next record, which stays."},
     {"take", ring_take, METH_VARARGS, "take(timeout_ns, targets)\n--\n\nReads the parts of the record that was peeked at."},
-    {"has_room", ring_has_room, METH_O, "has_room(nbytes)\n--\n\n"},
     {"leave_out", ring_leave_out, METH_O, "leave_out(reader)\n--\n\nGoes on without a reader that has not sat down; False if it has."},
     {0}};
 static PyType_Slot ring_slots[] = {

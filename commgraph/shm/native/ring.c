@@ -75,11 +75,6 @@ static int has_room(void *arg) {
     return 1;
 }
 
-int cg_ring_has_room(cg_ring *ring, size_t bytes) {
-    vacancy v = {ring, bytes + 4 * UNIT, 0};
-    return has_room(&v);
-}
-
 int cg_ring_leave_out(cg_ring *ring, int reader) {
     if (!cg_team_leave_out(ring->team, seat_of(ring, reader))) return 0;
     /* As if it had read all that will ever be written. */

@@ -52,8 +52,6 @@ void cg_ring_leave(cg_ring *ring);
 
 /* Writer. CG_TIMEOUT: nobody will see any of it. */
 int cg_ring_put(cg_ring *ring, uint32_t kind, uint64_t meta, const cg_part *parts, uint32_t n_parts, int64_t deadline, int *who);
-/* Whether a record that fits into the ring could be put without waiting. */
-int cg_ring_has_room(cg_ring *ring, size_t bytes);
 /* Goes on without a reader, whose seat stays empty for ever. 0 if it has sat down already. */
 int cg_ring_leave_out(cg_ring *ring, int reader);
 

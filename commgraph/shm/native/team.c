@@ -20,6 +20,7 @@
 /* team->watch[seat] where it is no descriptor. */
 enum { WATCH_UNKNOWN = -1, WATCH_MYSELF = -2, WATCH_BY_PROC = -3 };
 
+#define YIELD_NS 200000      /* of yielding at most: on a busy machine one may take a time slice, and nobody looks at the deadline meanwhile */
 #define SLICE_NS 50000000ull /* of a sleep, after which the others are looked after: a death is noticed within it */
 
 int64_t cg_clock_ns(void) {
@@ -183,11 +184,13 @@ int cg_wait(cg_team *team, cg_condition ready, void *arg, int watched, int colle
         if (ready(arg)) return CG_OK;
         cg_pause();
     }
-    for (int i = 0; i < team->yields; i++) {
+    int64_t looked = cg_clock_ns();
+    const int64_t patience = looked + YIELD_NS;
+    for (int i = 0; i < team->yields && looked < patience; i++) {
         if (ready(arg)) return CG_OK;
         sched_yield();
+        looked = cg_clock_ns();
     }
-    int64_t looked = cg_clock_ns();
     int result = CG_OK;
     for (;;) {
         uint32_t rung = atomic_load_explicit(&mine->doorbell, memory_order_acquire);

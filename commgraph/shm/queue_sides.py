@@ -1,0 +1,663 @@
+"""The two sides of a message queue: its writer, and a reader that is reached through memory or through a socket.
+
+The memory::
+
+    page 0      a number that only this segment has; who was lost, if anybody was
+    seats       the writer's, then one for each local reader
+    ring        from the writer to them
+"""
+
+from __future__ import annotations
+
+import numbers
+import os
+import pickle
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NoReturn, Self
+
+from commgraph.errors import BuildError, CollectiveTimeoutError, ContextClosedError, PeerLostError
+from commgraph.shm import segments
+from commgraph.shm.pickling import Pickler, loads
+from commgraph.shm.remote import CLOSED, LOST, OBJECT, READY, Entrance, HungUp, Incoming, Late, Secret, Senders
+from commgraph.shm.stopped import GONE, SELF, TIMEOUT, Stopped
+from commgraph.shm.stopped import LOST as DIED
+from commgraph.wire import WireError
+
+__all__ = ["MemoryReader", "QueueMemory", "Side", "SocketReader", "Timeout", "Writer"]
+
+Timeout = timedelta | float | None
+
+_PAGE = 4096
+_NONCE_BYTES = 16
+_FAULT = struct.Struct("=I")
+# What stands there: 0 for nobody, 1 + reader, or this for the writer.
+_FAULT_WRITER = 0xFFFFFFFF
+# Of memory for results that nobody uses at the moment.
+_POOL_BYTES = 64 << 20
+
+# 2**62 ns are 146 years.
+_FOREVER = 1 << 62
+# For readers that nobody has seen yet, where no timeout is given.
+_READY_NS = 300 * 10**9
+# Seconds between two looks of a writer that never waits at whether its readers live.
+_LOOK_EVERY = 0.1
+# Seconds that remote readers get to learn of a loss, and to read what came before.
+_TELL_TIMEOUT = 10.0
+# Seconds that a call which was told to end may take to do so.
+_LEAVE_TIMEOUT = 1.0
+
+_KEPT = "Nothing is lost: call again to go on waiting for the same"
+_WRITER_CLOSED = "it closed the queue, and all that it had sent was read"
+_USED_UP = "the object arrived and could not be unpickled here. It is used up; the queue goes on"
+
+
+class QueueMemory:
+    """One side's view of the memory of a queue.
+
+    Attributes:
+        team, ring: objects of the native module.
+        fd: the writer's descriptor, which readers open; -1 on readers.
+        nbytes: of the whole.
+        nonce: what tells this memory from any other.
+    """
+
+    def __init__(self, native: Any, fd: int, nbytes: int, seat: int, n_local: int, capacity: int) -> None:
+        self._segment = native.Segment(fd, nbytes)
+        self.team = native.Team(self._segment, _PAGE, 1 + n_local, seat, 1 + n_local)
+        pool = native.Pool(_POOL_BYTES)
+        self.ring = native.Ring(self.team, pool, _ring_offset(native, n_local), 0, 1, n_local, capacity, False)
+        self.fd = -1
+        self.nbytes = nbytes
+        self.nonce = b""
+
+    @classmethod
+    def create(cls, native: Any, n_local: int, capacity: int) -> Self:
+        """The writer's.
+
+        Raises:
+            BuildError: there is no memory for it.
+        """
+        nbytes = _pages(_ring_offset(native, n_local) + native.ring_bytes(n_local, capacity))
+        try:
+            fd = segments.create(nbytes)
+        except BuildError as error:
+            raise BuildError(
+                f"MessageQueue.create: {nbytes} bytes of shared memory are needed and could not be reserved ({error.__cause__}). They "
+                "count as memory of this process: make room (cgroup limit, RLIMIT_FSIZE), or ask for smaller or fewer chunks"
+            ) from error
+        try:
+            nonce = os.urandom(_NONCE_BYTES)
+            os.pwrite(fd, nonce, 0)
+            self = cls(native, fd, nbytes, 0, n_local, capacity)
+        except BaseException:
+            os.close(fd)
+            raise
+        self.fd, self.nonce = fd, nonce
+        return self
+
+    @classmethod
+    def open(cls, native: Any, owner: tuple[int, int, int], nonce: bytes, reader: int, n_local: int, capacity: int) -> Self:
+        """A reader's; `owner` is the writer's (process, descriptor, bytes).
+
+        Raises:
+            OSError: it cannot be opened, or is another's.
+            ValueError: the reader's seat is taken.
+        """
+        fd = segments.open_peer(*owner)
+        try:
+            if os.pread(fd, _NONCE_BYTES, 0) != nonce:
+                raise OSError("another segment is open there")
+            return cls(native, fd, owner[2], 1 + reader, n_local, capacity)
+        finally:
+            os.close(fd)
+
+    @property
+    def fault(self) -> int:
+        """Who was lost, as it stands in the memory."""
+        with memoryview(self._segment) as view:
+            return int(_FAULT.unpack_from(view, _NONCE_BYTES)[0])
+
+    def blame(self, fault: int) -> None:
+        """Says who was lost, unless somebody said so before. To be followed by something that publishes it: closing the team."""
+        if not self.fault:
+            with memoryview(self._segment) as view:
+                _FAULT.pack_into(view, _NONCE_BYTES, fault)
+
+    def let_go(self) -> None:
+        """Closes the descriptor: no reader can open the memory any more."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Side:
+    """What both sides have in common: one thread at a time, closing from any thread, and errors that say which queue and whose side.
+
+    Attributes:
+        name: of the queue.
+        me: this side, in words.
+        closed: `close` was called.
+    """
+
+    def __init__(self, name: str, me: str) -> None:
+        self.name = name
+        self.me = me
+        self.closed = False
+        self._call = threading.Lock()
+        self._closing = threading.Lock()
+        self._pid = os.getpid()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is still to be closed, by this process."""
+        return not self.closed and os.getpid() == self._pid
+
+    def describe(self) -> str:
+        """How it is connected."""
+        raise NotImplementedError
+
+    def enqueue(self, obj: Any, timeout: Timeout = None) -> None:
+        """The writer's."""
+        raise ValueError(f"{self._where('enqueue')}: only the writer enqueues; that is who called MessageQueue.create")
+
+    def dequeue(self, timeout: Timeout = None) -> Any:
+        """A reader's."""
+        raise ValueError(f"{self._where('dequeue')}: the writer reads nothing; a reader calls MessageQueue.attach(queue.handle, reader)")
+
+    def wait_until_ready(self, timeout: Timeout) -> None:
+        """Waits until all are there."""
+        raise NotImplementedError
+
+    def close(self, timeout: Timeout, *, wait: bool = True) -> None:
+        """Closes, from any thread.
+
+        Args:
+            timeout: for what remote readers have not taken yet.
+            wait: for the threads that send it.
+        """
+        seconds = _nanoseconds(timeout) / 1e9
+        if os.getpid() != self._pid:
+            self.closed = True
+            self._drop(inherited=True)
+        elif self._closing.acquire(blocking=False):
+            self.closed = True
+            self._leave(seconds, wait)
+            # Whoever is in a call is on its way out. A signal handler may have interrupted it, and so wait for itself.
+            if self._call.acquire(timeout=_LEAVE_TIMEOUT):
+                try:
+                    self._drop(inherited=False)
+                finally:
+                    self._call.release()
+
+    def release(self) -> None:
+        """What is left to do when nobody holds the queue any more, or the interpreter ends."""
+        self.close(0.0, wait=False)
+
+    def _leave(self, seconds: float, wait: bool) -> None:
+        """Tells all that this side is closed, and ends what waits here."""
+
+    def _drop(self, inherited: bool) -> None:
+        """Gives back what this side holds; `inherited`: by a fork, which has copies of the descriptors and no part in the queue."""
+
+    # One thread at a time.
+
+    @contextmanager
+    def _alone(self, operation: str) -> Iterator[None]:
+        if not self._call.acquire(blocking=False):
+            raise self._busy(operation)
+        try:
+            yield
+        finally:
+            self._call.release()
+
+    # Errors.
+
+    def _where(self, operation: str) -> str:
+        return f"{operation} on message queue {self.name} ({self.me})"
+
+    def _busy(self, operation: str) -> RuntimeError:
+        return RuntimeError(f"{self._where(operation)}: another thread is in a call of this side; one thread at a time may use it")
+
+    def _closed_error(self, operation: str) -> ContextClosedError:
+        return ContextClosedError(f"{self._where(operation)}: this side was closed")
+
+    def _late(self, operation: str, what: str) -> CollectiveTimeoutError:
+        return CollectiveTimeoutError(f"{self._where(operation)}: {what}", group=self.name, operation=operation)
+
+    def _lost_error(self, operation: str, reader: int | None, why: str) -> PeerLostError:
+        whom = "the writer" if reader is None else f"reader {reader}"
+        return PeerLostError(
+            f"{self._where(operation)}: {whom} is lost: {why}. Nobody can go on with this queue: close it and make another",
+            group=self.name,
+            operation=operation,
+            rank=reader,
+        )
+
+
+class Writer(Side):
+    """The writer's side."""
+
+    def __init__(self, native: Any, secret: Secret, *, n_readers: int, n_local: int, capacity: int, address: tuple[str, int]) -> None:
+        super().__init__(secret.queue.hex()[:8], f"the writer of {n_readers} reader{'s' if n_readers > 1 else ''}")
+        self.n_readers = n_readers
+        self.n_local = n_local if native is not None else 0
+        self.capacity = capacity
+        self.memory = QueueMemory.create(native, n_local, capacity) if self.n_local else None
+        self._senders = Senders(secret, capacity, lost=self._fail, look=self._look)
+        try:
+            self._entrance = Entrance(secret, address, backlog=n_readers, admit=self._admit)
+        except BaseException:
+            if self.memory is not None:
+                self.memory.let_go()
+            raise
+        self.address = self._entrance.address
+        self._dumps = Pickler().dumps
+        self._put: Callable[..., None] = _refuse if self.memory is None else self.memory.ring.put
+        self._ready = False
+        # All readers are in memory, none is known to be lost, nobody has closed.
+        self._direct = False
+        self._in_memory = False
+        self._look_at = 0.0
+        self._fate = threading.RLock()  # as that of the senders
+        self._lost: tuple[int, str] | None = None
+
+    def describe(self) -> str:
+        """How far it is."""
+        missing = 0 if self._ready or self.closed else len(self._missing())
+        return f"{self.n_readers - missing} attached, {len(self._senders)} of them through sockets; {self.capacity} bytes"
+
+    def enqueue(self, obj: Any, timeout: Timeout = None) -> None:
+        """Sends an object."""
+        ns = _FOREVER if timeout is None else _nanoseconds(timeout)
+        if not self._call.acquire(False):
+            raise self._busy("enqueue")
+        try:
+            if not self._direct:
+                self._enqueue_by_steps(obj, ns)
+                return
+            try:
+                parts = self._dumps(obj)
+            except Exception as error:
+                raise self._refused(obj, error) from error
+            if time.monotonic() >= self._look_at:
+                self._check("enqueue")
+            self._put(OBJECT, 0, parts, ns, 0)
+        except Stopped as stopped:
+            raise self._ended("enqueue", stopped, ns) from None
+        finally:
+            self._call.release()
+
+    def _enqueue_by_steps(self, obj: Any, ns: int) -> None:
+        """As `enqueue`: where there are remote readers, before the queue is ready, and once there is an error to raise."""
+        deadline = _deadline(ns)
+        self._check("enqueue")
+        if not self._ready:
+            self._get_ready("enqueue", ns)
+        # In one of the two forms it may not be possible to send it at all: nobody gets anything before both are there.
+        frame: list[memoryview] = []
+        try:
+            parts = self._dumps(obj) if self._in_memory else ()
+            if self._senders:
+                frame = self._senders.frame(OBJECT, obj)
+        except Exception as error:
+            raise self._refused(obj, error) from error
+        if frame:
+            full = self._senders.wait_for_room(frame, deadline)
+            self._check("enqueue")
+            if full is not None:
+                raise self._full(full, ns)
+        if self._in_memory:
+            self._put(OBJECT, 0, parts, _left(deadline), 0)
+        if frame and not self._senders.push(frame):
+            self._check("enqueue")
+
+    def wait_until_ready(self, timeout: Timeout) -> None:
+        """Waits for all readers."""
+        ns = _nanoseconds(timeout)
+        with self._alone("wait_until_ready"):
+            self._check("wait_until_ready")
+            if not self._ready:
+                self._get_ready("wait_until_ready", ns)
+
+    # Before it is ready.
+
+    def _missing(self) -> list[int]:
+        memory = self.memory
+        return [
+            reader
+            for reader in range(self.n_readers)
+            if reader not in self._senders and (memory is None or reader >= self.n_local or not memory.team.state(1 + reader))
+        ]
+
+    def _admit(self, reader: int) -> bool:
+        if reader >= self.n_readers:
+            return False
+        return self.memory is None or reader >= self.n_local or bool(self.memory.ring.leave_out(reader))
+
+    def _get_ready(self, operation: str, ns: int) -> None:
+        ns = _READY_NS if ns >= _FOREVER else ns
+        deadline, pause = _deadline(ns), 0.001
+        while missing := self._missing():
+            for reader, connection in self._entrance.step(min(pause, max(deadline - time.monotonic(), 0.0))):
+                self._senders.add(reader, connection)
+            self._check(operation)
+            if time.monotonic() >= deadline and (missing := self._missing()):
+                refused = self._entrance.turned_away
+                raise self._late(
+                    operation,
+                    f"reader{'s' if len(missing) > 1 else ''} {_listing(missing)} of {self.n_readers} did not attach within {ns / 1e9:g} s"
+                    + (f"; {refused} connection{'s were' if refused > 1 else ' was'} refused" if refused else "")
+                    + ". Nothing was sent: call again to go on waiting, or look why MessageQueue.attach was not called there",
+                )
+            pause = min(pause * 1.5, 0.02)
+        self._entrance.close()
+        if self.memory is not None:
+            self.memory.let_go()
+            self._in_memory = len(self._senders) < self.n_readers and any(r not in self._senders for r in range(self.n_local))
+        try:
+            if self._in_memory:
+                self._put(READY, 0, (), _FOREVER, 0)
+        except Stopped as stopped:
+            raise self._ended(operation, stopped, ns) from None
+        if self._senders:
+            self._senders.push(self._senders.frame(READY, None))
+        self._ready = True
+        self._direct = not self._senders
+        if self.closed or self._lost is not None:
+            self._direct = False
+
+    # What can end it.
+
+    def _check(self, operation: str) -> None:
+        """Raises if the queue is closed or somebody is lost."""
+        if self.closed:
+            raise self._closed_error(operation)
+        self._look()
+        if self._lost is not None:
+            raise self._lost_error(operation, *self._lost)
+        self._look_at = time.monotonic() + _LOOK_EVERY
+
+    def _look(self) -> None:
+        """Whether the local readers live; from any thread."""
+        memory = self.memory
+        if memory is not None and self._lost is None and (found := memory.team.lost()) is not None:
+            self._fail_by(memory, *found)
+
+    def _fail_by(self, memory: QueueMemory, code: int, seat: int) -> None:
+        reader, why = _blame_of(memory, code, seat)
+        self._fail(seat - 1 if reader is None else reader, why)
+
+    def _fail(self, reader: int, why: str) -> None:
+        """A reader is lost: everybody is told, and this side's calls end; from any thread."""
+        # All of it or nothing: whoever sees that a reader is lost may close at once, and the others are to learn of the reader first.
+        with self._fate:
+            if self.closed or self._lost is not None:
+                return
+            self._lost = (reader, why)
+            self._direct = False
+            self._senders.end(LOST, reader, _TELL_TIMEOUT)
+            memory = self.memory
+            if memory is not None:
+                memory.blame(1 + reader)
+                memory.team.close()
+
+    def _ended(self, operation: str, stopped: Stopped, ns: int) -> Exception:
+        if stopped.code == TIMEOUT:
+            return self._full(stopped.seat - 1, ns)
+        if stopped.code == SELF:
+            if self._lost is None or self.closed:
+                return self._closed_error(operation)
+            return self._lost_error(operation, *self._lost)
+        if self.memory is not None:
+            self._fail_by(self.memory, stopped.code, stopped.seat)
+        return self._closed_error(operation) if self._lost is None else self._lost_error(operation, *self._lost)
+
+    def _full(self, reader: int, ns: int) -> CollectiveTimeoutError:
+        return self._late(
+            "enqueue",
+            f"reader {reader} has not made room within {ns / 1e9:g} s, of the {self.capacity} bytes that may wait for it. Nothing was sent "
+            "to anybody: call again to send it; a queue of more chunks holds more",
+        )
+
+    def _refused(self, obj: object, error: Exception) -> Exception:
+        where = self._where("enqueue")
+        if isinstance(error, MemoryError):
+            return error
+        if isinstance(error, RecursionError):
+            return ValueError(f"{where}: the object to send is nested too deep for pickle. Nothing was sent.")
+        if isinstance(error, ValueError):
+            return ValueError(f"{where}: {error}. Nothing was sent.")
+        # TypeErrors say it all: pickle's of what never can be, or that something is no plain data.
+        what = f"{error}" if isinstance(error, TypeError) else f"cannot pickle a {type(obj).__name__}: {type(error).__name__}: {error}"
+        count = len(self._senders)
+        remote = f" (for a queue MessageQueue.create(..., authkey=...); {count} of the readers here need one)" if count else ""
+        return TypeError(f"{where}: {what}{remote}. Nothing was sent.")
+
+    def _leave(self, seconds: float, wait: bool) -> None:
+        with self._fate:
+            self._direct = False
+            if self.memory is not None:
+                self.memory.team.close()
+            self._senders.end(CLOSED, None, seconds)
+        if wait:
+            self._senders.join()
+
+    def _drop(self, inherited: bool) -> None:
+        self._put = _refuse
+        self._entrance.close()
+        if inherited:
+            self._senders.drop()
+        if self.memory is not None:
+            self.memory.let_go()
+            self.memory = None
+
+
+class MemoryReader(Side):
+    """A reader that shares memory with the writer."""
+
+    def __init__(self, name: str, reader: int, n_readers: int, memory: QueueMemory, writer_pid: int) -> None:
+        super().__init__(name, f"reader {reader} of {n_readers}")
+        self._memory: QueueMemory | None = memory
+        # The native module itself lets one thread at a time in.
+        self._get: Callable[..., tuple[int, int, list[Any]]] = self._get_first
+        self._writer_pid = writer_pid
+        self._ready = False
+
+    def describe(self) -> str:
+        """How it is connected."""
+        return "through memory"
+
+    def dequeue(self, timeout: Timeout = None) -> Any:
+        """The next object."""
+        ns = _FOREVER if timeout is None else _nanoseconds(timeout)
+        try:
+            parts = self._get(ns, 0)[2]
+        except Stopped as stopped:
+            raise self._ended("dequeue", stopped, ns, "nothing came from the writer") from None
+        try:
+            return pickle.loads(parts[0]) if len(parts) == 1 else loads(parts[0], parts[1:])
+        except Exception as error:
+            error.add_note(f"{self._where('dequeue')}: {_USED_UP}")
+            raise
+
+    def wait_until_ready(self, timeout: Timeout) -> None:
+        """Waits for the writer to say that all are there."""
+        ns = _nanoseconds(timeout)
+        try:
+            self._get_ready(ns)
+        except Stopped as stopped:
+            raise self._ended("wait_until_ready", stopped, ns, "not all of the writer's readers have attached") from None
+
+    def _get_ready(self, ns: int) -> None:
+        memory = self._memory
+        if self.closed or memory is None:
+            _refuse()
+        if not self._ready:
+            kind, _, _ = memory.ring.get(ns, 0)
+            assert kind == READY
+            self._ready = True
+            self._get = memory.ring.get
+            if self._memory is None:
+                self._get = _refuse
+
+    def _get_first(self, ns: int, posted: int) -> tuple[int, int, list[Any]]:
+        """In the place of the ring's `get`, before the first object."""
+        deadline = _deadline(ns)
+        self._get_ready(ns)
+        return self._get(_left(deadline), posted)
+
+    def _ended(self, operation: str, stopped: Stopped, ns: int, what: str) -> Exception:
+        if stopped.code == TIMEOUT:
+            return self._late(operation, f"{what} within {ns / 1e9:g} s. {_KEPT}")
+        memory = self._memory
+        if stopped.code == SELF or memory is None:
+            return self._closed_error(operation)
+        reader, why = _blame_of(memory, stopped.code, stopped.seat, self._writer_pid)
+        # So that those who see this side close learn who was lost first.
+        if reader is not None or stopped.code == DIED:
+            memory.blame(_FAULT_WRITER if reader is None else 1 + reader)
+        return self._lost_error(operation, reader, why)
+
+    def _leave(self, seconds: float, wait: bool) -> None:
+        if self._memory is not None:
+            self._memory.team.close()
+
+    def _drop(self, inherited: bool) -> None:
+        self._memory = None
+        self._get = _refuse
+
+
+class SocketReader(Side):
+    """A reader on another host, or one that cannot open the writer's memory."""
+
+    def __init__(self, name: str, reader: int, n_readers: int, incoming: Incoming, why: str) -> None:
+        super().__init__(name, f"reader {reader} of {n_readers}")
+        self._why = why
+        self._incoming = incoming
+        self._ready = False
+        # How it ended: words, and who was lost; or words alone, of what came instead of a frame.
+        self._lost: tuple[int | None, str] | None = None
+        self._forged = ""
+
+    def describe(self) -> str:
+        """How it is connected."""
+        return f"through a socket ({self._why})"
+
+    def dequeue(self, timeout: Timeout = None) -> Any:
+        """The next object."""
+        ns = _nanoseconds(timeout)
+        with self._alone("dequeue"):
+            deadline = _deadline(ns)
+            if not self._ready:
+                self._get_ready("dequeue", ns, deadline)
+            return self._receive("dequeue", ns, deadline, "nothing came from the writer")[1]
+
+    def wait_until_ready(self, timeout: Timeout) -> None:
+        """Waits for the writer to say that all are there."""
+        ns = _nanoseconds(timeout)
+        with self._alone("wait_until_ready"):
+            if self.closed:
+                raise self._closed_error("wait_until_ready")
+            if not self._ready:
+                self._get_ready("wait_until_ready", ns, _deadline(ns))
+
+    def _get_ready(self, operation: str, ns: int, deadline: float) -> None:
+        kind, _ = self._receive(operation, ns, deadline, "not all of the writer's readers have attached")
+        assert kind == READY
+        self._ready = True
+
+    def _receive(self, operation: str, ns: int, deadline: float, what: str) -> tuple[int, Any]:
+        if self.closed:
+            raise self._closed_error(operation)
+        self._raise_if_over(operation)
+        try:
+            kind, obj = self._incoming.receive(deadline)
+        except Late:
+            raise self._late(operation, f"{what} within {ns / 1e9:g} s. {_KEPT}") from None
+        except HungUp as error:
+            if self.closed:
+                raise self._closed_error(operation) from None
+            kind, obj, self._lost = CLOSED, None, (None, str(error))
+        except WireError as error:
+            kind, obj, self._forged = CLOSED, None, str(error)
+        except Exception as error:
+            error.add_note(f"{self._where(operation)}: {_USED_UP}")
+            raise
+        if kind in (LOST, CLOSED):
+            if kind == LOST:
+                self._lost = (obj if isinstance(obj, int) else None, "the writer says so")
+            elif self._lost is None:
+                self._lost = (None, _WRITER_CLOSED)
+            self._incoming.interrupt()
+            self._raise_if_over(operation)
+        return kind, obj
+
+    def _raise_if_over(self, operation: str) -> None:
+        if self._forged:
+            raise WireError(f"{self._where(operation)}: {self._forged}. The connection was closed")
+        if self._lost is not None:
+            raise self._lost_error(operation, *self._lost)
+
+    def _leave(self, seconds: float, wait: bool) -> None:
+        self._incoming.interrupt()
+
+    def _drop(self, inherited: bool) -> None:
+        self._incoming.close()
+
+
+def _blame_of(memory: QueueMemory, code: int, seat: int, writer_pid: int = 0) -> tuple[int | None, str]:
+    """Who was lost first (None: the writer), and how, where the native module found that `seat` has died or left."""
+    if code == GONE:
+        # It may have left because it saw what this side has not seen yet.
+        if fault := memory.fault:
+            how = "another side found that it died or left"
+            return (None if fault == _FAULT_WRITER else fault - 1), how
+        code, seat = memory.team.lost() or (code, seat)
+    if code == DIED:
+        how = "its process died, or ended without close()"
+    else:
+        how = "it closed the queue" if seat else _WRITER_CLOSED
+    if seat:
+        return seat - 1, how
+    return None, how + (f" (process {writer_pid})" if writer_pid else "")
+
+
+def _refuse(*_: object) -> NoReturn:
+    """In the place of a ring, once this side is closed."""
+    raise Stopped(SELF, 0)
+
+
+def _nanoseconds(timeout: Timeout) -> int:
+    if timeout is None:
+        return _FOREVER
+    seconds: Any = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if isinstance(seconds, bool) or not isinstance(seconds, numbers.Real):  # numpy's floats are Real, too
+        raise TypeError(f"timeout={timeout!r}: seconds or a timedelta are needed, None to wait for as long as the others live")
+    if not float(seconds) >= 0:
+        raise ValueError(f"timeout={timeout!r}: it must not be negative; 0 does not wait, None waits for as long as the others live")
+    return int(float(seconds) * 1e9) if float(seconds) < 1e9 else _FOREVER
+
+
+def _deadline(ns: int) -> float:
+    return float("inf") if ns >= _FOREVER else time.monotonic() + ns / 1e9
+
+
+def _left(deadline: float) -> int:
+    return _FOREVER if deadline == float("inf") else max(int((deadline - time.monotonic()) * 1e9), 0)
+
+
+def _pages(nbytes: int) -> int:
+    return -(-nbytes // _PAGE) * _PAGE
+
+
+def _ring_offset(native: Any, n_local: int) -> int:
+    return _PAGE + _pages(int(native.group_layout(1 + n_local, _PAGE)[0]))
+
+
+def _listing(readers: list[int]) -> str:
+    return ", ".join(map(str, readers[:16])) + (f" and {len(readers) - 16} more" if len(readers) > 16 else "")

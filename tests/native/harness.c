@@ -1,0 +1,1039 @@
+/* The plain C core under test, without Python: threads (and, in one part, processes) over one piece of zeroed memory.
+ *
+ *     harness PART SECONDS SEED        PART: collectives, rings, pool, endings, processes, guards, kernels, all
+ *
+ * Every participant draws the same random numbers, so that each knows what all others give and can say itself what it must get. The first
+ * thing that is wrong is printed, and ends the program with 1. nox -s tsan builds it with ThreadSanitizer, and with AddressSanitizer.
+ */
+#define _GNU_SOURCE
+#include "collective.h"
+#include "kernels.c" /* to reach the tables of every instruction set */
+#include "pool.h"
+#include "ring.h"
+
+#include <errno.h>
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { MOST = 5, PAGE_BYTES = 4096 };
+
+static _Thread_local char doing[256]; /* what this thread is at, for whoever reads of a failure */
+
+static void fail(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fprintf(stderr, "harness: ");
+    vfprintf(stderr, format, args);
+    fprintf(stderr, " [%s]\n", doing);
+    va_end(args);
+    _exit(1);
+}
+
+#define CHECK(condition, ...)              \
+    do {                                   \
+        if (!(condition)) fail(__VA_ARGS__); \
+    } while (0)
+
+/* Random numbers: splitmix64. */
+
+typedef struct {
+    uint64_t state;
+} dice;
+
+static uint64_t mix(uint64_t z) {
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBull;
+    return z ^ z >> 31;
+}
+
+static uint64_t roll(dice *d) { return mix(d->state += 0x9E3779B97F4A7C15ull); }
+static size_t below(dice *d, size_t limit) { return limit ? (size_t)(roll(d) % limit) : 0; }
+static int chance(dice *d, int percent) { return (int)below(d, 100) < percent; }
+
+static void pause_a_little(dice *d) {
+    if (chance(d, 15)) sched_yield();
+    if (chance(d, 4)) usleep((useconds_t)below(d, 300));
+}
+
+static int64_t soon(void) { return cg_clock_ns() + 60 * 1000000000ll; }
+
+/* Values: what rank `rank` gives in entry `i` of the call whose seed is `seed`. */
+
+static uint64_t bits_of(uint64_t seed, int rank, size_t i) { return mix(seed ^ (uint64_t)rank << 56 ^ (uint64_t)i * 0x9E3779B97F4A7C15ull); }
+
+static void fill_bytes(char *to, uint64_t seed, int rank, size_t begin, size_t bytes) {
+    for (size_t i = 0; i < bytes; i++) to[i] = (char)bits_of(seed, rank, begin + i);
+}
+
+static void check_bytes(const char *found, uint64_t seed, int rank, size_t begin, size_t bytes, const char *what) {
+    for (size_t i = 0; i < bytes; i++)
+        CHECK(found[i] == (char)bits_of(seed, rank, begin + i), "%s: byte %zu of %zu from rank %d is wrong", what, i, bytes, rank);
+}
+
+/* Entries as bits: whole numbers of any value; floats of all kinds, NaN and infinity now and then. */
+static uint64_t entry(int dtype, uint64_t seed, int rank, size_t i) {
+    uint64_t bits = bits_of(seed, rank, i), kind = bits >> 58;
+    if (dtype > CG_F16) return bits;
+    static const uint64_t infinity[] = {0x7F800000, 0x7FF0000000000000, 0x7F80, 0x7C00};
+    static const int width[] = {32, 64, 16, 16}, mantissa[] = {23, 52, 7, 10};
+    uint64_t sign = (bits >> 8 & 1) << (width[dtype] - 1), whole = ((uint64_t)1 << (width[dtype] - 1)) - 1;
+    uint64_t rest = (uint64_t)1 << mantissa[dtype];
+    if (kind == 0) return infinity[dtype] | sign;
+    if (kind == 1) return infinity[dtype] | sign | (bits % (rest - 1) + 1); /* NaN of any kind */
+    if (kind == 2) return sign | bits % rest;                              /* zero, or subnormal */
+    if (kind == 3) return (bits & whole) | sign;                           /* anything */
+    /* Around one, so that sums round and tie. */
+    uint64_t one = dtype == CG_F32 ? 0x3F800000 : dtype == CG_F64 ? 0x3FF0000000000000 : dtype == CG_BF16 ? 0x3F80 : 0x3C00;
+    return sign | (one + (bits >> 12) % 8 * rest) | bits % rest;
+}
+
+static void put(char *to, int dtype, uint64_t bits) { /* little-endian, as every machine this runs on */
+    memcpy(to, &bits, cg_dtype_bytes(dtype));
+}
+
+static uint64_t get(const char *from, int dtype) {
+    uint64_t bits = 0;
+    memcpy(&bits, from, cg_dtype_bytes(dtype));
+    return bits;
+}
+
+static void fill_entries(char *to, int dtype, uint64_t seed, int rank, size_t begin, size_t count) {
+    for (size_t i = 0; i < count; i++) put(to + i * cg_dtype_bytes(dtype), dtype, entry(dtype, seed, rank, begin + i));
+}
+
+/* The reference, which takes another way than the kernels: floats of 16 bits by way of double. */
+
+static double widen(uint64_t bits, int mantissa, int bias) {
+    int exponents = 15 - mantissa;
+    uint64_t fraction = bits & ((1u << mantissa) - 1), exponent = bits >> mantissa & ((1u << exponents) - 1);
+    double sign = bits >> 15 ? -1.0 : 1.0;
+    if (exponent == (1u << exponents) - 1) return fraction ? NAN : sign * INFINITY;
+    if (exponent == 0) return sign * ldexp((double)fraction, 1 - bias - mantissa);
+    return sign * ldexp((double)(fraction | 1u << mantissa), (int)exponent - bias - mantissa);
+}
+
+/* To nearest, ties to even; NaN as the quiet one without sign. */
+static uint64_t narrow(double value, int mantissa, int bias) {
+    int exponents = 15 - mantissa;
+    uint64_t infinity = ((1ull << exponents) - 1) << mantissa, sign = signbit(value) ? 0x8000 : 0;
+    if (isnan(value)) return infinity | 1ull << (mantissa - 1);
+    if (isinf(value)) return sign | infinity;
+    int exponent = value == 0 ? -bias + 1 : ilogb(value);
+    if (exponent < 1 - bias) exponent = 1 - bias;
+    double units = nearbyint(ldexp(fabs(value), mantissa - exponent)); /* exact but for the rounding */
+    uint64_t fraction = (uint64_t)units;
+    /* A carry into the next exponent comes out by itself, and infinity, too. */
+    uint64_t bits = fraction < 1ull << mantissa ? fraction : ((uint64_t)(exponent + bias) << mantissa) + (fraction - (1ull << mantissa));
+    return sign | (bits > infinity ? infinity : bits);
+}
+
+static float combine_float(float a, float b, int op) {
+    switch (op) {
+    case CG_MAX: return isnan(a) || isnan(b) ? NAN : a > b ? a : b;
+    case CG_MIN: return isnan(a) || isnan(b) ? NAN : a < b ? a : b;
+    case CG_PRODUCT: return a * b;
+    default: return a + b;
+    }
+}
+
+static double combine_double(double a, double b, int op) {
+    switch (op) {
+    case CG_MAX: return isnan(a) || isnan(b) ? NAN : a > b ? a : b;
+    case CG_MIN: return isnan(a) || isnan(b) ? NAN : a < b ? a : b;
+    case CG_PRODUCT: return a * b;
+    default: return a + b;
+    }
+}
+
+static int is_signed(int dtype) { return dtype >= CG_I8 && dtype <= CG_I64; }
+
+static int64_t extend(uint64_t bits, int dtype) {
+    int shift = 64 - 8 * (int)cg_dtype_bytes(dtype);
+    return (int64_t)(bits << shift) >> shift;
+}
+
+static uint64_t combine_whole(uint64_t a, uint64_t b, int dtype, int op) {
+    int less = is_signed(dtype) ? extend(a, dtype) < extend(b, dtype) : a < b;
+    uint64_t bits = op == CG_MAX ? (less ? b : a) : op == CG_MIN ? (less ? a : b) : op == CG_PRODUCT ? a * b : a + b;
+    return cg_dtype_bytes(dtype) == 8 ? bits : bits & ((1ull << 8 * cg_dtype_bytes(dtype)) - 1);
+}
+
+/* Whether `found` is the reduction of `given`, in their order. Of a NaN only that it is one, and of a zero not which. */
+static int is_reduction(uint64_t found, const uint64_t *given, int n, int dtype, int op) {
+    if (dtype == CG_F64) {
+        union { uint64_t bits; double value; } u = {given[0]}, f = {found};
+        for (int p = 1; p < n; p++) {
+            union { uint64_t bits; double value; } next = {given[p]};
+            u.value = combine_double(u.value, next.value, op);
+        }
+        if (op == CG_AVG) u.value /= n;
+        return isnan(u.value) ? isnan(f.value) : u.value == f.value;
+    }
+    if (dtype == CG_F32) {
+        union { uint32_t bits; float value; } u = {(uint32_t)given[0]}, f = {(uint32_t)found};
+        for (int p = 1; p < n; p++) {
+            union { uint32_t bits; float value; } next = {(uint32_t)given[p]};
+            u.value = combine_float(u.value, next.value, op);
+        }
+        if (op == CG_AVG) u.value /= (float)n;
+        return isnan(u.value) ? isnan(f.value) : u.value == f.value;
+    }
+    if (dtype == CG_BF16 || dtype == CG_F16) {
+        int mantissa = dtype == CG_BF16 ? 7 : 10, bias = dtype == CG_BF16 ? 127 : 15;
+        float sum = (float)widen(given[0], mantissa, bias);
+        for (int p = 1; p < n; p++) sum = combine_float(sum, (float)widen(given[p], mantissa, bias), op);
+        if (op == CG_AVG) sum /= (float)n;
+        if (isnan(sum)) return isnan(widen(found, mantissa, bias));
+        uint64_t right = narrow(sum, mantissa, bias);
+        return found == right || ((found | right) & 0x7FFF) == 0;
+    }
+    uint64_t whole = given[0] & (cg_dtype_bytes(dtype) == 8 ? UINT64_MAX : (1ull << 8 * cg_dtype_bytes(dtype)) - 1);
+    for (int p = 1; p < n; p++) {
+        uint64_t next = cg_dtype_bytes(dtype) == 8 ? given[p] : given[p] & ((1ull << 8 * cg_dtype_bytes(dtype)) - 1);
+        whole = combine_whole(whole, next, dtype, op);
+    }
+    return found == whole;
+}
+
+static void check_reduction(const char *found, int n, int dtype, int op, uint64_t seed, size_t begin, size_t count) {
+    uint64_t given[MOST];
+    for (size_t i = 0; i < count; i++) {
+        for (int p = 0; p < n; p++) given[p] = entry(dtype, seed, p, begin + i);
+        uint64_t bits = get(found + i * cg_dtype_bytes(dtype), dtype);
+        CHECK(is_reduction(bits, given, n, dtype, op), "dtype %d op %d of %d ranks, entry %zu of %zu: %#llx of %#llx, %#llx ...", dtype, op, n, i,
+              count, (unsigned long long)bits, (unsigned long long)given[0], (unsigned long long)given[1]);
+    }
+}
+
+/* Memory, from whoever asks for it: private with exact ends, in a shared region, or between two pages that may not be touched. */
+
+typedef struct {
+    char *data, *base;
+    size_t mapped; /* bytes of the mapping; 0: of malloc; SIZE_MAX: of nobody */
+} buffer;
+
+enum { SPARES = 2 * MOST, SPARE_PAGES = 4 };
+static _Thread_local char *spares[SPARES]; /* mappings of SPARE_PAGES between guards that may be used again: making one takes long */
+static _Thread_local int n_spares;
+
+static buffer guarded(size_t bytes, int at_end) {
+    size_t pages = bytes <= SPARE_PAGES * PAGE_BYTES ? SPARE_PAGES : (bytes + PAGE_BYTES - 1) / PAGE_BYTES, mapped = (pages + 2) * PAGE_BYTES;
+    char *base = pages == SPARE_PAGES && n_spares > 0 ? spares[--n_spares] : NULL;
+    if (base == NULL) {
+        base = mmap(NULL, mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        CHECK(base != MAP_FAILED && mprotect(base + PAGE_BYTES, pages * PAGE_BYTES, PROT_READ | PROT_WRITE) == 0, "mmap: %s", strerror(errno));
+    }
+    char *data = at_end ? base + PAGE_BYTES + pages * PAGE_BYTES - bytes : base + PAGE_BYTES;
+    return (buffer){data, base, mapped};
+}
+
+static buffer private(size_t bytes, size_t shift) {
+    char *base = malloc(bytes + shift + !(bytes + shift));
+    CHECK(base != NULL, "malloc");
+    return (buffer){base + shift, base, 0};
+}
+
+static void give_up(buffer *b) {
+    if (b->mapped == 0) free(b->base);
+    else if (b->mapped == (SPARE_PAGES + 2) * PAGE_BYTES && n_spares < SPARES) spares[n_spares++] = b->base;
+    else if (b->mapped != SIZE_MAX) munmap(b->base, b->mapped);
+}
+
+/* Shared memory of a team: seats, a group, a region. */
+
+typedef struct {
+    int n;
+    size_t slot_bytes, region_bytes;
+    char *memory, *region;
+    size_t bytes;
+} place;
+
+enum { SEATS_BYTES = 4 * PAGE_BYTES, REGIONS = 2 };
+
+static place make_place(int n, size_t slot_bytes, size_t region_bytes) {
+    place p = {n, slot_bytes, region_bytes, NULL, NULL, 0};
+    size_t group = (cg_group_bytes(n, slot_bytes) + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
+    p.bytes = SEATS_BYTES + group + REGIONS * (size_t)n * region_bytes;
+    p.memory = mmap(NULL, p.bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    CHECK(p.memory != MAP_FAILED, "mmap: %s", strerror(errno));
+    p.region = p.memory + SEATS_BYTES + group;
+    return p;
+}
+
+static void clear_place(place *p) { munmap(p->memory, p->bytes); }
+
+typedef struct {
+    cg_team team;
+    cg_group group;
+    uint64_t calls;
+} member;
+
+static void join_place(member *m, const place *p, int me) {
+    int error = cg_team_join(&m->team, (cg_seat *)p->memory, p->n, me, p->n);
+    CHECK(error == 0, "join: %s", strerror(error));
+    cg_group_join(&m->group, &m->team, p->memory + SEATS_BYTES, p->slot_bytes);
+    for (int k = 0; k < REGIONS && p->region_bytes; k++) {
+        char *base = p->region + (size_t)k * (size_t)p->n * p->region_bytes;
+        CHECK(cg_group_add_region(&m->group, base, p->region_bytes, p->region_bytes) == 0, "add_region");
+    }
+    m->calls = 0;
+}
+
+static void leave_place(member *m) {
+    cg_group_leave(&m->group);
+    cg_team_leave(&m->team);
+}
+
+static cg_call next_call(member *m, int operation) {
+    uint64_t number = m->calls++;
+    return (cg_call){(uint32_t)(0x1234567 ^ (uint32_t)number * 0x9E3779B1u) & 0xFFFFFFF, number << 8 | (uint64_t)operation, soon()};
+}
+
+static void succeeded(int result, int who) { CHECK(result == CG_OK, "ended with %d, about %d", result, who); }
+
+/* Collectives. */
+
+typedef struct {
+    const place *place;
+    int me;
+    uint64_t seed;
+    size_t steps;
+    int guards; /* every buffer between guard pages */
+    const size_t *sizes; /* bytes, in place of random ones */
+} session;
+
+enum { STRIDES = 3 };
+
+/* As many bytes as interest: a few, around a slot, around what goes in one step, several slots. */
+static size_t interesting(dice *d, const place *p, size_t unit) {
+    static const size_t few[] = {1, 2, 3, 7, 8, 16, 63, 64, 65, 100, 127, 255, 256, 257, 1000};
+    size_t one_step = 512 * 1024 / (size_t)p->n, bytes;
+    switch (below(d, 6)) {
+    case 0: return (few[below(d, sizeof few / sizeof *few)] + unit - 1) / unit;
+    case 1: bytes = p->slot_bytes * (1 + below(d, 4)); break;
+    case 2: bytes = p->slot_bytes >= one_step ? one_step : p->slot_bytes; break;
+    case 3: bytes = p->slot_bytes / (size_t)p->n * (1 + below(d, 3)); break;
+    default: return 1 + below(d, 5 * p->slot_bytes / unit);
+    }
+    bytes /= unit;
+    return bytes + below(d, 5) > 2 ? bytes + below(d, 5) - 2 : 1;
+}
+
+/* Memory for a tensor of this rank; `mine` are the dice of this rank alone, since where it lies is its own affair. */
+static buffer tensor_of(const session *s, dice *mine, size_t bytes, size_t unit, int *in_use) {
+    if (s->guards) return guarded(bytes, chance(mine, 50));
+    const place *p = s->place;
+    if (*in_use < REGIONS && chance(mine, 60) && bytes <= p->region_bytes) {
+        size_t room = (p->region_bytes - bytes) / unit, k = (size_t)(*in_use)++;
+        char *region = p->region + (k * (size_t)p->n + (size_t)s->me) * p->region_bytes;
+        char *data = region + below(mine, room + 1) * unit;
+        return (buffer){data, data, SIZE_MAX};
+    }
+    return private(bytes, below(mine, 9) * unit);
+}
+
+/* A block of `bytes`, in rows where these allow, laid out in memory of its own. */
+static cg_block block_of(dice *d, size_t bytes, size_t unit, size_t *span) {
+    size_t rows = 1 + below(d, STRIDES), row, pitch;
+    while (bytes / unit % rows) rows--;
+    row = bytes / rows;
+    pitch = rows > 1 ? row + unit * below(d, 3) : row;
+    *span = bytes ? (rows - 1) * pitch + row : 0;
+    return (cg_block){NULL, rows, row, pitch};
+}
+
+static void block_bytes(const cg_block *block, uint64_t seed, int rank, size_t begin, int check, const char *what) {
+    for (size_t r = 0; r < block->rows; r++) {
+        char *row = block->base + r * block->pitch;
+        if (check) check_bytes(row, seed, rank, begin + r * block->row, block->row, what);
+        else fill_bytes(row, seed, rank, begin + r * block->row, block->row);
+    }
+}
+
+static void do_all_reduce(const session *s, member *m, dice *ours, dice *mine, size_t given_bytes) {
+    int dtype = (int)below(ours, CG_DTYPES), op = (int)below(ours, CG_OPS), in_place = chance(ours, 50), n = s->place->n, who = -1, in_use = 0;
+    if (cg_find_kernel(dtype, op) == NULL) op = CG_SUM;
+    size_t unit = cg_dtype_bytes(dtype), count = given_bytes ? (given_bytes + unit - 1) / unit : interesting(ours, s->place, unit);
+    uint64_t seed = roll(ours);
+    snprintf(doing, sizeof doing, "rank %d: all_reduce of %zu, dtype %d op %d in_place %d", s->me, count, dtype, op, in_place);
+    buffer from = tensor_of(s, mine, count * unit, unit, &in_use), to = from;
+    if (!in_place) to = tensor_of(s, mine, count * unit, unit, &in_use);
+    fill_entries(from.data, dtype, seed, s->me, 0, count);
+    cg_call call = next_call(m, 2);
+    succeeded(cg_all_reduce(&m->group, &call, from.data, to.data, count, dtype, op, in_place, &who), who);
+    check_reduction(to.data, n, dtype, op, seed, 0, count);
+    if (!in_place) {
+        for (size_t i = 0; i < count; i++)
+            CHECK(get(from.data + i * unit, dtype) == (unit == 8 ? entry(dtype, seed, s->me, i) : entry(dtype, seed, s->me, i) & ((1ull << 8 * unit) - 1)),
+                  "entry %zu of the input was changed", i);
+        give_up(&to);
+    }
+    give_up(&from);
+}
+
+static void do_share(const session *s, member *m, dice *ours, dice *mine, size_t given_bytes) {
+    int n = s->place->n, who = -1, in_use = 0, kind = (int)below(ours, 3), root = (int)below(ours, (size_t)n);
+    uint64_t seed = roll(ours);
+    size_t bytes[MOST], spans[MOST];
+    cg_block into[MOST];
+    buffer landings[MOST], own = {NULL, NULL, SIZE_MAX};
+    for (int p = 0; p < n; p++) {
+        bytes[p] = given_bytes ? given_bytes : chance(ours, 10) ? 0 : interesting(ours, s->place, 1);
+        if (kind == 1 && p != root) bytes[p] = 0; /* a broadcast */
+    }
+    snprintf(doing, sizeof doing, "rank %d: share of kind %d root %d, %zu %zu ... bytes", s->me, kind, root, bytes[0], bytes[1]);
+    int in_place = kind != 2 && chance(mine, 30);
+    for (int p = 0; p < n; p++) {
+        into[p] = block_of(mine, bytes[p], 1, &spans[p]);
+        landings[p] = (buffer){NULL, NULL, SIZE_MAX};
+        if (bytes[p] == 0 || (kind == 2 && s->me != root)) continue; /* a gather */
+        if (p == s->me && in_place) into[p] = (cg_block){NULL, 1, bytes[p], bytes[p]}, spans[p] = bytes[p];
+        landings[p] = p == s->me && in_place ? tensor_of(s, mine, spans[p], 1, &in_use) : s->guards ? guarded(spans[p], chance(mine, 50)) : private(spans[p], below(mine, 9));
+        memset(landings[p].data, 0x5A, spans[p]);
+        into[p].base = landings[p].data;
+    }
+    if (bytes[s->me] > 0) {
+        own = in_place && into[s->me].base ? (buffer){into[s->me].base, NULL, SIZE_MAX} : tensor_of(s, mine, bytes[s->me], 1, &in_use);
+        fill_bytes(own.data, seed, s->me, 0, bytes[s->me]);
+    }
+    cg_call call = next_call(m, 4);
+    succeeded(cg_share(&m->group, &call, own.data, bytes, into, &who), who);
+    if (bytes[s->me] > 0) check_bytes(own.data, seed, s->me, 0, bytes[s->me], "the input");
+    for (int p = 0; p < n; p++)
+        if (into[p].base != NULL) block_bytes(&into[p], seed, p, 0, 1, "a piece");
+    give_up(&own);
+    for (int p = 0; p < n; p++) give_up(&landings[p]);
+}
+
+static void do_trade(const session *s, member *m, dice *ours, dice *mine, size_t given_bytes) {
+    int n = s->place->n, who = -1;
+    uint64_t seed = roll(ours);
+    size_t crossing[MOST][MOST], span;
+    cg_block out[MOST], into[MOST];
+    buffer outs[MOST], ins[MOST];
+    for (int p = 0; p < n; p++)
+        for (int q = 0; q < n; q++) crossing[p][q] = given_bytes ? given_bytes : chance(ours, 15) ? 0 : 1 + interesting(ours, s->place, 1) / (size_t)n;
+    snprintf(doing, sizeof doing, "rank %d: trade, %zu to the next", s->me, crossing[s->me][(s->me + 1) % n]);
+    for (int p = 0; p < n; p++) {
+        out[p] = block_of(mine, crossing[s->me][p], 1, &span);
+        outs[p] = s->guards ? guarded(span, chance(mine, 50)) : private(span, below(mine, 9));
+        out[p].base = outs[p].data;
+        block_bytes(&out[p], seed + (uint64_t)p, s->me, 0, 0, "");
+        into[p] = block_of(mine, crossing[p][s->me], 1, &span);
+        ins[p] = s->guards ? guarded(span, chance(mine, 50)) : private(span, below(mine, 9));
+        into[p].base = ins[p].data;
+    }
+    cg_call call = next_call(m, 6);
+    succeeded(cg_trade(&m->group, &call, out, into, &who), who);
+    for (int p = 0; p < n; p++) {
+        block_bytes(&out[p], seed + (uint64_t)p, s->me, 0, 1, "an input");
+        block_bytes(&into[p], seed + (uint64_t)s->me, p, 0, 1, "a piece");
+        give_up(&outs[p]);
+        give_up(&ins[p]);
+    }
+}
+
+static void do_reduce_scatter(const session *s, member *m, dice *ours, dice *mine, size_t given_bytes) {
+    int dtype = (int)below(ours, CG_DTYPES), op = (int)below(ours, CG_OPS), n = s->place->n, who = -1, in_use = 0;
+    if (cg_find_kernel(dtype, op) == NULL) op = CG_SUM;
+    size_t unit = cg_dtype_bytes(dtype), counts[MOST], width = 0, rows = chance(ours, 60) ? 1 : 2 + below(ours, 3);
+    uint64_t seed = roll(ours);
+    for (int p = 0; p < n; p++) {
+        counts[p] = given_bytes ? (given_bytes + unit - 1) / unit : chance(ours, 10) ? 0 : 1 + interesting(ours, s->place, unit) / (size_t)n / rows;
+        width += counts[p];
+    }
+    snprintf(doing, sizeof doing, "rank %d: reduce_scatter of %zu x %zu, dtype %d op %d", s->me, rows, width, dtype, op);
+    /* The whole tensor is rows x width, and cut into columns; entry (row, column) is numbered row * width + column. */
+    buffer whole = tensor_of(s, mine, rows * width * unit, unit, &in_use);
+    size_t own = counts[s->me] * rows * unit, begin = 0;
+    buffer to = s->guards ? guarded(own, chance(mine, 50)) : tensor_of(s, mine, own, unit, &in_use);
+    fill_entries(whole.data, dtype, seed, s->me, 0, rows * width);
+    cg_block out[MOST];
+    size_t column = 0;
+    for (int p = 0; p < n; p++) {
+        if (p == s->me) begin = column;
+        out[p] = (cg_block){whole.data + column * unit, counts[p] ? rows : 0, counts[p] * unit, width * unit};
+        column += counts[p];
+    }
+    cg_call call = next_call(m, 5);
+    succeeded(cg_reduce_scatter(&m->group, &call, out, to.data, dtype, op, &who), who);
+    for (size_t r = 0; r < rows; r++) check_reduction(to.data + r * counts[s->me] * unit, n, dtype, op, seed, r * width + begin, counts[s->me]);
+    give_up(&whole);
+    give_up(&to);
+}
+
+static void *run_session(void *arg) {
+    session *s = arg;
+    member m;
+    dice ours = {s->seed}, mine = {mix(s->seed + 1 + (uint64_t)s->me)};
+    snprintf(doing, sizeof doing, "rank %d", s->me);
+    join_place(&m, s->place, s->me);
+    for (size_t step = 0; step < s->steps; step++) {
+        int who = -1;
+        m.group.way = (int)below(&mine, 3) - 1;
+        pause_a_little(&mine);
+        size_t bytes = s->sizes ? s->sizes[step % s->steps] : 0;
+        switch (below(&ours, 9)) {
+        case 0: {
+            cg_call call = next_call(&m, 1);
+            snprintf(doing, sizeof doing, "rank %d: barrier", s->me);
+            succeeded(cg_barrier(&m.group, &call, &who), who);
+            break;
+        }
+        case 1: case 2: case 3: do_all_reduce(s, &m, &ours, &mine, bytes); break;
+        case 4: case 5: do_share(s, &m, &ours, &mine, bytes); break;
+        case 6: do_trade(s, &m, &ours, &mine, bytes); break;
+        default: do_reduce_scatter(s, &m, &ours, &mine, bytes); break;
+        }
+    }
+    /* Nobody leaves with memory that another may read. */
+    int who = -1;
+    cg_call call = next_call(&m, 1);
+    succeeded(cg_barrier(&m.group, &call, &who), who);
+    leave_place(&m);
+    return NULL;
+}
+
+static void run_threads(int n, void *(*run)(void *), void *args, size_t stride) {
+    pthread_t threads[8];
+    for (int i = 0; i < n; i++) CHECK(pthread_create(&threads[i], NULL, run, (char *)args + (size_t)i * stride) == 0, "pthread_create");
+    for (int i = 0; i < n; i++) pthread_join(threads[i], NULL);
+}
+
+static void collectives(dice *d, int64_t until) {
+    do {
+        int n = 2 + (int)below(d, 3);
+        static const size_t slots[] = {4096, 4096, 8192, 16384, 65536, 262144};
+        size_t slot = slots[below(d, sizeof slots / sizeof *slots)];
+        place p = make_place(n, slot, 6 * slot);
+        session sessions[MOST];
+        uint64_t seed = roll(d);
+        for (int i = 0; i < n; i++) sessions[i] = (session){&p, i, seed, slot > 16384 ? 6 : 25, 0, NULL};
+        run_threads(n, run_session, sessions, sizeof *sessions);
+        clear_place(&p);
+    } while (cg_clock_ns() < until);
+}
+
+/* Guard pages around every input and output. */
+
+static const size_t GUARD_SIZES[] = {1, 2, 3, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 255, 256, 257, 320, 1000, 4095, 4096, 4097};
+enum { N_GUARD_SIZES = sizeof GUARD_SIZES / sizeof *GUARD_SIZES };
+
+static void guarded_copies(void) {
+    for (size_t k = 0; k < N_GUARD_SIZES; k++) {
+        size_t bytes = GUARD_SIZES[k];
+        for (int how = 0; how < 8; how++) {
+            snprintf(doing, sizeof doing, "cg_copy of %zu, streaming %d, ends %d", bytes, how & 1, how >> 1);
+            buffer from = guarded(bytes, how >> 1 & 1), to = guarded(bytes, how >> 2);
+            fill_bytes(from.data, 7, 0, 0, bytes);
+            cg_copy(to.data, from.data, bytes, how & 1);
+            cg_stream_fence();
+            check_bytes(to.data, 7, 0, 0, bytes, "a copy");
+            /* Rows of these bytes, three of them, to packed memory and back; whole, and from the middle of one row to that of another. */
+            for (size_t gap = 0; gap < 2; gap++) {
+                size_t span = 3 * bytes + 2 * gap, at = bytes / 2, part = 2 * bytes;
+                buffer rows = guarded(span, how >> 1 & 1), packed = guarded(part, how >> 2), back = guarded(span, how >> 2);
+                cg_block block = {rows.data, 3, bytes, bytes + gap}, returned = {back.data, 3, bytes, bytes + gap};
+                block_bytes(&block, 9, 0, 0, 0, "");
+                memset(back.data, 0, span);
+                cg_pack(packed.data, &block, at, part, how & 1);
+                cg_stream_fence();
+                check_bytes(packed.data, 9, 0, at, part, "packed");
+                cg_unpack(&returned, packed.data, at, part);
+                for (size_t i = 0; i < 3 * bytes; i++) {
+                    char found = back.data[i / bytes * (bytes + gap) + i % bytes];
+                    CHECK(found == (i >= at && i < at + part ? (char)bits_of(9, 0, i) : 0), "unpacked byte %zu", i);
+                }
+                give_up(&rows), give_up(&packed), give_up(&back);
+            }
+            give_up(&from), give_up(&to);
+        }
+    }
+}
+
+/* One kernel at many counts, from memory with guards, into memory of its own or into that of a source. */
+static void try_kernel(cg_kernel kernel, const char *set, int dtype, int op) {
+    size_t unit = cg_dtype_bytes(dtype);
+    for (int n = 2; n <= MOST; n++) {
+        for (size_t k = 0; k < N_GUARD_SIZES; k++) {
+            size_t count = (GUARD_SIZES[k] + unit - 1) / unit;
+            if (n > 3 && count > 300) continue; /* more ranks are the same loop */
+            for (int how = 0; how < 4; how++) {
+                int into = how == 3 ? (int)(k % (size_t)n) : -1;
+                snprintf(doing, sizeof doing, "%s kernel, dtype %d op %d of %d, %zu entries, how %d", set, dtype, op, n, count, how);
+                uint64_t seed = mix((uint64_t)dtype << 40 ^ (uint64_t)op << 32 ^ (uint64_t)n << 24 ^ k);
+                buffer sources[MOST], out = guarded(count * unit, how & 1);
+                const void *pointers[MOST];
+                for (int p = 0; p < n; p++) {
+                    sources[p] = guarded(count * unit, how == 2 ? p & 1 : !(how & 1));
+                    fill_entries(sources[p].data, dtype, seed, p, 0, count);
+                    pointers[p] = sources[p].data;
+                }
+                char *to = into >= 0 ? sources[into].data : out.data;
+                kernel(to, pointers, n, count);
+                check_reduction(to, n, dtype, op, seed, 0, count);
+                for (int p = 0; p < n; p++) give_up(&sources[p]);
+                give_up(&out);
+            }
+        }
+    }
+}
+
+/* The bits of a result, those of a NaN included, must not depend on where in memory the tensors lie: each rank has them elsewhere. */
+static void bits_by_place(cg_kernel kernel, const char *set, int dtype, int op) {
+    size_t unit = cg_dtype_bytes(dtype), count = 200;
+    char first[8 * 200];
+    for (int n = 2; n <= 4; n += 2) {
+        for (size_t shift = 0; shift < 18; shift++) {
+            snprintf(doing, sizeof doing, "%s kernel, dtype %d op %d of %d, shifted by %zu", set, dtype, op, n, shift);
+            buffer sources[MOST], out = private(count * unit, (shift * 5 % 17) * unit);
+            const void *pointers[MOST];
+            for (int p = 0; p < n; p++) {
+                sources[p] = private(count * unit, ((shift + (size_t)p * 3) % 17) * unit);
+                fill_entries(sources[p].data, dtype, 77, p, 0, count);
+                /* Two NaNs of different payloads in one entry, everywhere in a vector. */
+                for (size_t i = 0; i < count; i += 3) put(sources[p].data + i * unit, dtype, entry(dtype, 77, p, i) | (dtype == CG_F32 ? 0x7FC00000 : dtype == CG_F64 ? 0x7FF8000000000000 : 0x7FC0));
+                pointers[p] = sources[p].data;
+            }
+            kernel(out.data, pointers, n, count);
+            if (shift == 0) memcpy(first, out.data, count * unit);
+            CHECK(memcmp(first, out.data, count * unit) == 0, "other bits than without the shift");
+            for (int p = 0; p < n; p++) give_up(&sources[p]);
+            give_up(&out);
+        }
+    }
+}
+
+static void kernels(void) {
+    for (int dtype = 0; dtype < CG_DTYPES; dtype++) {
+        for (int op = 0; op < CG_OPS; op++) {
+#if defined(__x86_64__)
+            if (table_base[dtype][op] != NULL) try_kernel(table_base[dtype][op], "sse2", dtype, op);
+            if (dtype <= CG_F16) bits_by_place(table_base[dtype][op], "sse2", dtype, op);
+            if (has_avx2() && table_avx2[dtype][op] != NULL) try_kernel(table_avx2[dtype][op], "avx2", dtype, op);
+            if (has_avx2() && dtype <= CG_F16) bits_by_place(table_avx2[dtype][op], "avx2", dtype, op);
+#else
+            if (cg_find_kernel(dtype, op) != NULL) try_kernel(cg_find_kernel(dtype, op), cg_kernel_isa(), dtype, op);
+            if (dtype <= CG_F16) bits_by_place(cg_find_kernel(dtype, op), cg_kernel_isa(), dtype, op);
+#endif
+        }
+    }
+    /* Every value of 16 bits there and back: the maximum of it and itself is itself. */
+    for (int dtype = CG_BF16; dtype <= CG_F16; dtype++) {
+        static uint16_t all[1 << 16], out[1 << 16];
+        const void *sources[2] = {all, all};
+        for (uint32_t i = 0; i < 1 << 16; i++) all[i] = (uint16_t)i;
+#if defined(__x86_64__)
+        cg_kernel sets[2] = {table_base[dtype][CG_MAX], has_avx2() ? table_avx2[dtype][CG_MAX] : table_base[dtype][CG_MAX]};
+#else
+        cg_kernel sets[2] = {cg_find_kernel(dtype, CG_MAX), cg_find_kernel(dtype, CG_MAX)};
+#endif
+        uint32_t infinity = dtype == CG_BF16 ? 0x7F80 : 0x7C00;
+        for (int set = 0; set < 2; set++) {
+            sets[set](out, sources, 2, 1 << 16);
+            for (uint32_t i = 0; i < 1 << 16; i++)
+                CHECK(((i & 0x7FFF) > infinity) ? (out[i] & 0x7FFFu) > infinity : out[i] == i, "dtype %d: %#x became %#x", dtype, i, out[i]);
+        }
+    }
+}
+
+static void guards(void) {
+    guarded_copies();
+    for (int n = 2; n <= 4; n++) {
+        place p = make_place(n, 4096, 0);
+        session sessions[MOST];
+        size_t sizes[8 * N_GUARD_SIZES];
+        for (size_t i = 0; i < 8 * N_GUARD_SIZES; i++) sizes[i] = GUARD_SIZES[(i * 7) % N_GUARD_SIZES];
+        for (int i = 0; i < n; i++) sessions[i] = (session){&p, i, 4711 + (uint64_t)n, 8 * N_GUARD_SIZES, 1, sizes};
+        run_threads(n, run_session, sessions, sizeof *sessions);
+        clear_place(&p);
+    }
+}
+
+/* Rings. */
+
+enum { RECORDS = 400, MOST_PARTS = 12 };
+#define END_KIND 99u
+
+typedef struct {
+    char *memory;
+    int n, me, writer, first_reader, n_readers;
+    size_t capacity;
+    uint64_t seed;
+    unsigned char *sent; /* [RECORDS]: by the writer, read when all have ended */
+    size_t seen;         /* by this reader */
+    unsigned char arrived[RECORDS];
+} ring_side;
+
+static uint32_t parts_of(const ring_side *s, uint64_t number, size_t *sizes) {
+    dice d = {mix(s->seed ^ number)};
+    uint32_t n = (uint32_t)below(&d, MOST_PARTS + 1);
+    size_t most = chance(&d, 70) ? 100 : chance(&d, 70) ? s->capacity / 3 : 4 * s->capacity;
+    for (uint32_t i = 0; i < n; i++) sizes[i] = chance(&d, 20) ? 0 : 1 + below(&d, most / (chance(&d, 50) ? n : 1) + 1);
+    return n;
+}
+
+static void write_side(ring_side *s, cg_ring *ring, dice *d) {
+    for (uint64_t number = 0; number < RECORDS; number++) {
+        size_t sizes[MOST_PARTS], total = 0;
+        cg_part parts[MOST_PARTS];
+        uint32_t n = parts_of(s, number, sizes);
+        for (uint32_t i = 0; i < n; i++) {
+            char *data = malloc(sizes[i] + 1);
+            fill_bytes(data, s->seed + number, (int)i, 0, sizes[i]);
+            parts[i] = (cg_part){data, sizes[i]};
+            total += sizes[i];
+        }
+        pause_a_little(d);
+        int patience = (int)below(d, 4), who = -1, result;
+        snprintf(doing, sizeof doing, "writer: record %llu of %u parts, %zu bytes, ring of %zu", (unsigned long long)number, n, total, s->capacity);
+        for (int tries = 0;; tries++) {
+            /* No patience: gives up, perhaps halfway, and goes on with another record. */
+            int64_t deadline = patience == 0 ? cg_clock_ns() + (int64_t)below(d, 2) * (int64_t)below(d, 200000) : patience == 1 ? 0 : soon();
+            result = cg_ring_put(ring, 5, number, parts, n, deadline, &who);
+            if (result == CG_OK || patience == 0 || tries > 200) break;
+            CHECK(result == CG_TIMEOUT && who != s->me && who >= 0 && who < s->n, "put ended with %d, about %d", result, who);
+            if (chance(d, 30)) usleep(100);
+        }
+        CHECK(result == CG_OK || result == CG_TIMEOUT, "put ended with %d", result);
+        s->sent[number] = result == CG_OK;
+        for (uint32_t i = 0; i < n; i++) free((void *)parts[i].data);
+    }
+    int who = -1;
+    succeeded(cg_ring_put(ring, END_KIND, 0, NULL, 0, soon(), &who), who);
+}
+
+static void read_side(ring_side *s, cg_ring *ring, dice *d) {
+    int who = -1;
+    for (uint64_t least = 0;;) {
+        snprintf(doing, sizeof doing, "reader %d: after record %llu", s->me, (unsigned long long)least);
+        pause_a_little(d);
+        int result = cg_ring_next(ring, chance(d, 50) ? 0 : soon(), &who);
+        if (result == CG_TIMEOUT) {
+            CHECK(who == s->writer, "waited for %d, the writer is %d", who, s->writer);
+            if (chance(d, 20)) usleep(50);
+            continue;
+        }
+        succeeded(result, who);
+        if (ring->record.kind == END_KIND) {
+            cg_ring_finish(ring);
+            return;
+        }
+        uint64_t number = ring->record.meta;
+        size_t sizes[MOST_PARTS];
+        CHECK(number >= least && number < RECORDS, "record %llu after %llu", (unsigned long long)number, (unsigned long long)least);
+        uint32_t n = parts_of(s, number, sizes);
+        CHECK(n == ring->record.n_parts && ring->record.kind == 5, "%u parts", ring->record.n_parts);
+        int restarted = 0;
+        for (uint32_t i = 0; i < n && !restarted; i++) {
+            CHECK(ring->sizes[i] == sizes[i], "part %u has %llu bytes", i, (unsigned long long)ring->sizes[i]);
+            char *data = malloc(sizes[i] + 1);
+            /* In pieces, each perhaps in several attempts. */
+            for (size_t have = 0; have < sizes[i] && !restarted;) {
+                size_t piece = chance(d, 60) ? sizes[i] - have : 1 + below(d, sizes[i] - have), done = 0;
+                while ((result = cg_ring_read(ring, data + have, piece, &done, chance(d, 50) ? 0 : soon(), &who)) == CG_TIMEOUT)
+                    if (chance(d, 10)) usleep(50);
+                if (result == CG_RESTART) restarted = 1;
+                else succeeded(result, who);
+                have += done;
+            }
+            if (!restarted) check_bytes(data, s->seed + number, (int)i, 0, sizes[i], "a part");
+            free(data);
+        }
+        if (restarted) continue; /* the writer gave up on it */
+        cg_ring_finish(ring);
+        CHECK(!s->arrived[number], "record %llu came twice", (unsigned long long)number);
+        s->arrived[number] = 1;
+        s->seen++;
+        least = number + 1;
+    }
+}
+
+static void *run_ring(void *arg) {
+    ring_side *s = arg;
+    cg_team team;
+    cg_ring ring;
+    dice mine = {mix(s->seed + 100 + (uint64_t)s->me)};
+    CHECK(cg_team_join(&team, (cg_seat *)s->memory, s->n, s->me, s->n) == 0, "join");
+    cg_ring_join(&ring, &team, s->memory + SEATS_BYTES, s->writer, s->first_reader, s->n_readers, s->capacity);
+    if (s->me == s->writer) write_side(s, &ring, &mine);
+    else if (s->n_readers > 1 || s->me == s->first_reader) read_side(s, &ring, &mine);
+    cg_ring_leave(&ring);
+    cg_team_leave(&team);
+    return NULL;
+}
+
+static void rings(dice *d, int64_t until) {
+    do {
+        static const size_t capacities[] = {1024, 1040, 1088, 2000, 4096, 32768};
+        int n_readers = chance(d, 50) ? 1 : 3, n = n_readers == 1 ? 2 + (int)below(d, 3) : 4;
+        int writer = (int)below(d, (size_t)n), first = n_readers == 1 ? (writer + 1 + (int)below(d, (size_t)n - 1)) % n : 0;
+        size_t capacity = capacities[below(d, sizeof capacities / sizeof *capacities)];
+        size_t bytes = SEATS_BYTES + cg_ring_bytes(n_readers, capacity);
+        char *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+        CHECK(memory != MAP_FAILED, "mmap");
+        unsigned char sent[RECORDS] = {0};
+        static ring_side sides[MOST];
+        uint64_t seed = roll(d);
+        for (int i = 0; i < n; i++) sides[i] = (ring_side){memory, n, i, writer, first, n_readers, capacity, seed, sent, 0, {0}};
+        run_threads(n, run_ring, sides, sizeof *sides);
+        for (int i = 0; i < n; i++) {
+            if (i == writer || (n_readers == 1 && i != first)) continue;
+            for (int r = 0; r < RECORDS; r++) CHECK(sides[i].arrived[r] == sent[r], "record %d: sent %d, arrived %d at %d", r, sent[r], sides[i].arrived[r], i);
+        }
+        munmap(memory, bytes);
+    } while (cg_clock_ns() < until);
+}
+
+/* The pool: blocks taken here and given back there. */
+
+enum { POCKETS = 64 };
+
+typedef struct {
+    cg_pool *pool;
+    _Atomic(char *) *pockets;
+    uint64_t seed;
+    int64_t until;
+} swimmer;
+
+static void mark(char *memory, size_t bytes, uint64_t what) {
+    memcpy(memory, &bytes, sizeof bytes);
+    memcpy(memory + 8, &what, sizeof what);
+    memset(memory + 16, (int)(what & 0xFF), bytes - 16);
+}
+
+static void unmark(const char *memory) {
+    size_t bytes;
+    uint64_t what;
+    memcpy(&bytes, memory, sizeof bytes);
+    memcpy(&what, memory + 8, sizeof what);
+    for (size_t i = 16; i < bytes; i++) CHECK(memory[i] == (char)(what & 0xFF), "byte %zu of %zu of a block belongs to somebody else, too", i, bytes);
+}
+
+static void *swim(void *arg) {
+    swimmer *s = arg;
+    dice d = {s->seed};
+    while (cg_clock_ns() < s->until) {
+        size_t bytes = 16 + (chance(&d, 80) ? below(&d, 3000) : below(&d, 400000));
+        char *memory = cg_pool_take(s->pool, bytes);
+        CHECK(memory != NULL && (uintptr_t)memory % 64 == 0 && cg_pool_usable(memory) >= bytes, "a block of %zu", bytes);
+        mark(memory, bytes, roll(&d));
+        memory = atomic_exchange_explicit(&s->pockets[below(&d, POCKETS)], memory, memory_order_acq_rel);
+        if (memory == NULL) continue;
+        unmark(memory);
+        cg_pool_give(memory);
+    }
+    return NULL;
+}
+
+static void pool(dice *d, int64_t until) {
+    do {
+        _Atomic(char *) pockets[POCKETS];
+        for (int i = 0; i < POCKETS; i++) atomic_init(&pockets[i], NULL);
+        cg_pool *shared = cg_pool_new(below(d, 2) ? 1 << 20 : 4096);
+        CHECK(shared != NULL, "a pool");
+        int64_t now = cg_clock_ns();
+        swimmer swimmers[3];
+        for (int i = 0; i < 3; i++) swimmers[i] = (swimmer){shared, pockets, roll(d), now + 100000000};
+        run_threads(3, swim, swimmers, sizeof *swimmers);
+        cg_pool_drop(shared); /* the owner goes first */
+        for (int i = 0; i < POCKETS; i++) {
+            char *memory = atomic_load_explicit(&pockets[i], memory_order_relaxed);
+            if (memory == NULL) continue;
+            unmark(memory);
+            cg_pool_give(memory);
+        }
+    } while (cg_clock_ns() < until);
+    /* What was given back is what is taken next. */
+    cg_pool *again = cg_pool_new(1 << 20);
+    void *first = cg_pool_take(again, 1000);
+    cg_pool_give(first);
+    CHECK(cg_pool_take(again, 1000) == first, "memory is not used again");
+    cg_pool_give(first);
+    cg_pool_drop(again);
+}
+
+/* Endings: closed by another thread, by a peer, by a signal's handler; calls that do not fit together; deadlines. */
+
+typedef struct {
+    const place *place;
+    member *members;
+    int me, how, odd;
+    int result, who;
+    int64_t took;
+} ending;
+
+enum { SELF_CLOSES, PEER_CLOSES, PEER_FAILS, TAGS_DIFFER, OPERATIONS_DIFFER, PEER_IS_LATE, SIGNALLED, ENDINGS };
+
+static int stop_now(cg_team *team) { return team->user != NULL; }
+
+static void *end_somehow(void *arg) {
+    ending *e = arg;
+    member *m = &e->members[e->me];
+    int64_t began = cg_clock_ns();
+    cg_call call = next_call(m, 1);
+    snprintf(doing, sizeof doing, "rank %d, ending %d, odd one %d", e->me, e->how, e->odd);
+    int is_odd = e->me == e->odd;
+    if (e->how == PEER_IS_LATE) call.deadline = cg_clock_ns() + 20000000;
+    if (e->how == TAGS_DIFFER && is_odd) call.tag ^= 1;
+    if (is_odd && (e->how == PEER_CLOSES || e->how == PEER_FAILS)) {
+        usleep(3000);
+        cg_team_close(&m->team, e->how == PEER_FAILS);
+        return NULL;
+    }
+    if (is_odd && e->how == OPERATIONS_DIFFER) {
+        /* Waits for a record that nobody writes, as the call of the same number. */
+        call.call = (call.call & ~0xFFull) | 200;
+        atomic_store_explicit(&m->team.seats[e->me].posted, call.call + 256, memory_order_release);
+        cg_ring ring;
+        static char memory[MOST][8192] __attribute__((aligned(64)));
+        cg_ring_join(&ring, &m->team, memory[e->me], (e->me + 1) % e->place->n, 0, e->place->n - 1, 1024);
+        ring.collective = 1;
+        e->result = cg_ring_next(&ring, call.deadline, &e->who);
+        cg_ring_leave(&ring);
+    } else if (is_odd && (e->how == PEER_IS_LATE || e->how == SELF_CLOSES)) {
+        return NULL; /* never calls */
+    } else {
+        if (is_odd && e->how == SIGNALLED) m->team.user = m;
+        if (e->how == SIGNALLED && e->me == (e->odd + 1) % e->place->n) usleep(120000); /* so that there is something to be broken off */
+        e->result = cg_barrier(&m->group, &call, &e->who);
+    }
+    if (e->result != CG_OK) cg_team_close(&m->team, 1);
+    e->took = cg_clock_ns() - began;
+    return NULL;
+}
+
+static void endings(dice *d, int rounds) {
+    for (int round = 0; round < rounds; round++) {
+        for (int how = 0; how < ENDINGS; how++) {
+            int n = 2 + (int)below(d, 3), odd = (int)below(d, (size_t)n);
+            place p = make_place(n, 4096, 0);
+            static member members[MOST];
+            static ending ends[MOST];
+            for (int i = 0; i < n; i++) {
+                join_place(&members[i], &p, i);
+                members[i].team.interrupted = stop_now;
+                members[i].team.user = NULL;
+                ends[i] = (ending){&p, members, i, how, odd, -1, -1, 0};
+            }
+            pthread_t threads[MOST];
+            for (int i = 0; i < n; i++) CHECK(pthread_create(&threads[i], NULL, end_somehow, &ends[i]) == 0, "pthread_create");
+            if (how == SELF_CLOSES) {
+                usleep((useconds_t)below(d, 3000));
+                for (int i = 0; i < n; i++) cg_team_close(&members[i].team, 0); /* from a thread that is none of them */
+            }
+            for (int i = 0; i < n; i++) pthread_join(threads[i], NULL);
+            for (int i = 0; i < n; i++) {
+                const ending *e = &ends[i];
+                snprintf(doing, sizeof doing, "ending %d of %d ranks, rank %d, odd one %d: %d about %d", how, n, i, odd, e->result, e->who);
+                CHECK(e->took < 2000000000, "took %lld ns", (long long)e->took);
+                int others_gave_up = e->result == CG_GONE && e->who != i;
+                if (i == odd && how != TAGS_DIFFER && how != OPERATIONS_DIFFER && how != SIGNALLED) continue;
+                if (how == SELF_CLOSES) CHECK(e->result == CG_SELF || others_gave_up, "not noticed");
+                if (how == PEER_CLOSES || how == PEER_FAILS) CHECK(e->result == CG_GONE && (e->who == odd || others_gave_up), "not noticed");
+                if (how == TAGS_DIFFER) CHECK(e->result == CG_MISMATCH || others_gave_up, "not noticed");
+                if (how == OPERATIONS_DIFFER) CHECK(e->result == CG_MISMATCH || others_gave_up, "not noticed");
+                if (how == PEER_IS_LATE) CHECK((e->result == CG_TIMEOUT && e->who == odd) || others_gave_up, "not noticed");
+                if (how == SIGNALLED) CHECK(e->result == (i == odd ? CG_SIGNAL : CG_GONE), "not noticed");
+            }
+            for (int i = 0; i < n; i++) leave_place(&members[i]);
+            clear_place(&p);
+        }
+    }
+}
+
+/* Processes: one of them is killed at some moment; the others hear of it, though nobody has reaped it. */
+
+static void be_process(const place *p, int me, uint64_t seed, int odd) {
+    member m;
+    dice ours = {seed}, mine = {mix(seed + (uint64_t)me)};
+    join_place(&m, p, me);
+    char *x = malloc(40000);
+    memset(x, 0, 40000);
+    for (;;) {
+        int who = -1, result;
+        size_t count = 1 + below(&ours, 10000), most = below(&ours, 4);
+        cg_call call = next_call(&m, 1);
+        pause_a_little(&mine);
+        if (most == 0) result = cg_barrier(&m.group, &call, &who);
+        else result = cg_all_reduce(&m.group, &call, x, x, count, CG_F32, CG_SUM, 1, &who);
+        if (result == CG_OK) continue;
+        /* Another may have heard of it first, and have left. */
+        cg_team_close(&m.team, 1);
+        _exit(result == CG_LOST && who == odd ? 42 : result == CG_GONE && who != odd && who != me ? 43 : 50 + result);
+    }
+}
+
+static void processes(dice *d, int rounds) {
+    for (int round = 0; round < rounds; round++) {
+        int n = 2 + (int)below(d, 3), odd = (int)below(d, (size_t)n), heard = 0;
+        place p = make_place(n, 4096, 0);
+        uint64_t seed = roll(d);
+        pid_t pids[MOST] = {0};
+        for (int i = 0; i < n; i++) {
+            pids[i] = fork();
+            CHECK(pids[i] >= 0, "fork: %s", strerror(errno));
+            if (pids[i] == 0) be_process(&p, i, seed, odd);
+        }
+        usleep(20000 + (useconds_t)below(d, 60000));
+        kill(pids[odd], SIGKILL);
+        int64_t began = cg_clock_ns();
+        for (int i = 0; i < n; i++) {
+            int status = 0;
+            if (i == odd) continue;
+            snprintf(doing, sizeof doing, "process %d of %d, the killed one is %d", i, n, odd);
+            CHECK(waitpid(pids[i], &status, 0) == pids[i] && WIFEXITED(status), "did not exit");
+            CHECK(WEXITSTATUS(status) == 42 || WEXITSTATUS(status) == 43, "ended with %d", WEXITSTATUS(status));
+            heard += WEXITSTATUS(status) == 42;
+        }
+        CHECK(heard > 0, "nobody has heard of it at first hand");
+        CHECK(cg_clock_ns() - began < 1500000000, "took %lld ns", (long long)(cg_clock_ns() - began));
+        waitpid(pids[odd], NULL, 0);
+        clear_place(&p);
+    }
+}
+
+static void crashed(int number) {
+    char text[320];
+    int length = snprintf(text, sizeof text, "harness: signal %d [%s]\n", number, doing);
+    if (write(2, text, (size_t)length) < 0) _exit(2);
+    _exit(2);
+}
+
+int main(int argc, char **argv) {
+    if (argc != 4) return fprintf(stderr, "usage: harness PART SECONDS SEED\n"), 2;
+    const char *part = argv[1];
+    double seconds = atof(argv[2]);
+    dice d = {strtoull(argv[3], NULL, 10)};
+    int all = strcmp(part, "all") == 0, rounds = seconds < 1 ? 1 : (int)seconds, done = 0;
+    signal(SIGSEGV, crashed);
+    signal(SIGBUS, crashed);
+#define RUN(name, call)                                                                        \
+    if (all || strcmp(part, name) == 0) {                                                      \
+        int64_t began = cg_clock_ns(), until = began + (int64_t)(seconds * 1e9);               \
+        (void)until;                                                                           \
+        call;                                                                                  \
+        printf("%s: fine (%.1f s)\n", name, (double)(cg_clock_ns() - began) / 1e9);            \
+        fflush(stdout);                                                                        \
+        done = 1;                                                                              \
+    }
+    RUN("processes", processes(&d, rounds)) /* first: nothing is to be forked that has threads */
+    RUN("guards", guards())
+    RUN("kernels", kernels())
+    RUN("collectives", collectives(&d, until))
+    RUN("rings", rings(&d, until))
+    RUN("pool", pool(&d, until))
+    RUN("endings", endings(&d, rounds))
+    if (!done) return fprintf(stderr, "harness: there is no part %s\n", part), 2;
+    return 0;
+}
