@@ -180,6 +180,7 @@ class ParallelContext:
     def warmup(self) -> None:
         """Allocates everything that first use would, and proves that every group works. Collective."""
         for coordinator in self._distinct():
+            coordinator._link.ensure_open(coordinator.name)
             for communicator in coordinator._link.communicators:
                 communicator.warmup()
             coordinator.barrier()

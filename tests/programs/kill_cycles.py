@@ -82,7 +82,9 @@ def cycle(number: int, source: random.Random) -> float:
                 assert mine.poll(10), f"cycle {number}: rank {rank} of {n} noticed nothing of the death of rank {victim}"
                 raised, kind, lost = mine.recv()
                 worst = max(worst, raised - killed)
-                assert (kind, lost) == ("PeerLostError", victim), f"cycle {number}: rank {rank} of {n} got {kind} of rank {lost}, not {victim}"
+                assert (kind, lost) == ("PeerLostError", victim), (
+                    f"cycle {number}: rank {rank} of {n} got {kind} of rank {lost}, not {victim}"
+                )
                 processes[rank].join(20)
                 assert processes[rank].exitcode == 0, f"cycle {number}: rank {rank} ended with {processes[rank].exitcode}"
         finally:
