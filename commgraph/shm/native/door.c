@@ -11,6 +11,7 @@
 #include <string.h>
 
 enum { MAX_DIMS = 8, ANY_DTYPE = -1 };
+enum { BRIEF = 8 * 1024 }; /* bytes that are copied in less time than it takes to let another thread run */
 
 typedef struct {
     PyObject_HEAD
@@ -143,7 +144,8 @@ static int tag_of(Group *group, const char *name, int operation, PyObject *x, co
     group->sequence++;
     call->tag = (digest ^ (uint32_t)(group->sequence - 1) * 0x9E3779B1u) & 0xFFFFFFF;
     call->call = call_word(group, operation);
-    call->deadline = deadline_after(group->timeout_ns);
+    /* One of a single step waits once, and need not look at the clock before. */
+    call->deadline = v->bytes <= BRIEF ? -group->timeout_ns : deadline_after(group->timeout_ns);
     return 1;
 }
 
@@ -208,6 +210,10 @@ static PyObject *answer(Door *door, int result, int who, PyObject *value) {
     return raise_stopped((PyObject *)door, result, who);
 }
 
+static int begin(Door *door, size_t bytes) {
+    return bytes <= BRIEF ? enter_briefly(door->group->team) : enter(door->group->team);
+}
+
 static int is_open(const Door *door) { return door->open && (door->group == NULL || door->group->enabled); }
 
 /* A dimension, counted from the front; -1 if it is none. */
@@ -237,7 +243,7 @@ static PyObject *door_all_reduce_(PyObject *self, PyObject *const *args, Py_ssiz
     if (door->group == NULL) return Py_NewRef(Py_True);
     cg_call call;
     if (!tag_of(door->group, "all_reduce_", OP_ALL_REDUCE_, args[0], &v, given, args[1], &call)) return NULL;
-    if (!enter(door->group->team)) return NULL;
+    if (!begin(door, v.bytes)) return NULL;
     int result = cg_all_reduce(&door->group->group, &call, v.data, v.data, v.bytes / v.size, dtype, op, 1, &who);
     leave(door->group->team);
     return answer(door, result, who, Py_NewRef(Py_True));
@@ -254,7 +260,7 @@ static PyObject *door_all_reduce(PyObject *self, PyObject *const *args, Py_ssize
     PyObject *tensor = new_tensor(door, v.kind, v.ndim, v.shape, v.bytes, &out);
     if (tensor == NULL) return NULL;
     cg_call call;
-    if (!tag_of(door->group, "all_reduce", OP_ALL_REDUCE, args[0], &v, given, args[1], &call) || !enter(door->group->team)) {
+    if (!tag_of(door->group, "all_reduce", OP_ALL_REDUCE, args[0], &v, given, args[1], &call) || !begin(door, v.bytes)) {
         Py_DECREF(tensor);
         return NULL;
     }
@@ -284,7 +290,7 @@ static PyObject *door_all_gather(PyObject *self, PyObject *const *args, Py_ssize
     PyObject *number = PyLong_FromLong(dim);
     int begun = number != NULL && tag_of(door->group, "all_gather", OP_ALL_GATHER, args[0], &v, dim, number, &call);
     Py_XDECREF(number);
-    if (!begun || !enter(door->group->team)) {
+    if (!begun || !begin(door, v.bytes)) {
         Py_DECREF(out);
         return NULL;
     }
@@ -314,7 +320,7 @@ static PyObject *door_reduce_scatter(PyObject *self, PyObject *const *args, Py_s
     PyObject *argument = Py_BuildValue("(iO)", dim, args[2]);
     int begun = argument != NULL && tag_of(door->group, "reduce_scatter", OP_REDUCE_SCATTER, args[0], &v, dim * CG_OPS + given, argument, &call);
     Py_XDECREF(argument);
-    if (!begun || !enter(door->group->team)) {
+    if (!begun || !begin(door, v.bytes)) {
         Py_DECREF(out);
         return NULL;
     }
@@ -343,7 +349,7 @@ static PyObject *door_all_to_all(PyObject *self, PyObject *const *args, Py_ssize
     PyObject *number = PyLong_FromLong(dim);
     int begun = number != NULL && tag_of(door->group, "all_to_all", OP_ALL_TO_ALL, args[0], &v, dim, number, &call);
     Py_XDECREF(number);
-    if (!begun || !enter(door->group->team)) {
+    if (!begun || !begin(door, v.bytes)) {
         Py_DECREF(out);
         return NULL;
     }
@@ -368,7 +374,7 @@ static PyObject *door_broadcast(PyObject *self, PyObject *const *args, Py_ssize_
     bytes[src] = v.bytes;
     into[src] = (cg_block){v.data, 1, v.bytes, v.bytes};
     cg_call call;
-    if (!tag_of(door->group, "broadcast", OP_BROADCAST, args[0], &v, src, args[1], &call) || !enter(door->group->team)) return NULL;
+    if (!tag_of(door->group, "broadcast", OP_BROADCAST, args[0], &v, src, args[1], &call) || !begin(door, v.bytes)) return NULL;
     int result = cg_share(&door->group->group, &call, v.data, bytes, into, &who);
     leave(door->group->team);
     return answer(door, result, who, Py_NewRef(Py_True));
@@ -379,10 +385,10 @@ static PyObject *door_barrier(PyObject *self, PyObject *unused) {
     Door *door = (Door *)self;
     if (!is_open(door)) return Py_NewRef(Py_None);
     if (door->group == NULL) return Py_NewRef(Py_True);
-    view nothing = {.ndim = 0};
+    view nothing = {.ndim = 0, .bytes = 0};
     cg_call call;
     int who = 0;
-    if (!tag_of(door->group, "barrier", OP_BARRIER, Py_None, &nothing, 0, Py_None, &call) || !enter(door->group->team)) return NULL;
+    if (!tag_of(door->group, "barrier", OP_BARRIER, Py_None, &nothing, 0, Py_None, &call) || !begin(door, 0)) return NULL;
     int result = cg_barrier(&door->group->group, &call, &who);
     leave(door->group->team);
     return answer(door, result, who, Py_NewRef(Py_True));

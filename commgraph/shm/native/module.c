@@ -25,19 +25,37 @@ static int interrupted(cg_team *team) {
     return raised;
 }
 
+static int claim(Team *team) {
+    if (!team->busy) return team->busy = 1;
+    PyErr_SetString(PyExc_RuntimeError, "another thread is in a call of this very group or queue: one thread at a time may use it");
+    return 0;
+}
+
 int enter(Team *team) {
-    if (team->busy) {
-        PyErr_SetString(PyExc_RuntimeError, "another thread is in a call of this very group or queue: one thread at a time may use it");
-        return 0;
-    }
-    team->busy = 1;
+    if (!claim(team)) return 0;
+    team->brief = 0;
     team->saved = PyEval_SaveThread();
     return 1;
 }
 
+int enter_briefly(Team *team) {
+    team->brief = 1;
+    return claim(team);
+}
+
 void leave(Team *team) {
-    PyEval_RestoreThread(team->saved);
+    if (!team->brief) PyEval_RestoreThread(team->saved);
     team->busy = 0;
+}
+
+static void pause_interpreter(cg_team *team) {
+    Team *self = team->user;
+    if (self->brief) self->saved = PyEval_SaveThread();
+}
+
+static void resume_interpreter(cg_team *team) {
+    Team *self = team->user;
+    if (self->brief) PyEval_RestoreThread(self->saved);
 }
 
 PyObject *raise_stopped(PyObject *self, int code, int who) {
@@ -197,6 +215,8 @@ static PyObject *team_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     }
     Py_INCREF(segment);
     self->segment = (Segment *)segment;
+    self->team.pause = pause_interpreter;
+    self->team.resume = resume_interpreter;
     self->team.interrupted = interrupted;
     self->team.user = self;
     return (PyObject *)self;

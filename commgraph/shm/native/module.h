@@ -38,8 +38,9 @@ typedef struct {
     PyObject_HEAD
     cg_team team;
     Segment *segment;
-    PyThreadState *saved; /* of the thread that is in a call */
+    PyThreadState *saved; /* of the thread that is in a call, while others may run */
     int busy;
+    int brief; /* the call lets others run only while it waits */
 } Team;
 
 /* Operations, as a line and a seat name them. */
@@ -75,6 +76,8 @@ extern PyType_Spec door_spec;
 module_state *state_of(PyObject *self);
 /* Begins and ends a call on a team, during which other threads of Python run. 0 if the team is in use. */
 int enter(Team *team);
+/* The same for a call that is over sooner than the interpreter could be handed to another thread, unless it has to wait. */
+int enter_briefly(Team *team);
 void leave(Team *team);
 /* The exception for a result other than CG_OK. */
 PyObject *raise_stopped(PyObject *self, int code, int who);

@@ -178,7 +178,7 @@ static int someone_elsewhere(cg_team *team, int watched) {
     return -1;
 }
 
-int cg_wait(cg_team *team, cg_condition ready, void *arg, int watched, int collective, int64_t deadline, int *who) {
+static int wait_on(cg_team *team, cg_condition ready, void *arg, int watched, int collective, int64_t deadline, int *who) {
     cg_seat *mine = &team->seats[team->me];
     for (int i = 0; i < team->spins; i++) {
         if (ready(arg)) return CG_OK;
@@ -186,6 +186,7 @@ int cg_wait(cg_team *team, cg_condition ready, void *arg, int watched, int colle
     }
     int64_t looked = cg_clock_ns();
     const int64_t patience = looked + YIELD_NS;
+    if (deadline < 0) deadline = looked - deadline;
     for (int i = 0; i < team->yields && looked < patience; i++) {
         if (ready(arg)) return CG_OK;
         sched_yield();
@@ -247,5 +248,13 @@ int cg_wait(cg_team *team, cg_condition ready, void *arg, int watched, int colle
         }
     }
     atomic_store_explicit(&mine->sleeping, 0, memory_order_relaxed);
+    return result;
+}
+
+int cg_wait(cg_team *team, cg_condition ready, void *arg, int watched, int collective, int64_t deadline, int *who) {
+    if (ready(arg)) return CG_OK;
+    if (team->pause != NULL) team->pause(team);
+    int result = wait_on(team, ready, arg, watched, collective, deadline, who);
+    if (team->resume != NULL) team->resume(team);
     return result;
 }

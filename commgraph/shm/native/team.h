@@ -45,6 +45,9 @@ typedef struct cg_team {
     int n, me;
     int spins, yields;
     int *watch; /* pidfd of each process; WATCH_* */
+    /* Called around a wait that does not end at once; may be NULL. */
+    void (*pause)(struct cg_team *);
+    void (*resume)(struct cg_team *);
     int (*interrupted)(struct cg_team *); /* called every slice of a wait; non-zero ends it with CG_SIGNAL */
     void *user;
     uint64_t slice_ns;
@@ -67,7 +70,7 @@ int cg_team_failed(const cg_team *team);
 typedef int (*cg_condition)(void *);
 #define CG_EVERYONE (-1)
 /* Waits until `ready(arg)`. `watched`: whose death or leaving ends the wait, CG_EVERYONE for all. `collective`: so does one of them that is in
- * another call of the same number, or in a later one. `deadline`: CLOCK_MONOTONIC ns. */
+ * another call of the same number, or in a later one. `deadline`: CLOCK_MONOTONIC ns; below zero it is so far from the begin of this very wait. */
 int cg_wait(cg_team *team, cg_condition ready, void *arg, int watched, int collective, int64_t deadline, int *who);
 /* After a store that may make somebody's condition true. */
 void cg_notify(cg_team *team, int seat);
