@@ -217,11 +217,11 @@ class ShmCommunicator(Communicator):
         assert self.mailbox is not None
         for peer, tensors in _by_peer(sends).items():
             dense = [_dense(x) for x in tensors]
-            with self._stops():
+            with self._stops(halfway=True):
                 self.mailbox.send(peer, TENSORS, tag, tuple((x.data_ptr(), x.nbytes) for x in dense), timeout)
         for peer, tensors in _by_peer(receives).items():
             landing = [x if _is_dense(x) else torch.empty(x.shape, dtype=x.dtype) for x in tensors]
-            with self._stops():
+            with self._stops(halfway=True):
                 fits = self.mailbox.receive_into(peer, tag, [(x.data_ptr(), x.nbytes) for x in landing], timeout)
             if not fits:
                 raise CallsDiffer(peer)
@@ -311,13 +311,14 @@ class ShmCommunicator(Communicator):
         return [(row[:n], row[n:]) for row in self._group.pairs()]
 
     @contextlib.contextmanager
-    def _stops(self) -> Iterator[None]:
+    def _stops(self, *, halfway: bool = False) -> Iterator[None]:
+        """`halfway`: a signal's handler that raises leaves a message half sent or half read, after which nothing can be paired."""
         try:
             yield
         except Stopped as stopped:
             raise self.translate(stopped) from None
         except BaseException:
-            if self.interrupted:  # a signal's handler raised during a call: the others must not wait for this rank
+            if halfway or self.interrupted:  # the others must not wait for this rank
                 self.abort()
             raise
 

@@ -72,7 +72,8 @@ class Mailbox:
         aside = self._aside.get((src, TENSORS))
         ring = self._incoming[src]
         while not aside:
-            kind, number, sizes = ring.peek(nanoseconds(timeout), 0)
+            # One that another receive has begun to lay aside is laid aside to its end.
+            kind, number, sizes = (0, 0, ()) if ring.reading else ring.peek(nanoseconds(timeout), 0)
             if kind == TENSORS:
                 if number != meta or list(sizes) != [nbytes for _, nbytes in targets]:
                     return False
@@ -80,6 +81,7 @@ class Mailbox:
                 return True
             kind, number, parts = ring.get(nanoseconds(timeout), 0)
             self._lay_aside(src, kind, number, parts)
+            aside = self._aside.get((src, TENSORS))
         number, parts = aside[0]
         if number != meta or [len(part) for part in parts] != [nbytes for _, nbytes in targets]:
             return False

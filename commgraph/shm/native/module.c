@@ -760,6 +760,11 @@ static PyObject *ring_get(PyObject *self, PyObject *const *args, Py_ssize_t narg
     return Py_BuildValue("(kKN)", (unsigned long)ring->ring.record.kind, (unsigned long long)ring->ring.record.meta, parts);
 }
 
+static PyObject *ring_reading(PyObject *self, void *closure) {
+    (void)closure;
+    return PyBool_FromLong(((Ring *)self)->parts != NULL);
+}
+
 /* take(timeout_ns, [(address, bytes), ...]): reads the parts of the record that `peek` found to memory of the caller's. */
 static PyObject *ring_take(PyObject *self, PyObject *args) {
     Ring *ring = (Ring *)self;
@@ -803,9 +808,10 @@ static PyMethodDef ring_methods[] = {
     {"take", ring_take, METH_VARARGS, "take(timeout_ns, targets)\n--\n\nReads the parts of the record that was peeked at."},
     {"leave_out", ring_leave_out, METH_O, "leave_out(reader)\n--\n\nGoes on without a reader that has not sat down; False if it has."},
     {0}};
+static PyGetSetDef ring_getset[] = {{"reading", ring_reading, NULL, "whether a `get` ended halfway: it goes on, and nothing else can", NULL}, {0}};
 static PyType_Slot ring_slots[] = {
     {Py_tp_doc, "Ring(team, pool, offset, writer, first_reader, n_readers, capacity, collective)\n--\n\nRecords from one seat to others."},
-    {Py_tp_new, ring_new}, {Py_tp_dealloc, ring_dealloc}, {Py_tp_methods, ring_methods}, {0}};
+    {Py_tp_new, ring_new}, {Py_tp_dealloc, ring_dealloc}, {Py_tp_methods, ring_methods}, {Py_tp_getset, ring_getset}, {0}};
 static PyType_Spec ring_spec = {"commgraph.shm._native.Ring", sizeof(Ring), 0, Py_TPFLAGS_DEFAULT, ring_slots};
 
 /* The module. */

@@ -1,0 +1,97 @@
+"""What happens to ranks that are real processes: killed, stopped, interrupted, short of memory, in other namespaces.
+
+The scenarios are in tests/programs/faults.py, which also is the long form: `nox -s faults` kills a rank a hundred times.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+Scenario = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def scenario() -> Iterator[Scenario]:
+    """Runs a scenario by name; what it found. They share a server, which has imported torch once."""
+    command = [sys.executable, str(HERE / "programs" / "faults.py"), "serve"]
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    assert server.stdin is not None
+    assert server.stdout is not None
+    asked, told = server.stdin, server.stdout
+
+    def run(*what: str | int) -> str:
+        asked.write(json.dumps(what) + "\n")
+        asked.flush()
+        how, text = json.loads(told.readline())
+        if how == "skip":
+            pytest.skip(text)
+        assert how == "fine", text
+        return str(text)
+
+    yield run
+    asked.close()
+    server.wait(10)
+    told.close()
+
+
+def test_rows_4_and_5_a_killed_rank_is_named_and_leaves_nothing(scenario: Scenario) -> None:
+    """Rows 4 and 5: survivors raise PeerLostError with its rank within 2 s; no file, no line of a resource tracker, no traceback."""
+    scenario("kills", 3, random.randrange(1 << 32))
+
+
+def test_row_4_an_unreaped_rank_is_dead(scenario: Scenario) -> None:
+    """Row 4: a zombie still answers kill(pid, 0)."""
+    scenario("zombie")
+
+
+def test_row_4_a_stopped_rank_is_late_and_not_lost(scenario: Scenario) -> None:
+    scenario("stopped")
+
+
+def test_ctrl_c_ends_waits_and_releases_the_peers(scenario: Scenario) -> None:
+    scenario("interrupted", 3)
+
+
+def test_a_send_that_was_broken_off_and_made_again(scenario: Scenario) -> None:
+    scenario("sent_again")
+
+
+def test_a_receive_that_was_given_up_halfway_loses_nothing(scenario: Scenario) -> None:
+    scenario("given_up_halfway")
+
+
+def test_row_5_sixteen_contexts_of_two_jobs_never_meet(scenario: Scenario) -> None:
+    scenario("sixteen_contexts")
+
+
+def test_row_6_other_namespaces_are_other_hosts(scenario: Scenario) -> None:
+    """Row 6: same-host detection. Nobody claims memory that he cannot have, and explain() says why there is none."""
+    scenario("namespaces")
+
+
+def test_row_7_cycles_leave_no_descriptor_thread_or_mapping(scenario: Scenario) -> None:
+    scenario("nothing_grows", 20)
+
+
+def test_row_10_waiting_leaves_the_core_alone(scenario: Scenario) -> None:
+    """Row 10: idle under 1 % of a core; under 10 % at 100 messages/s."""
+    scenario("cpu")
+
+
+def test_row_18_a_dev_shm_of_one_mebibyte(scenario: Scenario) -> None:
+    scenario("small_dev_shm")
+
+
+def test_row_18_memory_that_cannot_be_had_is_told_in_bytes(scenario: Scenario) -> None:
+    """Row 18: a typed reason on every rank, and gloo in its place; where a shared tensor is refused the group goes on."""
+    scenario("no_memory")
