@@ -707,6 +707,52 @@ def test_a_second_thread_in_the_same_group_is_told() -> None:
     assert "one thread at a time" in spmd(run, 2)[0]
 
 
+INTRUDER = """
+import os, threading, torch
+from datetime import timedelta
+import commgraph as cg
+from commgraph.testing import spmd
+
+def run(world):
+    options = cg.CommunicatorOptions(host_timeout=timedelta(seconds=3))  # of a call that comes when the other one has just ended
+    tp = world.context(cg.Layout(2, tp=2), name="a", options=options).tp
+    x, results, refused = torch.ones(16 << 20), [], 0
+    if world.rank:
+        return float(tp.all_reduce(x).sum())
+    working = threading.Thread(target=lambda: results.append(tp.all_reduce(x)))
+    working.start()
+    while not tp._link.sequence:
+        pass
+    while not results:
+        try:
+            tp.barrier()
+        except RuntimeError:
+            refused += 1
+        except cg.CollectiveError:
+            break
+    working.join()
+    return float(results[0].sum()), refused
+
+def main(world):
+    print(run(world), flush=True)
+    world.store.add("done", 1)
+    world.store.set(f"done {world.rank}", "")
+    world.store.wait(["done 0", "done 1"])
+    os._exit(0)
+
+spmd(main, 2)
+"""
+
+
+def test_a_second_thread_does_not_disturb_a_call_that_copies() -> None:
+    """The call that is refused comes while the other one runs without the interpreter; in a process of its own, which might not survive."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", INTRUDER], capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert f"({2.0 * (16 << 20)}, " in done.stdout, done.stdout
+    assert f"{2.0 * (16 << 20)}\n" in done.stdout, done.stdout
+
+
 def test_close_on_another_thread_ends_a_wait() -> None:
     def run(world: cg.World) -> None:
         ctx = world.context(cg.Layout(2, tp=2), name="a")

@@ -284,8 +284,8 @@ int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, 
     cg_kernel kernel = cg_find_kernel(dtype, op);
     begin(g, call);
     g->bytes_sent += bytes;
-    /* Kinds of 16 bits are reduced at half the rate, so that sharing the work pays earlier. */
-    if (bytes <= g->slot_bytes && bytes * (size_t)g->n * (size == 2 ? 2 : 1) <= ONE_SHOT) return one_shot(g, call, from, to, count, size, kernel, who);
+    /* Kinds of 16 bits take several times as long to reduce as to copy, so that sharing the work pays early. */
+    if (bytes <= g->slot_bytes && bytes * (size_t)g->n * (size == 2 ? 8 : 1) <= ONE_SHOT) return one_shot(g, call, from, to, count, size, kernel, who);
 
     uint64_t where = g->n_regions ? find_region(g, from, bytes) : 0;
     size_t chunk = g->slot_bytes / size, mine_from, mine_to;
@@ -413,6 +413,8 @@ int cg_trade(cg_group *g, const cg_call *call, const cg_block *out, const cg_blo
         if (cg_block_bytes(&out[p]) > most) most = cg_block_bytes(&out[p]);
         if (p != g->me) g->bytes_sent += cg_block_bytes(&out[p]);
     }
+    /* A rank's piece for itself needs no slot where it is one run on both sides. */
+    int straight = out[g->me].rows <= 1 && into[g->me].rows <= 1;
     size_t rounds = most ? (most + chunk - 1) / chunk : 1;
     for (size_t k = 0; k < rounds; k++) {
         size_t at = k * chunk, staged = 0;
@@ -424,13 +426,15 @@ int cg_trade(cg_group *g, const cg_call *call, const cg_block *out, const cg_blo
         for (int i = 1; i <= n; i++) { /* its own last: it is read first */
             int p = (g->me + i) % n;
             size_t whole = cg_block_bytes(&out[p]);
-            if (at < whole) cg_pack(slot + (size_t)p * chunk, &out[p], at, smaller(chunk, whole - at), p == g->me ? 0 : way);
+            if (at < whole && !(p == g->me && straight)) cg_pack(slot + (size_t)p * chunk, &out[p], at, smaller(chunk, whole - at), p == g->me ? 0 : way);
         }
         if (way) cg_stream_fence();
         note_write(g, staged, way, stop(&writing));
         int result;
         if (k == 0) {
             announce(g, call, most, 0, (uint32_t)rounds, way);
+            if (straight && into[g->me].base != out[g->me].base && cg_block_bytes(&out[g->me]) == cg_block_bytes(&into[g->me]))
+                memcpy(into[g->me].base, out[g->me].base, cg_block_bytes(&out[g->me]));
             result = agree(g, call, who);
             for (int p = 0; result == CG_OK && p < n; p++) {
                 uint32_t theirs = line_of(g, p, g->step)->rounds;
@@ -450,7 +454,7 @@ int cg_trade(cg_group *g, const cg_call *call, const cg_block *out, const cg_blo
         for (int i = 0; i < n; i++) {
             int p = (g->me + i) % n;
             size_t whole = cg_block_bytes(&into[p]);
-            if (at >= whole) continue;
+            if (at >= whole || (p == g->me && straight)) continue;
             size_t part = smaller(chunk, whole - at);
             stopwatch reading = start(part);
             cg_unpack(&into[p], slot_of(g, p, g->step) + (size_t)g->me * chunk, at, part);
