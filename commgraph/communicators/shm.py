@@ -20,7 +20,7 @@ from commgraph.options import CommunicatorOptions
 from commgraph.shm import host_memory, segments
 from commgraph.shm.mailbox import TENSORS, Mailbox, nanoseconds
 from commgraph.shm.pickling import tensor_over
-from commgraph.shm.stopped import GONE, LOST, MISMATCH, TIMEOUT, Stopped
+from commgraph.shm.stopped import GONE, LOST, MISMATCH, TIMEOUT, Busy, Stopped
 
 __all__ = ["ShmCommunicator", "make_door", "teller"]
 
@@ -317,6 +317,8 @@ class ShmCommunicator(Communicator):
             yield
         except Stopped as stopped:
             raise self.translate(stopped) from None
+        except Busy:
+            raise
         except BaseException:
             if halfway or self.interrupted:  # the others must not wait for this rank
                 self.abort()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["GONE", "LOST", "MISMATCH", "SELF", "TIMEOUT", "Stopped"]
+__all__ = ["Busy", "GONE", "LOST", "MISMATCH", "SELF", "TIMEOUT", "Stopped"]
 
 # As in native/team.h.
 TIMEOUT, LOST, GONE, SELF, _SIGNAL, MISMATCH = range(1, 7)
@@ -21,3 +21,7 @@ class Stopped(Exception):  # noqa: N818 - internal; the coordinator turns it int
         super().__init__(code, seat)
         self.code = code
         self.seat = seat
+
+
+class Busy(RuntimeError):  # noqa: N818 - internal name of a RuntimeError that says it all
+    """Another thread is in a call of the same group or queue; nothing was begun."""

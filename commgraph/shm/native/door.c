@@ -211,7 +211,9 @@ static PyObject *answer(Door *door, int result, int who, PyObject *value) {
 }
 
 static int begin(Door *door, size_t bytes) {
-    return bytes <= BRIEF ? enter_briefly(door->group->team) : enter(door->group->team);
+    if (bytes <= BRIEF ? enter_briefly(door->group->team) : enter(door->group->team)) return 1;
+    door->group->sequence--; /* refused, and so not begun */
+    return 0;
 }
 
 static int is_open(const Door *door) { return door->open && (door->group == NULL || door->group->enabled); }

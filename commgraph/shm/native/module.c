@@ -27,7 +27,7 @@ static int interrupted(cg_team *team) {
 
 static int claim(Team *team) {
     if (!team->busy) return team->busy = 1;
-    PyErr_SetString(PyExc_RuntimeError, "another thread is in a call of this very group or queue: one thread at a time may use it");
+    PyErr_SetString(state_of((PyObject *)team)->busy, "another thread is in a call of this very group or queue: one thread at a time may use it");
     return 0;
 }
 
@@ -39,8 +39,9 @@ int enter(Team *team) {
 }
 
 int enter_briefly(Team *team) {
+    if (!claim(team)) return 0;
     team->brief = 1;
-    return claim(team);
+    return 1;
 }
 
 void leave(Team *team) {
@@ -846,8 +847,9 @@ static int module_exec(PyObject *module) {
     module_state *state = PyModule_GetState(module);
     PyObject *home = PyImport_ImportModule("commgraph.shm.stopped");
     state->stopped = home == NULL ? NULL : PyObject_GetAttrString(home, "Stopped");
+    state->busy = home == NULL ? NULL : PyObject_GetAttrString(home, "Busy");
     Py_XDECREF(home);
-    if (state->stopped == NULL) return -1;
+    if (state->stopped == NULL || state->busy == NULL) return -1;
     if (add_type(module, &state->segment, &segment_spec) < 0 || add_type(module, &state->pool, &pool_spec) < 0 ||
         add_type(module, &state->block, &block_spec) < 0 || add_type(module, &state->team, &team_spec) < 0 ||
         add_type(module, &state->group, &group_spec) < 0 || add_type(module, &state->ring, &ring_spec) < 0 ||
@@ -871,6 +873,7 @@ static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0}};
 static int module_traverse(PyObject *module, visitproc visit, void *arg) {
     module_state *state = PyModule_GetState(module);
     Py_VISIT(state->stopped);
+    Py_VISIT(state->busy);
     Py_VISIT(state->segment);
     Py_VISIT(state->pool);
     Py_VISIT(state->block);

@@ -11,7 +11,7 @@
 #include "ring.h"
 
 typedef struct {
-    PyObject *stopped; /* the exception */
+    PyObject *stopped, *busy; /* exceptions */
     PyTypeObject *segment, *pool, *block, *team, *group, *ring, *door;
     PyObject *requires_grad, *is_neg, *is_inference; /* names, interned */
 } module_state;
