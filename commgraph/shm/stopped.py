@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Busy", "GONE", "LOST", "MISMATCH", "SELF", "TIMEOUT", "Stopped"]
+__all__ = ["GONE", "LOST", "MISMATCH", "SELF", "TIMEOUT", "Busy", "Stopped"]
 
 # As in native/team.h.
 TIMEOUT, LOST, GONE, SELF, _SIGNAL, MISMATCH = range(1, 7)

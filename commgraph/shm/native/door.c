@@ -69,12 +69,11 @@ static int look(Door *door, PyObject *x, view *v, int written) {
         count *= t.shape[i];
     }
     if (count == 0) return 0;
-    /* Complex memory may be lazily conjugated. Its imaginary part, a view of every second entry, may then be lazily negated: only where
-     * there is a single entry could that look like a run. */
+    /* Complex memory may be lazily conjugated, and that of floats lazily negated (the imaginary part of such a tensor, restrided). */
     if (t.dtype.code > DL_BFLOAT && t.dtype.code != DL_BOOL) return 0;
     module_state *state = state_of((PyObject *)door);
     int set = flag(x, state->requires_grad, 0);
-    if (set == 0 && count == 1) set = flag(x, state->is_neg, 1);
+    if (set == 0) set = flag(x, state->is_neg, 1);
     if (set != 0) return set < 0 ? -1 : 0;
     if (written) {
         /* One of inference mode has no version, and may be filled in that mode only. */

@@ -221,7 +221,7 @@ static int wait_on(cg_team *team, cg_condition ready, void *arg, int watched, in
             if (dead >= 0) {
                 if (ready(arg)) break;
                 *who = dead;
-                result = CG_LOST;
+                result = has_left(team, dead) ? CG_GONE : CG_LOST; /* it closed between the two looks, and ended after that */
                 break;
             }
             int elsewhere = collective ? someone_elsewhere(team, watched) : -1;
