@@ -337,7 +337,7 @@ class ShmCommunicator(Communicator):
         return self._closed is not None or not self._group.enabled
 
     def abort(self) -> None:
-        if self._closed is None:
+        with contextlib.suppress(AttributeError):  # another thread closes it at this very moment
             self._group.enabled = 0
             self._memory.team.close(True)
 

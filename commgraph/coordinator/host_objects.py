@@ -142,19 +142,27 @@ class HostObjects:
             # The others wait for this call's record: the next one is theirs.
             self._link.uncount_collective()
             raise
-        with self._stops(call, timeout):
-            self._mailbox.broadcast(kind, meta, parts, timeout, posted)
+        try:
+            with self._stops(call, timeout):
+                self._mailbox.broadcast(kind, meta, parts, timeout, posted)
+        except BaseException:
+            self._take_back()
+            raise
 
     def _get(self, call: Call, src: int, kind: int, signature: str, timeout: float) -> list[Any]:
         meta, posted = self._number(call, signature)
         try:
             with self._stops(call, timeout, awaited=src):
                 return self._checked(src, kind, meta, self._mailbox.receive_broadcast(src, timeout, posted))
-        except TimeoutError:
-            if not self._link.is_broken:
-                self._link.uncount_collective()
-                self._mailbox.team.unpost()
+        except BaseException:
+            self._take_back()
             raise
+
+    def _take_back(self) -> None:
+        """A call that its deadline or a signal's handler has ended is still to come, unless the group is broken."""
+        if not self._link.is_broken and not self._link.is_closed:
+            self._link.uncount_collective()
+            self._mailbox.team.unpost()
 
     @staticmethod
     def _number(call: Call, signature: str) -> tuple[int, int]:

@@ -104,6 +104,7 @@ static void publish_head(cg_ring *ring) {
 }
 
 int cg_ring_put(cg_ring *ring, uint32_t kind, uint64_t meta, const cg_part *parts, uint32_t n_parts, int64_t deadline, int *who) {
+    if (cg_team_left(ring->team)) return CG_SELF; /* also where nobody needs to be waited for */
     size_t sizes = n_parts * sizeof(uint64_t);
     cg_record record = {kind, n_parts, meta, sizes};
     for (uint32_t i = 0; i < n_parts; i++) record.bytes += parts[i].bytes;
@@ -210,6 +211,7 @@ static int read_on(cg_ring *ring, void *to, size_t bytes, size_t *done, int64_t 
 }
 
 int cg_ring_next(cg_ring *ring, int64_t deadline, int *who) {
+    if (cg_team_left(ring->team)) return CG_SELF;
     for (;;) {
         if (!ring->in_record) {
             int result = next_fragment(ring, deadline, who);

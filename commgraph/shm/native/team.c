@@ -88,6 +88,8 @@ static int has_left(const cg_team *team, int seat) {
     return atomic_load_explicit(&team->seats[seat].state, memory_order_acquire) >= CG_CLOSED;
 }
 
+int cg_team_left(const cg_team *team) { return has_left(team, team->me); }
+
 int cg_team_failed(const cg_team *team) {
     for (int i = 0; i < team->n; i++)
         if (i != team->me && atomic_load_explicit(&team->seats[i].state, memory_order_acquire) == CG_FAILED) return i;
@@ -162,7 +164,7 @@ static int someone_died(cg_team *team, int watched) {
 
 int cg_team_lost(cg_team *team, int *who) {
     for (*who = 0; *who < team->n; ++*who)
-        if (!has_left(team, *who) && is_dead(team, *who)) return CG_LOST;
+        if (is_dead(team, *who) && !has_left(team, *who)) return CG_LOST; /* in this order: it may close between the two looks */
     return (*who = someone_closed(team, CG_EVERYONE)) >= 0 ? CG_GONE : CG_OK;
 }
 

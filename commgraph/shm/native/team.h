@@ -64,6 +64,8 @@ void cg_team_close(cg_team *team, int failed);
 int cg_team_lost(cg_team *team, int *who);
 /* Says that nobody will sit there. 0 if somebody does. */
 int cg_team_leave_out(cg_team *team, int seat);
+/* Whether this side was closed. */
+int cg_team_left(const cg_team *team);
 /* Who has failed, -1 for nobody. */
 int cg_team_failed(const cg_team *team);
 
