@@ -1,0 +1,221 @@
+"""Operations on objects, and on dicts of tensors and objects, blocking."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from commgraph.communicators.base import CallsDiffer
+from commgraph.coordinator.call import Call, Timeout
+from commgraph.coordinator.tensor_dict import Entry, Plan, join_dict, landings, split_dict
+from commgraph.coordinator.tensors import TensorOperations
+
+if TYPE_CHECKING:
+    from commgraph.coordinator.group import GroupCoordinator
+
+__all__ = ["MessageOperations"]
+
+T = TypeVar("T")
+D = TypeVar("D", bound=Mapping[Any, Any])
+
+
+class MessageOperations(TensorOperations):
+    """Objects of any kind, and dicts that hold tensors beside them."""
+
+    # Objects.
+
+    def broadcast_object(self, obj: T | None = None, src: int = 0, *, timeout: Timeout = None) -> T:
+        """The object of `src`, on every rank.
+
+        On one host any picklable object; between hosts any, once an authkey is set, and plain data without one (numbers, strings,
+        bytes, lists, tuples, dicts, sets, dtypes, tensors). A receiver whose deadline passes before anything arrived keeps its place:
+        its next `broadcast_object` goes on waiting for the same object.
+
+        Args:
+            obj: what to send; ignored elsewhere than on `src`.
+            src: rank in the group.
+            timeout: deadline.
+
+        Raises:
+            TypeError: if `obj` cannot be sent; nothing was.
+        """
+        call, seconds = self._begin("broadcast_object", timeout)
+        src = call.peer(src, "src")
+        return obj if self.world_size == 1 else self._objects.broadcast(call, obj, src, seconds)  # type: ignore[return-value]  # None only where obj is
+
+    def broadcast_object_list(self, obj_list: list[Any], src: int = 0, *, timeout: Timeout = None) -> list[Any]:
+        """Fills `obj_list` on every rank with the objects of `src`, in place.
+
+        Args:
+            obj_list: lists of equal length on all ranks.
+            src: rank in the group.
+            timeout: deadline.
+
+        Returns:
+            obj_list.
+        """
+        call, seconds = self._begin("broadcast_object_list", timeout)
+        src = call.peer(src, "src")
+        if not isinstance(obj_list, list):
+            raise call.wrong(f"obj_list is a {type(obj_list).__name__}, a list to be filled is needed")
+        if self.world_size > 1:
+            received = self._objects.broadcast(call, obj_list, src, seconds)
+            if len(received) != len(obj_list):
+                raise ValueError(f"{call.where}: obj_list has {len(obj_list)} entries here and {len(received)} on rank {self.ranks[src]}")
+            obj_list[:] = received
+        return obj_list
+
+    def all_gather_object(self, obj: T, *, timeout: Timeout = None) -> list[T]:
+        """Every rank's object, in rank order; which objects: as for `broadcast_object`."""
+        call, seconds = self._begin("all_gather_object", timeout)
+        return [obj] if self.world_size == 1 else self._objects.all_gather(call, obj, seconds)
+
+    def send_object(self, obj: Any, dst: int, *, timeout: Timeout = None) -> None:
+        """Sends an object to one rank in the group; which objects: as for `broadcast_object`."""
+        call, seconds = self._message("send_object", timeout)
+        self._objects.send(call, obj, call.peer(dst, "dst", other=True), seconds)
+
+    def recv_object(self, src: int, *, timeout: Timeout = None) -> Any:
+        """The next object from one rank in the group. A deadline that passes before anything arrived loses nothing: call again."""
+        call, seconds = self._message("recv_object", timeout)
+        return self._objects.recv(call, call.peer(src, "src", other=True), seconds)
+
+    # Dicts of tensors and objects.
+
+    def broadcast_tensor_dict(self, tensor_dict: D | None = None, src: int = 0, *, timeout: Timeout = None) -> D | dict[Any, Any]:
+        """The dict of `src`, on every rank: tensors as tensors, everything else as objects.
+
+        Args:
+            tensor_dict: may nest dicts and hold empty tensors; ignored elsewhere than on `src`. Unchanged.
+            src: rank in the group.
+            timeout: deadline of each part.
+
+        Returns:
+            On `src` and in a group of one rank the dict itself; elsewhere a new one, its tensors on the host if they were there, else on
+            the group's device.
+        """
+        call, seconds = self._message("broadcast_tensor_dict", timeout)
+        src = call.peer(src, "src")
+        if self.rank_in_group != src:
+            call, seconds = self._begin("broadcast_tensor_dict", timeout)
+            entries, carried = self._objects.broadcast_dict(call, None, (), src, seconds)
+            whole = landings(entries, self.device, carried)
+            for i, x in enumerate(whole):
+                if i not in carried:
+                    self._broadcast_part(x, src, timeout)
+            return join_dict(entries, whole)
+        if tensor_dict is None:
+            raise call.wrong("tensor_dict is None on src, which has to give it")
+        entries, tensors = _split(call, tensor_dict)
+        if self.world_size > 1:
+            # Counted only now: of what was refused above the others know nothing, and go on waiting.
+            call, seconds = self._begin("broadcast_tensor_dict", timeout)
+            _, carried = self._objects.broadcast_dict(call, entries, tensors, src, seconds)
+            for i, x in enumerate(tensors):
+                if i not in carried:
+                    # On this side it is only read, and may lie in memory in any way.
+                    self._broadcast_part(x, src, timeout)
+        return tensor_dict
+
+    def _broadcast_part(self, x: torch.Tensor, src: int, timeout: Timeout) -> None:
+        call, seconds = self._begin("broadcast", timeout)
+        self._broadcast(call, x, src, seconds)
+
+    def send_tensor_dict(
+        self,
+        tensor_dict: Mapping[Any, Any],
+        dst: int | None = None,
+        all_gather_group: GroupCoordinator | None = None,
+        all_gather_tensors: Mapping[str, bool] | None = None,
+        *,
+        timeout: Timeout = None,
+    ) -> None:
+        """Sends a dict of tensors and objects to one rank.
+
+        Args:
+            tensor_dict: may nest dicts and hold empty tensors. Unchanged.
+            dst: rank in the group, by default `next_in_group`.
+            all_gather_group: ranks that hold the same dict and whose counterparts on the other side are such a group too (tp beside pp):
+                each sends one slice of every tensor whose numel divides by their number, and the receivers gather.
+            all_gather_tensors: key (nested keys joined by dots) -> whether to slice that tensor, against the rule. A residual that
+                already differs between the ranks (sequence parallelism) must not be sliced.
+            timeout: deadline of each part.
+        """
+        call, seconds = self._message("send_tensor_dict", timeout)
+        dst = call.peer(self.next_in_group if dst is None else dst, "dst", other=True)
+        entries, tensors = _split(call, tensor_dict)
+        plan, sliced = _sliced(call, entries, all_gather_group, all_gather_tensors)
+        outgoing = [plan.slice(x) if cut else x for x, cut in zip(tensors, sliced, strict=True)]
+        carried = self._objects.send_dict(call, entries, outgoing, dst, seconds)
+        self._exchange(call, [x for i, x in enumerate(outgoing) if i not in carried], dst, "send", seconds)
+
+    def recv_tensor_dict(
+        self,
+        src: int | None = None,
+        all_gather_group: GroupCoordinator | None = None,
+        all_gather_tensors: Mapping[str, bool] | None = None,
+        *,
+        timeout: Timeout = None,
+    ) -> dict[Any, Any]:
+        """Receives what `send_tensor_dict` sent; `all_gather_group` and `all_gather_tensors` as given there.
+
+        Args:
+            src: rank in the group, by default `prev_in_group`.
+            all_gather_group: the ranks among which slices are gathered.
+            all_gather_tensors: as on the sender.
+            timeout: deadline of each part.
+
+        Returns:
+            A new dict; its tensors on the host if they were there, else on the group's device.
+        """
+        call, seconds = self._message("recv_tensor_dict", timeout)
+        src = call.peer(self.prev_in_group if src is None else src, "src", other=True)
+        entries, carried = self._objects.recv_dict(call, src, seconds)
+        plan, sliced = _sliced(call, entries, all_gather_group, all_gather_tensors)
+        self._check_carried(call, src, entries, carried, sliced, plan, seconds)
+        whole = landings(entries, self.device, {i: x for i, x in carried.items() if not sliced[i]})
+        landing = [carried.get(i, plan.slice(x) if cut else x) for i, (x, cut) in enumerate(zip(whole, sliced, strict=True))]
+        self._exchange(call, [x for i, x in enumerate(landing) if i not in carried], src, "recv", seconds)
+        for x, piece, cut in zip(whole, landing, sliced, strict=True):
+            if cut and all_gather_group is not None:
+                all_gather_group.all_gather(piece, 0, out=x.view(-1), timeout=timeout)
+        return join_dict(entries, whole)
+
+    def _check_carried(
+        self,
+        call: Call,
+        src: int,
+        entries: Sequence[Entry],
+        carried: Mapping[int, torch.Tensor],
+        sliced: Sequence[bool],
+        plan: Plan,
+        seconds: float,
+    ) -> None:
+        """Whether the sender has sliced what is going to be gathered here, and nothing else."""
+        expected = [torch.Size(what[2]).numel() for _, what in entries if what[0] == "t"]
+        with self._link.guard(call, "recv_tensor_dict(...)", seconds):
+            for i, x in carried.items():
+                if x.numel() != expected[i] // (plan.world_size if sliced[i] else 1):
+                    raise CallsDiffer(src)
+
+
+def _split(call: Call, tensor_dict: Mapping[Any, Any]) -> tuple[list[Entry], list[torch.Tensor]]:
+    """`split_dict`, of what can be sent."""
+    try:
+        entries, tensors = split_dict(tensor_dict)
+    except TypeError as error:
+        raise TypeError(f"{call.where}: {error}. Nothing was sent.") from None
+    paths = (".".join(map(str, path)) for path, what in entries if what[0] == "t")
+    return entries, [call.tensor(tensor, f"the tensor {path!r}") for path, tensor in zip(paths, tensors, strict=True)]
+
+
+def _sliced(
+    call: Call, entries: Sequence[Entry], group: GroupCoordinator | None, override: Mapping[str, bool] | None
+) -> tuple[Plan, list[bool]]:
+    plan = Plan() if group is None else Plan(group.world_size, group.rank_in_group, dict(override or {}))
+    try:
+        return plan, plan.sliced(entries)
+    except ValueError as error:
+        raise ValueError(f"{call.where}: {error}") from None
