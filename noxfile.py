@@ -99,7 +99,7 @@ def stress(session: nox.Session) -> None:
 
 
 # Without kernels.c, which the harness takes in whole, to reach the kernels of every instruction set.
-CORE = tuple(f"commgraph/shm/native/{name}.c" for name in ("team", "collective", "copy", "pool", "ring"))
+CORE = tuple(f"commgraph/shm/native/{name}.c" for name in ("team", "collective", "copy", "pool", "reach", "ring"))
 HARNESS = (
     "tests/native/harness.c",
     *CORE,

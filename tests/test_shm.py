@@ -276,6 +276,37 @@ def test_pieces_along_every_dim_in_pieces_of_a_slot() -> None:
     on(3, body, shm_bytes=SMALLEST)
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_large_pieces_are_read_where_they_lie(n: int) -> None:
+    """Whether they are runs of memory or strided, on either side, beside pieces that are staged; the way in is found out, not believed."""
+
+    def body(tp: GroupCoordinator) -> None:
+        reaches: bool = tp.communicator("shm")._group.reaches  # type: ignore[attr-defined]  # the native group
+        assert ("read where they lie" in tp.communicator("shm").describe()) == reaches
+        me = tp.rank_in_group
+        for shape in ((n * 40_000,), (n * 4, 30_000), (n * 200, n * 3, 90), (1_200_000,)):
+            everyone = [torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape) * (rank + 1) for rank in range(n)]
+            x = everyone[me].clone()
+            for dim in range(len(shape)):
+                assert torch.equal(tp.all_gather(x, dim), torch.cat(everyone, dim))
+                for other in range(len(shape)):
+                    if shape[dim] % n == 0:
+                        pieces = [theirs.chunk(n, dim)[me] for theirs in everyone]
+                        assert torch.equal(tp.all_to_all(x, scatter_dim=dim, gather_dim=other), torch.cat(pieces, other))
+            for src in range(n):
+                given = everyone[src].clone() if me == src else torch.zeros(shape)
+                assert torch.equal(tp.broadcast(given, src), everyone[src])
+                gathered = tp.gather(x, src, 0)
+                assert gathered is None if me != src else torch.equal(gathered, torch.cat(everyone))  # type: ignore[arg-type]
+            assert torch.equal(x, everyone[me])
+        # Some ranks have little, some much, some nothing.
+        rows = [0, 3, 20_000][:n] if n == 3 else [1, 20_000]
+        piece = torch.full((rows[me], 8), float(me))
+        assert torch.equal(tp.all_gatherv(piece, 0, rows), torch.cat([torch.full((r, 8), float(i)) for i, r in enumerate(rows)]))  # type: ignore[arg-type]
+
+    on(n, body)
+
+
 def test_every_group_has_room_for_a_line_of_each_rank() -> None:
     """A slot is cut among the ranks, in whole lines of 64 bytes: of none there would be nothing to send."""
     for n, shm_bytes in itertools.product((2, 3, 64, 255, 257, 363, 400, 1000), (SMALLEST, 1 << 20, 1 << 30)):
@@ -876,7 +907,9 @@ def test_explain_tells_strategies_refusals_and_bytes() -> None:
     tp = re.search(r"  tp: .*?(?=\n  \w+:|\n  \d)", both, re.DOTALL)
     assert tp is not None
     assert "all_reduce, all_gather, reduce_scatter, all_to_all, gather, broadcast, barrier, send, recv: shm, then gloo" in tp[0]
-    assert re.search(r"shm: shared memory of one host, \d+ bytes \(slots of 16384, rings of \d+ and \d+\); (avx2|sse2|neon|plain C)", tp[0])
+    assert re.search(
+        r"shm: shared memory of one host, \d+ bytes \(slots of 16384, rings of \d+ and \d+\);.* (avx512|avx2|sse2|neon|plain C)\n", tp[0]
+    )
     total, more = (int(found[1]) for text in (both, grown) if (found := re.search(r"(\d+) bytes of shared memory", text)))
     assert more - total == 2 * 4096
     assert "8192 bytes of shared tensors" in grown

@@ -98,7 +98,13 @@ class ShmCommunicator(Communicator):
         )
         tell = teller(gloo, cls.name, limits.build_timeout)
         found = host_memory.join(tell, sizes, gloo.rank_in_group, crowd=limits.crowd)
-        return Refused(cls.name, found) if isinstance(found, str) else cls(found, limits.timeout)
+        if isinstance(found, str):
+            return Refused(cls.name, found)
+        strategy = cls(found, limits.timeout)
+        with strategy._stops():
+            strategy._group.reach(make_tag(SETUP, 0, cls.name), nanoseconds(limits.build_timeout))
+            strategy._memory.team.unpost()  # the calls of users begin after it
+        return strategy
 
     def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:
         """Every call on the host."""
@@ -363,6 +369,7 @@ class ShmCommunicator(Communicator):
             f"shared memory of one host, {self._memory.nbytes} bytes (slots of {sizes.slot_bytes}, rings of {sizes.broadcast_bytes} and "
             f"{sizes.pair_bytes})"
             + (f", {self._extra_bytes} bytes of shared tensors" if self._extra_bytes else "")
+            + ("; large pieces are read where they lie" if self._group.reaches else "")
             + f"; {self._native.isa}"
         )
 

@@ -478,9 +478,14 @@ static void *run_session(void *arg) {
     dice ours = {s->seed}, mine = {mix(s->seed + 1 + (uint64_t)s->me)};
     snprintf(doing, sizeof doing, "rank %d", s->me);
     join_place(&m, s->place, s->me);
+    int nobody = -1;
+    cg_call first = next_call(&m, 1);
+    succeeded(cg_group_reach(&m.group, &first, &nobody), nobody);
+    const int reaches = m.group.reach_from != 0;
     for (size_t step = 0; step < s->steps; step++) {
         int who = -1;
         m.group.way = (int)below(&mine, 3) - 1;
+        m.group.reach_from = !reaches ? 0 : below(&mine, 2) ? 1 : SIZE_MAX;
         pause_a_little(&mine);
         size_t bytes = s->sizes ? s->sizes[step % s->steps] : 0;
         switch (below(&ours, 9)) {
@@ -622,6 +627,8 @@ static void kernels(void) {
             if (dtype <= CG_F16) bits_by_place(table_base[dtype][op], "sse2", dtype, op);
             if (has_avx2() && table_avx2[dtype][op] != NULL) try_kernel(table_avx2[dtype][op], "avx2", dtype, op);
             if (has_avx2() && dtype <= CG_F16) bits_by_place(table_avx2[dtype][op], "avx2", dtype, op);
+            if (has_avx512() && table_avx512[dtype][op] != NULL) try_kernel(table_avx512[dtype][op], "avx512", dtype, op);
+            if (has_avx512() && dtype <= CG_F16) bits_by_place(table_avx512[dtype][op], "avx512", dtype, op);
 #else
             if (cg_find_kernel(dtype, op) != NULL) try_kernel(cg_find_kernel(dtype, op), cg_kernel_isa(), dtype, op);
             if (dtype <= CG_F16) bits_by_place(cg_find_kernel(dtype, op), cg_kernel_isa(), dtype, op);
@@ -634,12 +641,13 @@ static void kernels(void) {
         const void *sources[2] = {all, all};
         for (uint32_t i = 0; i < 1 << 16; i++) all[i] = (uint16_t)i;
 #if defined(__x86_64__)
-        cg_kernel sets[2] = {table_base[dtype][CG_MAX], has_avx2() ? table_avx2[dtype][CG_MAX] : table_base[dtype][CG_MAX]};
+        cg_kernel sets[3] = {table_base[dtype][CG_MAX], has_avx2() ? table_avx2[dtype][CG_MAX] : table_base[dtype][CG_MAX],
+                             has_avx512() ? table_avx512[dtype][CG_MAX] : table_base[dtype][CG_MAX]};
 #else
-        cg_kernel sets[2] = {cg_find_kernel(dtype, CG_MAX), cg_find_kernel(dtype, CG_MAX)};
+        cg_kernel sets[1] = {cg_find_kernel(dtype, CG_MAX)};
 #endif
         uint32_t infinity = dtype == CG_BF16 ? 0x7F80 : 0x7C00;
-        for (int set = 0; set < 2; set++) {
+        for (size_t set = 0; set < sizeof sets / sizeof *sets; set++) {
             sets[set](out, sources, 2, 1 << 16);
             for (uint32_t i = 0; i < 1 << 16; i++)
                 CHECK(((i & 0x7FFF) > infinity) ? (out[i] & 0x7FFFu) > infinity : out[i] == i, "dtype %d: %#x became %#x", dtype, i, out[i]);

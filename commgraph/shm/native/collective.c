@@ -10,15 +10,22 @@ enum {
     PAGE = 4096,
     /* Bytes that all ranks together reduce in one step, each everything: beyond, each reduces its share in a step of its own. */
     ONE_SHOT = 512 * 1024,
+    /* Of a tensor that goes through the slots at once: what the ranks then touch stays in their second caches. */
+    REDUCE_CHUNK = 512 * 1024,
     /* Reduced at once, so that it is still in the first cache where it is copied on. */
     REDUCE_BLOCK = 16 * 1024,
+    /* From here on a piece is read where it lies, if it can be: one copy and a step more in place of two copies. */
+    REACHED = 64 * 1024,
+    PLACED = 1024 * 1024, /* from here on two ways to copy between tensors are compared */
     /* Below this a slot is always written plainly, and nothing is measured. */
     MEASURED = 16 * 1024,
     EXPLORE = 64, /* every so many chunks the other way to write is tried */
     TRIALS = 16,  /* chunks at first take turns */
     UNTOUCHED = 4, /* and the very first count for nothing: touching a page costs more than either way */
 };
+/* Where a tensor lies: (1 + region) << 44 | offset in shared memory, or an address of its rank's with the highest bit set. */
 #define WHERE_SHIFT 44
+#define WHERE_ADDRESS (1ull << 63)
 
 static size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
@@ -34,7 +41,7 @@ static cg_map map_of(int n, size_t slot_bytes) {
     m.lines = 0;
     m.costs = m.lines + ranks * 2 * sizeof(cg_line);
     m.pairs = round_up(m.costs + ranks * ranks * CG_CLASSES * 2 * sizeof(uint32_t), CG_LINE);
-    m.notes = m.pairs + 2 * ranks * 2 * ranks * sizeof(uint64_t);
+    m.notes = m.pairs + 2 * ranks * CG_PAIR_ROWS * ranks * sizeof(uint64_t);
     m.slots = round_up(m.notes + ranks * CG_NOTE_BYTES, PAGE);
     m.end = m.slots + ranks * 2 * slot_bytes;
     return m;
@@ -87,6 +94,27 @@ static uint64_t find_region(cg_group *g, const void *data, size_t bytes) {
 static char *resolve(cg_group *g, int rank, uint64_t where) {
     cg_region *region = &g->regions[(where >> WHERE_SHIFT) - 1];
     return region->base + (size_t)rank * region->stride + (where & ((1ull << WHERE_SHIFT) - 1));
+}
+
+/* Where the others can read these bytes of this rank for themselves, 0 if they are better staged. */
+static uint64_t readable(cg_group *g, const void *data, size_t bytes) {
+    uint64_t where = g->n_regions && bytes > MEASURED ? find_region(g, data, bytes) : 0;
+    return where == 0 && g->reach_from && bytes >= g->reach_from ? WHERE_ADDRESS | (uint64_t)(uintptr_t)data : where;
+}
+
+static int reach(cg_group *g, int rank, const cg_block *block, uint64_t where, int direction, int *who) {
+    if (cg_reach(g->team, rank, block, where & ~WHERE_ADDRESS, direction)) return CG_OK;
+    /* It has died, or has given up on the call and gone on. */
+    int result = cg_team_lost(g->team, who);
+    if (result == CG_OK) *who = rank;
+    return result == CG_OK ? CG_GONE : result;
+}
+
+/* All of a piece that its rank has not staged. */
+static int read_there(cg_group *g, int rank, uint64_t where, const cg_block *into, int *who) {
+    if (where & WHERE_ADDRESS) return reach(g, rank, into, where, CG_PULL, who);
+    cg_unpack(into, resolve(g, rank, where), 0, cg_block_bytes(into));
+    return CG_OK;
 }
 
 /* Steps. */
@@ -228,7 +256,47 @@ typedef struct {
 static stopwatch start(size_t bytes) { return (stopwatch){bytes < MEASURED ? 0 : cg_clock_ns(), bytes}; }
 static int64_t stop(const stopwatch *s) { return s->bytes < MEASURED ? 0 : cg_clock_ns() - s->started; }
 
+/* A rank's own piece, to where it belongs: between two tensors that do not fit into a cache, streaming stores may halve the time. */
+static void place(cg_group *g, const cg_block *into, const char *mine, size_t bytes) {
+    size_t class_ = class_of(bytes / 16);
+    cg_choice *c = &g->placings[class_];
+    if (bytes < PLACED || into->rows > 1 || g->way >= 0) {
+        cg_unpack(into, mine, 0, bytes);
+        return;
+    }
+    int way = ++c->turn <= TRIALS / 2 ? (int)(c->turn & 1) : (c->cost[1] < c->cost[0]) ^ (c->turn % EXPLORE == 0);
+    stopwatch placing = start(bytes);
+    cg_copy(into->base, mine, bytes, way);
+    if (way) cg_stream_fence();
+    if (c->turn > UNTOUCHED) c->cost[way] = blend(c->cost[way], (float)stop(&placing) * 1024 / (float)bytes);
+}
+
 /* Collectives. */
+
+int cg_group_reach(cg_group *g, const cg_call *call, int *who) {
+    /* The first word is read by all others, the second written by the one before. */
+    volatile uint64_t words[2] = {(uint64_t)cg_clock_ns() ^ (uint64_t)(uintptr_t)g << 20 ^ (uint64_t)g->me, 0};
+    begin(g, call);
+    *(uint64_t *)(void *)slot_of(g, g->me, g->step) = words[0];
+    announce(g, call, sizeof words, WHERE_ADDRESS | (uint64_t)(uintptr_t)words, 1, 0);
+    int result = agree(g, call, who), fine = 1;
+    for (int i = 1; result == CG_OK && i < g->n; i++) {
+        int p = (g->me + i) % g->n;
+        uint64_t found = 0, there = line_of(g, p, g->step)->where & ~WHERE_ADDRESS;
+        cg_block word = {(char *)&found, 1, sizeof found, sizeof found};
+        fine = fine && cg_reach(g->team, p, &word, there, CG_PULL) && found == *(uint64_t *)(void *)slot_of(g, p, g->step);
+        if (fine && i == 1) fine = cg_reach(g->team, p, &word, there + sizeof found, CG_PUSH);
+    }
+    /* Once for all to have written, and once more to say whether it has come. */
+    for (int round = 0; result == CG_OK && round < 2; round++) {
+        g->step++;
+        line_of(g, g->me, g->step)->rounds = (uint32_t)(fine && (round == 0 || words[1] == words[0]));
+        result = next_step(g, call, who);
+        for (int p = 0; p < g->n; p++) fine = fine && line_of(g, p, g->step)->rounds;
+    }
+    g->reach_from = fine && result == CG_OK ? REACHED : 0;
+    return result;
+}
 
 int cg_barrier(cg_group *g, const cg_call *call, int *who) {
     begin(g, call);
@@ -284,11 +352,12 @@ int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, 
     cg_kernel kernel = cg_find_kernel(dtype, op);
     begin(g, call);
     g->bytes_sent += bytes;
-    /* Kinds of 16 bits take several times as long to reduce as to copy, so that sharing the work pays early. */
-    if (bytes <= g->slot_bytes && bytes * (size_t)g->n * (size == 2 ? 8 : 1) <= ONE_SHOT) return one_shot(g, call, from, to, count, size, kernel, who);
+    /* Where reducing takes several times as long as copying, sharing the work pays early. */
+    if (bytes <= g->slot_bytes && bytes * (size_t)g->n * (size_t)cg_kernel_weight(dtype) <= ONE_SHOT)
+        return one_shot(g, call, from, to, count, size, kernel, who);
 
     uint64_t where = g->n_regions ? find_region(g, from, bytes) : 0;
-    size_t chunk = g->slot_bytes / size, mine_from, mine_to;
+    size_t chunk = smaller(g->slot_bytes, REDUCE_CHUNK) / size, mine_from, mine_to;
     for (size_t at = 0; at < count; at += chunk) {
         size_t length = smaller(chunk, count - at);
         share_of(length, size, g->n, g->me, &mine_from, &mine_to);
@@ -350,19 +419,22 @@ int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, 
 }
 
 int cg_share(cg_group *g, const cg_call *call, const char *mine, const size_t *bytes, const cg_block *into, int *who) {
-    size_t most = 0, own = bytes[g->me];
+    size_t own = bytes[g->me], staged = 0;
+    int any_direct = 0, givers = 0, giver = 0;
     for (int p = 0; p < g->n; p++)
-        if (bytes[p] > most) most = bytes[p];
-    size_t chunk = g->slot_bytes, rounds = most ? (most + chunk - 1) / chunk : 1;
-    uint64_t where = g->n_regions && own > MEASURED ? find_region(g, mine, own) : 0;
-    int any_direct = 0;
+        if (bytes[p] > 0) giver = p, givers++;
+    uint64_t where = readable(g, mine, own);
+    /* A rank that gives nothing says where it wants what the only one gives: that one would be idle, and puts the end there. */
+    if (givers == 1 && own == 0 && g->reach_from && into[giver].rows == 1 && into[giver].base != NULL)
+        where = WHERE_ADDRESS | (uint64_t)(uintptr_t)into[giver].base;
+    size_t head = bytes[giver] / (size_t)g->n * (size_t)(g->n - 1) / CG_LINE * CG_LINE, chunk = g->slot_bytes;
     g->bytes_sent += own;
     begin(g, call);
-    for (size_t k = 0; k < rounds; k++) {
-        size_t at = k * chunk, length = at < own ? smaller(chunk, own - at) : 0;
+    for (size_t k = 0, rounds = 1; k < rounds; k++) {
+        size_t at = k * chunk, length = where == 0 && at < own ? smaller(chunk, own - at) : 0;
         int way = choose_way(g, length);
         if (k > 0) g->step++;
-        if (where == 0 && length > 0) {
+        if (length > 0) {
             stopwatch writing = start(length);
             cg_copy(slot_of(g, g->me, g->step), mine + at, length, way);
             if (way) cg_stream_fence();
@@ -370,26 +442,43 @@ int cg_share(cg_group *g, const cg_call *call, const char *mine, const size_t *b
         }
         int result;
         if (k == 0) {
-            announce(g, call, own, where, (uint32_t)rounds, way);
+            announce(g, call, own, where, 1, way);
             /* Its own piece while the others arrive. It may lie where it belongs already. */
-            if (into[g->me].base != NULL && into[g->me].base != mine) cg_unpack(&into[g->me], mine, 0, own);
+            if (into[g->me].base != NULL && into[g->me].base != mine) place(g, &into[g->me], mine, own);
             result = agree(g, call, who);
-            for (int p = 0; result == CG_OK && p < g->n; p++) any_direct |= line_of(g, p, g->step)->where != 0;
+            for (int p = 0; result == CG_OK && p < g->n; p++) {
+                uint64_t there = line_of(g, p, g->step)->where;
+                any_direct |= there != 0 && bytes[p] > 0;
+                if (there == 0 && bytes[p] > staged) staged = bytes[p];
+            }
+            if (staged > 0) rounds = (staged + chunk - 1) / chunk;
+            int split = givers == 1 && line_of(g, giver, g->step)->where & WHERE_ADDRESS;
+            cg_block tail = {(char *)mine + head, 1, own - head, own - head};
+            for (int p = 0; split && own > 0 && result == CG_OK && p < g->n; p++) {
+                uint64_t there = line_of(g, p, g->step)->where;
+                if (p != g->me && there != 0) result = reach(g, p, &tail, there + head, CG_PUSH, who);
+            }
         } else {
             line_of(g, g->me, g->step)->where = where;
             line_of(g, g->me, g->step)->streamed = (uint32_t)way;
             result = next_step(g, call, who);
         }
-        if (result != CG_OK) return result;
-        for (int i = 1; i < g->n; i++) {
+        for (int i = 1; result == CG_OK && i < g->n; i++) {
             int p = (g->me + i) % g->n;
-            if (at >= bytes[p] || into[p].base == NULL) continue;
-            size_t part = smaller(chunk, bytes[p] - at);
             cg_line *line = line_of(g, p, g->step);
+            if (at >= bytes[p] || into[p].base == NULL) continue;
+            if (line->where != 0) {
+                cg_block part = into[p];
+                if (where & WHERE_ADDRESS && own == 0 && line->where & WHERE_ADDRESS) part.row = head;
+                if (k == 0) result = read_there(g, p, line->where, &part, who);
+                continue;
+            }
+            size_t part = smaller(chunk, bytes[p] - at);
             stopwatch reading = start(part);
-            cg_unpack(&into[p], line->where ? resolve(g, p, line->where) + at : slot_of(g, p, g->step), at, part);
+            cg_unpack(&into[p], slot_of(g, p, g->step), at, part);
             note_read(g, p, part, (int)line->streamed, stop(&reading));
         }
+        if (result != CG_OK) return result;
     }
     if (any_direct) {
         /* Nobody leaves while his tensor is still read. */
@@ -399,34 +488,41 @@ int cg_share(cg_group *g, const cg_call *call, const char *mine, const size_t *b
     return CG_OK;
 }
 
-static uint64_t *pair_row(cg_group *g, int rank, int incoming) {
-    return g->pairs + (((size_t)(g->step & 1) * (size_t)g->n + (size_t)rank) * 2 + (size_t)incoming) * (size_t)g->n;
+uint64_t *cg_pair_row(cg_group *g, int rank, int row) {
+    return g->pairs + (((size_t)(g->step & 1) * (size_t)g->n + (size_t)rank) * CG_PAIR_ROWS + (size_t)row) * (size_t)g->n;
 }
 
 int cg_trade(cg_group *g, const cg_call *call, const cg_block *out, const cg_block *into, int *who) {
-    int n = g->n;
+    int n = g->n, any_direct = 0;
     size_t chunk = g->slot_bytes / (size_t)n / CG_LINE * CG_LINE, most = 0;
-    begin(g, call);
-    for (int p = 0; p < n; p++) {
-        pair_row(g, g->me, 0)[p] = cg_block_bytes(&out[p]);
-        pair_row(g, g->me, 1)[p] = cg_block_bytes(&into[p]);
-        if (cg_block_bytes(&out[p]) > most) most = cg_block_bytes(&out[p]);
-        if (p != g->me) g->bytes_sent += cg_block_bytes(&out[p]);
-    }
     /* A rank's piece for itself needs no slot where it is one run on both sides. */
     int straight = out[g->me].rows <= 1 && into[g->me].rows <= 1;
+    begin(g, call);
+    uint64_t *where = cg_pair_row(g, g->me, CG_WHERE);
+    for (int p = 0; p < n; p++) {
+        size_t bytes = cg_block_bytes(&out[p]);
+        cg_pair_row(g, g->me, CG_OUT)[p] = bytes;
+        cg_pair_row(g, g->me, CG_IN)[p] = cg_block_bytes(&into[p]);
+        where[p] = p != g->me && out[p].rows <= 1 ? readable(g, out[p].base, bytes) : 0;
+        if (bytes > most && where[p] == 0 && !(p == g->me && straight)) most = bytes;
+        if (p != g->me) g->bytes_sent += bytes;
+    }
     size_t rounds = most ? (most + chunk - 1) / chunk : 1;
+    uint64_t direct[n], from[n]; /* kept, for the rows belong to the first step */
+    memcpy(direct, where, sizeof direct);
     for (size_t k = 0; k < rounds; k++) {
         size_t at = k * chunk, staged = 0;
         if (k > 0) g->step++;
         char *slot = slot_of(g, g->me, g->step);
-        for (int p = 0; p < n; p++) staged += at < cg_block_bytes(&out[p]) ? smaller(chunk, cg_block_bytes(&out[p]) - at) : 0;
+        for (int p = 0; p < n; p++)
+            if (direct[p] == 0) staged += at < cg_block_bytes(&out[p]) ? smaller(chunk, cg_block_bytes(&out[p]) - at) : 0;
         int way = choose_way(g, staged);
         stopwatch writing = start(staged);
         for (int i = 1; i <= n; i++) { /* its own last: it is read first */
             int p = (g->me + i) % n;
             size_t whole = cg_block_bytes(&out[p]);
-            if (at < whole && !(p == g->me && straight)) cg_pack(slot + (size_t)p * chunk, &out[p], at, smaller(chunk, whole - at), p == g->me ? 0 : way);
+            if (at >= whole || direct[p] != 0 || (p == g->me && straight)) continue;
+            cg_pack(slot + (size_t)p * chunk, &out[p], at, smaller(chunk, whole - at), p == g->me ? 0 : way);
         }
         if (way) cg_stream_fence();
         note_write(g, staged, way, stop(&writing));
@@ -434,13 +530,14 @@ int cg_trade(cg_group *g, const cg_call *call, const cg_block *out, const cg_blo
         if (k == 0) {
             announce(g, call, most, 0, (uint32_t)rounds, way);
             if (straight && into[g->me].base != out[g->me].base && cg_block_bytes(&out[g->me]) == cg_block_bytes(&into[g->me]))
-                memcpy(into[g->me].base, out[g->me].base, cg_block_bytes(&out[g->me]));
+                place(g, &into[g->me], out[g->me].base, cg_block_bytes(&out[g->me]));
             result = agree(g, call, who);
             for (int p = 0; result == CG_OK && p < n; p++) {
                 uint32_t theirs = line_of(g, p, g->step)->rounds;
                 if (theirs > rounds) rounds = theirs;
                 for (int q = 0; q < n; q++) {
-                    if (pair_row(g, p, 0)[q] != pair_row(g, q, 1)[p]) {
+                    any_direct |= cg_pair_row(g, p, CG_WHERE)[q] != 0;
+                    if (cg_pair_row(g, p, CG_OUT)[q] != cg_pair_row(g, q, CG_IN)[p]) {
                         *who = p;
                         result = CG_MISMATCH; /* every rank looks at all pairs, so that all of them raise */
                     }
@@ -450,16 +547,26 @@ int cg_trade(cg_group *g, const cg_call *call, const cg_block *out, const cg_blo
             line_of(g, g->me, g->step)->streamed = (uint32_t)way;
             result = next_step(g, call, who);
         }
-        if (result != CG_OK) return result;
-        for (int i = 0; i < n; i++) {
+        if (k == 0)
+            for (int p = 0; p < n; p++) from[p] = cg_pair_row(g, p, CG_WHERE)[g->me];
+        for (int i = 0; result == CG_OK && i < n; i++) {
             int p = (g->me + i) % n;
             size_t whole = cg_block_bytes(&into[p]);
             if (at >= whole || (p == g->me && straight)) continue;
+            if (from[p] != 0) {
+                if (k == 0) result = read_there(g, p, from[p], &into[p], who);
+                continue;
+            }
             size_t part = smaller(chunk, whole - at);
             stopwatch reading = start(part);
             cg_unpack(&into[p], slot_of(g, p, g->step) + (size_t)g->me * chunk, at, part);
             if (i > 0) note_read(g, p, part, (int)line_of(g, p, g->step)->streamed, stop(&reading));
         }
+        if (result != CG_OK) return result;
+    }
+    if (any_direct) {
+        g->step++;
+        return next_step(g, call, who);
     }
     return CG_OK;
 }

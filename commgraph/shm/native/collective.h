@@ -10,16 +10,18 @@
 
 #include "copy.h"
 #include "kernels.h"
+#include "reach.h"
 #include "team.h"
 
 #define CG_MAX_REGIONS 4096
 #define CG_NOTE_BYTES 1024
+enum { CG_OUT, CG_IN, CG_WHERE, CG_PAIR_ROWS };
 
 typedef struct {
     _Alignas(CG_LINE) _Atomic uint32_t step;
     uint32_t tag;      /* of the call: what all ranks must have in common */
     uint64_t bytes;    /* that this rank gives */
-    uint64_t where;    /* (1 + region) << 44 | offset of them where they lie in shared memory already, 0: staged in the slot */
+    uint64_t where;    /* where they lie for all to read (collective.c), 0: staged in the slot */
     uint32_t rounds;   /* that this rank needs */
     uint32_t streamed; /* whether the slot was written past the caches */
     uint64_t call;     /* number << 8 | operation, for whoever wants to tell what was called */
@@ -44,10 +46,11 @@ typedef struct {
     cg_line *lines;          /* [rank][parity] */
     char *slots;             /* [rank][parity][slot_bytes] */
     _Atomic uint32_t *costs; /* [reader][writer][class][way]: ns per KiB as a reader measured it, in 1/256 */
-    uint64_t *pairs;         /* [parity][rank][out, in][peer]: bytes of an all_to_all */
+    uint64_t *pairs;         /* [parity][rank][out, in, where][peer]: bytes of an all_to_all, and where those that go out lie */
     char *notes;             /* [rank][CG_NOTE_BYTES], a step in front */
     uint32_t step;
-    cg_choice choices[CG_CLASSES];
+    cg_choice choices[CG_CLASSES], placings[CG_CLASSES];
+    size_t reach_from; /* pieces of so many bytes are read where they lie; 0 where the ranks may not reach each other's memory */
     int way; /* forced way to write slots: 0 plain, 1 streaming, -1 by measurement */
     cg_region *regions;
     int n_regions;
@@ -67,6 +70,9 @@ void cg_group_join(cg_group *group, cg_team *team, void *memory, size_t slot_byt
 void cg_group_leave(cg_group *group);
 int cg_group_add_region(cg_group *group, char *base, size_t stride, size_t bytes);
 
+/* Finds out on all ranks alike whether they may read each other's memory. Collective. */
+int cg_group_reach(cg_group *g, const cg_call *call, int *who);
+
 /* All return CG_*, and set *who where it says so. After anything but CG_OK the group is of no use any more. */
 int cg_barrier(cg_group *g, const cg_call *call, int *who);
 /* `to` may be `from`; `in_place` says on all ranks alike whether it is. */
@@ -77,6 +83,9 @@ int cg_share(cg_group *g, const cg_call *call, const char *mine, const size_t *b
 int cg_trade(cg_group *g, const cg_call *call, const cg_block *out, const cg_block *into, int *who);
 /* Block out[p] is reduced by rank p; `to` gets the reduction of this rank's. Sizes are the same on all ranks. */
 int cg_reduce_scatter(cg_group *g, const cg_call *call, const cg_block *out, void *to, int dtype, int op, int *who);
+
+/* A row of `pairs` in the step that runs. */
+uint64_t *cg_pair_row(cg_group *g, int rank, int row);
 
 /* One way, in ns, of a cache line between the first two ranks; the others look on. */
 int cg_ping_pong(cg_group *g, const cg_call *call, int rounds, double *ns, int *who);

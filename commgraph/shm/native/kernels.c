@@ -19,19 +19,86 @@ enum { BLOCK = 1024 }; /* entries: a block of float32 fills an eighth of a usual
 #undef NAME
 
 #if defined(__x86_64__)
-/* A wheel must run on any x86-64, so what a newer one can do is compiled beside it and chosen at run time. No fused multiply-add: its
- * results would differ in the last bit from those of the other set. Wider vectors than these gain nothing, memory being the limit. */
+/* A wheel must run on any x86-64, so what newer ones can do is compiled beside it and chosen at run time. No fused multiply-add: its
+ * results would differ in the last bit from those of the other sets. Max and min of the processor give b where either is not a number:
+ * what is left to do is where a is none. */
 #define TARGET __attribute__((target("avx2,f16c")))
 #define NAME(x) x##_avx2
-#define HALF_BY_F16C
+#define LANES 8
+#define lanes __m256
+TARGET static inline lanes larger_avx2(lanes a, lanes b) { return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
+TARGET static inline lanes smaller_avx2(lanes a, lanes b) { return _mm256_blendv_ps(_mm256_min_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
+TARGET static inline lanes bf16_load_avx2(const uint16_t *from) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)), 16));
+}
+TARGET static inline __m256i bf16_round_avx2(lanes value) {
+    __m256i bits = _mm256_castps_si256(value), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
+    return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q)));
+}
+TARGET static inline void bf16_store_avx2(uint16_t *to, lanes low, lanes high) {
+    /* The instruction packs within each half of a register. */
+    __m256i packed = _mm256_packus_epi32(bf16_round_avx2(low), bf16_round_avx2(high));
+    _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(packed, 0xD8));
+}
+TARGET static inline lanes f16_load_avx2(const uint16_t *from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)); }
+TARGET static inline void f16_store_avx2(uint16_t *to, lanes low, lanes high) {
+    _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128((__m128i *)(to + LANES), _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT));
+}
 #include "kernels_body.h"
 #undef TARGET
 #undef NAME
-#undef HALF_BY_F16C
+#undef LANES
+#undef lanes
+
+#if defined(__clang__) || __GNUC__ >= 10 /* which know these instructions */
+/* Twice as wide, with an instruction that rounds to bfloat16. What the memory limits gains nothing from it, bfloat16 half its time. */
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,f16c,prefer-vector-width=512")))
+#define NAME(x) x##_avx512
+#define LANES 16
+#define lanes __m512
+TARGET static inline lanes larger_avx512(lanes a, lanes b) { return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a); }
+TARGET static inline lanes smaller_avx512(lanes a, lanes b) { return _mm512_mask_mov_ps(_mm512_min_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a); }
+TARGET static inline lanes bf16_load_avx512(const uint16_t *from) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
+}
+TARGET __attribute__((noinline)) static void bf16_store_rare_avx512(uint16_t *to, lanes low, lanes high) {
+    bf16_store_avx2(to, _mm512_castps512_ps256(low), _mm512_extractf32x8_ps(low, 1));
+    bf16_store_avx2(to + LANES, _mm512_castps512_ps256(high), _mm512_extractf32x8_ps(high, 1));
+}
+TARGET static inline void bf16_store_avx512(uint16_t *to, lanes low, lanes high) {
+    /* The instruction makes zeros of subnormal numbers, and keeps what a NaN carries. */
+    enum { NAN_OR_SUBNORMAL = 0x80 | 0x20 | 0x01 };
+    if (__builtin_expect(_mm512_fpclass_ps_mask(low, NAN_OR_SUBNORMAL) | _mm512_fpclass_ps_mask(high, NAN_OR_SUBNORMAL), 0))
+        bf16_store_rare_avx512(to, low, high);
+    else
+        _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+TARGET static inline lanes f16_load_avx512(const uint16_t *from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
+TARGET static inline void f16_store_avx512(uint16_t *to, lanes low, lanes high) {
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256((__m256i *)(to + LANES), _mm512_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT));
+}
+#include "kernels_body.h"
+#undef TARGET
+#undef NAME
+#undef LANES
+#undef lanes
+
+#else
+#define table_avx512 table_avx2
+#endif
 
 static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
-cg_kernel cg_find_kernel(int dtype, int op) { return has_avx2() ? table_avx2[dtype][op] : table_base[dtype][op]; }
-const char *cg_kernel_isa(void) { return has_avx2() ? "avx2" : "sse2"; }
+static int has_avx512(void) {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+}
+cg_kernel cg_find_kernel(int dtype, int op) {
+    return has_avx512() ? table_avx512[dtype][op] : has_avx2() ? table_avx2[dtype][op] : table_base[dtype][op];
+}
+const char *cg_kernel_isa(void) { return has_avx512() ? "avx512" : has_avx2() ? "avx2" : "sse2"; }
 #elif defined(__aarch64__)
 cg_kernel cg_find_kernel(int dtype, int op) { return table_neon[dtype][op]; }
 const char *cg_kernel_isa(void) { return "neon"; }
@@ -39,6 +106,14 @@ const char *cg_kernel_isa(void) { return "neon"; }
 cg_kernel cg_find_kernel(int dtype, int op) { return table_base[dtype][op]; }
 const char *cg_kernel_isa(void) { return "plain C"; }
 #endif
+
+int cg_kernel_weight(int dtype) {
+    if (dtype != CG_BF16 && dtype != CG_F16) return 1;
+#if defined(__x86_64__)
+    if (has_avx512()) return 2;
+#endif
+    return 8;
+}
 
 size_t cg_dtype_bytes(int dtype) {
     static const unsigned char bytes[CG_DTYPES] = {4, 8, 2, 2, 1, 2, 4, 8, 1, 2, 4, 8};

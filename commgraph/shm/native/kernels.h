@@ -16,6 +16,8 @@ typedef void (*cg_kernel)(void *out, const void *const *src, int n, size_t count
 /* The best of this processor; NULL where there is none (the average of integers). */
 cg_kernel cg_find_kernel(int dtype, int op);
 size_t cg_dtype_bytes(int dtype);
+/* How many times as long as a byte of float32 a byte of this kind takes, roughly. */
+int cg_kernel_weight(int dtype);
 /* Which instructions the kernels use: "avx2", "sse2", "neon", ... */
 const char *cg_kernel_isa(void);
 

@@ -41,12 +41,12 @@
         }                                                                                            \
     }
 
-/* The same in float32, for kinds of 16 bits. Sixteen entries at a time stay in registers where this instruction set has a way to do that. */
-#define WIDENED(name, KIND, COMBINE, LANES, FINISH)                                                  \
+/* The same in float32, for kinds of 16 bits. Two registers at a time where this instruction set has a way to do that. */
+#define WIDENED(name, KIND, COMBINE, WAY, FINISH)                                                    \
     TARGET static void NAME(name)(void *out_, const void *const *src, int n, size_t count) {         \
         uint16_t *out = out_;                                                                        \
         size_t at = 0;                                                                               \
-        SIXTEEN_AT_A_TIME(KIND, LANES, FINISH)                                                       \
+        BY_REGISTERS(KIND, WAY, FINISH)                                                              \
         float block[BLOCK], other[BLOCK];                                                            \
         for (; at < count; at += BLOCK) {                                                            \
             size_t length = count - at < BLOCK ? count - at : BLOCK;                                 \
@@ -66,47 +66,29 @@
         }                                                                                            \
     }
 
-#if defined(HALF_BY_F16C)
-/* a, b: eight float32. The processor's max and min give b where either is not a number: what is left to do is where a is none. */
-#define LANES_ADD _mm256_add_ps(a, b)
-#define LANES_TIMES _mm256_mul_ps(a, b)
-#define LANES_LARGER _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q))
-#define LANES_SMALLER _mm256_blendv_ps(_mm256_min_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q))
-#define EIGHT(KIND, LANES, COUNT, AT)                                                                \
-    __m256 a = NAME(KIND##_load)((const uint16_t *)src[0] + (AT));                                   \
+#if defined(LANES)
+/* This instruction set has `lanes`, LANES float32 in a register, and for each kind of 16 bits a load, and a store of two registers. */
+#define LANES_LARGER NAME(larger)(a, b)
+#define LANES_SMALLER NAME(smaller)(a, b)
+#define REGISTER(KIND, WAY, COUNT, AT)                                                               \
+    lanes a = NAME(KIND##_load)((const uint16_t *)src[0] + (AT));                                    \
     for (int k = 1; k < COUNT; k++) {                                                                \
-        __m256 b = NAME(KIND##_load)((const uint16_t *)src[k] + (AT));                               \
-        a = LANES;                                                                                   \
+        lanes b = NAME(KIND##_load)((const uint16_t *)src[k] + (AT));                                \
+        a = WAY;                                                                                     \
     }
-#define SIXTEEN(KIND, LANES, FINISH, COUNT)                                                          \
-    for (; at + 16 <= count; at += 16) {                                                             \
-        __m256 low, high;                                                                            \
-        { EIGHT(KIND, LANES, COUNT, at) low = FINISH; }                                              \
-        { EIGHT(KIND, LANES, COUNT, at + 8) high = FINISH; }                                         \
-        _mm256_storeu_si256((__m256i *)(out + at), NAME(KIND##_pack)(low, high));                    \
+#define REGISTERS(KIND, WAY, FINISH, COUNT)                                                          \
+    for (; at + 2 * LANES <= count; at += 2 * LANES) {                                               \
+        lanes low, high;                                                                             \
+        { REGISTER(KIND, WAY, COUNT, at) low = FINISH; }                                             \
+        { REGISTER(KIND, WAY, COUNT, at + LANES) high = FINISH; }                                    \
+        NAME(KIND##_store)(out + at, low, high);                                                     \
     }
 /* Once more for the commonest number of sources, which the compiler then knows. */
-#define SIXTEEN_AT_A_TIME(KIND, LANES, FINISH)                                                       \
-    if (n == 2) SIXTEEN(KIND, LANES, FINISH, 2)                                                      \
-    else SIXTEEN(KIND, LANES, FINISH, n)
-TARGET static inline __m256 NAME(bf16_load)(const uint16_t *from) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)), 16));
-}
-TARGET static inline __m256i NAME(bf16_round)(__m256 value) {
-    __m256i bits = _mm256_castps_si256(value), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
-    return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q)));
-}
-TARGET static inline __m256i NAME(bf16_pack)(__m256 low, __m256 high) {
-    /* The instruction packs within each half of a register. */
-    return _mm256_permute4x64_epi64(_mm256_packus_epi32(NAME(bf16_round)(low), NAME(bf16_round)(high)), 0xD8);
-}
-TARGET static inline __m256 NAME(f16_load)(const uint16_t *from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)); }
-TARGET static inline __m256i NAME(f16_pack)(__m256 low, __m256 high) {
-    return _mm256_set_m128i(_mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT));
-}
+#define BY_REGISTERS(KIND, WAY, FINISH)                                                              \
+    if (n == 2) REGISTERS(KIND, WAY, FINISH, 2)                                                      \
+    else REGISTERS(KIND, WAY, FINISH, n)
 #else
-#define SIXTEEN_AT_A_TIME(KIND, LANES, FINISH)
+#define BY_REGISTERS(KIND, WAY, FINISH)
 #endif
 
 TARGET static void NAME(bf16_widen)(float *to, const uint16_t *from, size_t count) {
@@ -124,16 +106,12 @@ TARGET static void NAME(bf16_narrow)(uint16_t *to, const float *from, size_t cou
     }
 }
 
-#if defined(HALF_BY_F16C)
+#if defined(LANES)
 TARGET static void NAME(f16_widen)(float *to, const uint16_t *from, size_t count) {
-    size_t i = 0;
-    for (; i + 8 <= count; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
-    for (; i < count; i++) to[i] = _cvtsh_ss(from[i]);
+    for (size_t i = 0; i < count; i++) to[i] = _cvtsh_ss(from[i]);
 }
 TARGET static void NAME(f16_narrow)(uint16_t *to, const float *from, size_t count) {
-    size_t i = 0;
-    for (; i + 8 <= count; i += 8) _mm_storeu_si128((__m128i *)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
-    for (; i < count; i++) to[i] = _cvtss_sh(from[i], _MM_FROUND_TO_NEAREST_INT);
+    for (size_t i = 0; i < count; i++) to[i] = _cvtss_sh(from[i], _MM_FROUND_TO_NEAREST_INT);
 }
 #elif defined(__aarch64__)
 TARGET static void NAME(f16_widen)(float *to, const uint16_t *from, size_t count) {
@@ -196,11 +174,11 @@ TARGET static void NAME(f16_narrow)(uint16_t *to, const float *from, size_t coun
     DIRECT(prefix##_min, T, SMALLER, a)               \
     DIRECT(prefix##_product, T, TIMES, a)
 #define HALVES(prefix)                                                     \
-    WIDENED(prefix##_sum, prefix, ADD, LANES_ADD, a)                       \
-    WIDENED(prefix##_avg, prefix, ADD, LANES_ADD, a / (float)n)            \
+    WIDENED(prefix##_sum, prefix, ADD, ADD, a)                       \
+    WIDENED(prefix##_avg, prefix, ADD, ADD, a / (float)n)            \
     WIDENED(prefix##_max, prefix, LARGER, LANES_LARGER, a)                 \
     WIDENED(prefix##_min, prefix, SMALLER, LANES_SMALLER, a)               \
-    WIDENED(prefix##_product, prefix, TIMES, LANES_TIMES, a)
+    WIDENED(prefix##_product, prefix, TIMES, TIMES, a)
 /* Signed sums and products are computed unsigned, where wrapping is defined; the bits are the same. */
 #define WHOLES(bits)                                                                             \
     DIRECT(u##bits##_sum, uint##bits##_t, (uint##bits##_t)(a + b), a)                            \
@@ -231,9 +209,11 @@ static const cg_kernel NAME(table)[CG_DTYPES][CG_OPS] = {
 #undef INDEPENDENT
 #undef DIRECT
 #undef WIDENED
-#undef SIXTEEN_AT_A_TIME
-#undef SIXTEEN
-#undef EIGHT
+#undef BY_REGISTERS
+#undef REGISTERS
+#undef REGISTER
+#undef LANES_LARGER
+#undef LANES_SMALLER
 #undef ADD
 #undef TIMES
 #undef LARGER

@@ -466,6 +466,24 @@ static PyObject *group_ping_pong(PyObject *self, PyObject *args) {
     return finished(group, result, who);
 }
 
+static PyObject *group_reach(PyObject *self, PyObject *args) {
+    Group *group = (Group *)self;
+    unsigned long tag;
+    long long timeout;
+    if (!PyArg_ParseTuple(args, "kL", &tag, &timeout)) return NULL;
+    cg_call call = {(uint32_t)tag, call_word(group, OP_BARRIER), deadline_after(timeout)};
+    int who = 0;
+    if (!enter(group->team)) return NULL;
+    int result = cg_group_reach(&group->group, &call, &who);
+    leave(group->team);
+    return finished(group, result, who);
+}
+
+static PyObject *get_reaches(PyObject *self, void *closure) {
+    (void)closure;
+    return PyBool_FromLong(((Group *)self)->group.reach_from != 0);
+}
+
 static PyObject *group_add_region(PyObject *self, PyObject *args) {
     Group *group = (Group *)self;
     PyObject *segment;
@@ -512,7 +530,7 @@ static PyObject *group_pairs(PyObject *self, PyObject *unused) {
     for (int rank = 0; all != NULL && rank < g->n; rank++) {
         PyObject *both = PyList_New(0);
         for (int side = 0; both != NULL && side < 2; side++) {
-            uint64_t *row = g->pairs + (((size_t)(g->step & 1) * (size_t)g->n + (size_t)rank) * 2 + (size_t)side) * (size_t)g->n;
+            uint64_t *row = cg_pair_row(g, rank, side == 0 ? CG_OUT : CG_IN);
             for (int p = 0; p < g->n; p++) {
                 PyObject *number = PyLong_FromUnsignedLongLong(row[p]);
                 if (number == NULL || PyList_Append(both, number) < 0) Py_CLEAR(both);
@@ -559,6 +577,7 @@ static PyGetSetDef group_getset[] = {
     {"sequence", get_sequence, set_sequence, "calls begun", NULL},
     {"enabled", get_enabled, set_enabled, "whether the short way is open", NULL},
     {"bytes_sent", get_bytes_sent, set_bytes_sent, "bytes given to the others", NULL},
+    {"reaches", get_reaches, NULL, "whether the ranks may read each other's memory", NULL},
     {"way", get_way, set_way, "how slots are written: 0 plain, 1 streaming, -1 by measurement", NULL},
     {0}};
 static PyMethodDef group_methods[] = {
@@ -571,6 +590,7 @@ static PyMethodDef group_methods[] = {
     {"add_region", group_add_region, METH_VARARGS, "add_region(segment, offset, stride, bytes)\n--\n\n"},
     {"post_note", group_post_note, METH_O, "post_note(text)\n--\n\n"},
     {"read_note", group_read_note, METH_O, "read_note(rank)\n--\n\n"},
+    {"reach", group_reach, METH_VARARGS, "reach(tag, timeout_ns)\n--\n\nFinds out whether the ranks may read each other's memory."},
     {"pairs", group_pairs, METH_NOARGS, "pairs()\n--\n\n"},
     {0}};
 static PyType_Slot group_slots[] = {
