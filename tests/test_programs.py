@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import math
+import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -241,6 +246,60 @@ def test_programs_under_other_options(program: Program, options: dict[str, bool]
         return done
 
     check(program, spmd(run, program.world_size))
+
+
+class Players:
+    """Ranks that are processes (tests/programs/player.py)."""
+
+    def __init__(self, n: int, folder: Path) -> None:
+        command = [sys.executable, str(Path(__file__).parent / "programs" / "player.py")]
+        self.ranks = [
+            subprocess.Popen([*command, str(rank), str(n), str(folder / "meet")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            for rank in range(n)
+        ]
+
+    def play(self, program: Program) -> list[list[tuple[Any, Any]]]:
+        for rank in self.ranks:
+            assert rank.stdin is not None
+            pickle.dump(program, rank.stdin)
+            rank.stdin.flush()
+        results = []
+        for rank in self.ranks:
+            assert rank.stdout is not None
+            # torch's own way keeps apart what is one tensor, or one memory, and what is not.
+            results.append(torch.load(io.BytesIO(pickle.load(rank.stdout)), weights_only=False))
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return results
+
+    def stop(self) -> list[int]:
+        for rank in self.ranks:
+            assert rank.stdin is not None
+            rank.stdin.close()
+        return [rank.wait(30) for rank in self.ranks]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("n", [2, 3])
+def test_programs_on_processes(n: int, tmp_path: Path) -> None:
+    """Above, ranks are threads, which share more than memory that was meant to be shared."""
+    players = Players(n, tmp_path)
+
+    # Without shrinking: after a failure the processes are of no further use.
+    @settings(QUICK, max_examples=25, phases=[Phase.generate])
+    @given(programs(world_size=n, max_steps=12))
+    def play(program: Program) -> None:
+        check(program, players.play(program))
+
+    try:
+        play()
+        assert players.stop() == [0] * n
+    finally:
+        for rank in players.ranks:
+            rank.kill()
+            with rank:
+                pass
 
 
 SILENT = {
