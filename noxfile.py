@@ -98,6 +98,15 @@ def stress(session: nox.Session) -> None:
     session.run(python, "tests/programs/queue_stress.py", *(session.posargs or ["--messages", "10000000"]), external=True)
 
 
+@nox.session(venv_backend="none", default=False)
+def compile(session: nox.Session) -> None:  # noqa: A001 - what the session does
+    """Every operation under every backend of torch.compile and under torch.export. Arguments after -- go to pytest."""
+    # A graph from a cache would hide what the compiler makes of this one.
+    session.env["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+    python = str(with_torch(session, "test") / "python")
+    session.run(python, "-m", "pytest", "-m", "matrix", "tests/test_operators.py", *session.posargs, external=True)
+
+
 # Without kernels.c, which the harness takes in whole, to reach the kernels of every instruction set.
 CORE = tuple(f"commgraph/shm/native/{name}.c" for name in ("team", "collective", "copy", "pool", "reach", "ring"))
 HARNESS = (

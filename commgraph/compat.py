@@ -6,13 +6,39 @@ change in this file.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["GlooDevice", "default_store", "dlpack_exchange", "gloo_available", "gloo_device", "make_gloo", "mark_written", "wrap_gloo"]
+try:
+    # By its threads torch calls it so from 2.14 on, and the older name warns from 2.15 on; not seen by us yet.
+    from torch._custom_class_base import CustomClassBase as OpaqueBase  # type: ignore[import-not-found]
+except ImportError:
+    from torch._opaque_base import OpaqueBase
+
+__all__ = [
+    "GlooDevice",
+    "OpaqueBase",
+    "below_autograd",
+    "check",
+    "count_modes",
+    "default_store",
+    "dlpack_exchange",
+    "gloo_available",
+    "gloo_device",
+    "is_traced",
+    "known_to_modes",
+    "make_gloo",
+    "mark_written",
+    "opaque",
+    "real_object",
+    "wrap_gloo",
+]
+
+T = TypeVar("T")
 
 # The opaque handle of a gloo network device (one event loop thread); torch gives it no public type.
 GlooDevice = Any
@@ -85,3 +111,79 @@ def mark_written() -> Any:
     from torch._C import _increment_version
 
     return _increment_version
+
+
+def opaque(*, guard: Callable[[Any], list[Any]], facts: Sequence[str], operations: Sequence[str]) -> Callable[[type[T]], type[T]]:
+    """A decorator: lets operators take objects of a subclass of `OpaqueBase`, and torch.compile read code that uses them.
+
+    Privately `torch._library.opaque_object.register_opaque_type` with typ="reference" (2.11 to 2.13); by its threads
+    `register_custom_class` with typ="symbolic" from 2.14 on.
+
+    Args:
+        guard: what a compiled graph depends on; where it is different the code is compiled anew.
+        facts: attributes that are read while tracing.
+        operations: methods that are traced through.
+    """
+    from torch._library import opaque_object
+
+    members = dict.fromkeys(facts, opaque_object.MemberType.USE_REAL) | dict.fromkeys(operations, opaque_object.MemberType.INLINED)
+
+    def declare(cls: type[T]) -> type[T]:
+        if hasattr(opaque_object, "register_custom_class"):
+            opaque_object.register_custom_class(cls, typ="symbolic", guard_fn=guard, members=members)
+        else:
+            opaque_object.register_opaque_type(cls, typ="reference", guard_fn=guard, members=members)
+        return cls
+
+    return declare
+
+
+def real_object(obj: Any) -> Any:
+    """The object behind torch's stand-in for it (`torch._library.fake_class_registry.FakeScriptObject`), or `obj` itself."""
+    from torch._library.fake_class_registry import FakeScriptObject
+
+    return obj.real_obj if isinstance(obj, FakeScriptObject) else obj
+
+
+def count_modes() -> Callable[[], int]:
+    """A function that tells how many modes look at every operator of this thread: fake tensors, make_fx, counters.
+
+    Privately `torch._C._len_torch_dispatch_stack`.
+    """
+    from torch._C import _len_torch_dispatch_stack
+
+    return _len_torch_dispatch_stack
+
+
+def is_traced(x: torch.Tensor) -> bool:
+    """Whether x is one of torch's stand-ins for a tensor (`FakeTensor`, `FunctionalTensor`), which operators know."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return isinstance(x, FakeTensor | FunctionalTensor)
+
+
+def below_autograd() -> Any:
+    """A context in which operators run what autograd stands before. Privately `torch._C._AutoDispatchBelowAutograd`."""
+    from torch._C import _AutoDispatchBelowAutograd
+
+    return _AutoDispatchBelowAutograd()
+
+
+def check(condition: Any, message: Callable[[], str]) -> None:
+    """Raises where a condition on sizes does not hold; sizes that are symbols learn of it. `torch._check`, whose name alone is private."""
+    torch._check(condition, message)
+
+
+def known_to_modes(x: torch.Tensor) -> torch.Tensor:
+    """x, or what stands for it in a mode of fake tensors that takes no others; always the same for the same mode.
+
+    Privately `torch._guards.detect_fake_mode`.
+    """
+    from torch._guards import detect_fake_mode
+
+    mode = detect_fake_mode()
+    if mode is None or mode.allow_non_fake_inputs:
+        return x
+    fake: torch.Tensor = mode.from_tensor(x)
+    return fake

@@ -374,7 +374,7 @@ def build_coordinator(world: World, name: str, link: GroupLink) -> GroupCoordina
     """The first coordinator on a link."""
     strategy, mailbox = link.comparing, link.mailbox
     objects = ObjectPath(link) if strategy is None or mailbox is None else HostObjects(link, strategy, mailbox)
-    coordinator = GroupCoordinator(name, world.rank, link.ranks, world.local_rank, world.device, link, objects, link.door())
+    coordinator = GroupCoordinator(name, world.rank, link.ranks, world.local_rank, world.device, link, objects, link.door(), world.token)
     link.join(coordinator)
     return coordinator
 

@@ -86,6 +86,9 @@ class World:
         self.device = device
         self.platform = platform
         self.store = dist.PrefixStore("user", builder.store)
+        # Every operator that must stay in the order of the program says that it changes this.
+        with torch.inference_mode(False):
+            self.token = torch.zeros(())
         # Nothing of the World itself may be reachable from here, or it would never be collected.
         self._finalizer = weakref.finalize(self, builder.links.release)
         try:

@@ -99,6 +99,10 @@ BAD_TENSORS: dict[str, tuple[Callable[[], Any], str]] = {
     "part of a graph": (lambda: x46().requires_grad_() * 2, "gradient"),
 }
 
+_WITH_GRADIENTS = ("gradient", "parameter", "part of a graph")
+_DIFFERENTIABLE = ("all_reduce", "all_gather", "all_gatherv", "all_gatherv of a list", "reduce_scatter", "reduce_scatterv", "all_to_all")
+_FILLED = ("all_reduce_", "broadcast")
+
 Case = tuple[Callable[[GroupCoordinator], Any], str, str]
 CASES: dict[str, Case] = {}
 
@@ -112,6 +116,10 @@ for _op, _call in TENSOR.items():
     for _kind, (_make, _named) in BAD_TENSORS.items():
         if "tensor_dict" in _op and _kind in ("list", "None"):
             continue  # these travel as objects
+        if _kind in _WITH_GRADIENTS and (_op in _DIFFERENTIABLE or (_op in _FILLED and _kind == "part of a graph")):
+            continue
+        if _kind in _WITH_GRADIENTS and _op in _FILLED:
+            _named = "leaf"
         if _op == "all_gatherv" and _kind == "list":
             _named = "x[0] is a float"
         case(f"{_op}: {_kind}", NAMES.get(_op, _op), lambda g, call=_call, make=_make: call(g, make()), _named)  # type: ignore[misc]

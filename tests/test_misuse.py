@@ -20,7 +20,7 @@ BAD: dict[str, tuple[Callable[[cg.GroupCoordinator], Any], str]] = {
     "no tensor": (lambda g: g.all_reduce([1.0]), "list"),
     "meta": (lambda g: g.all_reduce(X.to("meta")), "meta"),
     "sparse": (lambda g: g.all_gather(X.to_sparse()), "sparse"),
-    "gradient": (lambda g: g.all_reduce(X.clone().requires_grad_()), "functional"),
+    "gradient": (lambda g: g.all_reduce_(X.clone().requires_grad_()), "leaf"),
     "reduction": (lambda g: g.all_reduce(X, op="mean"), "'mean'"),
     "average of integers": (lambda g: g.all_reduce(torch.ones(2, dtype=torch.int32), op="avg"), "int32"),
     "maximum of complex": (lambda g: g.all_reduce_(torch.ones(2, dtype=torch.complex64), op="max"), "order"),

@@ -601,9 +601,15 @@ def test_what_is_not_plain_is_still_refused() -> None:
         needs_grad = torch.ones(4, requires_grad=True)
         refused: list[Any] = [torch.ones(4).to_sparse(), torch.ones(4, device="meta"), [1.0, 2.0], None]
         for call in (group.all_reduce, group.all_reduce_, group.all_gather, group.reduce_scatter, group.all_to_all, group.broadcast):
-            for x in (*refused, needs_grad, needs_grad * 2):
+            for x in refused:
                 with pytest.raises(cg.UnsupportedTensorError):
                     call(x)
+        for one_way in (group.all_reduce_, group.broadcast, group.gather, group.send):
+            with pytest.raises(cg.UnsupportedTensorError):
+                one_way(needs_grad)
+        # It takes the way through autograd, and not the short one.
+        assert group.all_reduce(needs_grad).grad_fn is not None
+        assert group.all_gather(needs_grad * 2).grad_fn is not None
         for wrong in ("total", None, 3):
             with pytest.raises(ValueError, match="op"):
                 group.all_reduce(torch.ones(2), op=wrong)

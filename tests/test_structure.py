@@ -55,6 +55,8 @@ CONSTANT_CALLS = frozenset(
         "max",
         "min",
         "torch.device",
+        "torch.library.Library",
+        "define",  # commgraph.ops.library: an operator
     }
 )
 # Methods of the above whose results are constants as well.

@@ -391,7 +391,9 @@ def teller(gloo: GlooCommunicator, name: str, timeout: float) -> Callable[[bytes
 
 def make_door(native: Any, group: Any) -> Any:
     """The short way of a coordinator; `group` is None for one rank."""
-    return native.Door(group, torch.Tensor, compat.dlpack_exchange(), torch.is_inference_mode_enabled, compat.mark_written())
+    return native.Door(
+        group, torch.Tensor, compat.dlpack_exchange(), torch.is_inference_mode_enabled, compat.count_modes(), compat.mark_written()
+    )
 
 
 class _Describe:

@@ -83,9 +83,9 @@ class Call:
             raise self.unsupported(f"{name} is on {x.device}, the group serves cpu and {self.device.type}: {hint}")
         if x.requires_grad and torch.is_grad_enabled():
             raise self.unsupported(
-                f"{name} requires a gradient, and a collective called here would cut the graph silently. In a layer use "
-                "commgraph.nn.functional (copy_to, reduce_from, gather_from, scatter_to, reduce_scatter_to); elsewhere call it under "
-                f"torch.no_grad() or on {name}.detach()"
+                f"{name} requires a gradient, which {self.operation} would cut silently. In a layer use commgraph.nn.functional (copy_to, "
+                "reduce_from, gather_from, scatter_to, reduce_scatter_to); elsewhere call it under torch.no_grad() or on "
+                f"{name}.detach()"
             )
         return x
 

@@ -9,6 +9,7 @@ import attrs
 import torch
 import torch.distributed as dist
 
+from commgraph import compat
 from commgraph.communicators.base import Communicator
 from commgraph.coordinator.call import Call, Timeout
 from commgraph.coordinator.host_objects import HostObjects
@@ -24,7 +25,7 @@ __all__ = ["GroupFacts"]
 
 
 @attrs.frozen(eq=False, repr=False, slots=False)
-class GroupFacts:
+class GroupFacts(compat.OpaqueBase):  # type: ignore[misc]  # torch gives the base no type
     """The facts of one group, as a rank of it sees it."""
 
     name: str
@@ -36,6 +37,8 @@ class GroupFacts:
     _objects: ObjectPath | HostObjects = attrs.field(alias="objects")
     # The short way for plain calls (native/door.c), None where there is none; it answers None to whatever is not plain.
     _door: Any = attrs.field(alias="door")
+    # Operators that must keep their order say that they change it; of one world's groups all have the same.
+    _token: torch.Tensor = attrs.field(alias="token")
 
     # Facts.
 

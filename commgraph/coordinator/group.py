@@ -6,12 +6,44 @@ from collections.abc import Sequence
 
 import torch
 
+from commgraph import compat
 from commgraph.coordinator.call import Timeout
 from commgraph.coordinator.messages import MessageOperations
 
 __all__ = ["GroupCoordinator"]
 
 
+# What compiled code may ask a coordinator for. Facts become constants of the graph, which is made anew where those that all others
+# follow from are different; the operations are read through. Its name, say, is none of them: a graph serves groups of any name.
+@compat.opaque(
+    guard=lambda group: [group.world_size, group.rank_in_group, group.rank, group.local_rank, str(group.device)],
+    facts=(
+        "world_size",
+        "rank_in_group",
+        "rank",
+        "local_rank",
+        "device",
+        "next_in_group",
+        "prev_in_group",
+        "is_first_rank",
+        "is_last_rank",
+        "_token",
+    ),
+    operations=(
+        "all_reduce",
+        "all_reduce_",
+        "reduce_scatter",
+        "reduce_scatterv",
+        "all_gather",
+        "all_gatherv",
+        "gather",
+        "all_to_all",
+        "broadcast",
+        "send",
+        "recv",
+        "barrier",
+    ),
+)
 class GroupCoordinator(MessageOperations):
     """One group of ranks, as a rank of it sees it. Made by `World.context`, never by hand.
 

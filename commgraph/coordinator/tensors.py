@@ -6,9 +6,11 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from commgraph.communicators import signature
 from commgraph.communicators.base import Communicator
+from commgraph.coordinator import traced
 from commgraph.coordinator.call import Call, Timeout
 from commgraph.coordinator.facts import GroupFacts
 
@@ -31,12 +33,18 @@ class TensorOperations(GroupFacts):
         Returns:
             A new tensor of x's shape and dtype, with the same bits on every rank.
         """
+        if is_dynamo_compiling():
+            traced.plain(timeout)
+            return traced.all_reduce(self, x, op)
         if timeout is None and self._door is not None:
             try:
                 if (y := self._door.all_reduce(x, op)) is not None:
                     return y  # type: ignore[no-any-return]  # the native module has no types
             except BaseException as error:
                 self._broken_off("all_reduce", lambda: signature.reduced(op, x), error)
+        if traced.wants(x):
+            traced.plain(timeout)
+            return traced.all_reduce(self, x, op)
         call, seconds = self._begin("all_reduce", timeout)
         x = call.tensor(x)
         call.op(op, x.dtype)
@@ -47,12 +55,19 @@ class TensorOperations(GroupFacts):
 
     def all_reduce_(self, x: torch.Tensor, *, op: str = "sum", timeout: Timeout = None) -> torch.Tensor:
         """`all_reduce` into x itself, which is returned."""
+        if is_dynamo_compiling():
+            traced.plain(timeout)
+            return traced.all_reduce_(self, x, op)
         if timeout is None and self._door is not None:
             try:
                 if self._door.all_reduce_(x, op):
                     return x
             except BaseException as error:
                 self._broken_off("all_reduce_", lambda: signature.reduced(op, x), error)
+        if traced.wants(x):
+            traced.plain(timeout)
+            traced.fillable(self, "all_reduce_", x)
+            return traced.all_reduce_(self, x, op)
         call, seconds = self._begin("all_reduce_", timeout)
         x = call.written(call.tensor(x))
         call.op(op, x.dtype)
@@ -76,12 +91,19 @@ class TensorOperations(GroupFacts):
         Returns:
             x's shape with `dim` divided by the group's size.
         """
+        if is_dynamo_compiling():
+            traced.plain(timeout)
+            return traced.reduce_scatter(self, x, dim, op, out)
         if timeout is None and self._door is not None:
             try:
                 if (y := self._door.reduce_scatter(x, dim, op, out)) is not None:
                     return y  # type: ignore[no-any-return]  # the native module has no types
             except BaseException as error:
                 self._broken_off("reduce_scatter", lambda: f"{op} {signature.describe(x)} dim={dim}", error)
+        if traced.wants(x):
+            traced.plain(timeout)
+            traced.fillable(self, "reduce_scatter", out)
+            return traced.reduce_scatter(self, x, dim, op, out)
         call, seconds = self._begin("reduce_scatter", timeout)
         x = call.tensor(x)
         dim = call.dim(x, dim)
@@ -102,6 +124,12 @@ class TensorOperations(GroupFacts):
         Returns:
             x's shape with `sizes[rank_in_group]` along `dim`.
         """
+        if is_dynamo_compiling():
+            traced.plain(timeout)
+            return traced.reduce_scatterv(self, x, dim, sizes)
+        if traced.wants(x):
+            traced.plain(timeout)
+            return traced.reduce_scatterv(self, x, dim, sizes)
         call, seconds = self._begin("reduce_scatterv", timeout)
         x = call.tensor(x)
         dim = call.dim(x, dim)
@@ -140,12 +168,19 @@ class TensorOperations(GroupFacts):
         Returns:
             x's shape with `dim` multiplied by the group's size.
         """
+        if is_dynamo_compiling():
+            traced.plain(timeout)
+            return traced.all_gather(self, x, dim, out)
         if timeout is None and self._door is not None:
             try:
                 if (y := self._door.all_gather(x, dim, out)) is not None:
                     return y  # type: ignore[no-any-return]  # the native module has no types
             except BaseException as error:
                 self._broken_off("all_gather", lambda: f"{signature.describe(x)} dim={dim}", error)
+        if traced.wants(x):
+            traced.plain(timeout)
+            traced.fillable(self, "all_gather", out)
+            return traced.all_gather(self, x, dim, out)
         call, seconds = self._begin("all_gather", timeout)
         x = call.tensor(x)
         dim = call.dim(x, dim)
@@ -165,6 +200,12 @@ class TensorOperations(GroupFacts):
         Returns:
             A tensor with `sum(sizes)` along `dim`, or a list of them.
         """
+        if is_dynamo_compiling():
+            traced.plain(timeout)
+            return traced.all_gatherv(self, x, dim, sizes)
+        if traced.wants(*(x if isinstance(x, list | tuple) else (x,))):
+            traced.plain(timeout)
+            return traced.all_gatherv(self, x, dim, sizes)
         call, seconds = self._begin("all_gatherv", timeout)
         single = isinstance(x, torch.Tensor)
         tensors = [call.tensor(t, "x" if single else f"x[{i}]") for i, t in enumerate([x] if single else call.several(x, "x"))]
@@ -214,6 +255,12 @@ class TensorOperations(GroupFacts):
         Returns:
             On `dst` x's shape with `dim` multiplied by the group's size, None elsewhere.
         """
+        if is_dynamo_compiling():
+            traced.plain(timeout)
+            return traced.gather(self, x, dst, dim)
+        if traced.looks_on(x):
+            traced.plain(timeout)
+            return traced.gather(self, x, dst, dim)
         call, seconds = self._begin("gather", timeout)
         x = call.tensor(x)
         dst = call.peer(dst, "dst")
@@ -262,12 +309,19 @@ class TensorOperations(GroupFacts):
         Returns:
             x's shape with `scatter_dim` cut to this rank's share and `gather_dim` grown to the sum of `output_sizes`.
         """
+        if is_dynamo_compiling():
+            traced.plain(timeout)
+            return traced.all_to_all(self, x, scatter_dim, gather_dim, input_sizes, output_sizes, out)
         if timeout is None and self._door is not None and input_sizes is None and output_sizes is None:
             try:
                 if (y := self._door.all_to_all(x, scatter_dim, gather_dim, out)) is not None:
                     return y  # type: ignore[no-any-return]  # the native module has no types
             except BaseException as error:
                 self._broken_off("all_to_all", lambda: f"{signature.describe(x)} dim={scatter_dim}", error)
+        if traced.wants(x):
+            traced.plain(timeout)
+            traced.fillable(self, "all_to_all", out)
+            return traced.all_to_all(self, x, scatter_dim, gather_dim, input_sizes, output_sizes, out)
         call, seconds = self._begin("all_to_all", timeout)
         x = call.tensor(x)
         scatter_dim, gather_dim = call.dim(x, scatter_dim, "scatter_dim"), call.dim(x, gather_dim, "gather_dim")
@@ -316,12 +370,19 @@ class TensorOperations(GroupFacts):
         Returns:
             x.
         """
+        if is_dynamo_compiling():
+            traced.plain(timeout)
+            return traced.broadcast(self, x, src)
         if timeout is None and self._door is not None:
             try:
                 if self._door.broadcast(x, src):
                     return x
             except BaseException as error:
                 self._broken_off("broadcast", lambda: f"src={src} {signature.describe(x)}", error)
+        if traced.wants(x):
+            traced.plain(timeout)
+            traced.fillable(self, "broadcast", x)
+            return traced.broadcast(self, x, src)
         call, seconds = self._begin("broadcast", timeout)
         x = call.written(call.tensor(x))
         return self._broadcast(call, x, call.peer(src, "src"), seconds)
@@ -336,12 +397,20 @@ class TensorOperations(GroupFacts):
 
     def barrier(self, *, timeout: Timeout = None) -> None:
         """Returns on no rank before every rank of the group has called it. Orders the hosts, not their devices."""
+        if is_dynamo_compiling():
+            traced.plain(timeout)
+            traced.barrier(self)
+            return
         if timeout is None and self._door is not None:
             try:
                 if self._door.barrier():
                     return
             except BaseException as error:
                 self._broken_off("barrier", str, error)
+        if traced.looks_on():
+            traced.plain(timeout)
+            traced.barrier(self)
+            return
         call, seconds = self._begin("barrier", timeout)
         if self.world_size > 1:
             strategy = self._link.route("barrier", (), None, torch.device("cpu"))
@@ -357,6 +426,14 @@ class TensorOperations(GroupFacts):
             dst: rank in the group, by default `next_in_group`.
             timeout: deadline.
         """
+        if is_dynamo_compiling():
+            traced.plain(timeout)
+            traced.send(self, x, dst)
+            return
+        if traced.looks_on(x):
+            traced.plain(timeout)
+            traced.send(self, x, dst)
+            return
         call, seconds = self._message("send", timeout)
         x = call.tensor(x)
         dst = call.peer(self.next_in_group if dst is None else dst, "dst", other=True)
@@ -382,6 +459,12 @@ class TensorOperations(GroupFacts):
             out: filled and returned in place of a new tensor.
             timeout: deadline.
         """
+        if is_dynamo_compiling():
+            traced.plain(timeout)
+            return traced.recv(self, size, dtype, src, device, out)
+        if traced.looks_on(out):
+            traced.plain(timeout)
+            return traced.recv(self, size, dtype, src, device, out)
         call, seconds = self._message("recv", timeout)
         src = call.peer(self.prev_in_group if src is None else src, "src", other=True)
         if device is None:

@@ -19,6 +19,7 @@ typedef struct {
     PyTypeObject *tensor_type;
     const dl_exchange *exchange;
     PyObject *inference_mode; /* tells whether it is on */
+    PyObject *modes; /* tells how many modes look at every operator, and so have to see this one */
     PyObject *mark_written; /* called with a tuple of tensors that are going to be filled */
     int open; /* a door that was closed may have no group any more */
 } Door;
@@ -215,7 +216,13 @@ static int begin(Door *door, size_t bytes) {
     return 0;
 }
 
-static int is_open(const Door *door) { return door->open && (door->group == NULL || door->group->enabled); }
+static int is_open(const Door *door) {
+    if (!door->open || (door->group != NULL && !door->group->enabled)) return 0;
+    PyObject *modes = PyObject_CallNoArgs(door->modes);
+    int none = modes != NULL && PyLong_AsLong(modes) == 0;
+    Py_XDECREF(modes);
+    return none;
+}
 
 /* A dimension, counted from the front; -1 if it is none. */
 static int dim_of(PyObject *value, const view *v) {
@@ -406,11 +413,11 @@ static PyObject *door_close(PyObject *self, PyObject *unused) {
 
 static PyObject *door_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     (void)kwargs;
-    PyObject *group, *tensor_type, *exchange, *inference_mode, *mark_written;
-    if (!PyArg_ParseTuple(args, "OOOOO", &group, &tensor_type, &exchange, &inference_mode, &mark_written)) return NULL;
+    PyObject *group, *tensor_type, *exchange, *inference_mode, *modes, *mark_written;
+    if (!PyArg_ParseTuple(args, "OOOOOO", &group, &tensor_type, &exchange, &inference_mode, &modes, &mark_written)) return NULL;
     module_state *state = PyType_GetModuleState(type);
     if (state == NULL || (group != Py_None && !PyObject_TypeCheck(group, state->group)) || !PyType_Check(tensor_type))
-        return PyErr_Format(PyExc_TypeError, "Door(group, tensor_type, exchange, inference_mode, mark_written)");
+        return PyErr_Format(PyExc_TypeError, "Door(group, tensor_type, exchange, inference_mode, modes, mark_written)");
     const dl_exchange *api = NULL;
     if (exchange != Py_None && (api = PyCapsule_GetPointer(exchange, "dlpack_exchange_api")) == NULL) return NULL;
     if (api != NULL && (api->version.major != 1 || api->view_of_object == NULL)) api = NULL;
@@ -420,6 +427,7 @@ static PyObject *door_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     self->tensor_type = (PyTypeObject *)Py_NewRef(tensor_type);
     self->exchange = api;
     self->inference_mode = Py_NewRef(inference_mode);
+    self->modes = Py_NewRef(modes);
     self->mark_written = Py_NewRef(mark_written);
     self->open = 1;
     return (PyObject *)self;
@@ -431,6 +439,7 @@ static void door_dealloc(PyObject *self) {
     Py_XDECREF((PyObject *)door->group);
     Py_XDECREF((PyObject *)door->tensor_type);
     Py_XDECREF(door->inference_mode);
+    Py_XDECREF(door->modes);
     Py_XDECREF(door->mark_written);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
@@ -448,6 +457,6 @@ static PyMethodDef door_methods[] = {
     {"close", door_close, METH_NOARGS, "close()\n--\n\nFrom now on every answer is None."},
     {0}};
 static PyType_Slot door_slots[] = {
-    {Py_tp_doc, "Door(group, tensor_type, exchange, inference_mode, mark_written)\n--\n\nThe short way of one coordinator; `group` is None for one rank."},
+    {Py_tp_doc, "Door(group, tensor_type, exchange, inference_mode, modes, mark_written)\n--\n\nThe short way of one coordinator; `group` is None for one rank."},
     {Py_tp_new, door_new}, {Py_tp_dealloc, door_dealloc}, {Py_tp_methods, door_methods}, {0}};
 PyType_Spec door_spec = {"commgraph.shm._native.Door", sizeof(Door), 0, Py_TPFLAGS_DEFAULT, door_slots};
