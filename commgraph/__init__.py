@@ -33,7 +33,7 @@ from commgraph.errors import (
 if TYPE_CHECKING:
     from commgraph.communicators.base import Communicator
     from commgraph.context import ParallelContext
-    from commgraph.coordinator import GroupCoordinator
+    from commgraph.coordinator import Dispatched, GroupCoordinator
     from commgraph.layout import Grid, Layout, Positions, Split
     from commgraph.options import CommunicatorOptions
     from commgraph.platforms import CpuPlatform, Platform
@@ -54,6 +54,7 @@ __all__ = [
     "ConfigurationError",
     "ContextClosedError",
     "CpuPlatform",
+    "Dispatched",
     "Grid",
     "GroupCoordinator",
     "LaunchError",
@@ -75,6 +76,7 @@ _HOMES = MappingProxyType(
         "Communicator": "commgraph.communicators.base",
         "CommunicatorOptions": "commgraph.options",
         "CpuPlatform": "commgraph.platforms",
+        "Dispatched": "commgraph.coordinator",
         "Grid": "commgraph.layout",
         "GroupCoordinator": "commgraph.coordinator",
         "Layout": "commgraph.layout",

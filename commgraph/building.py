@@ -160,6 +160,7 @@ class Builder:
                 key=self._key(ranks),
                 host_timeout=host_timeout.total_seconds(),
                 check=options.check,
+                experts=options.experts,
             )
         except BaseException:
             connection.transport.close()

@@ -37,6 +37,11 @@ def _at_least(least: int) -> Callable[[object, attrs.Attribute[int], int], None]
     return check
 
 
+def _count(_: object, attribute: attrs.Attribute[int | None], value: int | None) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ConfigurationError(f"CommunicatorOptions({attribute.name}={value!r}): a number of experts is needed, 1 or more, or None")
+
+
 @attrs.frozen(kw_only=True)
 class CommunicatorOptions:
     """How the groups of a context communicate. Immutable; compared across ranks before anything is built.
@@ -58,6 +63,8 @@ class CommunicatorOptions:
         shm_bytes: what a rank can stage there at once (it has two such slots; ranks of large groups get less); larger tensors go through in
             pieces.
         queue_bytes: of the ring from one rank to all others; that to a single one has half. Larger objects go through in pieces.
+        experts: how many experts there are in all, evenly and in order on the ranks of a group: then `dispatch` with top-k ids sends a row
+            only to the ranks whose experts it needs. None: to all.
     """
 
     timeout: timedelta | None = attrs.field(default=None, validator=_positive)
@@ -71,6 +78,8 @@ class CommunicatorOptions:
     shm_bytes: int = attrs.field(default=1 << 20, validator=_at_least(16 * 1024))
     queue_bytes: int = attrs.field(default=1 << 20, validator=_at_least(16 * 1024))
 
+    experts: int | None = attrs.field(default=None, validator=_count)
+
     def isolates(self, name: str) -> bool:
         """Whether the group called `name` must share its communicators with no other."""
         return self.isolate if isinstance(self.isolate, bool) else name in self.isolate
@@ -80,5 +89,6 @@ class CommunicatorOptions:
         isolate = self.isolate if isinstance(self.isolate, bool) else sorted(self.isolate)
         return (
             f"timeout={self.timeout} host_timeout={self.host_timeout} backend={self.backend} check={self.check} isolate={isolate} "
-            f"shm={self.shm} message_queue={self.message_queue} shm_bytes={self.shm_bytes} queue_bytes={self.queue_bytes}"
+            f"shm={self.shm} message_queue={self.message_queue} shm_bytes={self.shm_bytes} queue_bytes={self.queue_bytes} "
+            f"experts={self.experts}"
         )

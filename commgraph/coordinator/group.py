@@ -8,7 +8,7 @@ import torch
 
 from commgraph import compat
 from commgraph.coordinator.call import Timeout
-from commgraph.coordinator.messages import MessageOperations
+from commgraph.coordinator.experts import ExpertOperations
 
 __all__ = ["GroupCoordinator"]
 
@@ -16,7 +16,7 @@ __all__ = ["GroupCoordinator"]
 # What compiled code may ask a coordinator for. Facts become constants of the graph, which is made anew where those that all others
 # follow from are different; the operations are read through. Its name, say, is none of them: a graph serves groups of any name.
 @compat.opaque(
-    guard=lambda group: [group.world_size, group.rank_in_group, group.rank, group.local_rank, str(group.device)],
+    guard=lambda group: [group.world_size, group.rank_in_group, group.rank, group.local_rank, str(group.device), group._experts],
     facts=(
         "world_size",
         "rank_in_group",
@@ -28,6 +28,7 @@ __all__ = ["GroupCoordinator"]
         "is_first_rank",
         "is_last_rank",
         "_token",
+        "_experts",
     ),
     operations=(
         "all_reduce",
@@ -42,9 +43,12 @@ __all__ = ["GroupCoordinator"]
         "send",
         "recv",
         "barrier",
+        "dispatch",
+        "combine",
+        "_dispatch_call",
     ),
 )
-class GroupCoordinator(MessageOperations):
+class GroupCoordinator(ExpertOperations):
     """One group of ranks, as a rank of it sees it. Made by `World.context`, never by hand.
 
     `rank`, `ranks`, `first_rank`, `next_rank`, ... are global ranks; `src` and `dst` arguments are ranks *in the group*. `dim` counts as

@@ -80,6 +80,7 @@ class GroupLink:
         key: bytes | None = None,
         host_timeout: float = 0.0,
         check: bool = False,
+        experts: int | None = None,
     ) -> None:
         """Not for users: made while a context is built.
 
@@ -94,6 +95,7 @@ class GroupLink:
             key: authenticates pickled objects; None: plain data only.
             host_timeout: default deadline in seconds, of host tensors and objects.
             check: compare every call with the peers'.
+            experts: how many there are, where rows go only to the ranks whose experts they need.
         """
         self.ident = ident
         self.ranks = ranks
@@ -108,6 +110,7 @@ class GroupLink:
         self.key = key
         self.host_timeout = host_timeout
         self.check = check
+        self.experts = experts
         self._sequence = 0
         self.coordinators: tuple[GroupCoordinator, ...] = ()
         self._store = store

@@ -148,6 +148,16 @@ def barrier(group: GroupFacts) -> None:
         torch.ops.commgraph.barrier(group, _token(group))
 
 
+def dispatch(group: GroupFacts, tensors: Sequence[torch.Tensor], sizes: Sequence[int] | None) -> list[torch.Tensor]:
+    gathered: list[torch.Tensor] = torch.ops.commgraph.dispatch(list(tensors), group, sizes, _token(group))
+    return gathered
+
+
+def combine(group: GroupFacts, x: torch.Tensor, sizes: Sequence[int] | None) -> torch.Tensor:
+    y: torch.Tensor = torch.ops.commgraph.combine(x, group, sizes, _token(group))
+    return y
+
+
 def _into(out: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
     return result if out is None else out.copy_(result)
 
