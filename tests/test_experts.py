@@ -151,7 +151,7 @@ def test_compiled_with_sizes_and_with_equal_rows() -> None:
             x, logits = tokens(me, rows[me], 3, torch.float32), torch.ones(rows[me], 2)
             assert torch.equal(compiled(x, logits, sizes), step(x, logits, sizes))
         with pytest.raises(Exception, match="sizes=None counts the rows"):
-            torch.compile(step, fullgraph=True, backend="eager")(x, logits, None)
+            torch.compile(step, fullgraph=True, backend="eager")(torch.ones(1, 3), torch.ones(1, 2), None)
 
     torch._dynamo.reset()  # type: ignore[no-untyped-call]  # torch's
     on(2, body)

@@ -1,7 +1,7 @@
 """The expert-parallel exchange: rows of tokens to the experts' ranks, and what the experts made of them back.
 
-Two ways. *Gathered*: every rank gets the rows of all, and `combine` adds up and hands out; so it is in vLLM's all-gather manager, for any routing.
-*Routed*: with top-k ids, and the number of experts known (`CommunicatorOptions.experts`), a row goes only to the ranks whose experts it
+Two ways. *Gathered*: every rank gets the rows of all, and `combine` adds up and hands out; so it is in vLLM's all-gather manager, for any
+routing. *Routed*: with top-k ids, and the number of experts known (`CommunicatorOptions.experts`), a row goes only to the ranks whose experts it
 needs, once to each. The shapes then depend on the routing, so that it cannot be traced.
 """
 
@@ -24,11 +24,11 @@ Sizes = Sequence[int] | str | None
 
 
 class Dispatched:
-    """What `dispatch` gave: unpacks as ``(hidden_states, *routing, *extra_tensors)``, each with the rows that came from all ranks, in rank order.
+    """What `dispatch` gave: unpacks as ``(hidden_states, *routing, *extra_tensors)``, each with the rows that came, in the order of ranks.
 
     Attributes:
         tensors: the same as a tuple.
-        sizes: rows from each rank; None where all have as many as this one and nobody counted (``sizes="equal"``).
+        sizes: rows from each rank; None in a graph where all have as many as this one (``sizes="equal"``).
         route: of the routed way: for each rank the rows of this one that it got, and how many rows this one has; else None.
     """
 
@@ -95,9 +95,7 @@ class ExpertOperations(MessageOperations):
             traced.plain(timeout)
             if self._experts is not None and len(routing) == 2:
                 if is_dynamo_compiling() or traced.looks_on(*given):
-                    raise ValueError(
-                        "dispatch: which rows go where depends on the ids, so that it cannot be traced: leave out options.experts"
-                    )
+                    raise ValueError("dispatch: which rows go where depends on the ids, which cannot be traced: leave out options.experts")
                 return self._route(call, given, timeout)
             if sizes is None:
                 if is_dynamo_compiling() or traced.looks_on(*given):
@@ -175,7 +173,8 @@ class ExpertOperations(MessageOperations):
         return Dispatched(arrived, received, (rows, given[0].shape[0]))
 
     def _bring_back(self, x: torch.Tensor, dispatched: Dispatched, timeout: Timeout) -> torch.Tensor:
-        assert dispatched.route is not None and dispatched.sizes is not None
+        assert dispatched.route is not None
+        assert dispatched.sizes is not None
         rows, count = dispatched.route
         sent = [len(index) for index in rows]
         back = self.all_to_all(x, input_sizes=dispatched.sizes, output_sizes=sent, timeout=timeout)
@@ -216,7 +215,7 @@ def _given(call: Call | None, hidden_states: Any, routing: Sequence[Any], extra_
 
 def _sizes(call: Call | None, sizes: Sizes, rows: int) -> list[int] | None:
     if sizes is None or sizes == "equal":
-        return None
+        return [rows] * call.world_size if call is not None and (sizes is not None or call.world_size == 1) else None
     if call is None:
         return list(sizes)  # type: ignore[arg-type]  # numbers, or symbols that stand for them
     if isinstance(sizes, str):
