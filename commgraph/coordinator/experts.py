@@ -1,8 +1,8 @@
 """The expert-parallel exchange: rows of tokens to the experts' ranks, and what the experts made of them back.
 
 Two ways. *Gathered*: every rank gets the rows of all, and `combine` adds up and hands out; so it is in vLLM's all-gather manager, for any
-routing. *Routed*: with top-k ids, and the number of experts known (`CommunicatorOptions.experts`), a row goes only to the ranks whose experts it
-needs, once to each. The shapes then depend on the routing, so that it cannot be traced.
+routing. *Routed*: with top-k ids, and the number of experts known (`CommunicatorOptions.experts`), a row goes only to the ranks whose
+experts it needs, once to each. The shapes then depend on the routing, so that it cannot be traced.
 """
 
 from __future__ import annotations
@@ -80,8 +80,7 @@ class ExpertOperations(MessageOperations):
             timeout: deadline of each part.
 
         Returns:
-            A `Dispatched`. With `CommunicatorOptions.experts` and top-k ids it holds the rows that need an expert of this rank; else those of
-            all ranks.
+            A `Dispatched`. With `CommunicatorOptions.experts` and top-k ids it holds the rows that need an expert of this rank; else all.
 
         Raises:
             TypeError: `routing` is neither of the two.
