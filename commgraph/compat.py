@@ -171,8 +171,8 @@ def below_autograd() -> Any:
 
 
 def check(condition: Any, message: Callable[[], str]) -> None:
-    """Raises where a condition on sizes does not hold; sizes that are symbols learn of it. `torch._check`, whose name alone is private."""
-    torch._check(condition, message)
+    """Raises ValueError where a condition on sizes does not hold; sizes that are symbols learn of it. Privately `torch._check_value`."""
+    torch._check_value(condition, message)
 
 
 def known_to_modes(x: torch.Tensor) -> torch.Tensor:

@@ -304,6 +304,12 @@ def test_what_has_no_derivative_says_so() -> None:
             tp.all_reduce(leaf, timeout=3.0)
         with pytest.raises(ValueError, match=r"op='mean' is not one of"):
             tp.all_reduce(leaf, op="mean")
+        with pytest.raises(ValueError, match=rf"rank {tp.rank}.*input_sizes without output_sizes"):
+            tp.all_to_all(leaf, input_sizes=[1, 1])
+        with torch._subclasses.FakeTensorMode(), pytest.raises(ValueError, match=rf"all_gather on group 'tp' \(rank {tp.rank},.*dim=3"):
+            tp.all_gather(torch.empty(2, 2), 3)
+        with torch._subclasses.FakeTensorMode(), pytest.raises(ValueError, match="do not add up to dim 0"):
+            tp.reduce_scatterv(torch.empty(2, 2), 0, [1, 2])
         # Nothing was sent, so the group goes on; under no_grad a leaf is a tensor like any other.
         with torch.no_grad():
             assert torch.equal(tp.all_reduce_(leaf), torch.full((2,), 2.0))

@@ -94,11 +94,15 @@ class ExpertOperations(MessageOperations):
             traced.plain(timeout)
             if self._experts is not None and len(routing) == 2:
                 if is_dynamo_compiling() or traced.looks_on(*given):
-                    raise ValueError("dispatch: which rows go where depends on the ids, which cannot be traced: leave out options.experts")
+                    raise ValueError(
+                        f"dispatch on rank {self.rank}: where rows go depends on the ids, which cannot be traced: leave out options.experts"
+                    )
                 return self._route(call, given, timeout)
             if sizes is None:
                 if is_dynamo_compiling() or traced.looks_on(*given):
-                    raise ValueError('dispatch: sizes=None counts the rows by an exchange, which cannot be traced; give sizes, or "equal"')
+                    raise ValueError(
+                        f'dispatch on rank {self.rank}: sizes=None counts the rows, which cannot be traced; give sizes, or "equal"'
+                    )
                 counts = self._count(hidden_states.shape[0], timeout)
             return Dispatched(tuple(traced.dispatch(self, given, counts)), counts)
         if self._experts is not None and len(routing) == 2:

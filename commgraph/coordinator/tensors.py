@@ -426,11 +426,7 @@ class TensorOperations(GroupFacts):
             dst: rank in the group, by default `next_in_group`.
             timeout: deadline.
         """
-        if is_dynamo_compiling():
-            traced.plain(timeout)
-            traced.send(self, x, dst)
-            return
-        if traced.looks_on(x):
+        if is_dynamo_compiling() or traced.looks_on(x):
             traced.plain(timeout)
             traced.send(self, x, dst)
             return
@@ -459,10 +455,7 @@ class TensorOperations(GroupFacts):
             out: filled and returned in place of a new tensor.
             timeout: deadline.
         """
-        if is_dynamo_compiling():
-            traced.plain(timeout)
-            return traced.recv(self, size, dtype, src, device, out)
-        if traced.looks_on(out):
+        if is_dynamo_compiling() or traced.looks_on(out):
             traced.plain(timeout)
             return traced.recv(self, size, dtype, src, device, out)
         call, seconds = self._message("recv", timeout)

@@ -50,10 +50,13 @@ def fillable(group: GroupFacts, operation: str, x: Any) -> None:
         )
 
 
-def without_gradient(operation: str, x: torch.Tensor) -> None:
+def without_gradient(group: GroupFacts, operation: str, x: torch.Tensor) -> None:
     """Refuses in a trace what would cut a graph silently, as `Call.tensor` does in eager."""
     if x.requires_grad and torch.is_grad_enabled():
-        raise UnsupportedTensorError(f"{operation}: x requires a gradient, which does not pass through {operation}; send x.detach()")
+        raise UnsupportedTensorError(
+            f"{operation} on rank {group.rank}, in a group of {group.world_size}: x requires a gradient, which does not pass through "
+            f"{operation}; give it x.detach(). Nothing was sent."
+        )
 
 
 def all_reduce(group: GroupFacts, x: torch.Tensor, op: str) -> torch.Tensor:
@@ -101,7 +104,7 @@ def _all_gatherv(group: GroupFacts, x: torch.Tensor, dim: int, sizes: Sequence[i
 def gather(group: GroupFacts, x: torch.Tensor, dst: int, dim: int) -> torch.Tensor | None:
     if group.world_size == 1:
         return x
-    without_gradient("gather", x)
+    without_gradient(group, "gather", x)
     gathered = torch.ops.commgraph.gather(x, group, dst, dim, _token(group))
     return gathered if group.rank_in_group == dst else None
 
@@ -115,11 +118,17 @@ def all_to_all(
     output_sizes: Sequence[int] | None,
     out: torch.Tensor | None,
 ) -> torch.Tensor:
-    n, same = group.world_size, scatter_dim % x.dim() == gather_dim % x.dim()
+    n = group.world_size
     if n == 1:
         return _into(out, x)
     if input_sizes is None and output_sizes is None:
         return _into(out, torch.ops.commgraph.all_to_all(x, group, scatter_dim, gather_dim))
+    same = x.dim() > 0 and scatter_dim % x.dim() == gather_dim % x.dim()
+    if same and output_sizes is None:
+        raise ValueError(
+            f"all_to_all on rank {group.rank}, in a group of {n}: input_sizes without output_sizes: what a rank sends is its own affair, "
+            "so say what comes from each. Nothing was sent."
+        )
     cut = [x.shape[scatter_dim] // n] * n if input_sizes is None else input_sizes
     joined = (cut if same else [x.shape[gather_dim]] * n) if output_sizes is None else output_sizes
     return _into(out, torch.ops.commgraph.all_to_allv(x, group, scatter_dim, gather_dim, cut, joined, _token(group)))
@@ -130,7 +139,7 @@ def broadcast(group: GroupFacts, x: torch.Tensor, src: int) -> torch.Tensor:
 
 
 def send(group: GroupFacts, x: torch.Tensor, dst: int | None) -> None:
-    without_gradient("send", x)
+    without_gradient(group, "send", x)
     torch.ops.commgraph.send(x, group, group.next_in_group if dst is None else dst, _token(group))
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from commgraph import compat
 from commgraph.communicators.reduction import REDUCE_OPS, refuse_reduction
 from commgraph.coordinator.group import GroupCoordinator
-
-if TYPE_CHECKING:
-    from types import SimpleNamespace
 
 __all__ = [
     "GROUP",
@@ -42,7 +40,7 @@ def define(
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
     *,
-    keep: Callable[[SimpleNamespace, tuple[Any, ...], Any], None] | None = None,
+    keep: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
     gradient: Gradient | None = None,
 ) -> Any:
     """Declares an operator, and returns ``torch.ops.commgraph.<name>``.
@@ -57,10 +55,27 @@ def define(
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema.replace("Group ", f"{GROUP} "))
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"commgraph::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"commgraph::{name}", _telling(name, fake), lib=_LIBRARY)
     if gradient is not None:
         torch.library.register_autograd(f"commgraph::{name}", gradient, setup_context=keep, lib=_LIBRARY)
     return getattr(torch.ops.commgraph, name)
+
+
+def _telling(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake`, whose errors say which rank of which group called what."""
+
+    @functools.wraps(fake)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return fake(*args, **kwargs)
+        except ValueError as error:
+            group = next(g for g in map(real, (*args, *kwargs.values())) if isinstance(g, GroupCoordinator))
+            raise ValueError(
+                f"{name} on group {group.name!r} (rank {group.rank}, {group.rank_in_group} of {group.world_size} in the group): {error}. "
+                "Nothing was sent."
+            ) from None
+
+    return call
 
 
 def derivative_of(name: str) -> Callable[[type[torch.autograd.Function]], type[torch.autograd.Function]]:

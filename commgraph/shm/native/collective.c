@@ -96,10 +96,18 @@ static char *resolve(cg_group *g, int rank, uint64_t where) {
     return region->base + (size_t)rank * region->stride + (where & ((1ull << WHERE_SHIFT) - 1));
 }
 
+/* Memory of this rank's as the others reach it; 0 where the kernel reaches none of it, such as what a device's driver has mapped. It is asked
+ * by this rank of itself, since only this one can stage it in place of that. */
+static uint64_t reachable(cg_group *g, const void *data) {
+    char byte;
+    cg_block one = {&byte, 1, 1, 1};
+    return cg_reach(g->team, g->me, &one, (uint64_t)(uintptr_t)data, CG_PULL) ? WHERE_ADDRESS | (uint64_t)(uintptr_t)data : 0;
+}
+
 /* Where the others can read these bytes of this rank for themselves, 0 if they are better staged. */
 static uint64_t readable(cg_group *g, const void *data, size_t bytes) {
     uint64_t where = g->n_regions && bytes > MEASURED ? find_region(g, data, bytes) : 0;
-    return where == 0 && g->reach_from && bytes >= g->reach_from ? WHERE_ADDRESS | (uint64_t)(uintptr_t)data : where;
+    return where == 0 && g->reach_from && bytes >= g->reach_from ? reachable(g, data) : where;
 }
 
 static int reach(cg_group *g, int rank, const cg_block *block, uint64_t where, int direction, int *who) {
@@ -258,8 +266,7 @@ static int64_t stop(const stopwatch *s) { return s->bytes < MEASURED ? 0 : cg_cl
 
 /* A rank's own piece, to where it belongs: between two tensors that do not fit into a cache, streaming stores may halve the time. */
 static void place(cg_group *g, const cg_block *into, const char *mine, size_t bytes) {
-    size_t class_ = class_of(bytes / 16);
-    cg_choice *c = &g->placings[class_];
+    cg_choice *c = &g->placings[class_of(bytes / 16)]; /* up to 4 MiB, and more */
     if (bytes < PLACED || into->rows > 1 || g->way >= 0) {
         cg_unpack(into, mine, 0, bytes);
         return;
@@ -425,8 +432,8 @@ int cg_share(cg_group *g, const cg_call *call, const char *mine, const size_t *b
         if (bytes[p] > 0) giver = p, givers++;
     uint64_t where = readable(g, mine, own);
     /* A rank that gives nothing says where it wants what the only one gives: that one would be idle, and puts the end there. */
-    if (givers == 1 && own == 0 && g->reach_from && into[giver].rows == 1 && into[giver].base != NULL)
-        where = WHERE_ADDRESS | (uint64_t)(uintptr_t)into[giver].base;
+    if (givers == 1 && own == 0 && g->reach_from && bytes[giver] >= g->reach_from && into[giver].rows == 1 && into[giver].base != NULL)
+        where = reachable(g, into[giver].base);
     size_t head = bytes[giver] / (size_t)g->n * (size_t)(g->n - 1) / CG_LINE * CG_LINE, chunk = g->slot_bytes;
     g->bytes_sent += own;
     begin(g, call);

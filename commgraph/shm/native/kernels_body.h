@@ -174,8 +174,8 @@ TARGET static void NAME(f16_narrow)(uint16_t *to, const float *from, size_t coun
     DIRECT(prefix##_min, T, SMALLER, a)               \
     DIRECT(prefix##_product, T, TIMES, a)
 #define HALVES(prefix)                                                     \
-    WIDENED(prefix##_sum, prefix, ADD, ADD, a)                       \
-    WIDENED(prefix##_avg, prefix, ADD, ADD, a / (float)n)            \
+    WIDENED(prefix##_sum, prefix, ADD, ADD, a)                             \
+    WIDENED(prefix##_avg, prefix, ADD, ADD, a / (float)n)                  \
     WIDENED(prefix##_max, prefix, LARGER, LANES_LARGER, a)                 \
     WIDENED(prefix##_min, prefix, SMALLER, LANES_SMALLER, a)               \
     WIDENED(prefix##_product, prefix, TIMES, TIMES, a)
