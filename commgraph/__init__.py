@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from commgraph.options import CommunicatorOptions
     from commgraph.platforms import CpuPlatform, Platform
     from commgraph.shm.message_queue import MessageQueue
+    from commgraph.work import Recv, Send, Work
     from commgraph.world import World
 
 __version__ = "0.1.0"
@@ -66,8 +67,11 @@ __all__ = [
     "PeerLostError",
     "Platform",
     "Positions",
+    "Recv",
+    "Send",
     "Split",
     "UnsupportedTensorError",
+    "Work",
     "World",
 ]
 
@@ -84,7 +88,10 @@ _HOMES = MappingProxyType(
         "ParallelContext": "commgraph.context",
         "Platform": "commgraph.platforms",
         "Positions": "commgraph.layout",
+        "Recv": "commgraph.work",
+        "Send": "commgraph.work",
         "Split": "commgraph.layout",
+        "Work": "commgraph.work",
         "World": "commgraph.world",
     }
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Collection, Mapping
 from datetime import timedelta
 from types import MappingProxyType, TracebackType
@@ -219,6 +220,8 @@ class ParallelContext:
     def close(self, timeout: timedelta = CLOSE_TIMEOUT) -> None:
         """Closes every group. Collective: waits until every rank is here, so that nothing under way is cut off; idempotent.
 
+        Collectives that were begun and not waited for come to their end, and so do messages to other ranks; a receive does not.
+
         Args:
             timeout: how long to wait for the other ranks. When it passes, or where a group is broken or a peer dead, this rank
                 drops its connections all the same.
@@ -227,8 +230,11 @@ class ParallelContext:
             return
         world = self._groups["world"]
         if world.world_size > 1 and not any(c._link.is_broken for c in self._groups.values()):
+            deadline = time.monotonic() + timeout.total_seconds()
+            for coordinator in self._distinct():
+                coordinator._link.drain(max(deadline - time.monotonic(), 0.0))
             try:
-                world.barrier(timeout=timeout)
+                world.barrier(timeout=max(deadline - time.monotonic(), 0.001))
             except CommGraphError as error:
                 # As text: a record that is kept must not keep the connections, through the error's traceback.
                 logger.warning("context %r was closed on rank %d without its peers: %s", self._name, self.rank, str(error))

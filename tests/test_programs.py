@@ -238,12 +238,8 @@ def test_programs_give_the_same_bits_again(program: Program) -> None:
 @given(program=programs(max_world_size=4, max_steps=6))
 def test_programs_under_other_options(program: Program, options: dict[str, bool]) -> None:
     def run(world: cg.World) -> list[Any]:
-        done = []
         with world.context(program.layout, name="optional", options=cg.CommunicatorOptions(**options)) as context:
-            for index, step in enumerate(program.steps):
-                gather = None if step.gather is None else context[step.gather]
-                done.append(step.run(context[step.group], lambda rank, index=index: program.seed(index, rank), gather))  # type: ignore[misc]
-        return done
+            return program.perform(context)
 
     check(program, spmd(run, program.world_size))
 

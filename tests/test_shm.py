@@ -729,7 +729,7 @@ def test_a_second_thread_in_the_same_group_is_told() -> None:
             while not tp._link.sequence:
                 time.sleep(0.001)
             time.sleep(0.05)
-            for call in (lambda: tp.all_reduce(torch.ones(3)), lambda: tp.barrier(timeout=5), lambda: tp.send(torch.ones(1), 1)):
+            for call in (lambda: tp.all_reduce(torch.ones(3)), lambda: tp.barrier(timeout=5), lambda: tp.broadcast_object(1)):
                 with pytest.raises(RuntimeError, match="another thread") as caught:
                     call()
                 told = str(caught.value)

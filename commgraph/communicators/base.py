@@ -158,6 +158,10 @@ class Communicator(abc.ABC):
         """Serves "send" and "recv": sends and fills (tensor, rank) pairs, all at once; between two ranks they pair in order."""
         raise self._unserved("exchange")
 
+    def offer(self, sends: Sequence[tuple[torch.Tensor, int]], *, tag: int) -> bool:
+        """Sends as `exchange` does, if no peer has to be waited for; otherwise False, and nothing was sent."""
+        return False
+
     # Memory.
 
     def new(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -173,6 +177,10 @@ class Communicator(abc.ABC):
     def door(self) -> Any:
         """A short way for plain calls, past the coordinator's checks, as native/door.c has it; None where there is none."""
         return None
+
+    def hold(self, held: bool) -> None:
+        """Shuts the door while calls that were begun before are made by another thread, and opens it again."""
+        raise self._unserved("hold")
 
     def translate(self, stopped: Any) -> Exception:
         """`PeerLate`, `PeerClosed` or `CallsDiffer` for what the door raised."""

@@ -106,7 +106,8 @@ class GlooTransport:
             for tensor, peer in sends:
                 if tensor.numel():
                     works.append((backend.send([as_bytes(tensor)], peer, _sized(tag, tensor.nbytes)), peer))
-                    self._bytes_sent += tensor.nbytes
+                    with self._lock:
+                        self._bytes_sent += tensor.nbytes
             for work, peer in works:  # noqa: B007 - read where it fails
                 work.wait(_left(deadline))
         except RuntimeError as error:

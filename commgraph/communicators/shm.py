@@ -114,6 +114,10 @@ class ShmCommunicator(Communicator):
         """The short way of one coordinator (native/door.c)."""
         return make_door(self._native, self._group)
 
+    def hold(self, held: bool) -> None:
+        with contextlib.suppress(AttributeError):  # closed meanwhile
+            self._group.held = int(held)
+
     @property
     def sequence(self) -> int:
         """Collectives begun: the short way counts, too."""
@@ -234,6 +238,15 @@ class ShmCommunicator(Communicator):
             for x, piece in zip(tensors, landing, strict=True):
                 if piece is not x:
                     x.copy_(piece)
+
+    def offer(self, sends: Sequence[tuple[torch.Tensor, int]], *, tag: int) -> bool:
+        assert self.mailbox is not None
+        for peer, tensors in _by_peer(sends).items():
+            dense = [_dense(x) for x in tensors]
+            with self._stops(halfway=True):
+                if not self.mailbox.offer(peer, TENSORS, tag, tuple((x.data_ptr(), x.nbytes) for x in dense)):
+                    return False
+        return True
 
     # Memory.
 

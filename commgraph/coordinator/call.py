@@ -6,6 +6,7 @@ import contextlib
 import math
 import operator
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from commgraph.communicators.reduction import REDUCE_OPS, refuse_reduction
 from commgraph.errors import UnsupportedTensorError
+from commgraph.work import LaneThread
 
 __all__ = ["Call", "Timeout"]
 
@@ -210,7 +212,10 @@ class Call:
 
 
 def place() -> str:
-    """File and line of the innermost caller outside commgraph."""
+    """File and line of the innermost caller outside commgraph: in a job of a lane, of the one who asked for it."""
+    thread = threading.current_thread()
+    if isinstance(thread, LaneThread):
+        return thread.at
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
         frame = frame.f_back

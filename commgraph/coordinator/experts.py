@@ -15,8 +15,8 @@ from torch.compiler import is_dynamo_compiling
 
 from commgraph.communicators.reduction import accumulator
 from commgraph.coordinator import traced
+from commgraph.coordinator.asynchronous import AsynchronousOperations
 from commgraph.coordinator.call import Call, Timeout
-from commgraph.coordinator.messages import MessageOperations
 
 __all__ = ["Dispatched", "ExpertOperations"]
 
@@ -54,7 +54,7 @@ class Dispatched:
         return f"Dispatched({', '.join(str(tuple(x.shape)) for x in self.tensors)}, sizes={self.sizes})"
 
 
-class ExpertOperations(MessageOperations):
+class ExpertOperations(AsynchronousOperations):
     """`dispatch` and `combine`."""
 
     def dispatch(

@@ -144,7 +144,13 @@ class GroupFacts(compat.OpaqueBase):  # type: ignore[misc]  # torch gives the ba
 
     def _begin(self, operation: str, timeout: Timeout) -> tuple[Call, float]:
         """Counts a collective, whether its arguments are good or not: ranks that all raised stay level."""
-        return self._describe(operation, self._link.begin(self.name), timeout)
+        link = self._link
+        if link.is_idle(None):
+            return self._describe(operation, link.begin(self.name), timeout)
+        link.ensure_open(self.name)
+        call, seconds = self._describe(operation, link.sequence, timeout)
+        left = link.settle(None, call, seconds)
+        return attrs.evolve(call, sequence=link.begin(self.name)), left
 
     def _message(self, operation: str, timeout: Timeout) -> tuple[Call, float]:
         self._link.ensure_open(self.name)

@@ -7,7 +7,7 @@ each host tensor. What arrives lies in memory of its own, writable, and is not t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,12 +104,17 @@ class HostObjects:
 
     # Dicts, taken apart.
 
-    def send_dict(self, call: Call, entries: Sequence[Entry], tensors: Sequence[torch.Tensor], dst: int, timeout: float) -> frozenset[int]:
-        """Sends the description and the host tensors; returns which those were."""
+    def pack_dict(
+        self, call: Call, entries: Sequence[Entry], tensors: Sequence[torch.Tensor], dst: int
+    ) -> tuple[frozenset[int], Callable[[float], None]]:
+        """Which tensors go with the description, those on the host, and what sends both."""
         carried, parts = self._dict_parts(call, entries, tensors)
-        with self._stops(call, timeout):
-            self._mailbox.send(dst, DICT, 0, parts, timeout)
-        return frozenset(carried)
+
+        def post(timeout: float) -> None:
+            with self._stops(call, timeout):
+                self._mailbox.send(dst, DICT, 0, parts, timeout)
+
+        return frozenset(carried), post
 
     def recv_dict(self, call: Call, src: int, timeout: float) -> tuple[list[Entry], dict[int, torch.Tensor]]:
         """The description, and the tensors that came with it as 1-D tensors, by their place among all."""

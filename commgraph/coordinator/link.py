@@ -27,6 +27,7 @@ from commgraph.communicators.signature import CHECK, COLLECTIVE, make_tag
 from commgraph.coordinator.call import Call, place
 from commgraph.errors import CollectiveError, CollectiveMismatchError, CollectiveTimeoutError, ContextClosedError, PeerLostError
 from commgraph.shm import native_module
+from commgraph.work import Job, Lane
 
 if TYPE_CHECKING:
     from commgraph.coordinator.group import GroupCoordinator
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 __all__ = ["GroupLink"]
 
 T = TypeVar("T")
+
+# Which lane: that of the collectives, or that of the messages to (True) or from (False) a rank in the group.
+LaneKey = tuple[int, bool] | None
 
 # Of a message in which a rank tells a peer what it calls, and of the place in the code at its end.
 _CHECK_BYTES = 512
@@ -119,6 +123,10 @@ class GroupLink:
         self._open: set[str] = set()
         self._counts: dict[tuple[int, int, bool], int] = {}
         self._lock = threading.Lock()
+        # One thread at a time finds out what broke the group.
+        self._failing = threading.Lock()
+        # Of what was begun and not waited for: one for the collectives, and one for the messages to each peer and from each.
+        self._lanes: dict[LaneKey, Lane] = {}
 
     @property
     def sequence(self) -> int:
@@ -182,6 +190,41 @@ class GroupLink:
         """Takes the last collective's number back: it is still to come."""
         self.sequence -= 1
 
+    # What was begun and not waited for.
+
+    def submit(self, key: LaneKey, job: Job) -> None:
+        """Does it after everything that was begun before it in that lane."""
+        lane = self._lanes.get(key)
+        if lane is None:
+            comparing = self.comparing
+            hold = comparing.hold if key is None and comparing is not None else None
+            lane = self._lanes[key] = Lane(f"commgraph {self.ident} {'' if key is None else key}", hold)
+        lane.submit(job)
+
+    def is_idle(self, key: LaneKey) -> bool:
+        """Whether nothing is under way in that lane that the caller would have to wait for."""
+        lane = self._lanes.get(key)
+        return lane is None or lane.is_idle or lane.is_here
+
+    def settle(self, key: LaneKey, call: Call, seconds: float) -> float:
+        """Waits until what was begun before has ended, so that this call does not overtake it; what is left of the seconds."""
+        if self.is_idle(key):
+            return seconds
+        started = time.monotonic()
+        if not self._lanes[key].settle(seconds):
+            raise CollectiveTimeoutError(
+                f"{call.where}: operations that were begun before it and not waited for did not end within {seconds:g} s, so it was not "
+                "begun. The group is unharmed",
+                **call.facts,
+            )
+        return max(seconds - (time.monotonic() - started), 0.001)
+
+    def drain(self, seconds: float) -> bool:
+        """Waits for what the peers cannot do without: the collectives that were begun, and the messages to them."""
+        deadline = time.monotonic() + seconds
+        lanes = [lane for key, lane in self._lanes.items() if key is None or key[1]]
+        return all(lane.settle(max(deadline - time.monotonic(), 0.0)) for lane in lanes)
+
     def run(
         self,
         call: Call,
@@ -211,14 +254,23 @@ class GroupLink:
         """Turns a failure below into the public error, breaks the group and releases the peers."""
         try:
             yield
-        except PeerLate as error:
-            self._timed_out(call, what, timeout, error)
-        except PeerClosed as error:
-            self._lost(call, what, error)
-        except CallsDiffer as error:
-            self._differ(call, what, error)
-        except CollectiveError as error:
-            self._break(call, error, what)
+        except (PeerLate, PeerClosed, CallsDiffer, CollectiveError) as error:
+            with self._failing:
+                if self._broken is not None:
+                    # A call of another lane has found out already, and ended this one with it.
+                    raise copy.copy(self._broken) from None
+                if isinstance(error, PeerLate):
+                    self._timed_out(call, what, timeout, error)
+                if isinstance(error, PeerClosed):
+                    self._lost(call, what, error)
+                if isinstance(error, CallsDiffer):
+                    self._differ(call, what, error)
+                self._break(call, error, what)
+        except Exception:
+            if not self._closed:
+                raise
+            # What a strategy has let go of while another thread was on its way into it.
+            raise ContextClosedError(f"{call.where}: its context was closed during the call") from None
 
     def compare(
         self, call: Call, what: str, timeout: float, crossing: Sequence[tuple[int, int]] | None = None, at: str | None = None
@@ -390,6 +442,10 @@ class GroupLink:
         self._closed = True
         for communicator in self.communicators:
             communicator.close()
+        # Their jobs have ended, or do now: with an error.
+        deadline = time.monotonic() + 1.0
+        for lane in self._lanes.values():
+            lane.join(max(deadline - time.monotonic(), 0.0))
         self.mailbox = None
         self.transport = None
         self._store = None

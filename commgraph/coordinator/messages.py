@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import attrs
 import torch
 
 from commgraph.communicators.base import CallsDiffer
@@ -75,12 +76,16 @@ class MessageOperations(TensorOperations):
     def send_object(self, obj: Any, dst: int, *, timeout: Timeout = None) -> None:
         """Sends an object to one rank in the group; which objects: as for `broadcast_object`."""
         call, seconds = self._message("send_object", timeout)
-        self._objects.send(call, obj, call.peer(dst, "dst", other=True), seconds)
+        dst = call.peer(dst, "dst", other=True)
+        seconds = self._link.settle((dst, True), call, seconds)
+        self._objects.send(call, obj, dst, seconds)
 
     def recv_object(self, src: int, *, timeout: Timeout = None) -> Any:
         """The next object from one rank in the group. A deadline that passes before anything arrived loses nothing: call again."""
         call, seconds = self._message("recv_object", timeout)
-        return self._objects.recv(call, call.peer(src, "src", other=True), seconds)
+        src = call.peer(src, "src", other=True)
+        seconds = self._link.settle((src, False), call, seconds)
+        return self._objects.recv(call, src, seconds)
 
     # Dicts of tensors and objects.
 
@@ -145,11 +150,30 @@ class MessageOperations(TensorOperations):
         """
         call, seconds = self._message("send_tensor_dict", timeout)
         dst = call.peer(self.next_in_group if dst is None else dst, "dst", other=True)
+        seconds = self._link.settle((dst, True), call, seconds)
+        self._pack_dict(call, tensor_dict, dst, all_gather_group, all_gather_tensors)(seconds)
+
+    def _pack_dict(
+        self,
+        call: Call,
+        tensor_dict: Mapping[Any, Any],
+        dst: int,
+        group: GroupCoordinator | None,
+        override: Mapping[str, bool] | None,
+    ) -> Callable[[float], None]:
+        """Checks and describes a dict that goes to `dst`; what is returned sends it, within so many seconds for each part."""
         entries, tensors = _split(call, tensor_dict)
-        plan, sliced = _sliced(call, entries, all_gather_group, all_gather_tensors)
+        plan, sliced = _sliced(call, entries, group, override)
         outgoing = [plan.slice(x) if cut else x for x, cut in zip(tensors, sliced, strict=True)]
-        carried = self._objects.send_dict(call, entries, outgoing, dst, seconds)
-        self._exchange(call, [x for i, x in enumerate(outgoing) if i not in carried], dst, "send", seconds)
+        carried, post = self._objects.pack_dict(call, entries, outgoing, dst)
+        rest = [x for i, x in enumerate(outgoing) if i not in carried]
+
+        def send(seconds: float) -> None:
+            self._link.ensure_open(self.name)
+            post(seconds)
+            self._exchange(call, rest, dst, "send", seconds)
+
+        return send
 
     def recv_tensor_dict(
         self,
@@ -172,16 +196,21 @@ class MessageOperations(TensorOperations):
         """
         call, seconds = self._message("recv_tensor_dict", timeout)
         src = call.peer(self.prev_in_group if src is None else src, "src", other=True)
+        seconds = self._link.settle((src, False), call, seconds)
+        return self._receive_dict(call, src, all_gather_group, all_gather_tensors, seconds).gathered(all_gather_group, timeout)
+
+    def _receive_dict(
+        self, call: Call, src: int, group: GroupCoordinator | None, override: Mapping[str, bool] | None, seconds: float
+    ) -> _Received:
+        """A dict as it comes from `src`: its slices are still to be gathered."""
+        self._link.ensure_open(self.name)
         entries, carried = self._objects.recv_dict(call, src, seconds)
-        plan, sliced = _sliced(call, entries, all_gather_group, all_gather_tensors)
+        plan, sliced = _sliced(call, entries, group, override)
         self._check_carried(call, src, entries, carried, sliced, plan, seconds)
         whole = landings(entries, self.device, {i: x for i, x in carried.items() if not sliced[i]})
         landing = [carried.get(i, plan.slice(x) if cut else x) for i, (x, cut) in enumerate(zip(whole, sliced, strict=True))]
         self._exchange(call, [x for i, x in enumerate(landing) if i not in carried], src, "recv", seconds)
-        for x, piece, cut in zip(whole, landing, sliced, strict=True):
-            if cut and all_gather_group is not None:
-                all_gather_group.all_gather(piece, 0, out=x.view(-1), timeout=timeout)
-        return join_dict(entries, whole)
+        return _Received(entries, whole, [(x, piece) for x, piece, cut in zip(whole, landing, sliced, strict=True) if cut])
 
     def _check_carried(
         self,
@@ -199,6 +228,22 @@ class MessageOperations(TensorOperations):
             for i, x in carried.items():
                 if x.numel() != expected[i] // (plan.world_size if sliced[i] else 1):
                     raise CallsDiffer(src)
+
+
+@attrs.frozen
+class _Received:
+    """A dict that has come, with the tensors of which this rank has a slice and that slice."""
+
+    entries: list[Entry]
+    tensors: list[torch.Tensor]
+    slices: list[tuple[torch.Tensor, torch.Tensor]]
+
+    def gathered(self, group: GroupCoordinator | None, timeout: Timeout) -> dict[Any, Any]:
+        """The whole dict; collective over `group`, where there are slices."""
+        for x, piece in self.slices:
+            assert group is not None
+            group.all_gather(piece, 0, out=x.view(-1), timeout=timeout)
+        return join_dict(self.entries, self.tensors)
 
 
 def _split(call: Call, tensor_dict: Mapping[Any, Any]) -> tuple[list[Entry], list[torch.Tensor]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,10 @@ class ObjectPath:
 
     def send(self, call: Call, obj: object, dst: int, timeout: float) -> None:
         """Sends `obj` to one rank."""
+        self._pack(call, obj, dst)(timeout)
+
+    def _pack(self, call: Call, obj: object, dst: int) -> Callable[[float], None]:
+        """Encodes and numbers a message to one rank; what is returned sends it."""
         number = self._link.count(OBJECT, dst, outgoing=True)
         try:
             frame = self._encode(call, obj, f"message {call.rank_in_group} {dst} {number}")
@@ -53,7 +57,7 @@ class ObjectPath:
             # The receiver goes on waiting for this number: the next object takes it.
             self._link.uncount(OBJECT, dst, outgoing=True)
             raise
-        self._post(call, frame, [dst], make_tag(OBJECT, number), make_tag(OBJECT_REST, number), timeout)
+        return lambda timeout: self._post(call, frame, [dst], make_tag(OBJECT, number), make_tag(OBJECT_REST, number), timeout)
 
     def recv(self, call: Call, src: int, timeout: float) -> Any:
         """The next object from one rank."""
@@ -123,10 +127,11 @@ class ObjectPath:
 
     # Dicts, taken apart: here only the description is an object, and the tensors go as tensors.
 
-    def send_dict(self, call: Call, entries: Sequence[Entry], tensors: Sequence[torch.Tensor], dst: int, timeout: float) -> frozenset[int]:
-        """Sends the description; returns which tensors went with it."""
-        self.send(call, list(entries), dst, timeout)
-        return frozenset()
+    def pack_dict(
+        self, call: Call, entries: Sequence[Entry], tensors: Sequence[torch.Tensor], dst: int
+    ) -> tuple[frozenset[int], Callable[[float], None]]:
+        """Which tensors go with the description, and what sends both."""
+        return frozenset(), self._pack(call, list(entries), dst)
 
     def recv_dict(self, call: Call, src: int, timeout: float) -> tuple[list[Entry], dict[int, torch.Tensor]]:
         """The description, and the tensors that came with it."""

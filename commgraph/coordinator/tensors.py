@@ -459,16 +459,30 @@ class TensorOperations(GroupFacts):
             traced.plain(timeout)
             return traced.recv(self, size, dtype, src, device, out)
         call, seconds = self._message("recv", timeout)
-        src = call.peer(self.prev_in_group if src is None else src, "src", other=True)
-        if device is None:
-            device = self.device if out is None else call.tensor(out, "out").device
-        result = call.out(out, call.size(size), call.like(dtype, device))
+        result, src = self._landing(call, size, dtype, src, device, out)
         self._exchange(call, [result], src, "recv", seconds)
         return result
 
+    def _landing(
+        self,
+        call: Call,
+        size: Sequence[int] | int,
+        dtype: torch.dtype,
+        src: int | None,
+        device: torch.device | str | None,
+        out: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, int]:
+        """What is to be filled, and from whom."""
+        src = call.peer(self.prev_in_group if src is None else src, "src", other=True)
+        if device is None:
+            device = self.device if out is None else call.tensor(out, "out").device
+        return call.out(out, call.size(size), call.like(dtype, device)), src
+
     def _exchange(self, call: Call, tensors: Sequence[torch.Tensor], peer: int, operation: str, seconds: float) -> None:
-        """Sends or receives tensors, all at once."""
+        """Sends or receives tensors, all at once, after everything that was begun before with that peer."""
         outgoing = operation == "send"
+        seconds = self._link.settle((peer, outgoing), call, seconds)
+        self._link.ensure_open(self.name)
         by_strategy: dict[Communicator, list[tuple[torch.Tensor, int]]] = {}
         for x in tensors:
             by_strategy.setdefault(self._link.route(operation, x.shape, x.dtype, x.device), []).append((x, peer))

@@ -94,16 +94,16 @@ class HostMemory:
         """The ring that `src` writes and all others read."""
         n, size = self.sizes.n, self.sizes.broadcast_bytes
         offset = _rings_offset(self.native, self.sizes) + src * _ring_bytes(self.native, n - 1, size)
-        return self.native.Ring(self.team, self.pool, offset, src, 0, n - 1, size, True)
+        return self.native.Ring(self.team, self.pool, offset, src, 0, n - 1, size, True, False)
 
     def pair_ring(self, src: int, dst: int) -> Any:
-        """The ring that `src` writes and `dst` reads."""
+        """The ring that `src` writes and `dst` reads; a thread may use it while another is in a collective."""
         n = self.sizes.n
         begin = _rings_offset(self.native, self.sizes) + n * _ring_bytes(self.native, n - 1, self.sizes.broadcast_bytes)
         place = src * (n - 1) + (dst if dst < src else dst - 1)
         offset = begin + place * _ring_bytes(self.native, 1, self.sizes.pair_bytes)
         # The first seat from `dst` on that is not the writer's is dst itself.
-        return self.native.Ring(self.team, self.pool, offset, src, dst, 1, self.sizes.pair_bytes, False)
+        return self.native.Ring(self.team, self.pool, offset, src, dst, 1, self.sizes.pair_bytes, False, True)
 
 
 def join(tell: Callable[[bytes], list[bytes]], sizes: Sizes, rank_in_group: int, *, crowd: int) -> HostMemory | str:

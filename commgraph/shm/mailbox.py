@@ -12,6 +12,7 @@ from typing import Any
 
 from commgraph.shm.host_memory import HostMemory
 from commgraph.shm.pickling import Pickler
+from commgraph.shm.stopped import TIMEOUT, Stopped
 
 __all__ = ["DICT", "OBJECT", "SIZES", "TENSORS", "Mailbox"]
 
@@ -30,7 +31,11 @@ class Mailbox:
         self.pickler = Pickler()
         # A record of so many bytes for all can be put before anybody reads, if all have read those before it.
         self.room = memory.sizes.broadcast_bytes // 2
-        self.bytes_sent = 0
+        # To each rank, those for all under this rank's own number: several threads may send, each to another one.
+        self._sent = [0] * n
+        self._me = me
+        # What goes into a ring at once, if it is empty.
+        self._whole = memory.sizes.pair_bytes // 4 - 1024
         self.take = memory.pool.take
         self._broadcast = [memory.broadcast_ring(src) for src in range(n)]
         self._mine = self._broadcast[me]
@@ -44,7 +49,19 @@ class Mailbox:
         A part is a buffer, or (address, bytes) of memory that the caller keeps alive.
         """
         self._outgoing[dst].put(kind, meta, parts, nanoseconds(timeout), 0)
-        self.bytes_sent += _nbytes(parts)
+        self._sent[dst] += _nbytes(parts)
+
+    def offer(self, dst: int, kind: int, meta: int, parts: tuple[Any, ...]) -> bool:
+        """The same where the ring has room for the whole record; otherwise False, and nothing was put."""
+        if _nbytes(parts) + 8 * len(parts) > self._whole:
+            return False
+        try:
+            self.send(dst, kind, meta, parts, 0.0)
+        except Stopped as stopped:
+            if stopped.code == TIMEOUT:
+                return False
+            raise
+        return True
 
     def receive(self, src: int, kind: int, timeout: float) -> tuple[int, list[Any]]:
         """Meta and parts of the next record of that kind: the first as bytes, the others as writable buffers of their own."""
@@ -93,7 +110,12 @@ class Mailbox:
     def broadcast(self, kind: int, meta: int, parts: tuple[Any, ...], timeout: float, posted: int) -> None:
         """Puts a record for all others."""
         self._mine.put(kind, meta, parts, nanoseconds(timeout), posted)
-        self.bytes_sent += _nbytes(parts)
+        self._sent[self._me] += _nbytes(parts)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes put so far."""
+        return sum(self._sent)
 
     def receive_broadcast(self, src: int, timeout: float, posted: int) -> tuple[int, int, list[Any]]:
         """Kind, meta and parts of the next record that `src` put for all."""

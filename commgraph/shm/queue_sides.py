@@ -70,7 +70,7 @@ class QueueMemory:
         self._segment = native.Segment(fd, nbytes)
         self.team = native.Team(self._segment, _PAGE, 1 + n_local, seat, 1 + n_local)
         pool = native.Pool(_POOL_BYTES)
-        self.ring = native.Ring(self.team, pool, _ring_offset(native, n_local), 0, 1, n_local, capacity, False)
+        self.ring = native.Ring(self.team, pool, _ring_offset(native, n_local), 0, 1, n_local, capacity, False, False)
         self.fd = -1
         self.nbytes = nbytes
         self.nonce = b""

@@ -16,10 +16,12 @@ from commgraph.layout import Layout
 if TYPE_CHECKING:
     import torch
 
+    from commgraph.context import ParallelContext
     from commgraph.coordinator import GroupCoordinator
+    from commgraph.work import Work
     from commgraph.world import World
 
-__all__ = ["OPERATIONS", "STRIDES", "Program", "Step", "TensorSpec", "fill"]
+__all__ = ["LATER", "OPERATIONS", "STRIDES", "Program", "Step", "TensorSpec", "fill"]
 
 STRIDES = ("plain", "transposed", "sliced", "expanded")
 
@@ -46,6 +48,9 @@ OPERATIONS = (
     "tensor_dict_ring",
 )
 """What a step may do. ``ring``: every rank sends to the next and receives from the previous one; ``pair``: one rank sends to one other."""
+
+LATER = ("all_reduce", "all_gather", "reduce_scatter", "ring", "pair", "tensor_dict_ring")
+"""Those that can be begun in one step and waited for in a later one."""
 
 
 @attrs.frozen
@@ -113,6 +118,8 @@ class Step:
         tree: a dict of tensor specs, objects and dicts; for objects its whole is the object.
         gather: the all-gather group of ``tensor_dict_ring``, None for none.
         override: its ``all_gather_tensors``.
+        later: of one of `LATER`, after how many further steps it is waited for; None: it blocks.
+        batch: whether a ``ring`` that does not block is one `batch`, and not a send and a receive.
     """
 
     operation: str
@@ -128,6 +135,8 @@ class Step:
     tree: Mapping[Any, Any] = attrs.field(factory=dict)
     gather: str | None = None
     override: Mapping[str, bool] | None = None
+    later: int | None = None
+    batch: bool = False
 
     def extent(self, i: int) -> int:
         """The uneven size of rank i."""
@@ -163,7 +172,7 @@ class Step:
         return attrs.evolve(self.tensor, shape=self.extents(n, i)).make(seed)
 
     def run(self, group: GroupCoordinator, seed: Callable[[int], int], gather: GroupCoordinator | None = None) -> tuple[Any, Any]:
-        """Performs the step on this rank.
+        """Performs the step on this rank, or begins it.
 
         Args:
             group: the coordinator.
@@ -171,7 +180,7 @@ class Step:
             gather: the all-gather group of ``tensor_dict_ring``.
 
         Returns:
-            What was given to the operation, and what came of it.
+            What was given to the operation, and what came of it; of one that does not block what waits for that.
         """
         n, me, operation = group.world_size, group.rank_in_group, self.operation
         root = self.root % n
@@ -188,13 +197,57 @@ class Step:
         if operation == "tensor_dict_ring":
             # Ranks of the all-gather group hold the same dict.
             tree = fill(self.tree, seed(group.rank if gather is None else gather.first_rank))
+            if self.later is not None:
+                return tree, self._ring_later(
+                    group,
+                    lambda: group.isend_tensor_dict(tree, None, gather, self.override),
+                    lambda: group.irecv_tensor_dict(None, gather, self.override),
+                )
             return tree, self._ring(
                 group,
                 lambda: group.send_tensor_dict(tree, None, gather, self.override),
                 lambda: group.recv_tensor_dict(None, gather, self.override),
             )
         x = self.given(n, me, mine)
-        return x, self._run_tensors(group, x, root)
+        return x, self._run_tensors(group, x, root) if self.later is None else self._begin(group, x, root)
+
+    def _begin(self, group: GroupCoordinator, x: torch.Tensor, root: int) -> Callable[[], Any]:
+        n, me, dim, operation = group.world_size, group.rank_in_group, self.dim, self.operation
+        if operation == "all_reduce":
+            return group.all_reduce_async(x, op=self.op).wait
+        if operation == "all_gather":
+            return group.all_gather_async(x, dim, out=self._out(x, dim, n * x.shape[dim])).wait
+        if operation == "reduce_scatter":
+            return group.reduce_scatter_async(x, dim, op=self.op, out=self._out(x, dim, x.shape[dim] // n)).wait
+        into = self._out(x, 0, x.shape[0]) if x.dim() else None
+        if operation == "ring" and self.batch and into is not None and n > 1:
+            from commgraph.work import Recv, Send
+
+            # The receive first: in a batch no order is the wrong one.
+            both = group.batch([Recv(into), Send(x)])
+            return lambda: both.wait()[0]
+        if operation == "ring":
+            return self._ring_later(group, lambda: group.isend(x), lambda: group.irecv(x.shape, x.dtype, out=into))
+        to = self._partner(n, root)
+        if n > 1 and me == root:
+            return group.isend(x, to).wait
+        return group.irecv(x.shape, x.dtype, root, out=into).wait if n > 1 and me == to else lambda: None
+
+    @staticmethod
+    def _ring_later(group: GroupCoordinator, send: Callable[[], Work[None]], receive: Callable[[], Work[Any]]) -> Callable[[], Any]:
+        if group.world_size == 1:
+            return lambda: None
+        sent, received = send(), receive()
+
+        def wait() -> Any:
+            result = received.wait()
+            sent.wait()
+            return result
+
+        return wait
+
+    def _partner(self, n: int, root: int) -> int:
+        return (root + 1 + self.hop % max(n - 1, 1)) % n
 
     def _run_objects(self, group: GroupCoordinator, obj: Any, root: int) -> Any:
         if self.operation == "broadcast_object":
@@ -241,7 +294,7 @@ class Step:
         if operation == "ring":
             return self._ring(group, lambda: group.send(x), lambda: group.recv(x.shape, x.dtype, out=into))
         assert operation == "pair", operation
-        to = (root + 1 + self.hop % max(n - 1, 1)) % n
+        to = self._partner(n, root)
         if n > 1 and me == root:
             group.send(x, to)
         elif n > 1 and me == to:
@@ -297,11 +350,21 @@ class Program:
         Returns:
             For each step what this rank gave, and what it got.
         """
-        done = []
         with world.context(self.layout, name="program") as context:
-            for index, step in enumerate(self.steps):
-                gather = None if step.gather is None else context[step.gather]
-                done.append(step.run(context[step.group], partial(self.seed, index), gather))
+            return self.perform(context)
+
+    def perform(self, context: ParallelContext) -> list[tuple[Any, Any]]:
+        """The same on a context that is there already."""
+        done: list[tuple[Any, Any]] = []
+        awaited: dict[int, list[int]] = {}
+        for index, step in enumerate(self.steps):
+            gather = None if step.gather is None else context[step.gather]
+            done.append(step.run(context[step.group], partial(self.seed, index), gather))
+            if step.later is not None:
+                awaited.setdefault(min(index + step.later, len(self.steps) - 1), []).append(index)
+            for begun in awaited.pop(index, ()):
+                given, wait = done[begun]
+                done[begun] = given, wait()
         return done
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hypothesis import strategies as st
 
 from commgraph.layout import GroupSpec, Layout, Positions, Split
-from commgraph.testing._program import OPERATIONS, STRIDES, Program, Step, TensorSpec
+from commgraph.testing._program import LATER, OPERATIONS, STRIDES, Program, Step, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -144,6 +144,7 @@ def _trees() -> st.SearchStrategy[dict[Any, Any]]:
 @st.composite
 def _steps(draw: st.DrawFn, layout: Layout, operations: Sequence[str]) -> Step:
     operation = draw(st.sampled_from(operations))
+    later = draw(st.none() | st.integers(0, 3)) if operation in LATER else None
     # Small layouts have many groups of one rank: look for a larger one first.
     names = sorted(layout.names, key=layout.size, reverse=True)
     group = names[draw(st.integers(0, len(names) - 1)) if draw(st.booleans()) else draw(st.integers(0, min(3, len(names) - 1)))]
@@ -153,7 +154,7 @@ def _steps(draw: st.DrawFn, layout: Layout, operations: Sequence[str]) -> Step:
         axes = [axis for axis in _AROUND if axis in layout.names]
         group = draw(st.sampled_from(sorted(axes, key=layout.size, reverse=True)[:2]))
         gather = draw(st.sampled_from([None, *(axis for axis in axes if axis != group)]))
-        return Step(operation, group, tree=draw(_trees()), gather=gather)
+        return Step(operation, group, tree=draw(_trees()), gather=gather, later=later)
     if operation == "barrier":
         return Step(operation, group)
     reduces = operation in _REDUCTIONS
@@ -174,6 +175,8 @@ def _steps(draw: st.DrawFn, layout: Layout, operations: Sequence[str]) -> Step:
         hop=draw(st.integers(0, 4)),
         sizes=draw(st.lists(st.integers(0, 3), min_size=1, max_size=7).map(tuple)),
         out=draw(st.booleans()),
+        later=later,
+        batch=draw(st.booleans()),
     )
 
 
@@ -181,9 +184,9 @@ def _steps(draw: st.DrawFn, layout: Layout, operations: Sequence[str]) -> Step:
 def programs(
     draw: st.DrawFn, *, world_size: int | None = None, max_world_size: int = 6, max_steps: int = 8, operations: Sequence[str] = OPERATIONS
 ) -> Program:
-    """Programs that every rank runs alike: a layout, and blocking operations over its groups with random tensors, dims, sizes and roots.
+    """Programs that every rank runs alike: a layout, and operations over its groups with random tensors, dims, sizes and roots.
 
-    Run one with ``spmd(program, program.world_size)``; it prints as what it is and shrinks to few ranks and few steps.
+    Some are only begun, and waited for a few operations later. Run one with ``spmd(program, program.world_size)``; it prints as what it is and shrinks to few ranks and few steps.
 
     Args:
         draw: given by hypothesis.

@@ -773,10 +773,16 @@ static void *run_ring(void *arg) {
     cg_ring ring;
     dice mine = {mix(s->seed + 100 + (uint64_t)s->me)};
     CHECK(cg_team_join(&team, (cg_seat *)s->memory, s->n, s->me, s->n) == 0, "join");
-    cg_ring_join(&ring, &team, s->memory + SEATS_BYTES, s->writer, s->first_reader, s->n_readers, s->capacity);
-    if (s->me == s->writer) write_side(s, &ring, &mine);
+    cg_team view;
+    char *at = s->memory + SEATS_BYTES;
+    int writes = s->me == s->writer, private = s->n_readers == 1 && (s->seed & 1);
+    if (private) CHECK(cg_team_view(&view, &team, cg_ring_bell(at, writes), cg_ring_bell(at, !writes)) == 0, "view");
+    cg_ring_join(&ring, private ? &view : &team, at, s->writer, s->first_reader, s->n_readers, s->capacity);
+    ring.private = private;
+    if (writes) write_side(s, &ring, &mine);
     else if (s->n_readers > 1 || s->me == s->first_reader) read_side(s, &ring, &mine);
     cg_ring_leave(&ring);
+    if (private) cg_team_leave_view(&view, &team);
     cg_team_leave(&team);
     return NULL;
 }

@@ -217,7 +217,7 @@ static int begin(Door *door, size_t bytes) {
 }
 
 static int is_open(const Door *door) {
-    if (!door->open || (door->group != NULL && !door->group->enabled)) return 0;
+    if (!door->open || (door->group != NULL && (!door->group->enabled || door->group->held))) return 0;
     PyObject *modes = PyObject_CallNoArgs(door->modes);
     int none = modes != NULL && PyLong_AsLong(modes) == 0;
     Py_XDECREF(modes);

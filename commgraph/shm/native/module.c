@@ -223,9 +223,27 @@ static PyObject *team_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     return (PyObject *)self;
 }
 
+/* A further view for a ring between two. */
+static Team *new_view(module_state *state, Team *of, cg_bell *bell, cg_bell *theirs) {
+    Team *self = (Team *)allocate(state->team);
+    if (self == NULL) return NULL;
+    if (cg_team_view(&self->team, &of->team, bell, theirs)) {
+        Py_DECREF(self);
+        PyErr_NoMemory();
+        return NULL;
+    }
+    self->team.user = self;
+    self->of = (Team *)Py_NewRef(of);
+    self->segment = (Segment *)Py_NewRef(of->segment);
+    return self;
+}
+
 static void team_dealloc(PyObject *self) {
-    cg_team_leave(&((Team *)self)->team);
-    Py_XDECREF((PyObject *)((Team *)self)->segment);
+    Team *team = (Team *)self;
+    if (team->of != NULL) cg_team_leave_view(&team->team, &team->of->team);
+    else cg_team_leave(&team->team);
+    Py_XDECREF((PyObject *)team->of);
+    Py_XDECREF((PyObject *)team->segment);
     free_object(self);
 }
 
@@ -559,6 +577,7 @@ static PyObject *group_pairs(PyObject *self, PyObject *unused) {
     }
 PROPERTY_UINT(sequence, sequence)
 PROPERTY_UINT(enabled, enabled)
+PROPERTY_UINT(held, held)
 PROPERTY_UINT(bytes_sent, group.bytes_sent)
 
 static PyObject *get_way(PyObject *self, void *closure) {
@@ -576,6 +595,7 @@ static int set_way(PyObject *self, PyObject *value, void *closure) {
 static PyGetSetDef group_getset[] = {
     {"sequence", get_sequence, set_sequence, "calls begun", NULL},
     {"enabled", get_enabled, set_enabled, "whether the short way is open", NULL},
+    {"held", get_held, set_held, "whether the short way waits for calls that were begun before", NULL},
     {"bytes_sent", get_bytes_sent, set_bytes_sent, "bytes given to the others", NULL},
     {"reaches", get_reaches, NULL, "whether the ranks may read each other's memory", NULL},
     {"way", get_way, set_way, "how slots are written: 0 plain, 1 streaming, -1 by measurement", NULL},
@@ -608,28 +628,34 @@ typedef struct {
     Pool *pool;
     PyObject *parts; /* of the record that is being read, a list; and how far the last of them is */
     size_t done;
-    int writes;
 } Ring;
 
 static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     (void)kwargs;
     PyObject *team, *pool;
     Py_ssize_t offset, capacity;
-    int writer, first_reader, n_readers, collective;
-    if (!PyArg_ParseTuple(args, "OOniiinp", &team, &pool, &offset, &writer, &first_reader, &n_readers, &capacity, &collective)) return NULL;
+    int writer, first_reader, n_readers, collective, private;
+    if (!PyArg_ParseTuple(args, "OOniiinpp", &team, &pool, &offset, &writer, &first_reader, &n_readers, &capacity, &collective, &private))
+        return NULL;
     module_state *state = PyType_GetModuleState(type);
     if (state == NULL || !PyObject_TypeCheck(team, state->team) || !PyObject_TypeCheck(pool, state->pool))
-        return PyErr_Format(PyExc_TypeError, "Ring(team, pool, offset, writer, first_reader, n_readers, capacity, collective)");
+        return PyErr_Format(PyExc_TypeError, "Ring(team, pool, offset, writer, first_reader, n_readers, capacity, collective, private)");
     if (offset % CG_LINE || capacity < 1024 || (size_t)offset + cg_ring_bytes(n_readers, (size_t)capacity) > ((Team *)team)->segment->bytes)
         return PyErr_Format(PyExc_ValueError, "a ring of %zd bytes at %zd does not fit into the segment", capacity, offset);
+    if (private && n_readers != 1) return PyErr_Format(PyExc_ValueError, "a ring with %d readers cannot be private to two", n_readers);
     Ring *self = (Ring *)allocate(type);
     if (self == NULL) return NULL;
-    self->team = (Team *)Py_NewRef(team);
+    char *memory = ((Team *)team)->segment->base + offset;
+    int writes = ((Team *)team)->team.me == writer;
+    self->team = private ? new_view(state, (Team *)team, cg_ring_bell(memory, writes), cg_ring_bell(memory, !writes)) : (Team *)Py_NewRef(team);
+    if (self->team == NULL) {
+        Py_DECREF(self);
+        return NULL;
+    }
     self->pool = (Pool *)Py_NewRef(pool);
-    char *memory = self->team->segment->base + offset;
     cg_ring_join(&self->ring, &self->team->team, memory, writer, first_reader, n_readers, (size_t)capacity);
     self->ring.collective = collective;
-    self->writes = self->team->team.me == writer;
+    self->ring.private = private;
     return (PyObject *)self;
 }
 
@@ -831,7 +857,8 @@ static PyMethodDef ring_methods[] = {
     {0}};
 static PyGetSetDef ring_getset[] = {{"reading", ring_reading, NULL, "whether a `get` ended halfway: it goes on, and nothing else can", NULL}, {0}};
 static PyType_Slot ring_slots[] = {
-    {Py_tp_doc, "Ring(team, pool, offset, writer, first_reader, n_readers, capacity, collective)\n--\n\nRecords from one seat to others."},
+    {Py_tp_doc, "Ring(team, pool, offset, writer, first_reader, n_readers, capacity, collective, private)\n--\n\nRecords from one seat to others; `private`: to "
+                "one, with a view of its own, so that a thread may use it while another is in a call of the team."},
     {Py_tp_new, ring_new}, {Py_tp_dealloc, ring_dealloc}, {Py_tp_methods, ring_methods}, {Py_tp_getset, ring_getset}, {0}};
 static PyType_Spec ring_spec = {"commgraph.shm._native.Ring", sizeof(Ring), 0, Py_TPFLAGS_DEFAULT, ring_slots};
 

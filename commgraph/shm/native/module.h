@@ -34,10 +34,11 @@ typedef struct {
     Py_ssize_t bytes;
 } Block;
 
-typedef struct {
+typedef struct Team {
     PyObject_HEAD
     cg_team team;
     Segment *segment;
+    struct Team *of; /* of a view that a ring has for itself: the seat's first one */
     PyThreadState *saved; /* of the thread that is in a call, while others may run */
     int busy;
     int brief; /* the call lets others run only while it waits */
@@ -68,6 +69,7 @@ typedef struct {
     uint64_t sequence;
     int64_t timeout_ns;
     int enabled;
+    int held; /* calls that were begun before wait for another thread to make them: the short way may not overtake them */
     cached_call cache[CACHED];
 } Group;
 

@@ -34,6 +34,11 @@ void cg_ring_join(cg_ring *ring, cg_team *team, void *memory, int writer, int fi
     ring->n_readers = n_readers;
 }
 
+cg_bell *cg_ring_bell(void *memory, int writer) {
+    /* The writer waits for a tail, which comes second, the reader for the head. */
+    return &((cg_mark *)memory)[writer ? 1 : 0].bell;
+}
+
 void cg_ring_leave(cg_ring *ring) {
     free(ring->sizes);
     ring->sizes = NULL;
@@ -99,7 +104,8 @@ static void write_bytes(cg_ring *ring, const void *data, size_t bytes) {
 static void publish_head(cg_ring *ring) {
     ring->at = padded((size_t)ring->at);
     atomic_store_explicit(&ring->head->position, ring->at, memory_order_release);
-    if (ring->n_readers == 1) cg_notify(ring->team, seat_of(ring, 0));
+    if (ring->private) cg_notify_bell(ring->team->theirs);
+    else if (ring->n_readers == 1) cg_notify(ring->team, seat_of(ring, 0));
     else cg_notify_all(ring->team);
 }
 
@@ -166,7 +172,8 @@ static void read_bytes(cg_ring *ring, void *to, size_t bytes) {
 static void publish_tail(cg_ring *ring) {
     ring->published = ring->at;
     atomic_store_explicit(&my_tail(ring)->position, ring->at, memory_order_release);
-    cg_notify(ring->team, ring->writer);
+    if (ring->private) cg_notify_bell(ring->team->theirs);
+    else cg_notify(ring->team, ring->writer);
 }
 
 /* The head of the next fragment. A first one begins a record, whatever came before. */

@@ -11,6 +11,7 @@
 /* In shared memory, in front of the bytes. */
 typedef struct {
     _Alignas(CG_LINE) _Atomic uint64_t position;
+    cg_bell bell; /* of whoever waits for it to move, where that is one thread with a view of its own */
 } cg_mark;
 
 typedef struct {
@@ -31,6 +32,7 @@ typedef struct {
     cg_mark *tails; /* of the readers */
     char *bytes;
     size_t capacity;
+    int private;         /* whether `team` is a view of this ring's own: then its two sides sleep on the bells of the marks */
     int collective;      /* what it carries are calls of the group, numbered like its collectives */
     int writer;          /* seat */
     int n_readers;
@@ -48,6 +50,8 @@ typedef struct {
 size_t cg_ring_bytes(int n_readers, size_t capacity);
 /* `memory`: zeroed, of cg_ring_bytes(). Readers sit in the seats from `first_reader` on, the writer's left out. */
 void cg_ring_join(cg_ring *ring, cg_team *team, void *memory, int writer, int first_reader, int n_readers, size_t capacity);
+/* The bells of a ring for one reader: that on which the writer (or the reader) of such a ring sleeps. */
+cg_bell *cg_ring_bell(void *memory, int writer);
 void cg_ring_leave(cg_ring *ring);
 
 /* Writer. CG_TIMEOUT: nobody will see any of it. */

@@ -59,6 +59,7 @@ int cg_team_join(cg_team *team, cg_seat *seats, int n, int me, int crowd) {
     team->n = n;
     team->me = me;
     team->slice_ns = SLICE_NS;
+    team->bell = &seats[me].bell;
     for (int i = 0; i < n; i++) team->watch[i] = WATCH_UNKNOWN;
     cpu_set_t allowed;
     int cores = sched_getaffinity(0, sizeof allowed, &allowed) == 0 ? CPU_COUNT(&allowed) : 1;
@@ -72,6 +73,28 @@ int cg_team_join(cg_team *team, cg_seat *seats, int n, int me, int crowd) {
     return 0;
 }
 
+int cg_team_view(cg_team *view, cg_team *of, cg_bell *bell, cg_bell *theirs) {
+    *view = *of;
+    view->watch = malloc(sizeof(int) * (size_t)of->n);
+    if (view->watch == NULL) return ENOMEM;
+    for (int i = 0; i < of->n; i++) view->watch[i] = WATCH_UNKNOWN;
+    view->bell = bell;
+    view->theirs = theirs;
+    view->first = NULL;
+    view->next = of->first;
+    of->first = view;
+    return 0;
+}
+
+void cg_team_leave_view(cg_team *view, cg_team *of) {
+    for (cg_team **at = &of->first; *at != NULL; at = &(*at)->next)
+        if (*at == view) {
+            *at = view->next;
+            break;
+        }
+    cg_team_leave(view);
+}
+
 void cg_team_leave(cg_team *team) {
     for (int i = 0; team->watch != NULL && i < team->n; i++)
         if (team->watch[i] >= 0) close(team->watch[i]);
@@ -79,9 +102,9 @@ void cg_team_leave(cg_team *team) {
     team->watch = NULL;
 }
 
-static void ring(cg_team *team, int seat) {
-    atomic_fetch_add_explicit(&team->seats[seat].doorbell, 1, memory_order_seq_cst);
-    syscall(SYS_futex, &team->seats[seat].doorbell, FUTEX_WAKE, INT32_MAX, NULL, NULL, 0);
+static void ring(cg_bell *bell) {
+    atomic_fetch_add_explicit(&bell->doorbell, 1, memory_order_seq_cst);
+    syscall(SYS_futex, &bell->doorbell, FUTEX_WAKE, INT32_MAX, NULL, NULL, 0);
 }
 
 static int has_left(const cg_team *team, int seat) {
@@ -99,7 +122,11 @@ int cg_team_failed(const cg_team *team) {
 void cg_team_close(cg_team *team, int failed) {
     if (!has_left(team, team->me))
         atomic_store_explicit(&team->seats[team->me].state, failed ? CG_FAILED : CG_CLOSED, memory_order_seq_cst);
-    for (int i = 0; i < team->n; i++) ring(team, i);
+    for (int i = 0; i < team->n; i++) ring(&team->seats[i].bell);
+    for (cg_team *view = team->first; view != NULL; view = view->next) {
+        ring(view->bell);
+        ring(view->theirs);
+    }
 }
 
 int cg_team_leave_out(cg_team *team, int seat) {
@@ -107,16 +134,18 @@ int cg_team_leave_out(cg_team *team, int seat) {
     return atomic_compare_exchange_strong(&team->seats[seat].pid, &nobody, -1) || nobody == -1;
 }
 
-void cg_notify(cg_team *team, int seat) {
+void cg_notify_bell(cg_bell *bell) {
     /* Pairs with the fence in cg_wait: either the sleeper sees what was stored, or this sees that it sleeps. */
     atomic_thread_fence(memory_order_seq_cst);
-    if (atomic_load_explicit(&team->seats[seat].sleeping, memory_order_relaxed)) ring(team, seat);
+    if (atomic_load_explicit(&bell->sleeping, memory_order_relaxed)) ring(bell);
 }
+
+void cg_notify(cg_team *team, int seat) { cg_notify_bell(&team->seats[seat].bell); }
 
 void cg_notify_all(cg_team *team) {
     atomic_thread_fence(memory_order_seq_cst);
     for (int i = 0; i < team->n; i++)
-        if (i != team->me && atomic_load_explicit(&team->seats[i].sleeping, memory_order_relaxed)) ring(team, i);
+        if (i != team->me && atomic_load_explicit(&team->seats[i].bell.sleeping, memory_order_relaxed)) ring(&team->seats[i].bell);
 }
 
 /* Whether the process in that seat has ended. */
@@ -181,7 +210,7 @@ static int someone_elsewhere(cg_team *team, int watched) {
 }
 
 static int wait_on(cg_team *team, cg_condition ready, void *arg, int watched, int collective, int64_t deadline, int *who) {
-    cg_seat *mine = &team->seats[team->me];
+    cg_bell *mine = team->bell;
     for (int i = 0; i < team->spins; i++) {
         if (ready(arg)) return CG_OK;
         cg_pause();

@@ -1,7 +1,8 @@
 /* The participants of one piece of shared memory: who sits where, how they wait for each other, how a death is noticed.
  *
  * Every participant has a seat with a doorbell. Whoever waits for anything sleeps on its own doorbell, and whoever makes something true
- * rings the doorbells of those that sleep. The order of stores and loads in `cg_wait` and `cg_notify` is the one that
+ * rings the doorbells of those that sleep. A view serves one thread at a time; a ring between two has a view of its own on either side, with
+ * doorbells of its own, so that its messages move while another thread is in a collective. The order of stores and loads in `cg_wait` and `cg_notify` is the one that
  * tests/protocol_model.py explores: change them together.
  */
 #ifndef COMMGRAPH_TEAM_H
@@ -29,10 +30,15 @@ enum {
     CG_RESTART = 8,     /* the writer of a ring gave up on the record that was being read, and began another */
 };
 
+/* What one thread sleeps on. */
+typedef struct {
+    _Atomic uint32_t doorbell; /* counts what was rung */
+    _Atomic uint32_t sleeping; /* its owner is about to sleep, or does */
+} cg_bell;
+
 /* One participant, in shared memory. Two cache lines: the first is written by anyone, the second by its owner. */
 typedef struct {
-    _Alignas(CG_LINE) _Atomic uint32_t doorbell; /* counts what was rung */
-    _Atomic uint32_t sleeping;                   /* its owner is about to sleep, or does */
+    _Alignas(CG_LINE) cg_bell bell;
     _Alignas(CG_LINE) _Atomic uint32_t state;
     _Atomic int32_t pid;      /* 0 until somebody claims the seat; -1 where nobody ever will */
     uint64_t born;            /* start time of the process in clock ticks since boot: a pid may be used again */
@@ -51,14 +57,19 @@ typedef struct cg_team {
     int (*interrupted)(struct cg_team *); /* called every slice of a wait; non-zero ends it with CG_SIGNAL */
     void *user;
     uint64_t slice_ns;
+    cg_bell *bell, *theirs; /* its own; and of a further view that of its peer */
+    struct cg_team *first, *next; /* the further views of a seat */
 } cg_team;
 
 int64_t cg_clock_ns(void);
 
 /* Sits down: `seats` is zeroed memory of `n` seats. 0, or an errno: EBUSY where somebody sits, or sat. */
 int cg_team_join(cg_team *team, cg_seat *seats, int n, int me, int crowd);
+/* A further view of the seat of `of`, whose owner sleeps on `bell` and whose one peer does on `theirs`. */
+int cg_team_view(cg_team *view, cg_team *of, cg_bell *bell, cg_bell *theirs);
 void cg_team_leave(cg_team *team); /* frees the view; the seat stays as it is */
-/* Says that this side does nothing more, and wakes everybody. From any thread. */
+void cg_team_leave_view(cg_team *view, cg_team *of);
+/* Says that this side does nothing more, and wakes everybody. From any thread, but not while views come or go. */
 void cg_team_close(cg_team *team, int failed);
 /* Whether anybody else has died (CG_LOST) or, if not, left (CG_GONE); else CG_OK. Not beside a wait on the same view. */
 int cg_team_lost(cg_team *team, int *who);
@@ -75,6 +86,7 @@ typedef int (*cg_condition)(void *);
  * another call of the same number, or in a later one. `deadline`: CLOCK_MONOTONIC ns; below zero it is so far from the begin of this very wait. */
 int cg_wait(cg_team *team, cg_condition ready, void *arg, int watched, int collective, int64_t deadline, int *who);
 /* After a store that may make somebody's condition true. */
+void cg_notify_bell(cg_bell *bell);
 void cg_notify(cg_team *team, int seat);
 void cg_notify_all(cg_team *team);
 

@@ -1,0 +1,241 @@
+"""Operations that run while their caller goes on: the result to wait for, and the lane in which it comes about.
+
+What is begun and not waited for is made later by the blocking call itself, on a thread of its lane, in the order in which it was begun. So
+what goes over the wire is the same as if the caller had waited, and a rank may wait where its peer does not.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import attrs
+import torch
+
+from commgraph.errors import CollectiveTimeoutError, CommGraphError
+
+__all__ = ["Job", "Lane", "LaneThread", "Recv", "Send", "Work"]
+
+T = TypeVar("T")
+
+# Seconds that a thread without jobs stays: the next job of a pipeline comes sooner, and a group that is idle for longer has none.
+_LINGERING = 0.5
+
+
+@attrs.frozen(eq=False)
+class Send:
+    """One message of a `batch`.
+
+    Attributes:
+        x: any shape; not to be changed until the batch has ended.
+        dst: rank in the group, by default the next one.
+    """
+
+    x: torch.Tensor
+    dst: int | None = None
+
+
+@attrs.frozen(eq=False)
+class Recv:
+    """One message of a `batch`.
+
+    Attributes:
+        out: filled; of the shape and dtype of what is sent.
+        src: rank in the group, by default the previous one.
+    """
+
+    out: torch.Tensor
+    src: int | None = None
+
+
+class Job:
+    """Something to be done on a lane."""
+
+    def __init__(self, run: Callable[[], Any], at: str) -> None:
+        """Not begun.
+
+        Args:
+            run: does it.
+            at: place in the user's code that asked for it.
+        """
+        self._run: Callable[[], Any] | None = run
+        self._inference = torch.is_inference_mode_enabled()
+        self.at = at
+        self.ended = threading.Event()
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Does it, as the thread that asked for it would have; never raises."""
+        assert self._run is not None
+        try:
+            with torch.inference_mode(self._inference), torch.no_grad():
+                self.result = self._run()
+        except CommGraphError as error:
+            # It says all there is to say, and its frames would keep what the call held for as long as the error is kept.
+            self.error = error.with_traceback(None)
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._run = None
+            self.ended.set()
+
+
+class Work(Generic[T]):
+    """The result of an operation that goes on while its caller does something else.
+
+    Tensors that it reads or fills are kept until it has ended; until then they must not be changed, or read if they are filled. Dropping it
+    does not end it: messages are sent and received all the same. Any one thread may wait.
+    """
+
+    def __init__(self, where: str, facts: Mapping[str, Any], jobs: Sequence[Job], finish: Callable[[Sequence[Any]], T]) -> None:
+        """Not for users: made by the operations of a coordinator.
+
+        Args:
+            where: names the operation, its group and rank.
+            facts: what a `CollectiveError` about it carries.
+            jobs: what has to end.
+            finish: makes the result from those of the jobs, in `wait`.
+        """
+        self._where = where
+        self._facts = facts
+        self._jobs = tuple(jobs)
+        self._finish: Callable[[Sequence[Any]], T] | None = finish
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()
+
+    def is_completed(self) -> bool:
+        """Whether `wait` would not have to wait for a peer's part of it: it has ended, well or not."""
+        return all(job.ended.is_set() for job in self._jobs)
+
+    def wait(self, timeout: Any = None) -> T:
+        """Waits for the end, and gives the result; again and again the same one.
+
+        Args:
+            timeout: a timedelta or seconds; None: as long as the operation's own deadline lets it go on.
+
+        Raises:
+            CollectiveTimeoutError: `timeout` passed; the operation goes on and may be waited for again.
+            CommGraphError, ValueError, TypeError: what the operation itself came to.
+        """
+        seconds = None if timeout is None else _seconds(timeout, self._where)
+        deadline = None if seconds is None else time.monotonic() + seconds
+        for job in self._jobs:
+            if not job.ended.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0)):
+                raise CollectiveTimeoutError(f"{self._where}: not at its end after {seconds:g} s. It goes on: wait again", **self._facts)
+        with self._lock:
+            if self._finish is not None:
+                self._end()
+            error = self._error
+        if error is not None:
+            raise copy.copy(error) if isinstance(error, CommGraphError) else error
+        return self._result  # type: ignore[no-any-return]  # what `finish` gave
+
+    def _end(self) -> None:
+        finish, self._finish = self._finish, None
+        assert finish is not None
+        self._error = next((job.error for job in self._jobs if job.error is not None), None)
+        if self._error is None:
+            try:
+                self._result = finish([job.result for job in self._jobs])
+            except BaseException as error:
+                self._error = error
+        self._jobs = ()
+
+    def __repr__(self) -> str:
+        return f"<Work: {self._where}, {'ended' if self.is_completed() else 'under way'}>"
+
+
+def _seconds(timeout: Any, where: str) -> float:
+    seconds = timeout.total_seconds() if hasattr(timeout, "total_seconds") else timeout
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= threading.TIMEOUT_MAX:
+        raise ValueError(f"wait of {where}: timeout={timeout!r} is neither a datetime.timedelta nor seconds")
+    return float(seconds)
+
+
+class LaneThread(threading.Thread):
+    """Runs the jobs of one lane. `at`: place in the user's code that asked for the one that runs."""
+
+    at = ""
+
+
+class Lane:
+    """Jobs one after the other, on a thread that is there while there are some."""
+
+    def __init__(self, name: str, hold: Callable[[bool], None] | None = None) -> None:
+        """Without a thread as yet.
+
+        Args:
+            name: of its threads.
+            hold: told when the lane gets jobs and when it has none left.
+        """
+        self._name = name
+        self._hold = hold
+        self._changed = threading.Condition()
+        self._jobs: deque[Job] = deque()
+        self._open = 0  # jobs that have not ended
+        self._closed = False
+        self._thread: LaneThread | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything that was begun has ended."""
+        return not self._open
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the caller is a job of this very lane."""
+        return threading.current_thread() is self._thread
+
+    def submit(self, job: Job) -> None:
+        """Does it after everything that was begun before."""
+        with self._changed:
+            if self._hold is not None and self.is_idle:
+                self._hold(True)
+            self._jobs.append(job)
+            self._open += 1
+            if self._thread is None:
+                self._thread = LaneThread(target=self._work, name=self._name, daemon=True)
+                self._thread.start()
+            else:
+                self._changed.notify_all()
+
+    def settle(self, seconds: float) -> bool:
+        """Waits until everything that was begun has ended; False where that takes longer."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.is_idle, seconds)
+
+    def join(self, seconds: float) -> None:
+        """Waits for the thread, after the group was closed: its jobs end with an error."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join(seconds)
+
+    def _work(self) -> None:
+        here = threading.current_thread()
+        assert isinstance(here, LaneThread)
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._jobs) or self._closed, _LINGERING)
+                if not self._jobs:
+                    self._thread = None
+                    return
+                job = self._jobs.popleft()
+            here.at = job.at
+            job.run()
+            # Kept by its Work alone: what it holds goes with that, and not when the next one comes.
+            del job
+            with self._changed:
+                self._open -= 1
+                if not self._open:
+                    if self._hold is not None:
+                        self._hold(False)
+                    self._changed.notify_all()
