@@ -32,6 +32,8 @@ __all__ = ["Background", "GlooTransport", "as_bytes"]
 
 # No call uses the highest tag: a receive on it can only time out.
 _NEVER_SENT = 2**31 - 1
+# In gloo's errors of what was closed because a wait of this process ran out.
+_RAN_OUT = "Application timeout"
 # The part of a tag that tells one call from another; what is above it is the kind of message.
 _TAG_MASK = (1 << 28) - 1
 
@@ -114,7 +116,8 @@ class GlooTransport:
             self._keep.append((sends, receives, works))
             if time.monotonic() >= deadline and not self._aborted:
                 raise PeerLate(peer) from None
-            raise PeerClosed(peer, str(error)) from None
+            # The words for a wait of this side that ran out: another thread's, as it was not this one.
+            raise PeerClosed(self.rank_in_group if _RAN_OUT in str(error) else peer, str(error)) from None
         except BaseException:
             # Whatever it was, messages are under way that nobody will wait for: their buffers must live until the connections are gone.
             self._keep.append((sends, receives, works))

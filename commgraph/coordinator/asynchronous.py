@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -143,14 +144,13 @@ class AsynchronousOperations(MessageOperations):
             while rest and outgoing and self._offer(call, rest[0], peer, seconds):
                 rest.pop(0)
             if rest:
-                jobs.append(
-                    self._submit((peer, outgoing), lambda peer=peer, out=outgoing, xs=rest: self._each(call, xs, peer, out, seconds))
-                )
+                run = partial(self._each, call, rest, peer, "send" if outgoing else "recv", seconds)
+                jobs.append(self._submit((peer, outgoing), run))
         return Work(call.where, call.facts, jobs, lambda _: result)
 
-    def _each(self, call: Call, tensors: Sequence[torch.Tensor], peer: int, outgoing: bool, seconds: float) -> None:
+    def _each(self, call: Call, tensors: Sequence[torch.Tensor], peer: int, operation: str, seconds: float) -> None:
         for x in tensors:
-            self._exchange(call, [x], peer, "send" if outgoing else "recv", seconds)
+            self._exchange(call, [x], peer, operation, seconds)
 
     def _offer(self, call: Call, x: torch.Tensor, dst: int, seconds: float) -> bool:
         """Sends x here and now, if it need not wait for anything."""

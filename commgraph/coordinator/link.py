@@ -255,9 +255,13 @@ class GroupLink:
         try:
             yield
         except (PeerLate, PeerClosed, CallsDiffer, CollectiveError) as error:
+            if isinstance(error, PeerClosed) and error.peer == self.rank_in_group:
+                # A call of another lane ended this one and is about to say why.
+                deadline = time.monotonic() + 1.0
+                while self._broken is None and not self._closed and time.monotonic() < deadline:
+                    time.sleep(0.001)
             with self._failing:
                 if self._broken is not None:
-                    # A call of another lane has found out already, and ended this one with it.
                     raise copy.copy(self._broken) from None
                 if isinstance(error, PeerLate):
                     self._timed_out(call, what, timeout, error)

@@ -186,7 +186,8 @@ def programs(
 ) -> Program:
     """Programs that every rank runs alike: a layout, and operations over its groups with random tensors, dims, sizes and roots.
 
-    Some are only begun, and waited for a few operations later. Run one with ``spmd(program, program.world_size)``; it prints as what it is and shrinks to few ranks and few steps.
+    Some are only begun, and waited for a few operations later. Run one with ``spmd(program, program.world_size)``; it prints as what it is
+    and shrinks to few ranks and few steps.
 
     Args:
         draw: given by hypothesis.

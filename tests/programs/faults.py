@@ -252,6 +252,11 @@ def everything(group: GroupCoordinator, big: int = 1000) -> None:
         else:
             assert receive() == before
             send()
+    begun = group.all_reduce_async(x)
+    taken = torch.empty_like(x)
+    group.batch([cg.Recv(taken), cg.Send(x)]).wait()
+    assert taken[0] == before
+    assert begun.wait().eq(total).all()
     shared = group.empty((big,), torch.float32).fill_(me + 1)
     assert (group.all_reduce_(shared) == total).all()
     group.barrier()
@@ -272,7 +277,7 @@ def work(rank: Rank, seed: int) -> None:
             group = dice.choice((first, second))
             n, me, src, size = group.world_size, group.rank_in_group, dice.randrange(rank.n), int(10 ** dice.uniform(0, 6))
             x = torch.ones(size)
-            kind = dice.randrange(9)
+            kind = dice.randrange(11)
             if kind == 0:
                 group.all_reduce(x)
             elif kind == 1:
@@ -287,6 +292,14 @@ def work(rank: Rank, seed: int) -> None:
                 group.barrier()
             elif kind == 6:
                 group.all_to_all(torch.ones(n * (size // n + 1)))
+            elif kind == 9:
+                begun = group.all_reduce_async(x)
+                group.batch([cg.Recv(torch.empty(size)), cg.Send(x)]).wait()
+                begun.wait()
+            elif kind == 10:
+                sent = [group.isend_tensor_dict({"x": x, "y": i}) for i in range(3)]
+                for coming in [group.irecv_tensor_dict() for _ in sent]:
+                    coming.wait()
             else:
                 following = (src + 1) % n
                 if me == src:
