@@ -14,10 +14,14 @@ import torch.distributed as dist
 
 from commgraph.errors import BuildError, LayoutMismatchError
 
-__all__ = ["agree"]
+__all__ = ["PeerLeftError", "agree"]
 
 # Rank 0 answers at its deadline at the latest; the others, who may have begun to wait a little before it, hear it out.
 _GRACE = timedelta(seconds=5)
+
+
+class PeerLeftError(BuildError):
+    """A build ended because another rank of the group had ended it."""
 
 
 def agree(

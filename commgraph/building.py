@@ -13,6 +13,7 @@ import attrs
 import torch.distributed as dist
 
 from commgraph import compat
+from commgraph.agreement import PeerLeftError
 from commgraph.communicators.base import Communicator, Limits, PeerClosed, PeerLate, Refused
 from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.coordinator.link import GroupLink
@@ -21,17 +22,13 @@ from commgraph.hosts import Hosts
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import GroupFacts, Platform
 
-__all__ = ["CONNECTING", "Builder", "Connection", "Links", "PeerLeftError"]
+__all__ = ["CONNECTING", "Builder", "Connection", "Links"]
 
 # Prefix of the keys by which gloo connects a group. Two parts, as no name of a user's can have: those are one part each.
 CONNECTING = "gloo/connect"
 
 # Of a gloo device and its listener, beside one for each peer.
 _SPARE_DESCRIPTORS = 8
-
-
-class PeerLeftError(BuildError):
-    """A build ended because another rank of the group had ended it."""
 
 
 class Links:
@@ -141,8 +138,12 @@ class Builder:
             BackendUnavailableError: the platform has nothing that serves the options.
         """
         host_timeout = options.host_timeout or options.timeout or self.timeout
+
+        def again(ident: str) -> GroupLink:
+            return self.link(ident, ranks, self.connect(ident, ranks), platform, options, wants_device=wants_device)
+
         if connection is None:
-            return GroupLink(ident=ident, ranks=ranks, rank_in_group=0, host_timeout=host_timeout.total_seconds())
+            return GroupLink(ident=ident, ranks=ranks, rank_in_group=0, host_timeout=host_timeout.total_seconds(), again=again)
         try:
             rank_in_group = ranks.index(self.rank)
             nodes = tuple(self.hosts.nodes[rank] for rank in ranks)
@@ -161,6 +162,8 @@ class Builder:
                 host_timeout=host_timeout.total_seconds(),
                 check=options.check,
                 experts=options.experts,
+                again=again,
+                build_timeout=self.timeout,
             )
         except BaseException:
             connection.transport.close()

@@ -15,12 +15,11 @@ import torch
 import torch.distributed as dist
 
 import commgraph
-from commgraph.agreement import agree
-from commgraph.building import Builder, Connection, PeerLeftError
+from commgraph.agreement import PeerLeftError, agree
+from commgraph.building import Builder, Connection
 from commgraph.coordinator import GroupCoordinator
-from commgraph.coordinator.host_objects import HostObjects
+from commgraph.coordinator.host_objects import objects_of
 from commgraph.coordinator.link import GroupLink
-from commgraph.coordinator.objects import ObjectPath
 from commgraph.errors import BuildError, CommGraphError, ConfigurationError, LayoutError, LayoutMismatchError
 from commgraph.layout import Layout
 from commgraph.options import CommunicatorOptions
@@ -208,11 +207,14 @@ class ParallelContext:
         return "\n".join(lines)
 
     def _distinct(self) -> list[GroupCoordinator]:
-        """One coordinator for each set of communicators."""
+        """One coordinator for each set of communicators, those of siblings included."""
         distinct: dict[int, GroupCoordinator] = {}
-        for coordinator in self._groups.values():
-            if coordinator.world_size > 1:
-                distinct.setdefault(id(coordinator._link), coordinator)
+        waiting = list(self._groups.values())
+        while waiting:
+            coordinator = waiting.pop(0)
+            if coordinator.world_size > 1 and id(coordinator._link) not in distinct:
+                distinct[id(coordinator._link)] = coordinator
+                waiting += coordinator._link.siblings
         return list(distinct.values())
 
     # Life.
@@ -378,9 +380,8 @@ def build_context(
 
 def build_coordinator(world: World, name: str, link: GroupLink) -> GroupCoordinator:
     """The first coordinator on a link."""
-    strategy, mailbox = link.comparing, link.mailbox
-    objects = ObjectPath(link) if strategy is None or mailbox is None else HostObjects(link, strategy, mailbox)
-    coordinator = GroupCoordinator(name, world.rank, link.ranks, world.local_rank, world.device, link, objects, link.door(), world.token)
+    objects, door = objects_of(link), link.door()
+    coordinator = GroupCoordinator(name, world.rank, link.ranks, world.local_rank, world.device, link, objects, door, world.token)
     link.join(coordinator)
     return coordinator
 

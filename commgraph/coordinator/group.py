@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import attrs
 import torch
 
 from commgraph import compat
 from commgraph.coordinator.call import Timeout
 from commgraph.coordinator.experts import ExpertOperations
+from commgraph.coordinator.host_objects import objects_of
 
 __all__ = ["GroupCoordinator"]
 
@@ -74,6 +76,27 @@ class GroupCoordinator(ExpertOperations):
     """
 
     # Life.
+
+    def sibling(self, name: str) -> GroupCoordinator:
+        """A coordinator of the same ranks with communicators of its own, so that its operations overlap with this one's. Collective.
+
+        It has the options of this one, belongs to the same context, and is closed with it (or earlier, by its own `close`).
+
+        Args:
+            name: what errors call it; the same on every rank.
+
+        Raises:
+            LayoutMismatchError: the ranks gave different names.
+            BuildError: a rank could not build its part, or did not come in time.
+        """
+        self._link.ensure_open(self.name)
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"sibling of group {self.name!r} (rank {self.rank}): name={name!r}: a non-empty string is needed")
+        link = self._link.sibling(name)
+        coordinator = attrs.evolve(self, name=name, link=link, objects=objects_of(link), door=link.door())
+        link.join(coordinator)
+        self._link.siblings.append(coordinator)
+        return coordinator
 
     def prepare_communication_buffer_for_model(self, model: torch.nn.Module) -> None:
         """Lets the strategies size their buffers from `model`. Collective."""

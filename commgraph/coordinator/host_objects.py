@@ -18,13 +18,19 @@ from commgraph.communicators.base import CallsDiffer, Communicator
 from commgraph.communicators.signature import COLLECTIVE, make_tag
 from commgraph.coordinator.call import Call
 from commgraph.coordinator.link import GroupLink
-from commgraph.coordinator.objects import nothing_yet, refuse_object
+from commgraph.coordinator.objects import ObjectPath, nothing_yet, refuse_object
 from commgraph.coordinator.tensor_dict import Entry
 from commgraph.shm.mailbox import DICT, OBJECT, SIZES, Mailbox
 from commgraph.shm.pickling import buffer_of, loads, tensor_over
 from commgraph.shm.stopped import TIMEOUT, Stopped
 
-__all__ = ["HostObjects"]
+__all__ = ["HostObjects", "objects_of"]
+
+
+def objects_of(link: GroupLink) -> HostObjects | ObjectPath:
+    """How the objects of a group travel."""
+    strategy, mailbox = link.comparing, link.mailbox
+    return ObjectPath(link) if strategy is None or mailbox is None else HostObjects(link, strategy, mailbox)
 
 
 class HostObjects:

@@ -13,6 +13,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -20,12 +21,13 @@ import attrs
 import torch
 import torch.distributed as dist
 
+from commgraph.agreement import PeerLeftError, agree
 from commgraph.communicators.base import OPERATIONS, CallsDiffer, Communicator, PeerClosed, PeerLate, Refused
 from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.communicators.shm import make_door
 from commgraph.communicators.signature import CHECK, COLLECTIVE, make_tag
 from commgraph.coordinator.call import Call, place
-from commgraph.errors import CollectiveError, CollectiveMismatchError, CollectiveTimeoutError, ContextClosedError, PeerLostError
+from commgraph.errors import BuildError, CollectiveError, CollectiveMismatchError, CollectiveTimeoutError, ContextClosedError, PeerLostError
 from commgraph.shm import native_module
 from commgraph.work import Job, Lane
 
@@ -85,6 +87,8 @@ class GroupLink:
         host_timeout: float = 0.0,
         check: bool = False,
         experts: int | None = None,
+        again: Callable[[str], GroupLink] | None = None,
+        build_timeout: timedelta = timedelta(0),
     ) -> None:
         """Not for users: made while a context is built.
 
@@ -100,6 +104,8 @@ class GroupLink:
             host_timeout: default deadline in seconds, of host tensors and objects.
             check: compare every call with the peers'.
             experts: how many there are, where rows go only to the ranks whose experts they need.
+            again: makes such a link once more, under another ident. Collective.
+            build_timeout: deadline of that.
         """
         self.ident = ident
         self.ranks = ranks
@@ -115,6 +121,11 @@ class GroupLink:
         self.host_timeout = host_timeout
         self.check = check
         self.experts = experts
+        self._again = again
+        self._build_timeout = build_timeout
+        # Coordinators of the same ranks with communicators of their own, which end with this one.
+        self.siblings: list[GroupCoordinator] = []
+        self._begotten = 0
         self._sequence = 0
         self.coordinators: tuple[GroupCoordinator, ...] = ()
         self._store = store
@@ -436,6 +447,35 @@ class GroupLink:
         for communicator in self.communicators:
             communicator.abort()
 
+    def sibling(self, name: str) -> GroupLink:
+        """A link of the same ranks, made like this one. Collective: whole, or an error on every rank."""
+        assert self._again is not None
+        self.siblings = [one for one in self.siblings if not one._link.is_closed]
+        number, self._begotten = self._begotten, self._begotten + 1
+        ident, what = f"{self.ident}/sibling {number}", f"sibling {name!r} of group {self.ident}"
+        if self._store is None:
+            return self._again(ident)
+        store = dist.PrefixStore(f"sibling/{number}", self._store)
+
+        def tell(step: str, facts: Mapping[str, str], **failed: Any) -> None:
+            place = dist.PrefixStore(step, store)
+            agree(place, self.rank_in_group, self.world_size, facts, what=what, timeout=self._build_timeout, **failed)
+
+        tell("begin", {"its name": name})
+        try:
+            link = self._again(ident)
+        except BaseException as error:
+            follows = isinstance(error, PeerLeftError)
+            with contextlib.nullcontext() if follows else contextlib.suppress(BuildError):
+                tell("end", {}, error=f"{type(error).__name__}: {error}", follows=follows)
+            raise
+        try:
+            tell("end", {"its strategies": repr(dict(link.table))})
+        except BaseException:
+            link.close()
+            raise
+        return link
+
     def abort(self) -> None:
         """Ends what runs on this group, here and on the peers. From any thread."""
         self._closed = True
@@ -444,6 +484,10 @@ class GroupLink:
     def close(self) -> None:
         """Releases everything this rank holds, without communicating. Idempotent."""
         self._closed = True
+        for sibling in self.siblings:
+            sibling.close()
+        self.siblings = []
+        self._again = None
         for communicator in self.communicators:
             communicator.close()
         # Their jobs have ended, or do now: with an error.
