@@ -6,14 +6,15 @@ import hashlib
 import os
 import resource
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import ClassVar
 
 import attrs
 import torch.distributed as dist
 
 from commgraph import compat
-from commgraph.agreement import PeerLeftError
+from commgraph.agreement import PeerLeftError, agree
 from commgraph.communicators.base import Communicator, Limits, PeerClosed, PeerLate, Refused
 from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.coordinator.link import GroupLink
@@ -94,6 +95,13 @@ class Builder:
     timeout: timedelta
     authkey: bytes | None = attrs.field(repr=False)
     links: Links
+
+    # Whether what it makes has to be closed.
+    holds_something: ClassVar[bool] = True
+
+    def agree(self, store: dist.Store, facts: Mapping[str, str], *, what: str, error: str = "", follows: bool = False) -> None:
+        """`commgraph.agreement.agree` among all ranks of the world, until the deadline of a build."""
+        agree(store, self.rank, len(self.hosts.nodes), facts, what=what, timeout=self.timeout, error=error, follows=follows)
 
     def connect(self, ident: str, ranks: tuple[int, ...]) -> Connection | None:
         """Connects the ranks of one group. Collective over them; None for one rank, which needs nothing.

@@ -6,6 +6,7 @@ change in this file.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -30,6 +31,7 @@ __all__ = [
     "gloo_available",
     "gloo_device",
     "is_traced",
+    "keep_order",
     "known_to_modes",
     "make_gloo",
     "mark_written",
@@ -173,6 +175,29 @@ def below_autograd() -> Any:
 def check(condition: Any, message: Callable[[], str]) -> None:
     """Raises ValueError where a condition on sizes does not hold; sizes that are symbols learn of it. Privately `torch._check_value`."""
     torch._check_value(condition, message)
+
+
+def keep_order(name: str) -> None:
+    """Tells inductor, once it is there, that an operator of ours is a collective: such it keeps in the order of the graph.
+
+    Left to itself it sorts what does not depend on each other anew after it has fused kernels, and fuses by sizes; where those differ by
+    rank, so would the order of the collectives. Privately `torch._inductor.ir._CollectiveKernel`, which its scheduler looks for, and
+    `torch._inductor.lowering.lowerings` and `register_lowering`.
+
+    Args:
+        name: of the operator, whose namespace is commgraph.
+    """
+    lowering: Any = sys.modules.get("torch._inductor.lowering")
+    operator = getattr(torch.ops.commgraph, name).default
+    if lowering is None or operator in lowering.lowerings:
+        return
+    from torch._inductor import ir
+
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        made = ir._CollectiveKernel.create(operator, *args, **kwargs)
+        return torch.utils._pytree.tree_map(lambda x: x.wrap_for_lowering() if isinstance(x, ir.IRNode) else x, made)
+
+    lowering.register_lowering(operator, type_promotion_kind=None)(lower)
 
 
 def known_to_modes(x: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import commgraph
-from commgraph.agreement import PeerLeftError, agree
+from commgraph.agreement import PeerLeftError
 from commgraph.building import Builder, Connection
 from commgraph.coordinator import GroupCoordinator
 from commgraph.coordinator.host_objects import objects_of
@@ -236,7 +236,7 @@ class ParallelContext:
             for coordinator in self._distinct():
                 coordinator._link.drain(max(deadline - time.monotonic(), 0.0))
             try:
-                world.barrier(timeout=max(deadline - time.monotonic(), 0.001))
+                world._barrier(max(deadline - time.monotonic(), 0.001))
             except CommGraphError as error:
                 # As text: a record that is kept must not keep the connections, through the error's traceback.
                 logger.warning("context %r was closed on rank %d without its peers: %s", self._name, self.rank, str(error))
@@ -317,7 +317,7 @@ def build_context(
             raise ConfigurationError(f"{what} is open already: close it first, or give the new one another name")
         plan = _plan(layout, size, groups, options)
     except (ConfigurationError, TypeError) as error:
-        _report(begin, rank, size, what, builder.timeout, error)
+        _report(builder, begin, what, error)
         raise
     facts = {
         "the layout": f"{layout!r} {layout.digest}",
@@ -325,7 +325,7 @@ def build_context(
         "the platform": platform.name,
         "the versions": f"commgraph {commgraph.__version__}, torch {torch.__version__}",
     }
-    agree(begin, rank, size, facts, what=what, timeout=builder.timeout)
+    builder.agree(begin, facts, what=what)
 
     end = dist.PrefixStore("end", store)
     # Groups may share that have the same ranks in the same order and the same options, both served alike. On the host there is no
@@ -351,14 +351,14 @@ def build_context(
     except PeerLeftError as error:
         _undo(builder, coordinators, connections)
         # Why it left is told by that rank, and raised here.
-        agree(end, rank, size, {}, what=what, timeout=builder.timeout, error=str(error), follows=True)
+        builder.agree(end, {}, what=what, error=str(error), follows=True)
         raise
     except BaseException as error:
         _undo(builder, coordinators, connections)
-        _report(end, rank, size, what, builder.timeout, error)
+        _report(builder, end, what, error)
         raise
     try:
-        agree(end, rank, size, routing, what=what, timeout=builder.timeout)
+        builder.agree(end, routing, what=what)
     except BaseException:
         _undo(builder, coordinators, connections)
         raise
@@ -403,10 +403,10 @@ def _undo(builder: Builder, coordinators: Mapping[str, GroupCoordinator], connec
     builder.links.prune()
 
 
-def _report(store: dist.Store, rank: int, size: int, what: str, timeout: timedelta, error: BaseException) -> None:
+def _report(builder: Builder, store: dist.Store, what: str, error: BaseException) -> None:
     """Tells the others why this rank raises; their errors name it, this rank raises its own."""
     with contextlib.suppress(BuildError):
-        agree(store, rank, size, {}, what=what, timeout=timeout, error=f"{type(error).__name__}: {error}")
+        builder.agree(store, {}, what=what, error=f"{type(error).__name__}: {error}")
 
 
 def _plan(

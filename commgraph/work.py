@@ -18,7 +18,7 @@ import torch
 
 from commgraph.errors import CollectiveTimeoutError, CommGraphError
 
-__all__ = ["Job", "Lane", "LaneThread", "Recv", "Send", "Work"]
+__all__ = ["Finished", "Job", "Lane", "LaneThread", "Recv", "Send", "Work"]
 
 T = TypeVar("T")
 
@@ -149,6 +149,24 @@ class Work(Generic[T]):
 
     def __repr__(self) -> str:
         return f"<Work: {self._where}, {'ended' if self.is_completed() else 'under way'}>"
+
+
+class Finished(Work[T]):
+    """One that had nothing to wait for, as where torch traces; simple enough that it may be made there."""
+
+    def __init__(self, result: T) -> None:
+        self._result = result
+
+    def is_completed(self) -> bool:
+        """True."""
+        return True
+
+    def wait(self, timeout: Any = None) -> T:
+        """The result."""
+        return self._result  # type: ignore[no-any-return]  # what it was made of
+
+    def __repr__(self) -> str:
+        return "<Work: ended>"
 
 
 def _seconds(timeout: Any, where: str) -> float:

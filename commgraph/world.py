@@ -88,7 +88,7 @@ class World:
         self.store = dist.PrefixStore("user", builder.store)
         # Every operator that must stay in the order of the program says that it changes this.
         with torch.inference_mode(False):
-            self.token = torch.zeros(())
+            self.token = torch.zeros((), device="meta" if device.type == "meta" else "cpu")
         # Nothing of the World itself may be reachable from here, or it would never be collected.
         self._finalizer = weakref.finalize(self, builder.links.release)
         try:
@@ -171,7 +171,7 @@ class World:
             LaunchError: a rank out of range, or an init method of another form.
             BuildError: the ranks did not meet in time.
         """
-        _check_rank(rank, world_size)
+        check_rank(rank, world_size)
         store = open_store(init_method, rank=rank, world_size=world_size, timeout=timeout) if world_size > 1 else None
         return cls._make(store, rank, world_size, local_rank, timeout, device, platform, authkey)
 
@@ -194,7 +194,7 @@ class World:
             LaunchError: a rank out of range.
             BuildError: the ranks did not meet in time.
         """
-        _check_rank(rank, world_size)
+        check_rank(rank, world_size)
         return cls._make(store, rank, world_size, local_rank, timeout, device, platform, authkey)
 
     @classmethod
@@ -386,7 +386,7 @@ class World:
                 context.close(timeout)
             if self.size > 1 and not self.group._link.is_broken:
                 try:
-                    self.group.barrier(timeout=timeout)
+                    self.group._barrier(timeout)
                 except CommGraphError as error:
                     # As text: a record that is kept must not keep the world, nor the frames of the error.
                     logger.warning("%s was closed without its peers: %s", repr(self), str(error))
@@ -434,7 +434,7 @@ class World:
     def __del__(self) -> None:
         # Closing is collective and garbage collection is not: the finalizer drops what this rank holds, and this says so.
         state = getattr(self, "_state", None)
-        if state is not None and not state.closed and getattr(self, "size", 1) > 1:
+        if state is not None and not state.closed and getattr(self, "size", 1) > 1 and self._builder.holds_something:
             with contextlib.suppress(AttributeError):
                 warnings.warn(
                     f"{self!r} was never closed: use `with`, or close() on every rank", ResourceWarning, stacklevel=2, source=self
@@ -455,7 +455,8 @@ class World:
         return f"<World: rank {self.rank} of {self.size} on {self.device}{', closed' if self.closed else ''}>"
 
 
-def _check_rank(rank: int, world_size: int) -> None:
+def check_rank(rank: int, world_size: int) -> None:
+    """Refuses a rank that the world has not."""
     if world_size < 1 or not 0 <= rank < world_size:
         raise LaunchError(f"rank={rank} of world_size={world_size}: ranks are numbered 0 to world_size - 1, and there is at least one")
 

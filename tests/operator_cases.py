@@ -94,6 +94,12 @@ def _out(tp: GroupCoordinator, x: torch.Tensor) -> torch.Tensor:
     return tp.reduce_scatter(out, 1, out=torch.empty_like(x)) + 1
 
 
+def _begun(tp: GroupCoordinator, x: torch.Tensor) -> torch.Tensor:
+    total, whole = tp.all_reduce_async(x), tp.all_gather_async(x, 0)
+    piece = tp.reduce_scatter_async(whole.wait(), 0, out=torch.empty_like(x))
+    return total.wait() + piece.wait()
+
+
 def _broadcast(tp: GroupCoordinator, x: torch.Tensor) -> torch.Tensor:
     y = x.sin()
     return tp.broadcast(y, 1) + y
@@ -169,6 +175,7 @@ CASES = MappingProxyType(
         ),
         "broadcast": Case(_broadcast, lambda xs: [xs[1].sin() * 2] * len(xs)),
         "out": Case(_out, lambda xs: [len(xs) * x + 1 for x in xs]),
+        "begun and waited for": Case(_begun, lambda xs: [summed(xs) + len(xs) * x for x in xs], differentiable=False),
         "send and recv": Case(_ring, _ring_oracle, differentiable=False),
         "dispatch and combine": Case(_dispatched, lambda xs: [len(xs) * 3 * x * x for x in xs], lambda n, rank: (rows(n)[rank], 3)),
         "dispatch and combine of equal rows": Case(_dispatched_evenly, lambda xs: [x * x * (len(xs) * (len(xs) + 1) // 2) for x in xs]),

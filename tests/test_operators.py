@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import commgraph as cg
 from commgraph.coordinator import GroupCoordinator
-from commgraph.testing import spmd
+from commgraph.testing import fake_world, spmd
 from tests.operator_cases import CASES, crossing, expected, given, rows, weight
 
 BACKENDS = (
@@ -370,6 +370,18 @@ def test_opcheck(name: str) -> None:
         torch.library.opcheck(getattr(torch.ops.commgraph, name).default, SAMPLES[name](x, tp))
 
     on(1, body)
+
+
+@pytest.mark.parametrize("name", ["send", "recv"])
+def test_opcheck_of_messages(name: str) -> None:
+    """One rank has nobody to send to, and of two that call alike neither would receive: in a world without peers."""
+    with fake_world(2) as world:
+        tp = world.context(cg.Layout(2, tp=2), name="main").tp
+        samples: dict[str, tuple[Any, ...]] = {
+            "send": (torch.empty(4, 3, device="meta"), tp, 1, tp._token),
+            "recv": (tp, [4, 3], torch.float32, 1, torch.device("meta"), tp._token),
+        }
+        torch.library.opcheck(getattr(torch.ops.commgraph, name).default, samples[name])
 
 
 def test_the_page_lists_the_operators() -> None:

@@ -13,12 +13,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from commgraph.communicators import signature
+from commgraph.coordinator import traced
 from commgraph.coordinator.call import Call, Timeout, place
 from commgraph.coordinator.link import LaneKey
 from commgraph.coordinator.messages import MessageOperations
-from commgraph.work import Job, Recv, Send, Work
+from commgraph.work import Finished, Job, Recv, Send, Work
 
 if TYPE_CHECKING:
     from commgraph.coordinator.group import GroupCoordinator
@@ -29,12 +31,17 @@ T = TypeVar("T")
 
 
 class AsynchronousOperations(MessageOperations):
-    """The same with a `Work` for a result. Arguments are checked when it is begun; the deadline counts from when its turn comes."""
+    """The same with a `Work` for a result. Arguments are checked when it is begun; the deadline counts from when its turn comes.
+
+    Where torch traces, a collective is its blocking operator and has ended at once; messages that nobody waits for cannot be traced.
+    """
 
     # Collectives.
 
     def all_reduce_async(self, x: torch.Tensor, *, op: str = "sum", timeout: Timeout = None) -> Work[torch.Tensor]:
         """`all_reduce`, whose result `Work.wait` gives. x must not be changed until then."""
+        if is_dynamo_compiling() or traced.looks_on(x):
+            return Finished(self.all_reduce(x, op=op, timeout=timeout))
         with self._beginning("all_reduce_async", timeout) as call:
             call.op(op, call.tensor(x).dtype)
         return self._begun(call, lambda: self.all_reduce(x, op=op, timeout=timeout))
@@ -43,6 +50,8 @@ class AsynchronousOperations(MessageOperations):
         self, x: torch.Tensor, dim: int = -1, *, out: torch.Tensor | None = None, timeout: Timeout = None
     ) -> Work[torch.Tensor]:
         """`all_gather`, whose result `Work.wait` gives. Until then x must not be changed, nor `out` be touched."""
+        if is_dynamo_compiling() or traced.looks_on(x):
+            return Finished(self.all_gather(x, dim, out=out, timeout=timeout))
         with self._beginning("all_gather_async", timeout) as call:
             shape = list(call.tensor(x).shape)
             shape[call.dim(x, dim)] *= self.world_size
@@ -54,6 +63,8 @@ class AsynchronousOperations(MessageOperations):
         self, x: torch.Tensor, dim: int = -1, *, op: str = "sum", out: torch.Tensor | None = None, timeout: Timeout = None
     ) -> Work[torch.Tensor]:
         """`reduce_scatter`, whose result `Work.wait` gives. Until then x must not be changed, nor `out` be touched."""
+        if is_dynamo_compiling() or traced.looks_on(x):
+            return Finished(self.reduce_scatter(x, dim, op=op, out=out, timeout=timeout))
         with self._beginning("reduce_scatter_async", timeout) as call:
             shape = list(call.tensor(x).shape)
             at = call.dim(x, dim)

@@ -411,6 +411,10 @@ class TensorOperations(GroupFacts):
             traced.plain(timeout)
             traced.barrier(self)
             return
+        self._barrier(timeout)
+
+    def _barrier(self, timeout: Timeout) -> None:
+        """The same where torch traces, too: it is the ranks that wait, and not the program that is traced."""
         call, seconds = self._begin("barrier", timeout)
         if self.world_size > 1:
             strategy = self._link.route("barrier", (), None, torch.device("cpu"))

@@ -96,8 +96,8 @@ class _DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = _Attention(config, layer, ctx, dtype)
         self.mlp = _MLP(config, ctx, dtype)
-        self.input_layernorm = RMSNorm(config).to(dtype)
-        self.post_attention_layernorm = RMSNorm(config).to(dtype)
+        self.input_layernorm = RMSNorm(config, dtype)
+        self.post_attention_layernorm = RMSNorm(config, dtype)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """``[1, T, H]`` to ``[1, T, H]``."""
@@ -116,7 +116,7 @@ class _Decoder(nn.Module):
         # Keyed by the layer's number in the whole model, as the checkpoint's names are; the cache counts from the stage's first.
         self.layers = nn.ModuleDict({str(first + i): _DecoderLayer(config, i, ctx, dtype) for i in range(per_stage)})
         if ctx.pp.is_last_rank:
-            self.norm = RMSNorm(config).to(dtype)
+            self.norm = RMSNorm(config, dtype)
 
 
 class ShardedLlama(nn.Module):

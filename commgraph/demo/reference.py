@@ -67,9 +67,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class RMSNorm(nn.Module):
     """``x / rms(x) * weight`` over the last dim."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.weight = nn.Parameter(torch.ones(config.hidden_size, dtype=dtype))
         self.eps = config.norm_eps
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ checkpoint of an unsharded model and the ranks' shares; ``rebind`` moves a model
 
 from commgraph.nn import functional
 from commgraph.nn.embedding import ParallelLMHead, VocabParallelEmbedding
+from commgraph.nn.experts import ExpertParallelMLP
 from commgraph.nn.layer import ParallelLayer
 from commgraph.nn.linear import ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from commgraph.nn.rebind import rebind
@@ -13,6 +14,7 @@ from commgraph.nn.state import LoadReport, NameMapping, full_state_dict, load_fu
 
 __all__ = [
     "ColumnParallelLinear",
+    "ExpertParallelMLP",
     "LoadReport",
     "MergedColumnParallelLinear",
     "NameMapping",

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
 from commgraph.context import ParallelContext
+from commgraph.coordinator.traced import looks_on
 from commgraph.nn.functional import reduce_from
 from commgraph.nn.layer import ParallelLayer
 from commgraph.nn.linear import ColumnLinear
@@ -67,9 +69,9 @@ class VocabParallelEmbedding(ParallelLayer):
 
         Raises:
             ValueError: an id out of range, where ids are on the host; nothing was sent. On an accelerator, where looking would stop the
-                host, its own lookup asserts, as it does in ``torch.nn.Embedding``.
+                host, and in compiled code the lookup itself fails, as it does in ``torch.nn.Embedding``.
         """
-        if ids.device.type == "cpu":
+        if not is_dynamo_compiling() and ids.device.type == "cpu" and not looks_on(ids):
             self._check(ids)
         if self.group.world_size == 1:
             return F.embedding(ids, self.weight)

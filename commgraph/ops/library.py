@@ -62,10 +62,11 @@ def define(
 
 
 def _telling(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """`fake`, whose errors say which rank of which group called what."""
+    """`fake`, whose errors say which rank of which group called what; it is the last of us to be called before code is made."""
 
     @functools.wraps(fake)
     def call(*args: Any, **kwargs: Any) -> Any:
+        compat.keep_order(name)
         try:
             return fake(*args, **kwargs)
         except ValueError as error:

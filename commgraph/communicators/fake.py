@@ -1,0 +1,68 @@
+"""The strategy of a world without peers: shapes come out, and nothing goes anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from commgraph.communicators.base import OPERATIONS, Communicator
+
+__all__ = ["FakeCommunicator"]
+
+
+class FakeCommunicator(Communicator):
+    """Serves every operation on meta tensors, whose results are there as soon as they are made."""
+
+    name: ClassVar[str] = "fake"
+    operations: ClassVar[frozenset[str]] = frozenset(OPERATIONS)
+
+    def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:
+        """Tensors without data, and what has no tensor."""
+        return device.type == "meta" or dtype is None
+
+    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
+        return x
+
+    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, timeout: float) -> None:
+        pass
+
+    def reduce_scatter(
+        self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, timeout: float
+    ) -> None:
+        pass
+
+    def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], *, tag: int, timeout: float) -> None:
+        pass
+
+    def gather(self, x: torch.Tensor, pieces: Sequence[torch.Tensor] | None, dst: int, *, tag: int, timeout: float) -> None:
+        pass
+
+    def broadcast(self, x: torch.Tensor, src: int, *, tag: int, timeout: float) -> None:
+        pass
+
+    def barrier(self, *, tag: int, timeout: float) -> None:
+        pass
+
+    def exchange(
+        self,
+        sends: Sequence[tuple[torch.Tensor, int]],
+        receives: Sequence[tuple[torch.Tensor, int]],
+        *,
+        tag: int,
+        timeout: float,
+    ) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def describe(self) -> str:
+        return "shapes only: a world without peers"

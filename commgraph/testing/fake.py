@@ -1,0 +1,140 @@
+"""A World of any size in one process: its operations answer shapes, so that a model can be traced for ranks that do not exist."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import ClassVar, NoReturn
+
+import attrs
+import torch
+import torch.distributed as dist
+
+from commgraph import compat
+from commgraph.building import Builder, Connection, Links
+from commgraph.communicators.base import Communicator
+from commgraph.communicators.fake import FakeCommunicator
+from commgraph.communicators.gloo_transport import Background, GlooTransport
+from commgraph.coordinator.link import GroupLink
+from commgraph.errors import BackendUnavailableError, UnsupportedTensorError
+from commgraph.hosts import Hosts
+from commgraph.options import CommunicatorOptions
+from commgraph.platforms import CpuPlatform, Platform
+from commgraph.world import World, check_rank
+
+__all__ = ["fake_world"]
+
+_NEVER_WAITED = timedelta(seconds=1)
+
+
+def fake_world(world_size: int, rank: int = 0, *, device: torch.device | str = "meta") -> World:
+    """A World of `world_size` ranks, of which this process is one and the others do not exist.
+
+    Its contexts have every group of their layout, at no cost, and their operations answer shapes: on meta tensors, and under torch's
+    fake-tensor mode on fake tensors of any device, also while a model is compiled or exported. There is nobody whose data could come:
+    real tensors are refused, and so is whatever would receive an object. A layout of thousands of ranks is no more than one of two.
+
+    Args:
+        world_size: number of ranks.
+        rank: which of them this process plays.
+        device: of its coordinators: ``"meta"``, or that of the fake tensors, e.g. ``"cuda"`` (no such device is needed).
+
+    Raises:
+        LaunchError: a rank out of range.
+    """
+    check_rank(rank, world_size)
+    alike = (0,) * world_size
+    store = dist.HashStore()
+    builder = _FakeBuilder(store, rank, Hosts(rank, alike, b"", alike), False, _NEVER_WAITED, None, Links())
+    return World(builder, local_rank=rank, device=torch.device(device), platform=CpuPlatform(), store=store)
+
+
+@attrs.frozen
+class _FakeBuilder(Builder):
+    """Makes groups that have no connections, and agrees with nobody."""
+
+    holds_something: ClassVar[bool] = False
+
+    def agree(self, store: dist.Store, facts: Mapping[str, str], *, what: str, error: str = "", follows: bool = False) -> None:
+        pass
+
+    def connect(self, ident: str, ranks: tuple[int, ...]) -> Connection | None:
+        return None if len(ranks) == 1 else Connection(self.store, _NoTransport(ranks.index(self.rank), len(ranks)))
+
+    def link(
+        self,
+        ident: str,
+        ranks: tuple[int, ...],
+        connection: Connection | None,
+        platform: Platform,
+        options: CommunicatorOptions,
+        *,
+        wants_device: bool,
+    ) -> GroupLink:
+        def again(ident: str) -> GroupLink:
+            return self.link(ident, ranks, self.connect(ident, ranks), platform, options, wants_device=wants_device)
+
+        me = ranks.index(self.rank)
+        return _FakeLink(
+            ident=ident,
+            ranks=ranks,
+            rank_in_group=me,
+            communicators=[] if connection is None else [FakeCommunicator(me, len(ranks))],
+            transport=None if connection is None else connection.transport,
+            host_timeout=_NEVER_WAITED.total_seconds(),
+            experts=options.experts,
+            again=again,
+        )
+
+
+class _FakeLink(GroupLink):
+    """Finds no strategy for tensors that have data."""
+
+    def route(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device) -> Communicator:
+        # Under a mode nothing has data, whatever its device.
+        place = torch.device("meta") if compat.count_modes()() else device
+        (fake,) = self.communicators
+        if fake.accepts(operation, shape, dtype, place, capturing=False):
+            return fake
+        raise UnsupportedTensorError(
+            f"{operation} in group {self.ident} of a fake world (rank {self.ranks[self.rank_in_group]}): a {dtype} tensor {tuple(shape)} "
+            f"on {device} has data, and there are no peers to exchange it with: give meta or fake tensors, or run it in "
+            "commgraph.testing.spmd",
+            operation=operation,
+            rank=self.ranks[self.rank_in_group],
+        )
+
+
+class _NoTransport(GlooTransport):
+    """Sends into the void, and has nothing to receive."""
+
+    def __init__(self, rank_in_group: int, world_size: int) -> None:
+        self.rank_in_group = rank_in_group
+        self.world_size = world_size
+        self.process_group = None
+
+    @property
+    def bytes_sent(self) -> int:
+        """Nothing is sent."""
+        return 0
+
+    def exchange(
+        self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]], *, tag: int, timeout: float
+    ) -> None:
+        if receives:
+            self._nobody(receives[0][1])
+
+    def receive_later(self, tensor: torch.Tensor, peer: int, *, tag: int) -> Background:
+        self._nobody(peer)
+
+    def _nobody(self, peer: int) -> NoReturn:
+        raise BackendUnavailableError(
+            f"an object from rank {peer} of a group of {self.world_size} in a fake world: there is no such peer, so nothing can come "
+            "from it. Run this in commgraph.testing.spmd"
+        )
+
+    def abort(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
