@@ -28,11 +28,13 @@ __all__ = [
     "count_modes",
     "default_store",
     "dlpack_exchange",
+    "enter_tables",
     "gloo_available",
     "gloo_device",
     "is_traced",
     "keep_order",
     "known_to_modes",
+    "leave_tables",
     "make_gloo",
     "mark_written",
     "opaque",
@@ -91,6 +93,38 @@ def wrap_gloo(store: dist.Store, rank: int, size: int, backend: Any) -> dist.Pro
     group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
     return group
+
+
+def enter_tables(group: dist.ProcessGroup, name: Any, ranks: Sequence[int], store: dist.Store) -> None:
+    """Lists a group of gloo's with torch.distributed under a name; `ranks` are those of the default group, in group order.
+
+    Privately `torch.distributed.distributed_c10d._world` and `_register_process_group`, and the methods by which a group has a name.
+    """
+    from torch.distributed import distributed_c10d as c10d
+
+    group._set_group_name(name)
+    group._set_group_desc(name)
+    tables, tag = c10d._world, f"ptd:{name}"
+    tables.pg_map[group] = ("gloo", store)
+    tables.pg_names[group] = name
+    tables.pg_backend_config[group] = "cpu:gloo"
+    tables.pg_group_ranks[group] = {rank: i for i, rank in enumerate(ranks)}
+    tables.pg_to_tag[group] = tag
+    tables.tags_to_pg.setdefault(tag, []).append(group)
+    c10d._register_process_group(name, group)
+
+
+def leave_tables(group: dist.ProcessGroup) -> None:
+    """The inverse of `enter_tables`; not an error where somebody has cleared them meanwhile."""
+    from torch.distributed import distributed_c10d as c10d
+
+    tables = c10d._world
+    known = tables.pg_names.pop(group, None)
+    for table in (tables.pg_map, tables.pg_backend_config, tables.pg_group_ranks):
+        table.pop(group, None)
+    tables.tags_to_pg.pop(tables.pg_to_tag.pop(group, ""), None)
+    if known is not None:
+        c10d._unregister_process_group(known)
 
 
 def default_store() -> dist.Store:

@@ -2,6 +2,6 @@
 
 from commgraph.coordinator.experts import Dispatched
 from commgraph.coordinator.group import GroupCoordinator
-from commgraph.ops import ordered, tensors  # noqa: F401 - declare the operators that coordinators go through, of which they are arguments
+from commgraph.ops import fused, ordered, tensors  # noqa: F401 - declare the operators, of which coordinators are arguments
 
 __all__ = ["Dispatched", "GroupCoordinator"]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import attrs
 import torch
+import torch.distributed as dist
 
 from commgraph import compat
 from commgraph.coordinator.call import Timeout
 from commgraph.coordinator.experts import ExpertOperations
 from commgraph.coordinator.host_objects import objects_of
+from commgraph.errors import BackendUnavailableError
 
 __all__ = ["GroupCoordinator"]
 
@@ -100,6 +103,24 @@ class GroupCoordinator(ExpertOperations):
         link.join(coordinator)
         self._link.siblings.append(coordinator)
         return coordinator
+
+    def torch_group(self, kind: Literal["device", "cpu"]) -> dist.ProcessGroup:
+        """`device_group` or `cpu_group` in the tables of torch.distributed until close: for DeviceMesh, FSDP, and whatever else asks there.
+
+        Collective the first time. On the host the two are one group. A group of one rank has one, too, made now.
+
+        Raises:
+            BackendUnavailableError: this process has no default process group, without which torch.distributed knows no other.
+        """
+        self._link.ensure_open(self.name)
+        if kind not in ("device", "cpu"):
+            raise ValueError(f"torch_group of group {self.name!r} (rank {self.rank}): kind={kind!r} is neither 'device' nor 'cpu'")
+        if not dist.is_initialized():
+            raise BackendUnavailableError(
+                f"torch_group of group {self.name!r} (rank {self.rank}): this process has no default process group, and without one "
+                "torch.distributed finds no other: call torch.distributed.init_process_group first, or take cpu_group, which needs none"
+            )
+        return self._link.torch_group(self.all_gather_object)
 
     def prepare_communication_buffer_for_model(self, model: torch.nn.Module) -> None:
         """Lets the strategies size their buffers from `model`. Collective."""

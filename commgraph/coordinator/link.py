@@ -21,6 +21,7 @@ import attrs
 import torch
 import torch.distributed as dist
 
+from commgraph import compat
 from commgraph.agreement import PeerLeftError, agree
 from commgraph.communicators.base import OPERATIONS, CallsDiffer, Communicator, PeerClosed, PeerLate, Refused
 from commgraph.communicators.gloo_transport import GlooTransport
@@ -126,6 +127,7 @@ class GroupLink:
         # Coordinators of the same ranks with communicators of their own, which end with this one.
         self.siblings: list[GroupCoordinator] = []
         self._begotten = 0
+        self._torch_group: dist.ProcessGroup | None = None
         self._sequence = 0
         self.coordinators: tuple[GroupCoordinator, ...] = ()
         self._store = store
@@ -476,6 +478,23 @@ class GroupLink:
             raise
         return link
 
+    def torch_group(self, tell: Callable[[int], Sequence[int]]) -> dist.ProcessGroup:
+        """The group's torch ProcessGroup, in the tables of torch.distributed until this is closed. Collective the first time.
+
+        Args:
+            tell: gives a rank's number to all ranks and returns those of all.
+        """
+        if self._torch_group is None:
+            ranks = tell(dist.get_rank())
+            store = dist.HashStore() if self._store is None else self._store
+            group = None if self.transport is None else self.transport.process_group
+            if group is None:
+                backend = compat.make_gloo(store, 0, 1, timedelta(seconds=self.host_timeout), compat.gloo_device(loopback=True))
+                group = compat.wrap_gloo(store, 0, 1, backend)
+            compat.enter_tables(group, f"commgraph {self.ident} {ranks}", ranks, store)
+            self._torch_group = group
+        return self._torch_group
+
     def abort(self) -> None:
         """Ends what runs on this group, here and on the peers. From any thread."""
         self._closed = True
@@ -488,6 +507,9 @@ class GroupLink:
             sibling.close()
         self.siblings = []
         self._again = None
+        if self._torch_group is not None:
+            compat.leave_tables(self._torch_group)
+            self._torch_group = None
         for communicator in self.communicators:
             communicator.close()
         # Their jobs have ended, or do now: with an error.

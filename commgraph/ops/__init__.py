@@ -5,6 +5,6 @@ Their argument is the coordinator itself, an opaque object to torch: it becomes 
 the same size, and no table of groups by name exists.
 """
 
-from commgraph.ops import ordered, tensors
+from commgraph.ops import fused, ordered, tensors
 
-__all__ = ["ordered", "tensors"]
+__all__ = ["fused", "ordered", "tensors"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
+import torch.distributed._functional_collectives as funcol
+from torch.distributed import DeviceMesh, distributed_c10d
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import commgraph as cg
 
@@ -23,6 +25,32 @@ def check() -> None:
     assert int(x) == sum(range(dist.get_world_size()))
 
 
+def through_tables(ctx: cg.ParallelContext) -> None:
+    """Groups of ours, as other libraries use them."""
+    tp, dp = ctx.tp.torch_group("cpu"), ctx.dp.torch_group("cpu")
+    assert dist.get_process_group_ranks(tp) == list(ctx.tp.ranks)
+    assert dist.get_rank(tp) == ctx.tp.rank_in_group
+    x = torch.tensor(float(ctx.rank))
+    dist.all_reduce(x, group=tp)
+    assert float(x) == sum(ctx.tp.ranks)
+    y = torch.tensor([float(ctx.rank)])
+    dist.broadcast(y, ctx.dp.ranks[1], group=dp)
+    assert y.item() == ctx.dp.ranks[1]
+    assert funcol.all_reduce(torch.ones(2), "sum", tp).tolist() == [2, 2]
+    grid = DeviceMesh.from_group([dp, tp], "cpu", mesh=torch.arange(4).view(2, 2), mesh_dim_names=("dp", "tp"))
+    whole = torch.arange(8.0).view(2, 4)
+    cut = distribute_tensor(whole, grid, [Replicate(), Shard(1)])
+    assert torch.equal(cut.to_local(), whole.chunk(2, 1)[ctx.tp.rank_in_group])
+    assert torch.equal(cut.full_tensor(), whole)
+    # A group of one rank has one, too.
+    assert dist.get_world_size(ctx.pp.torch_group("cpu")) == 1
+    z = torch.ones(1)
+    dist.all_reduce(z, group=ctx.pp.torch_group("cpu"))
+    assert z.item() == 1
+    # Ours go on beside it.
+    assert ctx.tp.all_reduce(torch.ones(3)).tolist() == [2, 2, 2]
+
+
 with cg.World.from_torch() as world, cg.World.from_env() as another:
     assert (world.rank, world.size) == (another.rank, another.size) == (dist.get_rank(), dist.get_world_size())
     for _ in range(3):
@@ -30,6 +58,13 @@ with cg.World.from_torch() as world, cg.World.from_env() as another:
             assert int(a.tp.all_reduce(torch.tensor(world.rank))) == sum(a.tp.ranks)
             check()
             assert int(b.pp.all_reduce(torch.tensor(world.rank))) == sum(b.pp.ranks)
+    check()
+    with world.context(cg.Layout(world.size, dp=2, tp=2), name="mesh", options={"tp": cg.CommunicatorOptions(isolate=True)}) as mesh:
+        through_tables(mesh)
+    with another.context(cg.Layout(world.size, tp=2), name="again") as mesh:
+        group = mesh.tp.torch_group("device")
+        assert mesh.tp.torch_group("cpu") is group
+        assert group is mesh.tp.cpu_group
     check()
     with cg.World.from_torch() as second:  # a second one from the same default group meets the others' second one
         assert second.group.all_gather_object(2) == [2] * world.size
@@ -43,6 +78,8 @@ else:
 check()
 dist.destroy_process_group()
 with cg.World.from_env() as world:  # and it needs none
+    with pytest.raises(cg.BackendUnavailableError, match="init_process_group first"):
+        world.group.torch_group("cpu")
     assert world.group.all_gather_object(world.rank) == list(range(world.size))
 if world.rank == 0:
     print("done", flush=True)
