@@ -24,7 +24,7 @@ from commgraph.testing import spmd
 from commgraph.testing._program import OPERATIONS, Program, Step, TensorSpec, fill
 from commgraph.testing.strategies import programs, tensors
 
-REDUCTIONS = ("all_reduce", "all_reduce_", "reduce_scatter", "reduce_scatterv")
+REDUCTIONS = ("all_reduce", "all_reduce_", "reduce_scatter", "reduce_scatterv", "combine")
 
 
 # Comparison
@@ -120,6 +120,8 @@ def expected(step: Step, ranks: Sequence[int], me: int, seed: Callable[[int], in
         return torch.cat(given, dim)
     if operation == "all_gatherv_list":
         return [torch.cat(given, dim)] * 2
+    if operation == "dispatch":
+        return [torch.cat(given)] * 2
     if operation == "gather":
         return torch.cat(given, dim) if me == root else None
     if operation == "broadcast":
@@ -144,6 +146,8 @@ def reduced_slices(step: Step, ranks: Sequence[int], me: int, seed: Callable[[in
     given = [step.given(n, i, seed(rank)) for i, rank in enumerate(ranks)]
     if step.operation in ("all_reduce", "all_reduce_"):
         return given
+    if step.operation == "combine":
+        return [given[me]] * n  # every rank gives back what it was handed
     extent = given[0].shape[step.dim]
     cut = [extent // n] * n if step.operation == "reduce_scatter" else [step.extent(i) for i in range(n)]
     return [x.narrow(step.dim, sum(cut[:me]), cut[me]) for x in given]

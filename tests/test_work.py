@@ -52,7 +52,6 @@ def test_four_stages_keep_several_micro_batches_in_flight(options: dict[str, Any
         if pp.is_first_rank:
             going = [pp.isend(torch.full((300, 100), float(i))) for i in range(batches)]
         begun.wait(30)
-        assert not any(work.is_completed() for work in coming) or pp.rank_in_group == 1
         seen = []
         for work in coming:
             x = work.wait() * 2 + 1

@@ -68,8 +68,8 @@ class Call:
     def wrong(self, what: str) -> ValueError:
         return ValueError(f"{self.where}: {what}. Nothing was sent.")
 
-    def tensor(self, x: object, name: str = "x") -> torch.Tensor:
-        """`x`, if it is a tensor that can be communicated as it is."""
+    def tensor(self, x: object, name: str = "x", *, differentiable: bool = False) -> torch.Tensor:
+        """`x`, if it is a tensor that can be communicated as it is. `differentiable`: the operation of one rank passes its gradient."""
         if not isinstance(x, torch.Tensor):
             raise self.unsupported(f"{name} is a {type(x).__name__}, a torch.Tensor is needed")
         if x.is_nested:
@@ -83,7 +83,7 @@ class Call:
         if x.device.type not in ("cpu", self.device.type):
             hint = "a meta tensor has no data" if x.is_meta else f"move it to {self.device} or to the host first"
             raise self.unsupported(f"{name} is on {x.device}, the group serves cpu and {self.device.type}: {hint}")
-        if x.requires_grad and torch.is_grad_enabled():
+        if x.requires_grad and torch.is_grad_enabled() and not (differentiable and self.world_size == 1):
             raise self.unsupported(
                 f"{name} requires a gradient, which {self.operation} would cut silently. In a layer use commgraph.nn.functional (copy_to, "
                 "reduce_from, gather_from, scatter_to, reduce_scatter_to); elsewhere call it under torch.no_grad() or on "
@@ -95,6 +95,11 @@ class Call:
         """`x`, if a result may be written to it."""
         if x.numel() and any(stride == 0 and extent > 1 for stride, extent in zip(x.stride(), x.shape, strict=True)):
             raise self.unsupported(f"{name} is expanded (strides {x.stride()}): several of its entries share memory and cannot be filled")
+        if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
+            raise self.unsupported(
+                f"{name} is to be filled, and is a leaf that requires a gradient, which autograd does not let be filled; call it under "
+                f"torch.no_grad() or on {name}.detach()"
+            )
         if x.is_inference() and not torch.is_inference_mode_enabled():
             raise self.unsupported(f"{name} was made in inference mode, where alone torch lets it be filled")
         return x

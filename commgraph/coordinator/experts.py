@@ -90,7 +90,7 @@ class ExpertOperations(AsynchronousOperations):
         counts = _sizes(call, sizes, hidden_states.shape[0])
         if self.world_size == 1:
             return Dispatched(given, counts)
-        if is_dynamo_compiling() or traced.wants(*given):
+        if is_dynamo_compiling() or traced.wants(self, *given):
             traced.plain(timeout)
             if self._experts is not None and len(routing) == 2:
                 if is_dynamo_compiling() or traced.looks_on(*given):
@@ -138,7 +138,7 @@ class ExpertOperations(AsynchronousOperations):
             return hidden_states
         if dispatched.route is not None:
             return self._bring_back(hidden_states, dispatched, timeout)
-        if traced.wants(hidden_states):
+        if traced.wants(self, hidden_states):
             traced.plain(timeout)
             return traced.combine(self, hidden_states, dispatched.sizes)
         return self.reduce_scatterv(hidden_states, 0, dispatched.sizes, timeout=timeout)

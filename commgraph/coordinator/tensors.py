@@ -42,11 +42,11 @@ class TensorOperations(GroupFacts):
                     return y  # type: ignore[no-any-return]  # the native module has no types
             except BaseException as error:
                 self._broken_off("all_reduce", lambda: signature.reduced(op, x), error)
-        if traced.wants(x):
+        if traced.wants(self, x):
             traced.plain(timeout)
             return traced.all_reduce(self, x, op)
         call, seconds = self._begin("all_reduce", timeout)
-        x = call.tensor(x)
+        x = call.tensor(x, differentiable=True)
         call.op(op, x.dtype)
         if self.world_size == 1:
             return x
@@ -64,12 +64,12 @@ class TensorOperations(GroupFacts):
                     return x
             except BaseException as error:
                 self._broken_off("all_reduce_", lambda: signature.reduced(op, x), error)
-        if traced.wants(x):
+        if traced.wants(self, x):
             traced.plain(timeout)
             traced.fillable(self, "all_reduce_", x)
             return traced.all_reduce_(self, x, op)
         call, seconds = self._begin("all_reduce_", timeout)
-        x = call.written(call.tensor(x))
+        x = call.written(call.tensor(x, differentiable=True))
         call.op(op, x.dtype)
         if self.world_size == 1:
             return x
@@ -100,12 +100,12 @@ class TensorOperations(GroupFacts):
                     return y  # type: ignore[no-any-return]  # the native module has no types
             except BaseException as error:
                 self._broken_off("reduce_scatter", lambda: f"{op} {signature.describe(x)} dim={dim}", error)
-        if traced.wants(x):
+        if traced.wants(self, x):
             traced.plain(timeout)
             traced.fillable(self, "reduce_scatter", out)
             return traced.reduce_scatter(self, x, dim, op, out)
         call, seconds = self._begin("reduce_scatter", timeout)
-        x = call.tensor(x)
+        x = call.tensor(x, differentiable=True)
         dim = call.dim(x, dim)
         sizes = call.even(x.shape[dim], f"dim {dim} of x {tuple(x.shape)}")
         return self._reduce_scatter(call, x, dim, sizes, op, out, seconds)
@@ -127,11 +127,11 @@ class TensorOperations(GroupFacts):
         if is_dynamo_compiling():
             traced.plain(timeout)
             return traced.reduce_scatterv(self, x, dim, sizes)
-        if traced.wants(x):
+        if traced.wants(self, x):
             traced.plain(timeout)
             return traced.reduce_scatterv(self, x, dim, sizes)
         call, seconds = self._begin("reduce_scatterv", timeout)
-        x = call.tensor(x)
+        x = call.tensor(x, differentiable=True)
         dim = call.dim(x, dim)
         what = f"dim {dim} of x {tuple(x.shape)}"
         pieces = call.even(x.shape[dim], what) if sizes is None else call.split(sizes, x.shape[dim], what)
@@ -177,12 +177,12 @@ class TensorOperations(GroupFacts):
                     return y  # type: ignore[no-any-return]  # the native module has no types
             except BaseException as error:
                 self._broken_off("all_gather", lambda: f"{signature.describe(x)} dim={dim}", error)
-        if traced.wants(x):
+        if traced.wants(self, x):
             traced.plain(timeout)
             traced.fillable(self, "all_gather", out)
             return traced.all_gather(self, x, dim, out)
         call, seconds = self._begin("all_gather", timeout)
-        x = call.tensor(x)
+        x = call.tensor(x, differentiable=True)
         dim = call.dim(x, dim)
         return self._all_gather(call, x, dim, [x.shape[dim]] * self.world_size, out, seconds)
 
@@ -203,12 +203,14 @@ class TensorOperations(GroupFacts):
         if is_dynamo_compiling():
             traced.plain(timeout)
             return traced.all_gatherv(self, x, dim, sizes)
-        if traced.wants(*(x if isinstance(x, list | tuple) else (x,))):
+        if traced.wants(self, *(x if isinstance(x, list | tuple) else (x,))):
             traced.plain(timeout)
             return traced.all_gatherv(self, x, dim, sizes)
         call, seconds = self._begin("all_gatherv", timeout)
         single = isinstance(x, torch.Tensor)
-        tensors = [call.tensor(t, "x" if single else f"x[{i}]") for i, t in enumerate([x] if single else call.several(x, "x"))]
+        tensors = [
+            call.tensor(t, "x" if single else f"x[{i}]", differentiable=True) for i, t in enumerate([x] if single else call.several(x, "x"))
+        ]
         checked = []
         for i, tensor in enumerate(tensors):
             axis = call.dim(tensor, dim)
@@ -318,12 +320,12 @@ class TensorOperations(GroupFacts):
                     return y  # type: ignore[no-any-return]  # the native module has no types
             except BaseException as error:
                 self._broken_off("all_to_all", lambda: f"{signature.describe(x)} dim={scatter_dim}", error)
-        if traced.wants(x):
+        if traced.wants(self, x):
             traced.plain(timeout)
             traced.fillable(self, "all_to_all", out)
             return traced.all_to_all(self, x, scatter_dim, gather_dim, input_sizes, output_sizes, out)
         call, seconds = self._begin("all_to_all", timeout)
-        x = call.tensor(x)
+        x = call.tensor(x, differentiable=True)
         scatter_dim, gather_dim = call.dim(x, scatter_dim, "scatter_dim"), call.dim(x, gather_dim, "gather_dim")
         what = f"dim {scatter_dim} of x {tuple(x.shape)}"
         cut = (
@@ -379,12 +381,12 @@ class TensorOperations(GroupFacts):
                     return x
             except BaseException as error:
                 self._broken_off("broadcast", lambda: f"src={src} {signature.describe(x)}", error)
-        if traced.wants(x):
+        if traced.wants(self, x):
             traced.plain(timeout)
             traced.fillable(self, "broadcast", x)
             return traced.broadcast(self, x, src)
         call, seconds = self._begin("broadcast", timeout)
-        x = call.written(call.tensor(x))
+        x = call.written(call.tensor(x, differentiable=True))
         return self._broadcast(call, x, call.peer(src, "src"), seconds)
 
     def _broadcast(self, call: Call, x: torch.Tensor, src: int, seconds: float) -> torch.Tensor:

@@ -25,9 +25,9 @@ def looks_on(*tensors: Any) -> bool:
     return compat.count_modes()() > 0 or any(isinstance(x, torch.Tensor) and compat.is_traced(x) for x in tensors)
 
 
-def wants(*tensors: Any) -> bool:
-    """Whether an eager call has to go through its operator: so, or for a gradient."""
-    grad = torch.is_grad_enabled()
+def wants(group: GroupFacts, *tensors: Any) -> bool:
+    """Whether an eager call has to go through its operator: so, or for a gradient. One rank gets its very input back, with its gradient."""
+    grad = group.world_size > 1 and torch.is_grad_enabled()
     return looks_on(*tensors) or any(grad and isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
 
 
@@ -41,13 +41,10 @@ def plain(timeout: Any) -> None:
 
 
 def fillable(group: GroupFacts, operation: str, x: Any) -> None:
-    """Refuses, before anything is sent, what autograd does not let be filled."""
-    if isinstance(x, torch.Tensor) and x.requires_grad and x.is_leaf and torch.is_grad_enabled():
+    """Refuses, before anything is sent, what may not be filled."""
+    if isinstance(x, torch.Tensor):
         call, _ = group._message(operation, None)
-        raise call.unsupported(
-            "the tensor to be filled is a leaf that requires a gradient, which autograd does not let be filled; call it under "
-            "torch.no_grad() or on x.detach()"
-        )
+        call.written(x, "the tensor to be filled")
 
 
 def without_gradient(group: GroupFacts, operation: str, x: torch.Tensor) -> None:

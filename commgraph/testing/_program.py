@@ -46,6 +46,8 @@ OPERATIONS = (
     "object_ring",
     "broadcast_tensor_dict",
     "tensor_dict_ring",
+    "dispatch",
+    "combine",
 )
 """What a step may do. ``ring``: every rank sends to the next and receives from the previous one; ``pair``: one rank sends to one other."""
 
@@ -153,6 +155,8 @@ class Step:
             shape[self.dim] *= n
         elif operation in ("all_gatherv", "all_gatherv_list"):
             shape[self.dim] = self.extent(i)
+        elif operation in ("dispatch", "combine"):
+            shape[0] = self.extent(i)
         elif operation == "reduce_scatterv":
             shape[self.dim] = sum(map(self.extent, range(n)))
         elif operation == "all_to_allv" and self.same_dims:
@@ -290,6 +294,9 @@ class Step:
             return group.gather(x, root, dim)
         if operation == "broadcast":
             return group.broadcast(x, root)
+        if operation in ("dispatch", "combine"):
+            sent = group.dispatch(x, x.new_zeros(x.shape[0], 4), sizes=spread if self.out else None, extra_tensors=[x])
+            return [sent[0], sent[2]] if operation == "dispatch" else group.combine(sent[0], sent)
         into = self._out(x, 0, x.shape[0]) if x.dim() else None
         if operation == "ring":
             return self._ring(group, lambda: group.send(x), lambda: group.recv(x.shape, x.dtype, out=into))

@@ -116,7 +116,7 @@ def tensors(
     return st.builds(TensorSpec.make, specs, st.integers(0, 2**31 - 1))
 
 
-_REDUCTIONS = frozenset({"all_reduce", "all_reduce_", "reduce_scatter", "reduce_scatterv"})
+_REDUCTIONS = frozenset({"all_reduce", "all_reduce_", "reduce_scatter", "reduce_scatterv", "combine"})
 _IN_PLACE = frozenset({"all_reduce_", "broadcast"})
 # Those that have no dim take tensors without one.
 _WITHOUT_DIM = frozenset({"all_reduce", "all_reduce_", "broadcast", "ring", "pair"})
@@ -158,7 +158,11 @@ def _steps(draw: st.DrawFn, layout: Layout, operations: Sequence[str]) -> Step:
     if operation == "barrier":
         return Step(operation, group)
     reduces = operation in _REDUCTIONS
-    op = draw(st.sampled_from(("sum", "avg", "max", "min", "product"))) if reduces and operation != "reduce_scatterv" else "sum"
+    op = (
+        draw(st.sampled_from(("sum", "avg", "max", "min", "product")))
+        if reduces and operation not in ("reduce_scatterv", "combine")
+        else "sum"
+    )
     dtypes = [name for name in _DTYPES if not (op == "avg" and name in _WHOLE) and not (op in ("max", "min") and name in _COMPLEX)]
     strides = [kind for kind in STRIDES if not (kind == "expanded" and operation in _IN_PLACE)]
     tensor = draw(_tensor_specs(dtypes, min_dims=0 if operation in _WITHOUT_DIM else 1, strides=strides, bits=not reduces))
