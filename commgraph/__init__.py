@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from commgraph.coordinator import Dispatched, GroupCoordinator
     from commgraph.layout import Grid, Layout, Positions, Split
     from commgraph.options import CommunicatorOptions
-    from commgraph.platforms import CpuPlatform, Platform
+    from commgraph.platforms import CpuPlatform, CudaPlatform, Platform, RocmPlatform, TpuPlatform, XpuPlatform
     from commgraph.shm.message_queue import MessageQueue
     from commgraph.work import Recv, Send, Work
     from commgraph.world import World
@@ -55,6 +55,7 @@ __all__ = [
     "ConfigurationError",
     "ContextClosedError",
     "CpuPlatform",
+    "CudaPlatform",
     "Dispatched",
     "Grid",
     "GroupCoordinator",
@@ -68,11 +69,14 @@ __all__ = [
     "Platform",
     "Positions",
     "Recv",
+    "RocmPlatform",
     "Send",
     "Split",
+    "TpuPlatform",
     "UnsupportedTensorError",
     "Work",
     "World",
+    "XpuPlatform",
 ]
 
 _HOMES = MappingProxyType(
@@ -80,6 +84,10 @@ _HOMES = MappingProxyType(
         "Communicator": "commgraph.communicators.base",
         "CommunicatorOptions": "commgraph.options",
         "CpuPlatform": "commgraph.platforms",
+        "CudaPlatform": "commgraph.platforms",
+        "RocmPlatform": "commgraph.platforms",
+        "TpuPlatform": "commgraph.platforms",
+        "XpuPlatform": "commgraph.platforms",
         "Dispatched": "commgraph.coordinator",
         "Grid": "commgraph.layout",
         "GroupCoordinator": "commgraph.coordinator",

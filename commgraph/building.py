@@ -156,7 +156,8 @@ class Builder:
             rank_in_group = ranks.index(self.rank)
             nodes = tuple(self.hosts.nodes[rank] for rank in ranks)
             limits = Limits(host_timeout.total_seconds(), self.timeout.total_seconds(), self.hosts.local_size)
-            facts = GroupFacts(ranks, rank_in_group, nodes, options, wants_device, limits)
+            strategies = dist.PrefixStore("strategies", connection.store)
+            facts = GroupFacts(ranks, rank_in_group, nodes, options, wants_device, limits, strategies)
             chain = self._chain(ident, platform, facts, connection)
             link = GroupLink(
                 ident=ident,

@@ -23,6 +23,7 @@ except ImportError:
 __all__ = [
     "GlooDevice",
     "OpaqueBase",
+    "backend_options",
     "below_autograd",
     "check",
     "count_modes",
@@ -36,7 +37,10 @@ __all__ = [
     "known_to_modes",
     "leave_tables",
     "make_gloo",
+    "make_nccl",
+    "make_xccl",
     "mark_written",
+    "nccl_available",
     "opaque",
     "real_object",
     "wrap_gloo",
@@ -82,6 +86,45 @@ def make_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta, devic
     options._threads = 1
     options._timeout = timeout
     return ProcessGroupGloo(store, rank, size, options)
+
+
+def backend_options(kind: str, timeout: timedelta, **fields: Any) -> Any:
+    """Options of a backend's operation: `torch._C._distributed_c10d.<kind>Options`, e.g. of kind ``"Allreduce"`` with ``reduceOp=op``."""
+    from torch._C import _distributed_c10d
+
+    options = getattr(_distributed_c10d, f"{kind}Options")()
+    for name, value in {"timeout": timeout, **fields}.items():
+        setattr(options, name, value)
+    return options
+
+
+def nccl_available() -> bool:
+    """Whether this torch was built with NCCL (or RCCL) and sees a device (public)."""
+    return dist.is_available() and dist.is_nccl_available() and torch.cuda.is_available()
+
+
+def make_nccl(store: dist.Store, rank: int, size: int, timeout: timedelta, device: torch.device) -> Any:
+    """A connected ProcessGroupNCCL that no table of torch.distributed knows; not yet run on a GPU.
+
+    `Options`, `_timeout` and `eager_connect_single_device`: torch._C._distributed_c10d.
+    """
+    from torch.distributed import ProcessGroupNCCL
+
+    options = ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    backend = ProcessGroupNCCL(store, rank, size, options)
+    # Now, and not at first use: that may be at the peak of the memory, or inside of a graph.
+    backend.eager_connect_single_device(device)
+    return backend
+
+
+def make_xccl(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
+    """The same of Intel's XCCL; no such device has run it."""
+    from torch.distributed import ProcessGroupXCCL
+
+    options = ProcessGroupXCCL.Options()
+    options._timeout = timeout
+    return ProcessGroupXCCL(store, rank, size, options)
 
 
 def wrap_gloo(store: dist.Store, rank: int, size: int, backend: Any) -> dist.ProcessGroup:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
-from typing import ClassVar
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import attrs
 import torch
+import torch.distributed as dist
 
 from commgraph.communicators.base import Communicator, Limits, Refused
 from commgraph.communicators.gloo_transport import GlooTransport
@@ -18,7 +20,7 @@ __all__ = ["GroupFacts", "Platform"]
 
 @attrs.frozen
 class GroupFacts:
-    """What a platform may base its choice of strategies on: the same on every rank of the group but for `rank_in_group`.
+    """What a platform may base its choice of strategies on: the same on every rank of the group but for `rank_in_group` and `device`.
 
     Attributes:
         ranks: global ranks in group order.
@@ -27,6 +29,8 @@ class GroupFacts:
         options: those of the group.
         wants_device: whether the group serves device tensors too, or host tensors and objects only.
         limits: of what is built.
+        store: holds keys of this group only, for a strategy whose ranks meet there.
+        device: of this rank.
     """
 
     ranks: tuple[int, ...]
@@ -35,12 +39,22 @@ class GroupFacts:
     options: CommunicatorOptions
     wants_device: bool
     limits: Limits
+    store: dist.Store = attrs.field(eq=False, repr=False)
+    device: torch.device = attrs.field(default=torch.device("cpu"))
 
 
 class Platform(abc.ABC):
-    """A kind of machine. Stateless: it may serve several worlds at once."""
+    """A kind of machine. Stateless: it may serve several worlds at once.
+
+    One from another package names its class as an entry point of the group ``commgraph.platforms``; see `detect`.
+    """
 
     name: ClassVar[str]
+
+    @classmethod
+    def available(cls) -> bool:
+        """Whether this process sees devices of the kind. Asked by `detect`; looks at nothing that a later call could change."""
+        return True
 
     @abc.abstractmethod
     def device(self, local_rank: int) -> torch.device:
@@ -60,15 +74,42 @@ class Platform(abc.ABC):
             BackendUnavailableError: if `facts.options` ask for something that is not to be had here.
         """
 
+    def backend(self) -> str:
+        """The torch backend of device groups, e.g. ``"nccl"``."""
+        return "gloo"
+
+    def synchronize(self, device: torch.device) -> None:  # noqa: B027 - the host has nothing to wait for
+        """Waits until everything that was enqueued on the device has ended."""
+
+    def seed(self, seed: int) -> None:
+        """Seeds the random numbers of the host and of its devices."""
+        torch.manual_seed(seed)
+
     def empty_cache(self) -> None:  # noqa: B027 - a platform without a cache has nothing to do
         """Gives cached device memory back."""
 
+    @contextlib.contextmanager
+    def side_stream(self, device: torch.device, stream: Any) -> Iterator[Any]:
+        """A stream for capturing graphs: `stream`, or a new one, that waits for the current one and is current meanwhile. None on the host."""
+        yield None
+
+    def is_capturing(self, device: torch.device) -> bool:
+        """Whether what is called now is recorded into a device graph."""
+        return False
+
     @staticmethod
     def detect() -> Platform:
-        """The platform of this machine: the host, as long as there is no other."""
-        from commgraph.platforms.cpu import CpuPlatform
+        """The platform of this machine: the first that is available of those of other packages, CUDA, ROCm, XPU, TPU, and the host.
 
-        return CpuPlatform()
+        Those of other packages are the entry points of the group ``commgraph.platforms``, in the order of their names. They are loaded now,
+        when a world is made, and not when commgraph is imported.
+
+        Raises:
+            ConfigurationError: an entry point that cannot be loaded, or is no `Platform`.
+        """
+        from commgraph.platforms.detection import detect
+
+        return detect()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

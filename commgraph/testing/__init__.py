@@ -1,6 +1,7 @@
 """Parallel programs tested without processes: ranks as threads over real communicators."""
 
+from commgraph.testing.conformance import check_communicator
 from commgraph.testing.fake import fake_world
 from commgraph.testing.spmd import spmd
 
-__all__ = ["fake_world", "spmd"]
+__all__ = ["check_communicator", "fake_world", "spmd"]

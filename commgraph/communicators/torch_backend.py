@@ -1,0 +1,261 @@
+"""The strategy on a backend of torch's own (NCCL, XCCL, ...): device tensors, ordered with the current stream as torch's are."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+
+from commgraph import compat
+from commgraph.communicators.base import OPERATIONS, Communicator, PeerClosed, PeerLate
+
+__all__ = ["TorchCommunicator"]
+
+_OPS = MappingProxyType(
+    {
+        "sum": dist.ReduceOp.SUM,
+        "avg": dist.ReduceOp.AVG,
+        "max": dist.ReduceOp.MAX,
+        "min": dist.ReduceOp.MIN,
+        "product": dist.ReduceOp.PRODUCT,
+    }
+)
+_REDUCTIONS = frozenset({"all_reduce", "reduce_scatter"})
+# What NCCL and its relatives add up. Everything else travels as bytes, and is reduced by the strategy behind this one.
+_REDUCIBLE = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int32, torch.int64})
+
+
+class TorchCommunicator(Communicator):
+    """Serves device tensors by a backend that was made for this group alone, and that no table of torch.distributed knows.
+
+    Even collectives are the backend's own. Uneven gathers are one broadcast, uneven reductions one reduce from (or to) each rank, coalesced
+    into a single launch where the backend can do that; `gather` and `all_to_all` are its exchange of uneven pieces. An operation is
+    enqueued on the current stream and does not hold up the host; its deadline is kept by the backend, which ends its own operations.
+    """
+
+    operations: ClassVar[frozenset[str]] = frozenset(OPERATIONS) - {"barrier"}
+
+    def __init__(self, name: str, backend: Any, device: torch.device, rank_in_group: int, world_size: int) -> None:
+        """Over a live backend.
+
+        Args:
+            name: what `explain()` calls it, e.g. ``"nccl"``.
+            backend: a `torch.distributed` backend over exactly these ranks.
+            device: whose tensors it serves.
+            rank_in_group, world_size: this rank's place.
+        """
+        super().__init__(rank_in_group, world_size)
+        self.name = name  # type: ignore[misc]  # of this one: the class serves backends of several names
+        self._backend: Any = backend
+        self._device = device
+        self._bytes = 0
+        # The only deadline that ends what already runs on a device.
+        self._aborted = False
+
+    def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:
+        """Tensors of its device; reductions of the dtypes that the backend can add up."""
+        return device.type == self._device.type and (operation not in _REDUCTIONS or dtype in _REDUCIBLE)
+
+    # Reductions.
+
+    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
+        return self.all_reduce_(x.clone(memory_format=torch.contiguous_format), op, tag=tag, timeout=timeout)
+
+    def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
+        dense = _dense(x)
+        options = compat.backend_options("Allreduce", _deadline(timeout), reduceOp=_OPS[op])
+        if x.numel():
+            self._do(lambda backend: backend.allreduce([dense], options), dense)
+        return x if dense is x else x.copy_(dense)
+
+    def reduce_scatter(
+        self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, timeout: float
+    ) -> None:
+        pieces = [_dense(piece) for piece in x.split(list(sizes), dim)]
+        landing = out if _is_dense(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        if len(set(sizes)) == 1:
+            if out.numel():
+                whole = torch.stack(pieces)
+                options = compat.backend_options("ReduceScatter", _deadline(timeout), reduceOp=_OPS[op])
+                self._do(lambda backend: backend._reduce_scatter_base(landing.view(-1), whole.view(-1), options), whole)
+        else:
+            mine = [piece.clone() for piece in pieces]  # a reduce may write to what its other ranks give
+            with self._at_once():
+                for root, piece in enumerate(mine):
+                    options = compat.backend_options("Reduce", _deadline(timeout), reduceOp=_OPS[op], rootRank=root)
+                    if piece.numel():
+                        self._do(lambda backend, piece=piece, options=options: backend.reduce([piece], options), piece)  # type: ignore[misc]  # defaults of a lambda have no types
+            landing.copy_(mine[self.rank_in_group])
+        if landing is not out:
+            out.copy_(landing)
+
+    # Gathers and exchanges.
+
+    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, timeout: float) -> None:
+        flat = _bytes(_dense(x))
+        if len(set(sizes)) == 1:
+            whole = torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
+            if flat.numel():
+                self._do(
+                    lambda backend: backend._allgather_base(_bytes(whole), flat, compat.backend_options("Allgather", _deadline(timeout))),
+                    flat,
+                )
+            torch.cat(list(whole), dim, out=out) if _is_dense(out) else out.copy_(torch.cat(list(whole), dim))
+            return
+        views = out.split(list(sizes), dim)
+        pieces = [
+            _dense(x) if i == self.rank_in_group else torch.empty(view.shape, dtype=x.dtype, device=x.device)
+            for i, view in enumerate(views)
+        ]
+        with self._at_once():
+            for root, piece in enumerate(pieces):
+                if piece.numel():
+                    self._broadcast(_bytes(piece), root, timeout)
+        for view, piece in zip(views, pieces, strict=True):
+            view.copy_(piece)
+
+    def broadcast(self, x: torch.Tensor, src: int, *, tag: int, timeout: float) -> None:
+        dense = _dense(x)
+        if x.numel():
+            self._broadcast(_bytes(dense), src, timeout)
+        if dense is not x and self.rank_in_group != src:
+            x.copy_(dense)
+
+    def _broadcast(self, flat: torch.Tensor, src: int, timeout: float) -> None:
+        options = compat.backend_options("Broadcast", _deadline(timeout), rootRank=src)
+        self._do(lambda backend: backend.broadcast([flat], options), flat)
+
+    def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], *, tag: int, timeout: float) -> None:
+        given = torch.cat([_bytes(_dense(piece)) for piece in sends])
+        coming = [view.numel() * view.element_size() for view in receives]
+        landing = torch.empty(sum(coming), dtype=torch.uint8, device=given.device)
+        going = [piece.numel() * piece.element_size() for piece in sends]
+        self._do(
+            lambda backend: backend.alltoall_base(landing, given, coming, going, compat.backend_options("AllToAll", _deadline(timeout))),
+            given,
+        )
+        for view, piece in zip(receives, landing.split(coming), strict=True):
+            if view.numel():
+                # Not a view of the landing as it is: its pieces may begin at no multiple of their entries' size.
+                view.copy_(piece.clone().view(view.dtype).view(view.shape))
+
+    def gather(self, x: torch.Tensor, pieces: Sequence[torch.Tensor] | None, dst: int, *, tag: int, timeout: float) -> None:
+        nothing = x.new_empty((0, *x.shape[1:]))
+        sends = [x if rank == dst else nothing for rank in range(self.world_size)]
+        self.all_to_all(sends, [nothing] * self.world_size if pieces is None else pieces, tag=tag, timeout=timeout)
+
+    def exchange(
+        self,
+        sends: Sequence[tuple[torch.Tensor, int]],
+        receives: Sequence[tuple[torch.Tensor, int]],
+        *,
+        tag: int,
+        timeout: float,
+    ) -> None:
+        landing = [(x if _is_dense(x) else torch.empty(x.shape, dtype=x.dtype, device=x.device), peer) for x, peer in receives]
+        with self._at_once():
+            for x, peer in landing:
+                if x.numel():
+                    self._do(lambda backend, x=x, peer=peer: backend.recv([_bytes(x)], peer, 0), None)  # type: ignore[misc]  # as above
+            for x, peer in sends:
+                if x.numel():
+                    flat = _bytes(_dense(x))
+                    self._do(lambda backend, flat=flat, peer=peer: backend.send([flat], peer, 0), flat)  # type: ignore[misc]  # as above
+        for (x, _), (piece, _) in zip(receives, landing, strict=True):
+            if piece is not x:
+                x.copy_(piece)
+
+    # How the backend is called.
+
+    @contextlib.contextmanager
+    def _at_once(self) -> Iterator[None]:
+        """Several operations as one launch, which cannot wait for each other; one after the other where the backend knows no such thing."""
+        backend = self._backend
+        if backend is None or not backend.supports_coalescing:
+            self._waiting: list[Any] | None = []
+            try:
+                yield
+                for work in self._waiting:
+                    self._wait(work)
+            finally:
+                self._waiting = None
+            return
+        backend._start_coalescing()
+        try:
+            yield
+        finally:
+            work = backend._end_coalescing()
+        self._wait(work)
+
+    _waiting: list[Any] | None = None
+
+    def _do(self, call: Callable[[Any], Any], sent: torch.Tensor | None) -> None:
+        backend = self._backend
+        if backend is None:
+            raise PeerClosed(self.rank_in_group, "this rank closed the group")
+        try:
+            work = call(backend)
+        except RuntimeError as error:
+            raise self._failure(error) from None
+        self._bytes += 0 if sent is None else sent.numel() * sent.element_size()
+        if self._waiting is not None:
+            self._waiting.append(work)
+        elif work is not None:  # None while several are coalesced
+            self._wait(work)
+
+    def _wait(self, work: Any) -> None:
+        try:
+            if work is not None:
+                work.wait()
+        except RuntimeError as error:
+            raise self._failure(error) from None
+
+    def _failure(self, error: RuntimeError) -> Exception:
+        other = (self.rank_in_group + 1) % self.world_size
+        if "imed out" in str(error) and not self._aborted:
+            return PeerLate(other)
+        return PeerClosed(self.rank_in_group if self._aborted else other, str(error))
+
+    # Life.
+
+    def abort(self) -> None:
+        backend, self._aborted = self._backend, True
+        if backend is not None:
+            with contextlib.suppress(RuntimeError):
+                backend.abort()
+
+    def close(self) -> None:
+        if self._backend is not None:
+            self.abort()
+            self._backend = None
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._bytes
+
+    def describe(self) -> str:
+        return f"torch's {self.name} backend, tensors of {self._device}"
+
+
+def _deadline(timeout: float) -> timedelta:
+    """In whole milliseconds, and never none: zero means no deadline there."""
+    return timedelta(milliseconds=max(math.ceil(timeout * 1000), 1))
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    return x.is_contiguous() and not x.is_conj() and not x.is_neg()
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    return x.resolve_conj().resolve_neg().contiguous()
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous tensor, 1-D: the backends know fewer dtypes than torch."""
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)

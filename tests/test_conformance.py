@@ -1,0 +1,122 @@
+"""The conformance suite: every strategy of ours passes it, and it finds the mistakes of those that do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import commgraph as cg
+from commgraph import compat
+from commgraph.communicators.base import Communicator, Refused
+from commgraph.communicators.gloo import GlooCommunicator
+from commgraph.communicators.hierarchical import HierarchicalCommunicator
+from commgraph.communicators.shm import ShmCommunicator
+from commgraph.communicators.staged import StagedCommunicator
+from commgraph.communicators.torch_backend import TorchCommunicator
+from commgraph.platforms import GroupFacts
+from commgraph.testing import check_communicator
+
+
+def torch_gloo(facts: GroupFacts, host: GlooCommunicator) -> Communicator:
+    """The strategy of NCCL and XCCL, on the backend of torch's that needs no device."""
+    n, me = len(facts.ranks), facts.rank_in_group
+    backend = compat.make_gloo(dist.PrefixStore("own", facts.store), me, n, timedelta(seconds=20), compat.gloo_device(loopback=True))
+    return TorchCommunicator("torch gloo", backend, torch.device("cpu"), me, n)
+
+
+STRATEGIES: dict[str, Callable[[GroupFacts, GlooCommunicator], Communicator | Refused]] = {
+    "gloo": lambda facts, host: GlooCommunicator(host.transport),
+    "shm": lambda facts, host: ShmCommunicator.build(host, facts.options, facts.limits),
+    "hierarchical": lambda facts, host: HierarchicalCommunicator.build(
+        host, (0, *[1] * (len(facts.ranks) - 1)), facts.options, facts.limits
+    ),
+    "staged": lambda facts, host: StagedCommunicator(torch.device("cpu"), [host]),
+    "torch": torch_gloo,
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_of_ours_passes(name: str) -> None:
+    check_communicator(STRATEGIES[name], world_sizes=(2, 3) if name in ("shm", "torch") else (3,), ends_waits=name != "torch")
+
+
+class Wrapped(GlooCommunicator):
+    """gloo with one mistake."""
+
+
+class WrongOrder(Wrapped):
+    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, timeout: float) -> None:
+        super().all_gather(x, dim, sizes, out, tag=tag, timeout=timeout)
+        out.copy_(torch.cat(list(out.split(list(sizes), dim))[::-1], dim) if len(set(sizes)) == 1 else out)
+
+
+class InPlace(Wrapped):
+    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
+        return super().all_reduce_(x, op, tag=tag, timeout=timeout)
+
+
+class OwnFirst(Wrapped):
+    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
+        y = super().all_reduce(x, op, tag=tag, timeout=timeout)
+        return y * (1 + 1e-7) if self.rank_in_group == 1 and y.dtype == torch.float32 else y
+
+
+class Fickle(Wrapped):
+    def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:
+        return self.rank_in_group == 0 or operation != "broadcast"
+
+
+class Unending(Wrapped):
+    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
+        return x.clone() if timeout < 1 else super().all_reduce(x, op, tag=tag, timeout=timeout)
+
+
+class NoSuchOperation(Wrapped):
+    operations = frozenset({"all_reduce", "scatter"})
+
+
+class Half(Wrapped):
+    def broadcast(self, x: torch.Tensor, src: int, *, tag: int, timeout: float) -> None:
+        if x.is_contiguous():
+            super().broadcast(x, src, tag=tag, timeout=timeout)
+
+
+MISTAKES: list[tuple[type[Wrapped], str]] = [
+    (WrongOrder, "not joined in rank order"),
+    (InPlace, "its input was changed"),
+    (OwnFirst, "the ranks' results differ"),
+    (Fickle, "it has to answer alike on all ranks"),
+    (Unending, "returned though no other rank called it"),
+    (NoSuchOperation, r"operations that do not exist: \['scatter'\]"),
+    (Half, "not what the source has"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "words"), MISTAKES, ids=lambda value: getattr(value, "__name__", None))
+def test_mistakes_are_found(wrong: type[Wrapped], words: str) -> None:
+    with pytest.raises(AssertionError, match=words) as caught:
+        check_communicator(lambda facts, host: wrong(host.transport), world_sizes=(2,))
+    assert wrong.__name__ in str(caught.value)
+
+
+def test_one_that_refuses() -> None:
+    def picky(facts: GroupFacts, host: GlooCommunicator) -> Communicator | Refused:
+        n = len(facts.ranks)
+        return Refused("picky", f"{n} ranks, needs 2") if n != 2 else GlooCommunicator(host.transport)
+
+    check_communicator(picky)
+    with pytest.raises(AssertionError, match=r"it refused every number of ranks of \(3, 4\): 3 ranks, needs 2; 4 ranks, needs 2"):
+        check_communicator(picky, world_sizes=(3, 4))
+
+    def odd(facts: GroupFacts, host: GlooCommunicator) -> Any:
+        return Refused("odd", "no") if facts.rank_in_group else GlooCommunicator(host.transport)
+
+    with pytest.raises(AssertionError, match=r"do not agree whether there is one: \['made', 'refused'\]"):
+        check_communicator(odd, world_sizes=(2,))
+    assert cg.Communicator is Communicator
