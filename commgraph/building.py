@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import ClassVar
 
 import attrs
+import torch
 import torch.distributed as dist
 
 from commgraph import compat
@@ -22,6 +23,7 @@ from commgraph.errors import BackendUnavailableError, BuildError
 from commgraph.hosts import Hosts
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import GroupFacts, Platform
+from commgraph.platforms.detection import strategies_of_others
 
 __all__ = ["CONNECTING", "Builder", "Connection", "Links"]
 
@@ -132,6 +134,8 @@ class Builder:
         options: CommunicatorOptions,
         *,
         wants_device: bool,
+        device: torch.device,
+        plugins: bool = True,
     ) -> GroupLink:
         """Makes the strategies of a group, on its connection, which is closed if that fails.
 
@@ -141,6 +145,8 @@ class Builder:
             platform: chooses the strategies.
             options: of this group.
             wants_device: whether the group serves device tensors too.
+            device: of this rank.
+            plugins: whether strategies of other packages may serve it.
 
         Raises:
             BackendUnavailableError: the platform has nothing that serves the options.
@@ -148,7 +154,8 @@ class Builder:
         host_timeout = options.host_timeout or options.timeout or self.timeout
 
         def again(ident: str) -> GroupLink:
-            return self.link(ident, ranks, self.connect(ident, ranks), platform, options, wants_device=wants_device)
+            connection = self.connect(ident, ranks)
+            return self.link(ident, ranks, connection, platform, options, wants_device=wants_device, device=device, plugins=plugins)
 
         if connection is None:
             return GroupLink(ident=ident, ranks=ranks, rank_in_group=0, host_timeout=host_timeout.total_seconds(), again=again)
@@ -157,8 +164,8 @@ class Builder:
             nodes = tuple(self.hosts.nodes[rank] for rank in ranks)
             limits = Limits(host_timeout.total_seconds(), self.timeout.total_seconds(), self.hosts.local_size)
             strategies = dist.PrefixStore("strategies", connection.store)
-            facts = GroupFacts(ranks, rank_in_group, nodes, options, wants_device, limits, strategies)
-            chain = self._chain(ident, platform, facts, connection)
+            facts = GroupFacts(ranks, rank_in_group, nodes, options, wants_device, limits, strategies, device)
+            chain = self._chain(ident, platform, facts, connection, plugins)
             link = GroupLink(
                 ident=ident,
                 ranks=ranks,
@@ -173,6 +180,7 @@ class Builder:
                 experts=options.experts,
                 again=again,
                 build_timeout=self.timeout,
+                is_capturing=platform.is_capturing,
             )
         except BaseException:
             connection.transport.close()
@@ -180,9 +188,13 @@ class Builder:
         self.links.add(link)
         return link
 
-    def _chain(self, ident: str, platform: Platform, facts: GroupFacts, connection: Connection) -> Sequence[Communicator | Refused]:
+    def _chain(
+        self, ident: str, platform: Platform, facts: GroupFacts, connection: Connection, plugins: bool
+    ) -> Sequence[Communicator | Refused]:
         try:
-            return platform.communicators(facts, connection.transport)
+            others = strategies_of_others(facts, connection.transport) if plugins else ()
+            chain = [*others, *platform.communicators(facts, connection.transport)]
+            return [_only_by_kind(one) for one in chain] if facts.options.deterministic else chain
         except (PeerClosed, PeerLate) as error:
             why = f"({error.reason})" if isinstance(error, PeerClosed) else f"within {self.timeout.total_seconds():g} s"
             raise PeerLeftError(
@@ -235,6 +247,14 @@ class Builder:
         if self.authkey is not None:
             return self.authkey
         return self.hosts.node_key if all(self.hosts.nodes[rank] == self.hosts.node_rank for rank in ranks) else None
+
+
+def _only_by_kind(one: Communicator | Refused) -> Communicator | Refused:
+    """Refuses a strategy whose part depends on the size."""
+    if isinstance(one, Refused) or not one.selective:
+        return one
+    one.close()
+    return Refused(one.name, "options.deterministic=True, and it serves some sizes only")
 
 
 def _is_there(store: dist.Store, key: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import timedelta
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -17,13 +17,15 @@ import torch.distributed as dist
 import commgraph
 from commgraph.agreement import PeerLeftError
 from commgraph.building import Builder, Connection
+from commgraph.capture import GraphCapture, capture
 from commgraph.coordinator import GroupCoordinator
 from commgraph.coordinator.host_objects import objects_of
 from commgraph.coordinator.link import GroupLink
-from commgraph.errors import BuildError, CommGraphError, ConfigurationError, LayoutError, LayoutMismatchError
+from commgraph.errors import BuildError, CommGraphError, ConfigurationError, ContextClosedError, LayoutError, LayoutMismatchError
 from commgraph.layout import Layout
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import Platform
+from commgraph.platforms.detection import plugins
 
 if TYPE_CHECKING:
     from commgraph.world import World
@@ -185,6 +187,26 @@ class ParallelContext:
                 communicator.warmup()
             coordinator.barrier()
 
+    @contextlib.contextmanager
+    def graph_capture(self, device: torch.device | None = None, *, stream: Any = None) -> Iterator[GraphCapture]:
+        """A block in which graphs of the device are captured: a side stream that waits for the current one, and is current in it.
+
+        Several contexts in one graph: give the inner ones the stream of the outermost. While a graph is captured a strategy that cannot be
+        is passed over, on every rank alike; where none is left the call raises. On the host there is nothing to capture, and `stream` is
+        None. An error inside of the block ends every group of the context, here and on the other ranks.
+
+        Args:
+            device: whose graphs; None: this rank's.
+            stream: to capture on, in place of a new one.
+        """
+        self._ensure_open("graph_capture")
+        with capture(self._world.platform, device or self.device, stream, self._distinct(), f"context {self._name!r}") as made:
+            yield made
+
+    def _ensure_open(self, what: str) -> None:
+        if self.closed:
+            raise ContextClosedError(f"{what}: context {self._name!r} (rank {self.rank}) was closed; build another with world.context")
+
     def explain(self) -> str:
         """What serves what: for each group its ranks, its strategies per operation, who shares with whom, and what it all costs."""
         lines = [f"{self!r}"]
@@ -323,6 +345,7 @@ def build_context(
         "the layout": f"{layout!r} {layout.digest}",
         "the options": "; ".join(f"{group}: {given.describe()}{' +device' if device else ''}" for group, (given, device) in plan.items()),
         "the platform": platform.name,
+        "the strategies of other packages": plugins(),
         "the versions": f"commgraph {commgraph.__version__}, torch {torch.__version__}",
     }
     builder.agree(begin, facts, what=what)
@@ -343,7 +366,9 @@ def build_context(
             connections[first] = builder.connect(ident, layout.ranks(first, rank))
         for first, *others in shared.values():
             given, device = plan[first]
-            link = builder.link(idents[first], layout.ranks(first, rank), connections[first], platform, given, wants_device=device)
+            link = builder.link(
+                idents[first], layout.ranks(first, rank), connections[first], platform, given, wants_device=device, device=world.device
+            )
             coordinators[first] = build_coordinator(world, first, link)
             coordinators |= {other: join_coordinator(other, coordinators[first]) for other in others}
         firsts = [coordinators[first] for first in idents if coordinators[first].world_size > 1]

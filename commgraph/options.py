@@ -63,6 +63,8 @@ class CommunicatorOptions:
         shm_bytes: what a rank can stage there at once (it has two such slots; ranks of large groups get less); larger tensors go through in
             pieces.
         queue_bytes: of the ring from one rank to all others; that to a single one has half. Larger objects go through in pieces.
+        custom_all_reduce: let kernels that read the peers' memory serve small tensors of accelerators, where they can.
+        deterministic: one strategy for each operation whatever the size, so that results do not change with the batch size.
         experts: how many experts there are in all, evenly and in order on the ranks of a group: then `dispatch` with top-k ids sends a row
             only to the ranks whose experts it needs. None: to all.
     """
@@ -78,6 +80,8 @@ class CommunicatorOptions:
     shm_bytes: int = attrs.field(default=1 << 20, validator=_at_least(16 * 1024))
     queue_bytes: int = attrs.field(default=1 << 20, validator=_at_least(16 * 1024))
 
+    custom_all_reduce: bool = attrs.field(default=True)
+    deterministic: bool = attrs.field(default=False)
     experts: int | None = attrs.field(default=None, validator=_count)
 
     def isolates(self, name: str) -> bool:
@@ -90,5 +94,5 @@ class CommunicatorOptions:
         return (
             f"timeout={self.timeout} host_timeout={self.host_timeout} backend={self.backend} check={self.check} isolate={isolate} "
             f"shm={self.shm} message_queue={self.message_queue} shm_bytes={self.shm_bytes} queue_bytes={self.queue_bytes} "
-            f"experts={self.experts}"
+            f"custom_all_reduce={self.custom_all_reduce} deterministic={self.deterministic} experts={self.experts}"
         )

@@ -93,7 +93,11 @@ class World:
         self._finalizer = weakref.finalize(self, builder.links.release)
         try:
             everyone = tuple(range(self.size))
-            link = builder.link("world", everyone, builder.connect("world", everyone), platform, CommunicatorOptions(), wants_device=False)
+            connection = builder.connect("world", everyone)
+            # Host tensors and objects, by what every installation has: it is there before anything of others is loaded.
+            link = builder.link(
+                "world", everyone, connection, platform, CommunicatorOptions(), wants_device=False, device=device, plugins=False
+            )
             self.group: GroupCoordinator = build_coordinator(self, "world", link)
         except BaseException:
             self._state.closed = True  # there is nothing to close, and nobody to blame for not closing it

@@ -24,7 +24,7 @@ LAYERS = (
     ("communicators",),
     ("platforms",),
     ("coordinator", "ops"),
-    ("building",),
+    ("building", "capture"),
     ("context",),
     ("world",),
     ("nn", "testing", "trace"),

@@ -89,6 +89,12 @@ class Communicator(abc.ABC):
     compares: ClassVar[bool] = False
     """Whether every collective finds out by itself that the ranks called different things, and raises `CallsDiffer`."""
 
+    selective: ClassVar[bool] = False
+    """Whether it serves some sizes and leaves others to the strategies behind it, so that results depend on which one did."""
+
+    serves_host: ClassVar[bool] = True
+    """Whether it may accept host tensors: a short way of a strategy behind it must then not be taken."""
+
     mailbox: Any = None
     """A `commgraph.shm.mailbox.Mailbox` where the ranks can hand each other objects without a network."""
 

@@ -39,7 +39,7 @@ class TorchCommunicator(Communicator):
     enqueued on the current stream and does not hold up the host; its deadline is kept by the backend, which ends its own operations.
     """
 
-    operations: ClassVar[frozenset[str]] = frozenset(OPERATIONS) - {"barrier"}
+    operations: ClassVar[frozenset[str]] = frozenset(name for name in OPERATIONS if name != "barrier")
 
     def __init__(self, name: str, backend: Any, device: torch.device, rank_in_group: int, world_size: int) -> None:
         """Over a live backend.
@@ -52,10 +52,10 @@ class TorchCommunicator(Communicator):
         """
         super().__init__(rank_in_group, world_size)
         self.name = name  # type: ignore[misc]  # of this one: the class serves backends of several names
+        self.serves_host = device.type == "cpu"  # type: ignore[misc]  # of this one
         self._backend: Any = backend
         self._device = device
         self._bytes = 0
-        # The only deadline that ends what already runs on a device.
         self._aborted = False
 
     def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:

@@ -28,7 +28,15 @@ from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.communicators.shm import make_door
 from commgraph.communicators.signature import CHECK, COLLECTIVE, make_tag
 from commgraph.coordinator.call import Call, place
-from commgraph.errors import BuildError, CollectiveError, CollectiveMismatchError, CollectiveTimeoutError, ContextClosedError, PeerLostError
+from commgraph.errors import (
+    BuildError,
+    CollectiveError,
+    CollectiveMismatchError,
+    CollectiveTimeoutError,
+    ContextClosedError,
+    PeerLostError,
+    UnsupportedTensorError,
+)
 from commgraph.shm import native_module
 from commgraph.work import Job, Lane
 
@@ -90,6 +98,7 @@ class GroupLink:
         experts: int | None = None,
         again: Callable[[str], GroupLink] | None = None,
         build_timeout: timedelta = timedelta(0),
+        is_capturing: Callable[[torch.device], bool] = lambda device: False,
     ) -> None:
         """Not for users: made while a context is built.
 
@@ -107,6 +116,7 @@ class GroupLink:
             experts: how many there are, where rows go only to the ranks whose experts they need.
             again: makes such a link once more, under another ident. Collective.
             build_timeout: deadline of that.
+            is_capturing: whether calls on a device are being recorded into a graph.
         """
         self.ident = ident
         self.ranks = ranks
@@ -124,6 +134,7 @@ class GroupLink:
         self.experts = experts
         self._again = again
         self._build_timeout = build_timeout
+        self._is_capturing = is_capturing
         # Coordinators of the same ranks with communicators of their own, which end with this one.
         self.siblings: list[GroupCoordinator] = []
         self._begotten = 0
@@ -156,7 +167,9 @@ class GroupLink:
     def door(self) -> Any:
         """A short way for one coordinator, None where there is none."""
         if self.world_size > 1:
-            return None if self.comparing is None or self.check else self.comparing.door()
+            # It leads past the choice of a strategy, and so only where nobody else could be chosen.
+            first = next((c for c in self.communicators if c.serves_host), None)
+            return None if first is None or first is not self.comparing or self.check else first.door()
         native = native_module.load()
         return None if native is None else make_door(native, None)
 
@@ -168,9 +181,18 @@ class GroupLink:
 
     def route(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device) -> Communicator:
         """The strategy for such a call; the same on every rank."""
+        capturing = device.type != "cpu" and self._is_capturing(device)
         for communicator in self.communicators:
-            if operation in communicator.operations and communicator.accepts(operation, shape, dtype, device, capturing=False):
+            if operation in communicator.operations and communicator.accepts(operation, shape, dtype, device, capturing=capturing):
                 return communicator
+        if capturing:
+            raise UnsupportedTensorError(
+                f"{operation} in group {self.ident} (rank {self.ranks[self.rank_in_group]}): a graph is being captured, and of its "
+                f"strategies {', '.join(c.name for c in self.communicators)} none that can be captured serves {dtype} {tuple(shape)} on "
+                f"{device}. Nothing was sent.",
+                operation=operation,
+                rank=self.ranks[self.rank_in_group],
+            )
         raise RuntimeError(
             f"no strategy of group {self.ident} serves {operation} of {dtype} on {device}: the platform's chain is incomplete"
         )
@@ -494,6 +516,14 @@ class GroupLink:
             compat.enter_tables(group, f"commgraph {self.ident} {ranks}", ranks, store)
             self._torch_group = group
         return self._torch_group
+
+    def break_off(self, call: Call, why: str) -> None:
+        """Ends the group because of an error outside of any call, so that the peers, who go on, raise as well. Sends nothing to them."""
+        with self._failing:
+            if self._broken is None and self.world_size > 1:
+                self._publish(_Fault("lost", f"{call.sequence} {why}", self.ranks[self.rank_in_group], call.sequence, why))
+                self._abort()
+                self._remember(PeerLostError(f"{call.where}: {why}", **call.facts))
 
     def abort(self) -> None:
         """Ends what runs on this group, here and on the peers. From any thread."""

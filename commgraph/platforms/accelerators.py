@@ -80,12 +80,18 @@ class DevicePlatform(Platform):
         tell = teller(GlooCommunicator(transport), name, facts.limits.build_timeout)
         said = [
             msgspec.msgpack.decode(word, type=_Word)
-            for word in tell(msgspec.msgpack.encode(_Word(self.problem(facts)[:500], f"{facts.nodes[facts.rank_in_group]} {self.identity(facts.device)}")))
+            for word in tell(
+                msgspec.msgpack.encode(
+                    _Word(self.problem(facts)[:500], f"{facts.nodes[facts.rank_in_group]} {self.identity(facts.device)}")
+                )
+            )
         ]
-        reason = next((f"rank {facts.ranks[i]}: {word.problem}" for i, word in enumerate(said) if word.problem), "") or self._shared(facts, said)
+        reason = next((f"rank {facts.ranks[i]}: {word.problem}" for i, word in enumerate(said) if word.problem), "") or self._shared(
+            facts, said
+        )
         if reason:
             warnings.warn(
-                f"group of ranks {facts.ranks}: {name} cannot serve it ({reason}); its device tensors go by way of the host",
+                f"{name} cannot serve {self.device_type} tensors ({reason}); they go by way of the host",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -120,7 +126,11 @@ class CudaPlatform(DevicePlatform):
             return "this torch has no NCCL, or sees no GPU"
         count = torch.cuda.device_count()
         index = facts.device.index or 0
-        return "" if index < count else f"{facts.device} does not exist, there are {count} (is CUDA_VISIBLE_DEVICES set per rank? then give device=)"
+        return (
+            ""
+            if index < count
+            else f"{facts.device} does not exist, there are {count} (is CUDA_VISIBLE_DEVICES set per rank? then give device=)"
+        )
 
     def make_backend(self, facts: GroupFacts, timeout: timedelta) -> Any:
         return compat.make_nccl(facts.store, facts.rank_in_group, len(facts.ranks), timeout, facts.device)

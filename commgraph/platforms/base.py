@@ -90,7 +90,7 @@ class Platform(abc.ABC):
 
     @contextlib.contextmanager
     def side_stream(self, device: torch.device, stream: Any) -> Iterator[Any]:
-        """A stream for capturing graphs: `stream`, or a new one, that waits for the current one and is current meanwhile. None on the host."""
+        """A stream to capture graphs on, `stream` or a new one, that waits for the current one and then is it; None on the host."""
         yield None
 
     def is_capturing(self, device: torch.device) -> bool:

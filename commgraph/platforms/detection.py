@@ -34,7 +34,9 @@ def detect() -> Platform:
 def plugins() -> str:
     """What is installed beside commgraph that may serve a group, with versions: to be the same on every rank."""
     found = [(point, point.dist) for point in _points(STRATEGIES)]
-    return ", ".join(f"{point.name}={point.value} ({'?' if package is None else f'{package.name} {package.version}'})" for point, package in found)
+    return ", ".join(
+        f"{point.name}={point.value} ({'?' if package is None else f'{package.name} {package.version}'})" for point, package in found
+    )
 
 
 def strategies_of_others(facts: GroupFacts, transport: GlooTransport) -> Sequence[Communicator | Refused]:
@@ -47,7 +49,9 @@ def strategies_of_others(facts: GroupFacts, transport: GlooTransport) -> Sequenc
     for point in _points(STRATEGIES):
         one = _load(point)(facts, GlooCommunicator(transport))
         if not isinstance(one, Communicator | Refused):
-            raise ConfigurationError(f"entry point {point.name!r} of {STRATEGIES} gave a {type(one).__name__}, no Communicator and no Refused")
+            raise ConfigurationError(
+                f"entry point {point.name!r} of {STRATEGIES} gave a {type(one).__name__}, no Communicator and no Refused"
+            )
         made.append(one)
     return made
 

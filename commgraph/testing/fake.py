@@ -70,9 +70,11 @@ class _FakeBuilder(Builder):
         options: CommunicatorOptions,
         *,
         wants_device: bool,
+        device: torch.device,
+        plugins: bool = True,
     ) -> GroupLink:
         def again(ident: str) -> GroupLink:
-            return self.link(ident, ranks, self.connect(ident, ranks), platform, options, wants_device=wants_device)
+            return self.link(ident, ranks, self.connect(ident, ranks), platform, options, wants_device=wants_device, device=device)
 
         me = ranks.index(self.rank)
         return _FakeLink(
