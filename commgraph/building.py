@@ -158,7 +158,9 @@ class Builder:
             return self.link(ident, ranks, connection, platform, options, wants_device=wants_device, device=device, plugins=plugins)
 
         if connection is None:
-            return GroupLink(ident=ident, ranks=ranks, rank_in_group=0, host_timeout=host_timeout.total_seconds(), again=again)
+            return GroupLink(
+                ident=ident, ranks=ranks, rank_in_group=0, host_timeout=host_timeout.total_seconds(), again=again, platform=platform
+            )
         try:
             rank_in_group = ranks.index(self.rank)
             nodes = tuple(self.hosts.nodes[rank] for rank in ranks)
@@ -180,7 +182,7 @@ class Builder:
                 experts=options.experts,
                 again=again,
                 build_timeout=self.timeout,
-                is_capturing=platform.is_capturing,
+                platform=platform,
             )
         except BaseException:
             connection.transport.close()

@@ -17,8 +17,8 @@ import torch.distributed as dist
 import commgraph
 from commgraph.agreement import PeerLeftError
 from commgraph.building import Builder, Connection
-from commgraph.capture import GraphCapture, capture
 from commgraph.coordinator import GroupCoordinator
+from commgraph.coordinator.capture import GraphCapture, capture
 from commgraph.coordinator.host_objects import objects_of
 from commgraph.coordinator.link import GroupLink
 from commgraph.errors import BuildError, CommGraphError, ConfigurationError, ContextClosedError, LayoutError, LayoutMismatchError
@@ -200,7 +200,8 @@ class ParallelContext:
             stream: to capture on, in place of a new one.
         """
         self._ensure_open("graph_capture")
-        with capture(self._world.platform, device or self.device, stream, self._distinct(), f"context {self._name!r}") as made:
+        groups = self._distinct() or [self._groups["world"]]
+        with capture(groups, device or self.device, stream, f"context {self._name!r}") as made:
             yield made
 
     def _ensure_open(self, what: str) -> None:

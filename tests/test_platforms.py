@@ -180,6 +180,8 @@ def test_what_cannot_be_captured_is_passed_over_and_never_run_eagerly() -> None:
             assert chain(tp, "all_reduce", CUDA) == "nccl"
             with pytest.raises(cg.UnsupportedTensorError, match=r"a graph is being captured.*torch.uint16.*Nothing was sent"):
                 chain(tp, "all_reduce", CUDA, torch.uint16)
+            with tp.graph_capture(stream=outer.stream) as alone:
+                assert alone.stream == outer.stream
             # Host tensors are none of its business.
             assert tp.all_reduce(torch.ones(2)).tolist() == [2, 2]
             # Target and draft in one graph: the inner one has the stream of the outer.

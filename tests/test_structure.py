@@ -24,7 +24,7 @@ LAYERS = (
     ("communicators",),
     ("platforms",),
     ("coordinator", "ops"),
-    ("building", "capture"),
+    ("building",),
     ("context",),
     ("world",),
     ("nn", "testing", "trace"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import attrs
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from commgraph import compat
 from commgraph.coordinator.call import Timeout
+from commgraph.coordinator.capture import GraphCapture, capture
 from commgraph.coordinator.experts import ExpertOperations
 from commgraph.coordinator.host_objects import objects_of
 from commgraph.errors import BackendUnavailableError
@@ -121,6 +123,13 @@ class GroupCoordinator(ExpertOperations):
                 "torch.distributed finds no other: call torch.distributed.init_process_group first, or take cpu_group, which needs none"
             )
         return self._link.torch_group(self.all_gather_object)
+
+    @contextlib.contextmanager
+    def graph_capture(self, device: torch.device | None = None, *, stream: Any = None) -> Iterator[GraphCapture]:
+        """`ParallelContext.graph_capture` for this group alone: an error inside of the block ends this group and no other."""
+        self._link.ensure_open(self.name)
+        with capture([self], device or self.device, stream, f"group {self.name!r}") as made:
+            yield made
 
     def prepare_communication_buffer_for_model(self, model: torch.nn.Module) -> None:
         """Lets the strategies size their buffers from `model`. Collective."""

@@ -42,6 +42,7 @@ from commgraph.work import Job, Lane
 
 if TYPE_CHECKING:
     from commgraph.coordinator.group import GroupCoordinator
+    from commgraph.platforms.base import Platform
 
 __all__ = ["GroupLink"]
 
@@ -98,7 +99,7 @@ class GroupLink:
         experts: int | None = None,
         again: Callable[[str], GroupLink] | None = None,
         build_timeout: timedelta = timedelta(0),
-        is_capturing: Callable[[torch.device], bool] = lambda device: False,
+        platform: Platform | None = None,
     ) -> None:
         """Not for users: made while a context is built.
 
@@ -116,7 +117,7 @@ class GroupLink:
             experts: how many there are, where rows go only to the ranks whose experts they need.
             again: makes such a link once more, under another ident. Collective.
             build_timeout: deadline of that.
-            is_capturing: whether calls on a device are being recorded into a graph.
+            platform: of the machine; None: of a world without peers.
         """
         self.ident = ident
         self.ranks = ranks
@@ -134,7 +135,7 @@ class GroupLink:
         self.experts = experts
         self._again = again
         self._build_timeout = build_timeout
-        self._is_capturing = is_capturing
+        self.platform = platform
         # Coordinators of the same ranks with communicators of their own, which end with this one.
         self.siblings: list[GroupCoordinator] = []
         self._begotten = 0
@@ -181,7 +182,7 @@ class GroupLink:
 
     def route(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device) -> Communicator:
         """The strategy for such a call; the same on every rank."""
-        capturing = device.type != "cpu" and self._is_capturing(device)
+        capturing = device.type != "cpu" and self.platform is not None and self.platform.is_capturing(device)
         for communicator in self.communicators:
             if operation in communicator.operations and communicator.accepts(operation, shape, dtype, device, capturing=capturing):
                 return communicator

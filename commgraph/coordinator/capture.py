@@ -10,8 +10,7 @@ import attrs
 import torch
 
 if TYPE_CHECKING:
-    from commgraph.coordinator import GroupCoordinator
-    from commgraph.platforms.base import Platform
+    from commgraph.coordinator.group import GroupCoordinator
 
 __all__ = ["GraphCapture", "capture"]
 
@@ -28,13 +27,14 @@ class GraphCapture:
 
 
 @contextlib.contextmanager
-def capture(platform: Platform, device: torch.device, stream: Any, groups: Sequence[GroupCoordinator], what: str) -> Iterator[GraphCapture]:
-    """A block in which graphs are captured that communicate in `groups`.
+def capture(groups: Sequence[GroupCoordinator], device: torch.device, stream: Any, what: str) -> Iterator[GraphCapture]:
+    """A block in which graphs are captured that communicate in `groups`, of which there is at least one.
 
     An error inside ends the groups: the peers, who go on capturing, would wait in a replay for a call that was never recorded. They raise
     in their next call instead, and nothing is sent to them.
     """
-    with platform.side_stream(device, stream) as side:
+    platform = groups[0]._link.platform
+    with contextlib.nullcontext() if platform is None else platform.side_stream(device, stream) as side:
         try:
             yield GraphCapture(side)
         except BaseException as error:
