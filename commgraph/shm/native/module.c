@@ -3,6 +3,8 @@
 #include "dlpack.h"
 
 #include <errno.h>
+#include <pthread.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/mman.h>
 
@@ -16,6 +18,36 @@ int64_t deadline_after(int64_t timeout_ns) {
 }
 
 uint64_t call_word(const Group *group, int operation) { return (group->sequence ? group->sequence - 1 : 0) << 8 | (uint64_t)operation; }
+
+/* Threads that wake up together would all ask for the interpreter, and be handed it by one futex after the other, each of which takes
+ * longer than what most of them want to do. So those of one process take turns: who has come back from a wait keeps the turn until its next one,
+ * and the others yield. Whoever has it may be long about something else, so patience is short. */
+#define TURN_NS 50000
+
+static void take_turn(Team *self) {
+    if (!cg_team_is_crew(&self->team)) return;
+    uintptr_t me = (uintptr_t)pthread_self(), nobody = 0;
+    const int64_t patience = cg_clock_ns() + TURN_NS;
+    while (!atomic_compare_exchange_weak_explicit(self->turn, &nobody, me, memory_order_relaxed, memory_order_relaxed)) {
+        if (nobody != 0 && cg_clock_ns() > patience) {
+            atomic_store_explicit(self->turn, me, memory_order_relaxed);
+            return;
+        }
+        nobody = 0;
+        sched_yield();
+    }
+}
+
+static void let_go(Team *self) {
+    self->saved = PyEval_SaveThread();
+    uintptr_t me = (uintptr_t)pthread_self();
+    atomic_compare_exchange_strong_explicit(self->turn, &me, 0, memory_order_relaxed, memory_order_relaxed);
+}
+
+static void take_back(Team *self) {
+    take_turn(self);
+    PyEval_RestoreThread(self->saved);
+}
 
 static int interrupted(cg_team *team) {
     Team *self = team->user;
@@ -34,29 +66,31 @@ static int claim(Team *team) {
 int enter(Team *team) {
     if (!claim(team)) return 0;
     team->brief = 0;
-    team->saved = PyEval_SaveThread();
+    let_go(team);
     return 1;
 }
 
 int enter_briefly(Team *team) {
+    /* Among threads of one process nobody's call is over before another had the interpreter: they copy and reduce meanwhile. */
+    if (cg_team_is_crew(&team->team)) return enter(team);
     if (!claim(team)) return 0;
     team->brief = 1;
     return 1;
 }
 
 void leave(Team *team) {
-    if (!team->brief) PyEval_RestoreThread(team->saved);
+    if (!team->brief) take_back(team);
     team->busy = 0;
 }
 
 static void pause_interpreter(cg_team *team) {
     Team *self = team->user;
-    if (self->brief) self->saved = PyEval_SaveThread();
+    if (self->brief) let_go(self);
 }
 
 static void resume_interpreter(cg_team *team) {
     Team *self = team->user;
-    if (self->brief) PyEval_RestoreThread(self->saved);
+    if (self->brief) take_back(self);
 }
 
 PyObject *raise_stopped(PyObject *self, int code, int who) {
@@ -216,6 +250,7 @@ static PyObject *team_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     }
     Py_INCREF(segment);
     self->segment = (Segment *)segment;
+    self->turn = &state->turn;
     self->team.pause = pause_interpreter;
     self->team.resume = resume_interpreter;
     self->team.interrupted = interrupted;
@@ -233,6 +268,7 @@ static Team *new_view(module_state *state, Team *of, cg_bell *bell, cg_bell *the
         return NULL;
     }
     self->team.user = self;
+    self->turn = of->turn;
     self->of = (Team *)Py_NewRef(of);
     self->segment = (Segment *)Py_NewRef(of->segment);
     return self;

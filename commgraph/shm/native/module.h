@@ -14,6 +14,7 @@ typedef struct {
     PyObject *stopped, *busy; /* exceptions */
     PyTypeObject *segment, *pool, *block, *team, *group, *ring, *door;
     PyObject *requires_grad, *is_neg, *is_inference; /* names, interned */
+    _Atomic uintptr_t turn; /* which thread has the interpreter after a wait, 0 for none */
 } module_state;
 
 typedef struct {
@@ -39,6 +40,7 @@ typedef struct Team {
     cg_team team;
     Segment *segment;
     struct Team *of; /* of a view that a ring has for itself: the seat's first one */
+    _Atomic uintptr_t *turn;
     PyThreadState *saved; /* of the thread that is in a call, while others may run */
     int busy;
     int brief; /* the call lets others run only while it waits */

@@ -21,6 +21,7 @@
 enum { WATCH_UNKNOWN = -1, WATCH_MYSELF = -2, WATCH_BY_PROC = -3 };
 
 #define YIELD_NS 200000      /* of yielding at most: on a busy machine one may take a time slice, and nobody looks at the deadline meanwhile */
+#define CREW_YIELDS 400
 #define SLICE_NS 50000000ull /* of a sleep, after which the others are looked after: a death is noticed within it */
 
 int64_t cg_clock_ns(void) {
@@ -60,6 +61,7 @@ int cg_team_join(cg_team *team, cg_seat *seats, int n, int me, int crowd) {
     team->me = me;
     team->slice_ns = SLICE_NS;
     team->bell = &seats[me].bell;
+    team->crew = -1;
     for (int i = 0; i < n; i++) team->watch[i] = WATCH_UNKNOWN;
     cpu_set_t allowed;
     int cores = sched_getaffinity(0, sizeof allowed, &allowed) == 0 ? CPU_COUNT(&allowed) : 1;
@@ -100,6 +102,18 @@ void cg_team_leave(cg_team *team) {
         if (team->watch[i] >= 0) close(team->watch[i]);
     free(team->watch);
     team->watch = NULL;
+}
+
+int cg_team_is_crew(cg_team *team) {
+    if (team->crew >= 0) return team->crew;
+    int32_t mine = team->seats[team->me].pid;
+    for (int i = 0; i < team->n; i++) {
+        if (i == team->me) continue;
+        int32_t other = team->seats[i].pid;
+        if (other == mine) return team->crew = 1;
+        if (other == 0) return 0;
+    }
+    return team->crew = 0;
 }
 
 static void ring(cg_bell *bell) {
@@ -218,7 +232,9 @@ static int wait_on(cg_team *team, cg_condition ready, void *arg, int watched, in
     int64_t looked = cg_clock_ns();
     const int64_t patience = looked + YIELD_NS;
     if (deadline < 0) deadline = looked - deadline;
-    for (int i = 0; i < team->yields && looked < patience; i++) {
+    /* Threads of one process have to take turns with the interpreter, which is longer than a few yields and shorter than a sleep. */
+    const int yields = cg_team_is_crew(team) ? CREW_YIELDS : team->yields;
+    for (int i = 0; i < yields && looked < patience; i++) {
         if (ready(arg)) return CG_OK;
         sched_yield();
         looked = cg_clock_ns();

@@ -50,6 +50,7 @@ typedef struct cg_team {
     cg_seat *seats;
     int n, me;
     int spins, yields;
+    int crew; /* whether others here are threads of this very process: 1 yes, 0 no, -1 not everybody has come */
     int *watch; /* pidfd of each process; WATCH_* */
     /* Called around a wait that does not end at once; may be NULL. */
     void (*pause)(struct cg_team *);
@@ -75,6 +76,8 @@ void cg_team_close(cg_team *team, int failed);
 int cg_team_lost(cg_team *team, int *who);
 /* Says that nobody will sit there. 0 if somebody does. */
 int cg_team_leave_out(cg_team *team, int seat);
+/* Whether others are threads of this process. */
+int cg_team_is_crew(cg_team *team);
 /* Whether this side was closed. */
 int cg_team_left(const cg_team *team);
 /* Who has failed, -1 for nobody. */
