@@ -78,6 +78,7 @@ class Job:
         except CommGraphError as error:
             # It says all there is to say, and its frames would keep what the call held for as long as the error is kept.
             self.error = error.with_traceback(None)
+            error.__context__ = None
         except BaseException as error:
             self.error = error
         finally:

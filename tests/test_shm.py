@@ -1095,3 +1095,60 @@ def test_the_package_installs_without_a_compiler(tmp_path: Path) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=90, check=False, env=environment, cwd=tmp_path
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_messages_by_the_short_way_pair_with_those_by_the_long_one() -> None:
+    """Plain tensors take it, all others do not; both count alike, whichever side takes which, and nothing overtakes anything."""
+
+    def run(world: cg.World) -> list[int]:
+        with world.context(cg.Layout(2, pp=2), name="a") as context:
+            pp = context.pp
+            short, taken = pp._link.messages, 0
+            assert short is not None
+            strided = torch.arange(12.0).view(3, 4).T
+            kinds = [torch.arange(12.0).view(4, 3), strided, torch.empty(0, 3), torch.ones(4, 3, dtype=torch.bfloat16), torch.tensor(5)]
+            if pp.is_first_rank:
+                for i, x in enumerate(kinds * 3):
+                    if i % 2:
+                        pp.send(x, timeout=20)  # the long way
+                    else:
+                        taken += short.send(pp, x, 1)
+                        pp.send(x)
+                    if i % 4 == 0:
+                        pp.send_object(i, 1)
+                return [taken]
+            for i, x in enumerate(kinds * 3):
+                for again in range(2 if i % 2 == 0 and x.is_contiguous() and x.numel() else 1):
+                    out = torch.zeros(x.shape, dtype=x.dtype)
+                    version = out._version
+                    if (i + again) % 3 == 0:
+                        got = pp.recv(x.shape, x.dtype, out=out)
+                        assert got is out
+                        assert not x.numel() or out._version > version
+                    elif (i + again) % 3 == 1:
+                        got = pp.recv(tuple(x.shape), x.dtype)
+                    else:
+                        got = pp.recv(list(x.shape), x.dtype, timeout=20)
+                    assert torch.equal(got, x)
+                    assert got.shape == x.shape
+                if i % 4 == 0:
+                    assert pp.recv_object(0) == i
+            with torch.inference_mode():
+                assert pp._link.messages is short
+            return []
+
+    assert spmd(run, 2)[0] == [5]
+
+
+def test_messages_of_other_sizes_are_found_out_by_the_short_way_too() -> None:
+    def run(world: cg.World) -> None:
+        with world.context(cg.Layout(2, pp=2), name="a") as context:
+            if context.pp.is_first_rank:
+                context.pp.send(torch.ones(3))
+                with pytest.raises(cg.CollectiveError):
+                    context.pp.recv(1, torch.float32)
+            else:
+                with pytest.raises(cg.CollectiveMismatchError, match=r"recv.*called different things"):
+                    context.pp.recv(4, torch.float32)
+
+    spmd(run, 2)

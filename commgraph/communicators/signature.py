@@ -23,6 +23,7 @@ __all__ = [
     "plain",
     "reduced",
     "scattered",
+    "tagged",
 ]
 
 # Kinds of messages: those of different kinds never pair, however they are interleaved. SETUP: of strategies that are being built. The
@@ -42,7 +43,12 @@ def make_tag(kind: int, sequence: int, signature: str = "") -> int:
 
     The native module makes the same for collectives (native/door.c): the multiplier is odd, so the tags of 2**28 equal calls differ.
     """
-    return kind << 28 | ((digest(signature) ^ sequence * 0x9E3779B1) & _MASK)
+    return tagged(kind, sequence, digest(signature))
+
+
+def tagged(kind: int, sequence: int, signature: int) -> int:
+    """The same of a signature whose digest is known."""
+    return kind << 28 | ((signature ^ sequence * 0x9E3779B1) & _MASK)
 
 
 def describe(x: torch.Tensor) -> str:

@@ -28,6 +28,7 @@ from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.communicators.shm import make_door
 from commgraph.communicators.signature import CHECK, COLLECTIVE, make_tag
 from commgraph.coordinator.call import Call, place
+from commgraph.coordinator.short import ShortMessages
 from commgraph.errors import (
     BuildError,
     CollectiveError,
@@ -150,6 +151,8 @@ class GroupLink:
         self._lock = threading.Lock()
         # One thread at a time finds out what broke the group.
         self._failing = threading.Lock()
+        strategy = self._first_on_host()
+        self.messages = None if strategy is None or self.mailbox is None else ShortMessages(self, strategy, self.mailbox)
         # Of what was begun and not waited for: one for the collectives, and one for the messages to each peer and from each.
         self._lanes: dict[LaneKey, Lane] = {}
 
@@ -168,11 +171,15 @@ class GroupLink:
     def door(self) -> Any:
         """A short way for one coordinator, None where there is none."""
         if self.world_size > 1:
-            # It leads past the choice of a strategy, and so only where nobody else could be chosen.
-            first = next((c for c in self.communicators if c.serves_host), None)
-            return None if first is None or first is not self.comparing or self.check else first.door()
+            strategy = self._first_on_host()
+            return None if strategy is None else strategy.door()
         native = native_module.load()
         return None if native is None else make_door(native, None)
+
+    def _first_on_host(self) -> Communicator | None:
+        """Whose short ways may be taken: they lead past the choice of a strategy, and past `check`, and so only where there is none."""
+        first = next((c for c in self.communicators if c.serves_host), None)
+        return first if first is self.comparing and not self.check else None
 
     @property
     def table(self) -> Mapping[str, tuple[str, ...]]:
@@ -548,6 +555,7 @@ class GroupLink:
         for lane in self._lanes.values():
             lane.join(max(deadline - time.monotonic(), 0.0))
         self.mailbox = None
+        self.messages = None
         self.transport = None
         self._store = None
         # Coordinators know their link: without this the two would keep each other, and the memory, until garbage is collected.

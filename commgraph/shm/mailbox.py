@@ -107,6 +107,21 @@ class Mailbox:
             memory_at(address, nbytes)[:] = part
         return True
 
+    def send_memory(self, dst: int, meta: int, address: int, nbytes: int, patience: int) -> None:
+        """`send` of one tensor; `patience` in nanoseconds."""
+        self._outgoing[dst].put(TENSORS, meta, ((address, nbytes),), patience, 0)
+        self._sent[dst] += nbytes
+
+    def receive_memory(self, src: int, meta: int, address: int, nbytes: int, patience: int) -> bool:
+        """`receive_into` of one tensor, False also where its turn is not the next in the ring; `patience` in nanoseconds."""
+        ring = self._incoming[src]
+        if ring.reading or self._aside.get((src, TENSORS)):
+            return False
+        if ring.peek(patience, 0) != (TENSORS, meta, (nbytes,)):
+            return False
+        ring.take(patience, ((address, nbytes),))
+        return True
+
     def broadcast(self, kind: int, meta: int, parts: tuple[Any, ...], timeout: float, posted: int) -> None:
         """Puts a record for all others."""
         self._mine.put(kind, meta, parts, nanoseconds(timeout), posted)
