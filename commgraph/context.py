@@ -256,9 +256,9 @@ class ParallelContext:
         world = self._groups["world"]
         if world.world_size > 1 and not any(c._link.is_broken for c in self._groups.values()):
             deadline = time.monotonic() + timeout.total_seconds()
-            for coordinator in self._distinct():
-                coordinator._link.drain(max(deadline - time.monotonic(), 0.0))
             try:
+                for coordinator in self._distinct():
+                    coordinator._link.drain(coordinator.name, max(deadline - time.monotonic(), 0.0))
                 world._barrier(max(deadline - time.monotonic(), 0.001))
             except CommGraphError as error:
                 # As text: a record that is kept must not keep the connections, through the error's traceback.

@@ -262,11 +262,16 @@ class GroupLink:
             )
         return max(seconds - (time.monotonic() - started), 0.001)
 
-    def drain(self, seconds: float) -> bool:
-        """Waits for what the peers cannot do without: the collectives that were begun, and the messages to them."""
+    def drain(self, name: str, seconds: float) -> None:
+        """Waits for what the peers cannot do without: the collectives that were begun, and the messages to them.
+
+        Raises:
+            CollectiveTimeoutError: they did not end.
+        """
         deadline = time.monotonic() + seconds
         lanes = [lane for key, lane in self._lanes.items() if key is None or key[1]]
-        return all(lane.settle(max(deadline - time.monotonic(), 0.0)) for lane in lanes)
+        if not all(lane.settle(max(deadline - time.monotonic(), 0.0)) for lane in lanes):
+            raise CollectiveTimeoutError(f"operations that were begun on group {name!r} and not waited for did not end in time", group=name)
 
     def run(
         self,
