@@ -6,9 +6,9 @@ import hashlib
 import os
 import resource
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -23,7 +23,7 @@ from commgraph.errors import BackendUnavailableError, BuildError
 from commgraph.hosts import Hosts
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import GroupFacts, Platform
-from commgraph.platforms.detection import strategies_of_others
+from commgraph.platforms.detection import Plugins
 
 __all__ = ["CONNECTING", "Builder", "Connection", "Links"]
 
@@ -135,7 +135,7 @@ class Builder:
         *,
         wants_device: bool,
         device: torch.device,
-        plugins: bool = True,
+        plugins: Plugins,
     ) -> GroupLink:
         """Makes the strategies of a group, on its connection, which is closed if that fails.
 
@@ -146,17 +146,13 @@ class Builder:
             options: of this group.
             wants_device: whether the group serves device tensors too.
             device: of this rank.
-            plugins: whether strategies of other packages may serve it.
+            plugins: strategies of other packages that may serve it.
 
         Raises:
             BackendUnavailableError: the platform has nothing that serves the options.
         """
         host_timeout = options.host_timeout or options.timeout or self.timeout
-
-        def again(ident: str) -> GroupLink:
-            connection = self.connect(ident, ranks)
-            return self.link(ident, ranks, connection, platform, options, wants_device=wants_device, device=device, plugins=plugins)
-
+        again = self._again(ranks, platform, options, wants_device=wants_device, device=device, plugins=plugins)
         if connection is None:
             return GroupLink(
                 ident=ident, ranks=ranks, rank_in_group=0, host_timeout=host_timeout.total_seconds(), again=again, platform=platform
@@ -190,12 +186,15 @@ class Builder:
         self.links.add(link)
         return link
 
+    def _again(self, ranks: tuple[int, ...], platform: Platform, options: CommunicatorOptions, **kind: Any) -> Callable[[str], GroupLink]:
+        """Makes a group like this one under another ident: a sibling."""
+        return lambda ident: self.link(ident, ranks, self.connect(ident, ranks), platform, options, **kind)
+
     def _chain(
-        self, ident: str, platform: Platform, facts: GroupFacts, connection: Connection, plugins: bool
+        self, ident: str, platform: Platform, facts: GroupFacts, connection: Connection, plugins: Plugins
     ) -> Sequence[Communicator | Refused]:
         try:
-            others = strategies_of_others(facts, connection.transport) if plugins else ()
-            chain = [*others, *platform.communicators(facts, connection.transport)]
+            chain = [*plugins.strategies(facts, connection.transport), *platform.communicators(facts, connection.transport)]
             return [_only_by_kind(one) for one in chain] if facts.options.deterministic else chain
         except (PeerClosed, PeerLate) as error:
             why = f"({error.reason})" if isinstance(error, PeerClosed) else f"within {self.timeout.total_seconds():g} s"

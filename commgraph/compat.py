@@ -147,15 +147,19 @@ def wrap_gloo(store: dist.Store, rank: int, size: int, backend: Any) -> dist.Pro
 
 
 def enter_tables(group: dist.ProcessGroup, name: Any, ranks: Sequence[int], store: dist.Store) -> None:
-    """Lists a group of gloo's with torch.distributed under a name; `ranks` are those of the default group, in group order.
+    """Lists a group of gloo's with torch.distributed; `ranks` are those of the default group, in group order.
 
+    The name gets a number where it is taken, as by the same group of another world in this process: ranks that build alike count alike.
     Privately `torch.distributed.distributed_c10d._world` and `_register_process_group`, and the methods by which a group has a name.
     """
     from torch.distributed import distributed_c10d as c10d
 
+    tables = c10d._world
+    taken = set(tables.pg_names.values())
+    name = next(one for one in (name, *(f"{name} #{i}" for i in range(2, len(taken) + 3))) if one not in taken)
     group._set_group_name(name)
     group._set_group_desc(name)
-    tables, tag = c10d._world, f"ptd:{name}"
+    tag = f"ptd:{name}"
     tables.pg_map[group] = ("gloo", store)
     tables.pg_names[group] = name
     tables.pg_backend_config[group] = "cpu:gloo"

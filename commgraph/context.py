@@ -25,7 +25,7 @@ from commgraph.errors import BuildError, CommGraphError, ConfigurationError, Con
 from commgraph.layout import Layout
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import Platform
-from commgraph.platforms.detection import plugins
+from commgraph.platforms.detection import Plugins
 
 if TYPE_CHECKING:
     from commgraph.world import World
@@ -198,6 +198,9 @@ class ParallelContext:
         Args:
             device: whose graphs; None: this rank's.
             stream: to capture on, in place of a new one.
+
+        Raises:
+            ContextClosedError: the context was closed.
         """
         self._ensure_open("graph_capture")
         groups = self._distinct() or [self._groups["world"]]
@@ -257,8 +260,8 @@ class ParallelContext:
         if world.world_size > 1 and not any(c._link.is_broken for c in self._groups.values()):
             deadline = time.monotonic() + timeout.total_seconds()
             try:
-                for coordinator in self._distinct():
-                    coordinator._link.drain(coordinator.name, max(deadline - time.monotonic(), 0.0))
+                for coordinator in self._groups.values():
+                    coordinator._drain(deadline)
                 world._barrier(max(deadline - time.monotonic(), 0.001))
             except CommGraphError as error:
                 # As text: a record that is kept must not keep the connections, through the error's traceback.
@@ -342,11 +345,12 @@ def build_context(
     except (ConfigurationError, TypeError) as error:
         _report(builder, begin, what, error)
         raise
+    plugins = Plugins.find()
     facts = {
         "the layout": f"{layout!r} {layout.digest}",
         "the options": "; ".join(f"{group}: {given.describe()}{' +device' if device else ''}" for group, (given, device) in plan.items()),
         "the platform": platform.name,
-        "the strategies of other packages": plugins(),
+        "the strategies of other packages": plugins.describe(),
         "the versions": f"commgraph {commgraph.__version__}, torch {torch.__version__}",
     }
     builder.agree(begin, facts, what=what)
@@ -368,7 +372,14 @@ def build_context(
         for first, *others in shared.values():
             given, device = plan[first]
             link = builder.link(
-                idents[first], layout.ranks(first, rank), connections[first], platform, given, wants_device=device, device=world.device
+                idents[first],
+                layout.ranks(first, rank),
+                connections[first],
+                platform,
+                given,
+                wants_device=device,
+                device=world.device,
+                plugins=plugins,
             )
             coordinators[first] = build_coordinator(world, first, link)
             coordinators |= {other: join_coordinator(other, coordinators[first]) for other in others}

@@ -63,7 +63,8 @@ class CommunicatorOptions:
         shm_bytes: what a rank can stage there at once (it has two such slots; ranks of large groups get less); larger tensors go through in
             pieces.
         queue_bytes: of the ring from one rank to all others; that to a single one has half. Larger objects go through in pieces.
-        custom_all_reduce: let kernels that read the peers' memory serve small tensors of accelerators, where they can.
+        custom_all_reduce: let kernels that read the peers' memory serve small tensors of accelerators. There are none yet, so it changes
+            nothing.
         deterministic: one strategy for each operation whatever the size, so that results do not change with the batch size.
         experts: how many experts there are in all, evenly and in order on the ranks of a group: then `dispatch` with top-k ids sends a row
             only to the ranks whose experts it needs. None: to all.

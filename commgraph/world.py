@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Collection, Mapping, Sequence
@@ -29,6 +30,7 @@ from commgraph.errors import BuildError, CommGraphError, ConfigurationError, Con
 from commgraph.layout import Layout
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import Platform
+from commgraph.platforms.detection import Plugins
 from commgraph.rendezvous import open_store
 
 __all__ = ["World"]
@@ -96,7 +98,7 @@ class World:
             connection = builder.connect("world", everyone)
             # Host tensors and objects, by what every installation has: it is there before anything of others is loaded.
             link = builder.link(
-                "world", everyone, connection, platform, CommunicatorOptions(), wants_device=False, device=device, plugins=False
+                "world", everyone, connection, platform, CommunicatorOptions(), wants_device=False, device=device, plugins=Plugins()
             )
             self.group: GroupCoordinator = build_coordinator(self, "world", link)
         except BaseException:
@@ -389,8 +391,10 @@ class World:
             for context in tuple(self._state.contexts.values()):
                 context.close(timeout)
             if self.size > 1 and not self.group._link.is_broken:
+                deadline = time.monotonic() + timeout.total_seconds()
                 try:
-                    self.group._barrier(timeout)
+                    self.group._drain(deadline)
+                    self.group._barrier(max(deadline - time.monotonic(), 0.001))
                 except CommGraphError as error:
                     # As text: a record that is kept must not keep the world, nor the frames of the error.
                     logger.warning("%s was closed without its peers: %s", repr(self), str(error))

@@ -393,6 +393,9 @@ def test_entry_points_that_are_none(group: str, value: Any, words: str, monkeypa
 def test_ranks_with_other_packages_do_not_build(monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
-    monkeypatch.setattr("commgraph.context.plugins", lambda: "toy 1.2" if threading.current_thread().name.endswith("1") else "")
+    mine = detection.Plugins.describe
+    monkeypatch.setattr(
+        detection.Plugins, "describe", lambda self: "toy 1.2" if threading.current_thread().name.endswith("1") else mine(self)
+    )
     with pytest.raises(cg.LayoutMismatchError, match="the strategies of other packages"):
         spmd(lambda world: world.context(cg.Layout(2, tp=2), name="a"), 2)

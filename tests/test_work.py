@@ -484,3 +484,18 @@ def test_buffers_go_with_the_work() -> None:
         assert gone() is None
 
     each(2, run)
+
+
+def test_closing_a_world_lets_messages_of_its_own_group_end() -> None:
+    def run(world: cg.World) -> None:
+        aside = world.group.sibling("aside")
+        if world.rank == 0:
+            world.group.isend(torch.ones(1 << 21))
+            aside.isend(torch.full((1 << 21,), 2.0))
+            world.close()
+        else:
+            time.sleep(0.2)  # meanwhile the other one closes
+            assert (world.group.recv(1 << 21, torch.float32) == 1).all()
+            assert (aside.recv(1 << 21, torch.float32) == 2).all()
+
+    spmd(run, 2)

@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from commgraph.communicators.base import OPERATIONS, Communicator
+from commgraph.communicators.memory import dense, land, landing_for
 from commgraph.communicators.reduction import reduce_pieces
 
 __all__ = ["GlooCommunicator", "Transport"]
@@ -64,7 +65,7 @@ class GlooCommunicator(Communicator):
         return self._reduce(x, x, op, tag, timeout)
 
     def _reduce(self, x: torch.Tensor, out: torch.Tensor, op: str, tag: int, timeout: float) -> torch.Tensor:
-        flat = _dense(x).reshape(-1)
+        flat = dense(x).reshape(-1)
         n = self.world_size
         if n == 2 or flat.nbytes <= _ONE_SHOT_BYTES:
             pieces = self._collect(flat, [flat.numel()] * n, tag, timeout)
@@ -113,19 +114,19 @@ class GlooCommunicator(Communicator):
 
     def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, timeout: float) -> None:
         views = out.split(list(sizes), dim)
-        flat = _dense(x).reshape(-1)
+        flat = dense(x).reshape(-1)
         if self.world_size > _DIRECT_RANKS:
             pieces = self._gather_bruck(flat, [view.numel() for view in views], tag, timeout)
-            _land([piece.view(view.shape) for piece, view in zip(pieces, views, strict=True)], views)
+            land([piece.view(view.shape) for piece, view in zip(pieces, views, strict=True)], views)
             return
-        landing = [_landing(view) for view in views]
+        landing = [landing_for(view) for view in views]
         self._gather_direct(flat, [piece.view(-1) for piece in landing], tag, timeout)
-        _land(landing, views)
+        land(landing, views)
 
     def reduce_scatter(
         self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, timeout: float
     ) -> None:
-        self._reduce_to([_dense(piece) for piece in x.split(list(sizes), dim)], op, out, tag, timeout)
+        self._reduce_to([dense(piece) for piece in x.split(list(sizes), dim)], op, out, tag, timeout)
 
     def _reduce_to(self, mine: Sequence[torch.Tensor], op: str, out: torch.Tensor, tag: int, timeout: float) -> None:
         """Reduces what every rank holds for this one (`mine[i]` goes to rank i) into `out`."""
@@ -136,30 +137,30 @@ class GlooCommunicator(Communicator):
 
     def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], *, tag: int, timeout: float) -> None:
         me, others = self.rank_in_group, self._others()
-        landing = [_landing(view) for view in receives]
+        landing = [landing_for(view) for view in receives]
         self.transport.exchange(
-            [(_dense(sends[peer]), peer) for peer in others],
+            [(dense(sends[peer]), peer) for peer in others],
             [(landing[peer], peer) for peer in others],
             tag=tag,
             timeout=timeout,
         )
         if receives[me] is not sends[me]:
             landing[me].copy_(sends[me])
-        _land(landing, receives)
+        land(landing, receives)
 
     def gather(self, x: torch.Tensor, pieces: Sequence[torch.Tensor] | None, dst: int, *, tag: int, timeout: float) -> None:
         if pieces is None:
-            self.transport.exchange([(_dense(x), dst)], [], tag=tag, timeout=timeout)
+            self.transport.exchange([(dense(x), dst)], [], tag=tag, timeout=timeout)
             return
-        landing = [_landing(view) for view in pieces]
+        landing = [landing_for(view) for view in pieces]
         self.transport.exchange([], [(landing[peer], peer) for peer in self._others()], tag=tag, timeout=timeout)
         landing[dst].copy_(x)
-        _land(landing, pieces)
+        land(landing, pieces)
 
     def broadcast(self, x: torch.Tensor, src: int, *, tag: int, timeout: float) -> None:
         n = self.world_size
         position = (self.rank_in_group - src) % n
-        buffer = _dense(x) if position == 0 else _landing(x)
+        buffer = dense(x) if position == 0 else landing_for(x)
         # Binomial tree: the lowest set bit of a position is the distance to its parent, lower bits are those to its children.
         reach = position & -position if position else 1 << (n - 1).bit_length()
         if position:
@@ -171,7 +172,7 @@ class GlooCommunicator(Communicator):
                 children.append((buffer, (position + reach + src) % n))
         self.transport.exchange(children, [], tag=tag, timeout=timeout)
         if position:
-            _land([buffer], [x])
+            land([buffer], [x])
 
     def barrier(self, *, tag: int, timeout: float) -> None:
         self._collect(torch.zeros(1, dtype=torch.uint8), [1] * self.world_size, tag, timeout)
@@ -184,14 +185,14 @@ class GlooCommunicator(Communicator):
         tag: int,
         timeout: float,
     ) -> None:
-        landing = [_landing(view) for view, _ in receives]
+        landing = [landing_for(view) for view, _ in receives]
         self.transport.exchange(
-            [(_dense(x), peer) for x, peer in sends],
+            [(dense(x), peer) for x, peer in sends],
             [(piece, peer) for piece, (_, peer) in zip(landing, receives, strict=True)],
             tag=tag,
             timeout=timeout,
         )
-        _land(landing, [view for view, _ in receives])
+        land(landing, [view for view, _ in receives])
 
     def abort(self) -> None:
         self.transport.abort()
@@ -209,20 +210,3 @@ class GlooCommunicator(Communicator):
     def _others(self) -> list[int]:
         # Each rank begins with its right neighbour, so that not all of them fall upon rank 0 first.
         return [(self.rank_in_group + i) % self.world_size for i in range(1, self.world_size)]
-
-
-def _dense(x: torch.Tensor) -> torch.Tensor:
-    """x itself where its memory is what its values say, else a contiguous copy (lazily conjugated or negated ones too)."""
-    return x.resolve_conj().resolve_neg().contiguous()
-
-
-def _landing(view: torch.Tensor) -> torch.Tensor:
-    """Where bytes for `view` may be written: itself if contiguous, else a buffer for `_land`."""
-    plain = view.is_contiguous() and not view.is_conj() and not view.is_neg()
-    return view if plain else torch.empty(view.shape, dtype=view.dtype)
-
-
-def _land(landing: Sequence[torch.Tensor], views: Sequence[torch.Tensor]) -> None:
-    for piece, view in zip(landing, views, strict=True):
-        if piece is not view:
-            view.copy_(piece)

@@ -27,8 +27,9 @@ import torch.distributed as dist
 
 from commgraph import compat
 from commgraph.communicators.base import PeerClosed, PeerLate
+from commgraph.communicators.memory import as_bytes
 
-__all__ = ["Background", "GlooTransport", "as_bytes"]
+__all__ = ["Background", "GlooTransport", "milliseconds"]
 
 # No call uses the highest tag: a receive on it can only time out.
 _NEVER_SENT = 2**31 - 1
@@ -38,21 +39,15 @@ _RAN_OUT = "Application timeout"
 _TAG_MASK = (1 << 28) - 1
 
 
-def as_bytes(x: torch.Tensor) -> torch.Tensor:
-    """The memory of a contiguous tensor as uint8, 1-D, without a copy."""
-    # Not reshape(-1): of a single element any stride is contiguous, and only a stride of one can be viewed as bytes.
-    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)
-
-
 def _sized(tag: int, nbytes: int) -> int:
     """`tag` for a message of so many bytes: messages of one call but of different sizes never pair."""
     # Odd, so the product is another one for each size below 2**28; larger ones differ in what is shifted down.
     return tag ^ ((nbytes * 0x9E3779B1 ^ nbytes >> 28) & _TAG_MASK)
 
 
-def _left(deadline: float) -> timedelta:
-    """What is left until `deadline`. gloo cuts it to milliseconds and takes zero for "no deadline", so it is rounded up."""
-    return timedelta(milliseconds=max(math.ceil((deadline - time.monotonic()) * 1000), 1))
+def milliseconds(seconds: float) -> timedelta:
+    """A deadline for torch's backends, which cut it to milliseconds and take zero for "no deadline": rounded up, and never zero."""
+    return timedelta(milliseconds=max(math.ceil(seconds * 1000), 1))
 
 
 class GlooTransport:
@@ -111,7 +106,7 @@ class GlooTransport:
                     with self._lock:
                         self._bytes_sent += tensor.nbytes
             for work, peer in works:  # noqa: B007 - read where it fails
-                work.wait(_left(deadline))
+                work.wait(milliseconds(deadline - time.monotonic()))
         except RuntimeError as error:
             self._keep.append((sends, receives, works))
             if time.monotonic() >= deadline and not self._aborted:

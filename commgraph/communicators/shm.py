@@ -14,6 +14,7 @@ import torch
 from commgraph import compat
 from commgraph.communicators.base import OPERATIONS, CallsDiffer, Communicator, Limits, PeerClosed, PeerLate, Refused
 from commgraph.communicators.gloo import GlooCommunicator
+from commgraph.communicators.memory import dense, is_dense, land, landing_for
 from commgraph.communicators.reduction import reduce_pieces
 from commgraph.communicators.signature import SETUP, make_tag, plain
 from commgraph.options import CommunicatorOptions
@@ -130,14 +131,13 @@ class ShmCommunicator(Communicator):
     # Reductions.
 
     def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
-        dense = _dense(x)
-        return self._reduce(dense, self.new(x.shape, x.dtype, x.device), op, tag, timeout, in_place=False)
+        return self._reduce(dense(x), self.new(x.shape, x.dtype, x.device), op, tag, timeout, in_place=False)
 
     def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
-        if _is_dense(x):
+        if is_dense(x):
             return self._reduce(x, x, op, tag, timeout, in_place=True)
-        dense = _dense(x)
-        return x.copy_(self._reduce(dense, dense, op, tag, timeout, in_place=True))
+        whole = dense(x)
+        return x.copy_(self._reduce(whole, whole, op, tag, timeout, in_place=True))
 
     def _reduce(self, x: torch.Tensor, out: torch.Tensor, op: str, tag: int, timeout: float, *, in_place: bool) -> torch.Tensor:
         kind, number, width = _kernel(x.dtype, op)
@@ -155,7 +155,7 @@ class ShmCommunicator(Communicator):
     def reduce_scatter(
         self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, timeout: float
     ) -> None:
-        x = _dense(x)
+        x = dense(x)
         kind, number, _ = _kernel(x.dtype, op)
         pieces = x.split(list(sizes), dim)
         if kind < 0:
@@ -163,7 +163,7 @@ class ShmCommunicator(Communicator):
             self.all_to_all(pieces, mine, tag=tag, timeout=timeout)
             reduce_pieces(mine, op, out)
             return
-        landing = out if _is_dense(out) else self.new(out.shape, out.dtype, out.device)
+        landing = out if is_dense(out) else self.new(out.shape, out.dtype, out.device)
         blocks = [_block(piece) or (piece.data_ptr(), 0, 0, 0) for piece in pieces]
         with self._stops():
             self._group.reduce_scatter(tag, nanoseconds(timeout), blocks, landing.data_ptr(), kind, number)
@@ -173,21 +173,21 @@ class ShmCommunicator(Communicator):
     # Gathers and exchanges.
 
     def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, timeout: float) -> None:
-        landing = out if _is_dense(out) else self.new(out.shape, out.dtype, out.device)
+        landing = out if is_dense(out) else self.new(out.shape, out.dtype, out.device)
         pieces = landing.split(list(sizes), dim)
-        self._share("all_gather", _dense(x), [piece.nbytes for piece in pieces], [_block(piece) for piece in pieces], tag, timeout)
+        self._share("all_gather", dense(x), [piece.nbytes for piece in pieces], [_block(piece) for piece in pieces], tag, timeout)
         if landing is not out:
             out.copy_(landing)
 
     def gather(self, x: torch.Tensor, pieces: Sequence[torch.Tensor] | None, dst: int, *, tag: int, timeout: float) -> None:
         landing = None if pieces is None else _Landing(pieces)
         into = [None] * self.world_size if landing is None else landing.blocks
-        self._share("gather", _dense(x), [x.nbytes] * self.world_size, into, tag, timeout)
+        self._share("gather", dense(x), [x.nbytes] * self.world_size, into, tag, timeout)
         if landing is not None:
             landing.finish()
 
     def broadcast(self, x: torch.Tensor, src: int, *, tag: int, timeout: float) -> None:
-        landing = _dense(x) if self.rank_in_group == src or _is_dense(x) else torch.empty(x.shape, dtype=x.dtype)
+        landing = dense(x) if self.rank_in_group == src else landing_for(x)
         sizes = [landing.nbytes if rank == src else 0 for rank in range(self.world_size)]
         into = [_run(landing) if rank == src else None for rank in range(self.world_size)]
         self._share("broadcast", landing, sizes, into, tag, timeout)
@@ -207,7 +207,7 @@ class ShmCommunicator(Communicator):
 
     def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], *, tag: int, timeout: float) -> None:
         landing = _Landing(receives)
-        packed = [piece if _block(piece) is not None else _dense(piece) for piece in sends]
+        packed = [piece if _block(piece) is not None else dense(piece) for piece in sends]
         with self._stops():
             self._group.trade(tag, nanoseconds(timeout), [_block(piece) for piece in packed], landing.blocks)
         landing.finish()
@@ -226,25 +226,23 @@ class ShmCommunicator(Communicator):
     ) -> None:
         assert self.mailbox is not None
         for peer, tensors in _by_peer(sends).items():
-            dense = [_dense(x) for x in tensors]
+            plain_ = [dense(x) for x in tensors]
             with self._stops(halfway=True):
-                self.mailbox.send(peer, TENSORS, tag, tuple((x.data_ptr(), x.nbytes) for x in dense), timeout)
+                self.mailbox.send(peer, TENSORS, tag, tuple((x.data_ptr(), x.nbytes) for x in plain_), timeout)
         for peer, tensors in _by_peer(receives).items():
-            landing = [x if _is_dense(x) else torch.empty(x.shape, dtype=x.dtype) for x in tensors]
+            landing = [landing_for(x) for x in tensors]
             with self._stops(halfway=True):
                 fits = self.mailbox.receive_into(peer, tag, [(x.data_ptr(), x.nbytes) for x in landing], timeout)
             if not fits:
                 raise CallsDiffer(peer)
-            for x, piece in zip(tensors, landing, strict=True):
-                if piece is not x:
-                    x.copy_(piece)
+            land(landing, tensors)
 
     def offer(self, sends: Sequence[tuple[torch.Tensor, int]], *, tag: int) -> bool:
         assert self.mailbox is not None
         for peer, tensors in _by_peer(sends).items():
-            dense = [_dense(x) for x in tensors]
+            plain_ = [dense(x) for x in tensors]
             with self._stops(halfway=True):
-                if not self.mailbox.offer(peer, TENSORS, tag, tuple((x.data_ptr(), x.nbytes) for x in dense)):
+                if not self.mailbox.offer(peer, TENSORS, tag, tuple((x.data_ptr(), x.nbytes) for x in plain_)):
                     return False
         return True
 
@@ -431,9 +429,7 @@ class _Landing:
         self.blocks = [_block(piece) for piece in self._landing]
 
     def finish(self) -> None:
-        for piece, landing in zip(self._pieces, self._landing, strict=True):
-            if landing is not piece:
-                piece.copy_(landing)
+        land(self._landing, self._pieces)
 
 
 def _kernel(dtype: torch.dtype, op: str) -> tuple[int, int, int]:
@@ -443,15 +439,6 @@ def _kernel(dtype: torch.dtype, op: str) -> tuple[int, int, int]:
     if dtype in (torch.complex64, torch.complex128) and op in ("sum", "avg"):
         return _KERNELS[torch.float32 if dtype == torch.complex64 else torch.float64], _OPS[op], 2
     return _KERNELS.get(dtype, -1), _OPS[op], 1
-
-
-def _is_dense(x: torch.Tensor) -> bool:
-    return x.is_contiguous() and not x.is_conj() and not x.is_neg()
-
-
-def _dense(x: torch.Tensor) -> torch.Tensor:
-    """x itself where its memory is what its values say, else a contiguous copy (lazily conjugated or negated ones too)."""
-    return x.resolve_conj().resolve_neg().contiguous()
 
 
 def _run(x: torch.Tensor) -> _Block:

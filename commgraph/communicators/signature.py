@@ -20,6 +20,7 @@ __all__ = [
     "digest",
     "gathered",
     "make_tag",
+    "messages",
     "plain",
     "reduced",
     "scattered",
@@ -54,6 +55,11 @@ def tagged(kind: int, sequence: int, signature: int) -> int:
 def describe(x: torch.Tensor) -> str:
     """Dtype and shape."""
     return f"{x.dtype} {tuple(x.shape)}"
+
+
+def messages(*tensors: torch.Tensor) -> str:
+    """Of tensors from one rank to another, which may give them another shape."""
+    return " ".join(f"{x.dtype} {x.numel()}" for x in tensors)
 
 
 def reduced(op: str, x: torch.Tensor) -> str:

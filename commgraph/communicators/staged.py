@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from commgraph.communicators.base import OPERATIONS, Communicator
+from commgraph.communicators.memory import land
 
 __all__ = ["StagedCommunicator"]
 
@@ -59,14 +60,14 @@ class StagedCommunicator(Communicator):
         # By no shape: pieces differ between ranks, and the choice must not.
         route = self._route("all_to_all", torch.empty(0, dtype=sends[0].dtype))
         route.all_to_all([piece.cpu() for piece in sends], landing, tag=tag, timeout=timeout)
-        _land(landing, receives)
+        land(landing, receives)
 
     def gather(self, x: torch.Tensor, pieces: Sequence[torch.Tensor] | None, dst: int, *, tag: int, timeout: float) -> None:
         mine = x.cpu()
         landing = None if pieces is None else [torch.empty(view.shape, dtype=view.dtype) for view in pieces]
         self._route("gather", mine).gather(mine, landing, dst, tag=tag, timeout=timeout)
         if landing is not None and pieces is not None:
-            _land(landing, pieces)
+            land(landing, pieces)
 
     def broadcast(self, x: torch.Tensor, src: int, *, tag: int, timeout: float) -> None:
         mine = _own(x.cpu(), x)
@@ -93,7 +94,7 @@ class StagedCommunicator(Communicator):
             tag=tag,
             timeout=timeout,
         )
-        _land(landing, [x for x, _ in receives])
+        land(landing, [x for x, _ in receives])
 
     def abort(self) -> None:
         """Nothing runs here that the host's strategies do not run."""
@@ -108,8 +109,3 @@ class StagedCommunicator(Communicator):
 def _own(copied: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Host memory that may be written to: that of a host tensor is the caller's."""
     return copied.clone() if copied is x else copied
-
-
-def _land(landing: Sequence[torch.Tensor], views: Sequence[torch.Tensor]) -> None:
-    for piece, view in zip(landing, views, strict=True):
-        view.copy_(piece)

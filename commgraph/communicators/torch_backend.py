@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -14,6 +12,8 @@ import torch.distributed as dist
 
 from commgraph import compat
 from commgraph.communicators.base import OPERATIONS, Communicator, PeerClosed, PeerLate
+from commgraph.communicators.gloo_transport import milliseconds
+from commgraph.communicators.memory import as_bytes, dense, is_dense, land, landing_for
 
 __all__ = ["TorchCommunicator"]
 
@@ -57,6 +57,8 @@ class TorchCommunicator(Communicator):
         self._device = device
         self._bytes = 0
         self._aborted = False
+        # What was enqueued since `_at_once`, where the backend cannot coalesce.
+        self._waiting: list[Any] | None = None
 
     def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:
         """Tensors of its device; reductions of the dtypes that the backend can add up."""
@@ -68,76 +70,76 @@ class TorchCommunicator(Communicator):
         return self.all_reduce_(x.clone(memory_format=torch.contiguous_format), op, tag=tag, timeout=timeout)
 
     def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
-        dense = _dense(x)
-        options = compat.backend_options("Allreduce", _deadline(timeout), reduceOp=_OPS[op])
+        whole = dense(x)
+        options = compat.backend_options("Allreduce", milliseconds(timeout), reduceOp=_OPS[op])
         if x.numel():
-            self._do(lambda backend: backend.allreduce([dense], options), dense)
-        return x if dense is x else x.copy_(dense)
+            self._do(lambda backend: backend.allreduce([whole], options), whole)
+        land([whole], [x])
+        return x
 
     def reduce_scatter(
         self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, timeout: float
     ) -> None:
-        pieces = [_dense(piece) for piece in x.split(list(sizes), dim)]
-        landing = out if _is_dense(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        pieces = [dense(piece) for piece in x.split(list(sizes), dim)]
+        landing = landing_for(out)
         if len(set(sizes)) == 1:
             if out.numel():
                 whole = torch.stack(pieces)
-                options = compat.backend_options("ReduceScatter", _deadline(timeout), reduceOp=_OPS[op])
+                options = compat.backend_options("ReduceScatter", milliseconds(timeout), reduceOp=_OPS[op])
                 self._do(lambda backend: backend._reduce_scatter_base(landing.view(-1), whole.view(-1), options), whole)
         else:
             mine = [piece.clone() for piece in pieces]  # a reduce may write to what its other ranks give
             with self._at_once():
                 for root, piece in enumerate(mine):
-                    options = compat.backend_options("Reduce", _deadline(timeout), reduceOp=_OPS[op], rootRank=root)
+                    options = compat.backend_options("Reduce", milliseconds(timeout), reduceOp=_OPS[op], rootRank=root)
                     if piece.numel():
                         self._do(lambda backend, piece=piece, options=options: backend.reduce([piece], options), piece)  # type: ignore[misc]  # defaults of a lambda have no types
             landing.copy_(mine[self.rank_in_group])
-        if landing is not out:
-            out.copy_(landing)
+        land([landing], [out])
 
     # Gathers and exchanges.
 
     def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, timeout: float) -> None:
-        flat = _bytes(_dense(x))
+        flat = as_bytes(dense(x))
         if len(set(sizes)) == 1:
             whole = torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
             if flat.numel():
                 self._do(
-                    lambda backend: backend._allgather_base(_bytes(whole), flat, compat.backend_options("Allgather", _deadline(timeout))),
+                    lambda backend: backend._allgather_base(
+                        as_bytes(whole), flat, compat.backend_options("Allgather", milliseconds(timeout))
+                    ),
                     flat,
                 )
-            torch.cat(list(whole), dim, out=out) if _is_dense(out) else out.copy_(torch.cat(list(whole), dim))
+            torch.cat(list(whole), dim, out=out) if is_dense(out) else out.copy_(torch.cat(list(whole), dim))
             return
         views = out.split(list(sizes), dim)
         pieces = [
-            _dense(x) if i == self.rank_in_group else torch.empty(view.shape, dtype=x.dtype, device=x.device)
-            for i, view in enumerate(views)
+            dense(x) if i == self.rank_in_group else torch.empty(view.shape, dtype=x.dtype, device=x.device) for i, view in enumerate(views)
         ]
         with self._at_once():
             for root, piece in enumerate(pieces):
                 if piece.numel():
-                    self._broadcast(_bytes(piece), root, timeout)
-        for view, piece in zip(views, pieces, strict=True):
-            view.copy_(piece)
+                    self._broadcast(as_bytes(piece), root, timeout)
+        land(pieces, views)
 
     def broadcast(self, x: torch.Tensor, src: int, *, tag: int, timeout: float) -> None:
-        dense = _dense(x)
+        whole = dense(x)
         if x.numel():
-            self._broadcast(_bytes(dense), src, timeout)
-        if dense is not x and self.rank_in_group != src:
-            x.copy_(dense)
+            self._broadcast(as_bytes(whole), src, timeout)
+        if self.rank_in_group != src:
+            land([whole], [x])
 
     def _broadcast(self, flat: torch.Tensor, src: int, timeout: float) -> None:
-        options = compat.backend_options("Broadcast", _deadline(timeout), rootRank=src)
+        options = compat.backend_options("Broadcast", milliseconds(timeout), rootRank=src)
         self._do(lambda backend: backend.broadcast([flat], options), flat)
 
     def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], *, tag: int, timeout: float) -> None:
-        given = torch.cat([_bytes(_dense(piece)) for piece in sends])
+        given = torch.cat([as_bytes(dense(piece)) for piece in sends])
         coming = [view.numel() * view.element_size() for view in receives]
         landing = torch.empty(sum(coming), dtype=torch.uint8, device=given.device)
         going = [piece.numel() * piece.element_size() for piece in sends]
         self._do(
-            lambda backend: backend.alltoall_base(landing, given, coming, going, compat.backend_options("AllToAll", _deadline(timeout))),
+            lambda backend: backend.alltoall_base(landing, given, coming, going, compat.backend_options("AllToAll", milliseconds(timeout))),
             given,
         )
         for view, piece in zip(receives, landing.split(coming), strict=True):
@@ -158,18 +160,16 @@ class TorchCommunicator(Communicator):
         tag: int,
         timeout: float,
     ) -> None:
-        landing = [(x if _is_dense(x) else torch.empty(x.shape, dtype=x.dtype, device=x.device), peer) for x, peer in receives]
+        landing = [landing_for(x) for x, _ in receives]
         with self._at_once():
-            for x, peer in landing:
+            for x, (_, peer) in zip(landing, receives, strict=True):
                 if x.numel():
-                    self._do(lambda backend, x=x, peer=peer: backend.recv([_bytes(x)], peer, 0), None)  # type: ignore[misc]  # as above
+                    self._do(lambda backend, x=x, peer=peer: backend.recv([as_bytes(x)], peer, 0), None)  # type: ignore[misc]  # as above
             for x, peer in sends:
                 if x.numel():
-                    flat = _bytes(_dense(x))
+                    flat = as_bytes(dense(x))
                     self._do(lambda backend, flat=flat, peer=peer: backend.send([flat], peer, 0), flat)  # type: ignore[misc]  # as above
-        for (x, _), (piece, _) in zip(receives, landing, strict=True):
-            if piece is not x:
-                x.copy_(piece)
+        land(landing, [x for x, _ in receives])
 
     # How the backend is called.
 
@@ -178,7 +178,7 @@ class TorchCommunicator(Communicator):
         """Several operations as one launch, which cannot wait for each other; one after the other where the backend knows no such thing."""
         backend = self._backend
         if backend is None or not backend.supports_coalescing:
-            self._waiting: list[Any] | None = []
+            self._waiting = []
             try:
                 yield
                 for work in self._waiting:
@@ -192,8 +192,6 @@ class TorchCommunicator(Communicator):
         finally:
             work = backend._end_coalescing()
         self._wait(work)
-
-    _waiting: list[Any] | None = None
 
     def _do(self, call: Callable[[Any], Any], sent: torch.Tensor | None) -> None:
         backend = self._backend
@@ -241,21 +239,3 @@ class TorchCommunicator(Communicator):
 
     def describe(self) -> str:
         return f"torch's {self.name} backend, tensors of {self._device}"
-
-
-def _deadline(timeout: float) -> timedelta:
-    """In whole milliseconds, and never none: zero means no deadline there."""
-    return timedelta(milliseconds=max(math.ceil(timeout * 1000), 1))
-
-
-def _is_dense(x: torch.Tensor) -> bool:
-    return x.is_contiguous() and not x.is_conj() and not x.is_neg()
-
-
-def _dense(x: torch.Tensor) -> torch.Tensor:
-    return x.resolve_conj().resolve_neg().contiguous()
-
-
-def _bytes(x: torch.Tensor) -> torch.Tensor:
-    """The memory of a contiguous tensor, 1-D: the backends know fewer dtypes than torch."""
-    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)

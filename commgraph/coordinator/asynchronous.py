@@ -39,7 +39,16 @@ class AsynchronousOperations(MessageOperations):
     # Collectives.
 
     def all_reduce_async(self, x: torch.Tensor, *, op: str = "sum", timeout: Timeout = None) -> Work[torch.Tensor]:
-        """`all_reduce`, whose result `Work.wait` gives. x must not be changed until then."""
+        """`all_reduce`, whose result `Work.wait` gives.
+
+        Args:
+            x: any shape, equal on all ranks; any dtype with arithmetic; without a gradient. Not to be changed until the work has ended.
+            op: as for `all_reduce`.
+            timeout: deadline, a timedelta or seconds, from when its turn comes.
+
+        Returns:
+            Work whose result is a new tensor of x's shape and dtype; x itself in a group of one rank.
+        """
         if is_dynamo_compiling() or traced.looks_on(x):
             return Finished(self.all_reduce(x, op=op, timeout=timeout))
         with self._beginning("all_reduce_async", timeout) as call:
@@ -49,7 +58,17 @@ class AsynchronousOperations(MessageOperations):
     def all_gather_async(
         self, x: torch.Tensor, dim: int = -1, *, out: torch.Tensor | None = None, timeout: Timeout = None
     ) -> Work[torch.Tensor]:
-        """`all_gather`, whose result `Work.wait` gives. Until then x must not be changed, nor `out` be touched."""
+        """`all_gather`, whose result `Work.wait` gives.
+
+        Args:
+            x: equal shapes on all ranks, at least 1-D; without a gradient. Not to be changed until the work has ended.
+            dim: where the pieces are joined, in rank order.
+            out: filled and given in place of a new tensor. Not to be touched until the work has ended.
+            timeout: deadline, a timedelta or seconds, from when its turn comes.
+
+        Returns:
+            Work whose result has x's shape with `dim` multiplied by the group's size.
+        """
         if is_dynamo_compiling() or traced.looks_on(x):
             return Finished(self.all_gather(x, dim, out=out, timeout=timeout))
         with self._beginning("all_gather_async", timeout) as call:
@@ -62,7 +81,19 @@ class AsynchronousOperations(MessageOperations):
     def reduce_scatter_async(
         self, x: torch.Tensor, dim: int = -1, *, op: str = "sum", out: torch.Tensor | None = None, timeout: Timeout = None
     ) -> Work[torch.Tensor]:
-        """`reduce_scatter`, whose result `Work.wait` gives. Until then x must not be changed, nor `out` be touched."""
+        """`reduce_scatter`, whose result `Work.wait` gives.
+
+        Args:
+            x: equal shapes on all ranks; `x.shape[dim]` divides by the group's size; without a gradient. Not to be changed until the work
+                has ended.
+            dim: which dimension is cut, in rank order.
+            op: as for `all_reduce`.
+            out: filled and given in place of a new tensor. Not to be touched until the work has ended.
+            timeout: deadline, a timedelta or seconds, from when its turn comes.
+
+        Returns:
+            Work whose result has x's shape with `dim` divided by the group's size.
+        """
         if is_dynamo_compiling() or traced.looks_on(x):
             return Finished(self.reduce_scatter(x, dim, op=op, out=out, timeout=timeout))
         with self._beginning("reduce_scatter_async", timeout) as call:
@@ -96,7 +127,16 @@ class AsynchronousOperations(MessageOperations):
     # Messages.
 
     def isend(self, x: torch.Tensor, dst: int | None = None, *, timeout: Timeout = None) -> Work[None]:
-        """`send` without waiting until x was taken. x must not be changed until `Work.wait` has returned."""
+        """`send` without waiting until x was taken.
+
+        Args:
+            x: any shape. Not to be changed until the work has ended.
+            dst: rank in the group, by default `next_in_group`.
+            timeout: deadline, a timedelta or seconds, from when its turn comes.
+
+        Returns:
+            Work whose result is None.
+        """
         call, seconds = self._message("isend", timeout)
         x = call.tensor(x)
         dst = call.peer(self.next_in_group if dst is None else dst, "dst", other=True)
@@ -112,7 +152,15 @@ class AsynchronousOperations(MessageOperations):
         out: torch.Tensor | None = None,
         timeout: Timeout = None,
     ) -> Work[torch.Tensor]:
-        """`recv`, whose tensor `Work.wait` gives; `out` must not be touched until then."""
+        """`recv`, whose tensor `Work.wait` gives.
+
+        Args:
+            size, dtype: of what comes.
+            src: rank in the group, by default `prev_in_group`.
+            device: where to put it, by default the group's device.
+            out: filled and given in place of a new tensor. Not to be touched until the work has ended.
+            timeout: deadline, a timedelta or seconds, from when its turn comes.
+        """
         call, seconds = self._message("irecv", timeout)
         result, src = self._landing(call, size, dtype, src, device, out)
         return self._under_way(call, {(src, False): [result]}, seconds, result)
@@ -125,7 +173,7 @@ class AsynchronousOperations(MessageOperations):
 
         Args:
             messages: `commgraph.Send` and `commgraph.Recv`.
-            timeout: deadline of each message.
+            timeout: deadline of each message, a timedelta or seconds, from when its turn comes.
 
         Returns:
             Work whose result has the filled tensor of each `Recv` and None for each `Send`, in the order given.
@@ -167,7 +215,7 @@ class AsynchronousOperations(MessageOperations):
         """Sends x here and now, if it need not wait for anything."""
         if not self._link.is_idle((dst, True)):
             return False
-        text = f"{x.dtype} {x.numel()}"
+        text = signature.messages(x)
         number = self._link.count(signature.MESSAGE, dst, outgoing=True)
         taken = False
         try:
@@ -195,7 +243,16 @@ class AsynchronousOperations(MessageOperations):
         *,
         timeout: Timeout = None,
     ) -> Work[None]:
-        """`send_tensor_dict` without waiting until it was taken. Objects are pickled now; tensors must not be changed until `Work.wait`."""
+        """`send_tensor_dict` without waiting until it was taken.
+
+        Args:
+            tensor_dict, dst, all_gather_group, all_gather_tensors: as for `send_tensor_dict`. Objects are pickled now; tensors are not to
+                be changed until the work has ended.
+            timeout: deadline of each part, a timedelta or seconds, from when its turn comes.
+
+        Returns:
+            Work whose result is None.
+        """
         call, seconds = self._message("isend_tensor_dict", timeout)
         dst = call.peer(self.next_in_group if dst is None else dst, "dst", other=True)
         send = self._pack_dict(call, tensor_dict, dst, all_gather_group, all_gather_tensors)
@@ -213,6 +270,10 @@ class AsynchronousOperations(MessageOperations):
 
         With an `all_gather_group` the slices are gathered in `wait`, which is therefore collective over that group: its ranks wait for
         their dicts in the same order.
+
+        Args:
+            src, all_gather_group, all_gather_tensors: as for `recv_tensor_dict`.
+            timeout: deadline of each part, a timedelta or seconds, from when its turn comes.
         """
         call, seconds = self._message("irecv_tensor_dict", timeout)
         src = call.peer(self.prev_in_group if src is None else src, "src", other=True)

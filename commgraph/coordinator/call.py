@@ -97,8 +97,8 @@ class Call:
             raise self.unsupported(f"{name} is expanded (strides {x.stride()}): several of its entries share memory and cannot be filled")
         if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
             raise self.unsupported(
-                f"{name} is to be filled, and is a leaf that requires a gradient, which autograd does not let be filled; call it under "
-                f"torch.no_grad() or on {name}.detach()"
+                f"{name} is a leaf that requires a gradient, which autograd does not let be filled; call it under torch.no_grad() or on "
+                f"{name}.detach()"
             )
         if x.is_inference() and not torch.is_inference_mode_enabled():
             raise self.unsupported(f"{name} was made in inference mode, where alone torch lets it be filled")

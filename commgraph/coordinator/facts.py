@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
@@ -15,7 +16,7 @@ from commgraph.coordinator.call import Call, Timeout
 from commgraph.coordinator.host_objects import HostObjects
 from commgraph.coordinator.link import GroupLink
 from commgraph.coordinator.objects import ObjectPath
-from commgraph.errors import BackendUnavailableError
+from commgraph.errors import BackendUnavailableError, CollectiveTimeoutError
 from commgraph.shm.stopped import Stopped
 
 if TYPE_CHECKING:
@@ -151,6 +152,15 @@ class GroupFacts(compat.OpaqueBase):  # type: ignore[misc]  # torch gives the ba
         call, seconds = self._describe(operation, link.sequence, timeout)
         left = link.settle(None, call, seconds)
         return attrs.evolve(call, sequence=link.begin(self.name)), left
+
+    def _drain(self, deadline: float) -> None:
+        """Waits until `deadline` for what the peers cannot do without, here and on siblings: collectives that were begun, and sends."""
+        link = self._link
+        if not link.drain(max(deadline - time.monotonic(), 0.0)):
+            call, _ = self._describe("close", link.sequence, None)
+            raise CollectiveTimeoutError(f"{call.where}: operations that were begun and not waited for did not end in time", **call.facts)
+        for sibling in link.siblings:
+            sibling._drain(deadline)
 
     def _message(self, operation: str, timeout: Timeout) -> tuple[Call, float]:
         self._link.ensure_open(self.name)

@@ -93,7 +93,11 @@ class GroupCoordinator(ExpertOperations):
         Args:
             name: what errors call it; the same on every rank.
 
+        Returns:
+            A coordinator; `shares_with` is empty.
+
         Raises:
+            ValueError: a name that is no non-empty string; nothing was sent.
             LayoutMismatchError: the ranks gave different names.
             BuildError: a rank could not build its part, or did not come in time.
         """
@@ -111,6 +115,12 @@ class GroupCoordinator(ExpertOperations):
 
         Collective the first time. On the host the two are one group. A group of one rank has one, too, made now.
 
+        Args:
+            kind: "device" or "cpu".
+
+        Returns:
+            torch's group. Its ranks are those of this process's default group, in group order.
+
         Raises:
             BackendUnavailableError: this process has no default process group, without which torch.distributed knows no other.
         """
@@ -126,7 +136,12 @@ class GroupCoordinator(ExpertOperations):
 
     @contextlib.contextmanager
     def graph_capture(self, device: torch.device | None = None, *, stream: Any = None) -> Iterator[GraphCapture]:
-        """`ParallelContext.graph_capture` for this group alone: an error inside of the block ends this group and no other."""
+        """`ParallelContext.graph_capture` for this group alone: an error inside of the block ends this group and no other.
+
+        Args:
+            device: whose graphs; None: the group's.
+            stream: to capture on, in place of a new one.
+        """
         self._link.ensure_open(self.name)
         with capture([self], device or self.device, stream, f"group {self.name!r}") as made:
             yield made

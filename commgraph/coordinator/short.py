@@ -12,7 +12,7 @@ import torch
 
 from commgraph import compat
 from commgraph.communicators.base import Communicator
-from commgraph.communicators.signature import MESSAGE, digest, tagged
+from commgraph.communicators.signature import MESSAGE, digest, messages, tagged
 from commgraph.shm.mailbox import Mailbox, nanoseconds
 from commgraph.shm.stopped import Busy, Stopped
 
@@ -110,7 +110,7 @@ class ShortMessages:
         if found is None:
             if len(self._digests) >= _KEPT:
                 self._digests.clear()
-            found = self._digests[key] = digest(f"{x.dtype} {x.numel()}")
+            found = self._digests[key] = digest(messages(x))
         return found
 
     def _end(self, group: GroupFacts, operation: str, x: torch.Tensor, peer: int, error: BaseException) -> NoReturn:
@@ -121,6 +121,6 @@ class ShortMessages:
             self._strategy.abort()  # a signal's handler has raised: the peer must not wait for the rest
             raise error
         call, seconds = group._message(operation, None)
-        with self._link.guard(call, f"{operation}({x.dtype} {x.numel()}, {peer})", seconds):
+        with self._link.guard(call, f"{operation}({messages(x)}, {peer})", seconds):
             raise self._strategy.translate(error)
         raise AssertionError("guard always raises")

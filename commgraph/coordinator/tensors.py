@@ -66,7 +66,7 @@ class TensorOperations(GroupFacts):
                 self._broken_off("all_reduce_", lambda: signature.reduced(op, x), error)
         if traced.wants(self, x):
             traced.plain(timeout)
-            traced.fillable(self, "all_reduce_", x)
+            traced.fillable(self, "all_reduce_", x, "x")
             return traced.all_reduce_(self, x, op)
         call, seconds = self._begin("all_reduce_", timeout)
         x = call.written(call.tensor(x, differentiable=True))
@@ -102,7 +102,7 @@ class TensorOperations(GroupFacts):
                 self._broken_off("reduce_scatter", lambda: f"{op} {signature.describe(x)} dim={dim}", error)
         if traced.wants(self, x):
             traced.plain(timeout)
-            traced.fillable(self, "reduce_scatter", out)
+            traced.fillable(self, "reduce_scatter", out, "out")
             return traced.reduce_scatter(self, x, dim, op, out)
         call, seconds = self._begin("reduce_scatter", timeout)
         x = call.tensor(x, differentiable=True)
@@ -179,7 +179,7 @@ class TensorOperations(GroupFacts):
                 self._broken_off("all_gather", lambda: f"{signature.describe(x)} dim={dim}", error)
         if traced.wants(self, x):
             traced.plain(timeout)
-            traced.fillable(self, "all_gather", out)
+            traced.fillable(self, "all_gather", out, "out")
             return traced.all_gather(self, x, dim, out)
         call, seconds = self._begin("all_gather", timeout)
         x = call.tensor(x, differentiable=True)
@@ -322,7 +322,7 @@ class TensorOperations(GroupFacts):
                 self._broken_off("all_to_all", lambda: f"{signature.describe(x)} dim={scatter_dim}", error)
         if traced.wants(self, x):
             traced.plain(timeout)
-            traced.fillable(self, "all_to_all", out)
+            traced.fillable(self, "all_to_all", out, "out")
             return traced.all_to_all(self, x, scatter_dim, gather_dim, input_sizes, output_sizes, out)
         call, seconds = self._begin("all_to_all", timeout)
         x = call.tensor(x, differentiable=True)
@@ -383,7 +383,7 @@ class TensorOperations(GroupFacts):
                 self._broken_off("broadcast", lambda: f"src={src} {signature.describe(x)}", error)
         if traced.wants(self, x):
             traced.plain(timeout)
-            traced.fillable(self, "broadcast", x)
+            traced.fillable(self, "broadcast", x, "x")
             return traced.broadcast(self, x, src)
         call, seconds = self._begin("broadcast", timeout)
         x = call.written(call.tensor(x, differentiable=True))
@@ -508,7 +508,7 @@ class TensorOperations(GroupFacts):
         for x in tensors:
             by_strategy.setdefault(self._link.route(operation, x.shape, x.dtype, x.device), []).append((x, peer))
         for strategy, pairs in by_strategy.items():
-            text = " ".join(f"{x.dtype} {x.numel()}" for x, _ in pairs)
+            text = signature.messages(*(x for x, _ in pairs))
             number = self._link.count(signature.MESSAGE, peer, outgoing=outgoing)
             tag = signature.make_tag(signature.MESSAGE, number, text)
             with self._link.guard(call, f"{operation}({text}, {peer})", seconds):

@@ -40,11 +40,11 @@ def plain(timeout: Any) -> None:
         )
 
 
-def fillable(group: GroupFacts, operation: str, x: Any) -> None:
+def fillable(group: GroupFacts, operation: str, x: Any, name: str) -> None:
     """Refuses, before anything is sent, what may not be filled."""
     if isinstance(x, torch.Tensor):
         call, _ = group._message(operation, None)
-        call.written(x, "the tensor to be filled")
+        call.written(x, name)
 
 
 def without_gradient(group: GroupFacts, operation: str, x: torch.Tensor) -> None:

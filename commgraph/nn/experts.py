@@ -114,7 +114,9 @@ class ExpertParallelMLP(ParallelLayer):
             ValueError: x has another number of features; nothing was sent.
         """
         if x.shape[-1:] != (self.hidden_size,):
-            raise ValueError(f"ExpertParallelMLP({self.extra_repr()}): x {tuple(x.shape)} must end in {self.hidden_size} features")
+            raise ValueError(
+                f"ExpertParallelMLP({self.extra_repr()}): x {tuple(x.shape)} must end in {self.hidden_size} features. Nothing was sent."
+            )
         rows, tp = x.reshape(-1, self.hidden_size), self.ctx.tp
         # Each rank of tp sees another part of what becomes of rows and weights; or of the rows, and then of the router.
         router = copy_to(self.router, tp) if self.sequence_parallel else self.router

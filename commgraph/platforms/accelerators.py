@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import importlib.util
 import warnings
@@ -30,14 +31,15 @@ class _Word(msgspec.Struct):
     """What a rank tells the others before a backend for devices is made."""
 
     problem: str
+    node: int
     device: str
 
 
 class DevicePlatform(Platform):
     """What platforms with devices have in common: a backend of torch's for device tensors, the host's strategies for the rest.
 
-    The chain of a group that serves device tensors is its own strategies, then the backend, then the way by the host for what
-    neither serves; a group that does not has the host's alone.
+    The chain of a group that serves device tensors is the backend, the host's strategies for host tensors, and the way by the host for what
+    the backend does not serve; a group that does not has the host's alone.
     """
 
     device_type: ClassVar[str]
@@ -54,19 +56,15 @@ class DevicePlatform(Platform):
         if not facts.wants_device:
             return host
         live = [one for one in host if isinstance(one, Communicator)]
-        return [*self.own_strategies(facts, transport), self._over_backend(facts, transport), *host, StagedCommunicator(facts.device, live)]
+        return [self._over_backend(facts, transport), *host, StagedCommunicator(facts.device, live)]
 
-    def own_strategies(self, facts: GroupFacts, transport: GlooTransport) -> Sequence[Communicator | Refused]:
-        """Strategies that come before the backend. Collective."""
-        return ()
-
+    @abc.abstractmethod
     def problem(self, facts: GroupFacts) -> str:
         """Why this rank has no backend for devices; empty where it has one."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def make_backend(self, facts: GroupFacts, timeout: timedelta) -> Any:
-        """A live backend of torch's for this group. Collective."""
-        raise NotImplementedError
+        """A live backend of torch's for this group, where no rank has a problem. Collective."""
 
     def identity(self, device: torch.device) -> str:
         """Names a device on its host: two ranks with the same one share it."""
@@ -78,17 +76,10 @@ class DevicePlatform(Platform):
         if facts.options.backend == "gloo":
             return Refused(name, "options.backend='gloo'")
         tell = teller(GlooCommunicator(transport), name, facts.limits.build_timeout)
-        said = [
-            msgspec.msgpack.decode(word, type=_Word)
-            for word in tell(
-                msgspec.msgpack.encode(
-                    _Word(self.problem(facts)[:500], f"{facts.nodes[facts.rank_in_group]} {self.identity(facts.device)}")
-                )
-            )
-        ]
-        reason = next((f"rank {facts.ranks[i]}: {word.problem}" for i, word in enumerate(said) if word.problem), "") or self._shared(
-            facts, said
-        )
+        mine = _Word(self.problem(facts)[:500], facts.nodes[facts.rank_in_group], self.identity(facts.device))
+        said = [msgspec.msgpack.decode(word, type=_Word) for word in tell(msgspec.msgpack.encode(mine))]
+        problems = [f"rank {rank}: {word.problem}" for rank, word in zip(facts.ranks, said, strict=True) if word.problem]
+        reason = problems[0] if problems else _shared(facts.ranks, said)
         if reason:
             warnings.warn(
                 f"{name} cannot serve {self.device_type} tensors ({reason}); they go by way of the host",
@@ -99,13 +90,13 @@ class DevicePlatform(Platform):
         backend = self.make_backend(facts, timedelta(seconds=facts.limits.timeout))
         return TorchCommunicator(name, backend, facts.device, facts.rank_in_group, len(facts.ranks))
 
-    def _shared(self, facts: GroupFacts, said: Sequence[_Word]) -> str:
-        """Which ranks have the same device, in words: a backend refuses that."""
-        by_device: dict[str, list[int]] = {}
-        for i, word in enumerate(said):
-            by_device.setdefault(word.device, []).append(facts.ranks[i])
-        shared = [f"ranks {ranks} share {device.partition(' ')[2]}" for device, ranks in by_device.items() if len(ranks) > 1]
-        return "; ".join(shared)
+
+def _shared(ranks: Sequence[int], said: Sequence[_Word]) -> str:
+    """Which ranks have the same device, in words: a backend refuses that. Empty where none have."""
+    by_device: dict[tuple[int, str], list[int]] = {}
+    for rank, word in zip(ranks, said, strict=True):
+        by_device.setdefault((word.node, word.device), []).append(rank)
+    return "; ".join(f"ranks {sharing} share {device}" for (_, device), sharing in by_device.items() if len(sharing) > 1)
 
 
 class CudaPlatform(DevicePlatform):
@@ -125,12 +116,9 @@ class CudaPlatform(DevicePlatform):
         if not compat.nccl_available():
             return "this torch has no NCCL, or sees no GPU"
         count = torch.cuda.device_count()
-        index = facts.device.index or 0
-        return (
-            ""
-            if index < count
-            else f"{facts.device} does not exist, there are {count} (is CUDA_VISIBLE_DEVICES set per rank? then give device=)"
-        )
+        if (facts.device.index or 0) < count:
+            return ""
+        return f"{facts.device} does not exist, there are {count} (is CUDA_VISIBLE_DEVICES set per rank? then give device=)"
 
     def make_backend(self, facts: GroupFacts, timeout: timedelta) -> Any:
         return compat.make_nccl(facts.store, facts.rank_in_group, len(facts.ranks), timeout, facts.device)
@@ -215,3 +203,6 @@ class TpuPlatform(DevicePlatform):
 
     def problem(self, facts: GroupFacts) -> str:
         return "XLA has no process group that commgraph could use"
+
+    def make_backend(self, facts: GroupFacts, timeout: timedelta) -> Any:
+        raise BackendUnavailableError(self.problem(facts))

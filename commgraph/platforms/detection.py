@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, Self
+
+import attrs
 
 from commgraph.communicators.base import Communicator, Refused
 from commgraph.communicators.gloo import GlooCommunicator
@@ -14,7 +16,7 @@ from commgraph.platforms.accelerators import CudaPlatform, RocmPlatform, TpuPlat
 from commgraph.platforms.base import GroupFacts, Platform
 from commgraph.platforms.cpu import CpuPlatform
 
-__all__ = ["PLATFORMS", "STRATEGIES", "detect", "plugins", "strategies_of_others"]
+__all__ = ["PLATFORMS", "STRATEGIES", "Plugins", "detect"]
 
 PLATFORMS = "commgraph.platforms"
 STRATEGIES = "commgraph.communicators"
@@ -31,40 +33,51 @@ def detect() -> Platform:
     return next(kind for kind in (CudaPlatform, RocmPlatform, XpuPlatform, TpuPlatform, CpuPlatform) if kind.available())()
 
 
-def plugins() -> str:
-    """What is installed beside commgraph that may serve a group, with versions: to be the same on every rank."""
-    found = [(point, point.dist) for point in _points(STRATEGIES)]
-    return ", ".join(
-        f"{point.name}={point.value} ({'?' if package is None else f'{package.name} {package.version}'})" for point, package in found
-    )
-
-
-def strategies_of_others(facts: GroupFacts, transport: GlooTransport) -> Sequence[Communicator | Refused]:
-    """The strategies that other packages bring, in the order of their names; collective over the group.
+@attrs.frozen
+class Plugins:
+    """The strategies that other packages bring, in the order of their names. Looked for once a context: every search reads all metadata.
 
     An entry point of the group ``commgraph.communicators`` is a callable ``(facts, host) -> Communicator | Refused``, for example a class
     method of the strategy: `commgraph.platforms.GroupFacts`, and a strategy that serves the group's host tensors.
     """
-    made = []
-    for point in _points(STRATEGIES):
-        one = _load(point)(facts, GlooCommunicator(transport))
-        if not isinstance(one, Communicator | Refused):
-            raise ConfigurationError(
-                f"entry point {point.name!r} of {STRATEGIES} gave a {type(one).__name__}, no Communicator and no Refused"
-            )
-        made.append(one)
-    return made
+
+    points: Sequence[EntryPoint] = ()
+
+    @classmethod
+    def find(cls) -> Self:
+        """Those that are installed; nothing is loaded yet."""
+        return cls(_points(STRATEGIES))
+
+    def describe(self) -> str:
+        """Names and versions: to be the same on every rank."""
+        return ", ".join(f"{point.name}={point.value} ({_package(point)})" for point in self.points)
+
+    def strategies(self, facts: GroupFacts, transport: GlooTransport) -> list[Communicator | Refused]:
+        """Theirs for a group. Collective over it."""
+        made = []
+        for point in self.points:
+            one = _load(point)(facts, GlooCommunicator(transport))
+            if not isinstance(one, Communicator | Refused):
+                raise ConfigurationError(
+                    f"entry point {point.name!r} of {STRATEGIES} gave a {type(one).__name__}, no Communicator and no Refused"
+                )
+            made.append(one)
+        return made
 
 
-def _points(group: str) -> Iterable[EntryPoint]:
+def _points(group: str) -> Sequence[EntryPoint]:
     return sorted(entry_points(group=group), key=lambda point: (point.name, point.value))
+
+
+def _package(point: EntryPoint) -> str:
+    return "an unknown package" if point.dist is None else f"{point.dist.name} {point.dist.version}"
 
 
 def _load(point: EntryPoint) -> Any:
     try:
         return point.load()
     except Exception as error:
-        package = "an unknown package" if point.dist is None else f"{point.dist.name} {point.dist.version}"
         raise ConfigurationError(
-            f"entry point {point.name!r} of {point.group}, {point.value} of {package}, cannot be loaded: {type(error).__name__}: {error}"
+            f"entry point {point.name!r} of {point.group}, {point.value} of {_package(point)}, cannot be loaded: "
+            f"{type(error).__name__}: {error}"
         ) from error

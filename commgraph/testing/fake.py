@@ -20,6 +20,7 @@ from commgraph.errors import BackendUnavailableError, UnsupportedTensorError
 from commgraph.hosts import Hosts
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms import CpuPlatform, Platform
+from commgraph.platforms.detection import Plugins
 from commgraph.world import World, check_rank
 
 __all__ = ["fake_world"]
@@ -71,11 +72,8 @@ class _FakeBuilder(Builder):
         *,
         wants_device: bool,
         device: torch.device,
-        plugins: bool = True,
+        plugins: Plugins,
     ) -> GroupLink:
-        def again(ident: str) -> GroupLink:
-            return self.link(ident, ranks, self.connect(ident, ranks), platform, options, wants_device=wants_device, device=device)
-
         me = ranks.index(self.rank)
         return _FakeLink(
             ident=ident,
@@ -85,7 +83,7 @@ class _FakeBuilder(Builder):
             transport=None if connection is None else connection.transport,
             host_timeout=_NEVER_WAITED.total_seconds(),
             experts=options.experts,
-            again=again,
+            again=self._again(ranks, platform, options, wants_device=wants_device, device=device, plugins=plugins),
         )
 
 

@@ -61,8 +61,16 @@ with cg.World.from_torch() as world, cg.World.from_env() as another:
     check()
     with world.context(cg.Layout(world.size, dp=2, tp=2), name="mesh", options={"tp": cg.CommunicatorOptions(isolate=True)}) as mesh:
         through_tables(mesh)
-    with another.context(cg.Layout(world.size, tp=2), name="again") as mesh:
-        group = mesh.tp.torch_group("device")
+    with (
+        world.context(cg.Layout(world.size, tp=2), name="again") as twin,
+        another.context(cg.Layout(world.size, tp=2), name="again") as mesh,
+    ):
+        # Equal groups of two worlds of this process: each its own, and each found under a name of its own.
+        theirs_too, group = twin.tp.torch_group("cpu"), mesh.tp.torch_group("device")
+        assert theirs_too is not group
+        assert theirs_too.group_name != group.group_name
+        for one in (theirs_too, group):
+            assert funcol.all_reduce(torch.ones(2), "sum", one).tolist() == [2, 2]
         assert mesh.tp.torch_group("cpu") is group
         assert group is mesh.tp.cpu_group
     check()

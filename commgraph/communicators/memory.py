@@ -1,0 +1,37 @@
+"""How the tensors of a call lie in memory: as plain bytes, or by way of a copy that does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["as_bytes", "dense", "is_dense", "land", "landing_for"]
+
+
+def is_dense(x: torch.Tensor) -> bool:
+    """Whether its memory is what its values say, in order."""
+    return x.is_contiguous() and not x.is_conj() and not x.is_neg()
+
+
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """x itself where its memory is what its values say, else a contiguous copy (lazily conjugated or negated ones too)."""
+    return x.resolve_conj().resolve_neg().contiguous()
+
+
+def landing_for(view: torch.Tensor) -> torch.Tensor:
+    """Where bytes for `view` may be written: itself if it is dense, else a buffer on its device, for `land`."""
+    return view if is_dense(view) else torch.empty(view.shape, dtype=view.dtype, device=view.device)
+
+
+def land(landing: Sequence[torch.Tensor], views: Sequence[torch.Tensor]) -> None:
+    """Copies what came into buffers to where it belongs."""
+    for piece, view in zip(landing, views, strict=True):
+        if piece is not view:
+            view.copy_(piece)
+
+
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous tensor as uint8, 1-D, without a copy."""
+    # Not reshape(-1): of a single element any stride is contiguous, and only a stride of one can be viewed as bytes.
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)
