@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 
 import torch
@@ -15,7 +16,7 @@ from commgraph.nn.shards import Cut, Piece, Shard
 __all__ = ["ParallelLayer"]
 
 
-class ParallelLayer(nn.Module):
+class ParallelLayer(nn.Module, abc.ABC):
     """A module whose parameters lie cut on the ranks of one group of a `ParallelContext`.
 
     The context is a plain attribute: `deepcopy` shares it, `state_dict` does not see it (and so holds this rank's shares alone), and
@@ -82,9 +83,9 @@ class ParallelLayer(nn.Module):
                 self._draw(name, full, generator)
                 cut.fill(local, full, what=name)
 
+    @abc.abstractmethod
     def _draw(self, name: str, full: torch.Tensor, generator: torch.Generator | None) -> None:
         """Draws the full tensor of the parameter called `name`, in place."""
-        raise NotImplementedError
 
     def _add(
         self,

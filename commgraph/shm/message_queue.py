@@ -18,7 +18,8 @@ import attrs
 from commgraph import launch
 from commgraph.errors import ConfigurationError, PeerLostError
 from commgraph.shm import native_module
-from commgraph.shm.queue_sides import MemoryReader, QueueMemory, Side, SocketReader, Timeout, Writer
+from commgraph.shm.queue_memory import QueueMemory
+from commgraph.shm.queue_sides import MemoryReader, Side, SocketReader, Timeout, Writer
 from commgraph.shm.remote import Incoming, Secret
 
 __all__ = ["MessageQueue", "QueueHandle"]

@@ -1,44 +1,29 @@
-"""The two sides of a message queue: its writer, and a reader that is reached through memory or through a socket.
-
-The memory::
-
-    page 0      a number that only this segment has; who was lost, if anybody was
-    seats       the writer's, then one for each local reader
-    ring        from the writer to them
-"""
+"""The two sides of a message queue: its writer, and a reader that is reached through memory or through a socket."""
 
 from __future__ import annotations
 
+import abc
 import numbers
 import os
 import pickle
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
-from commgraph.errors import BuildError, CollectiveTimeoutError, ContextClosedError, PeerLostError
-from commgraph.shm import segments
+from commgraph.errors import CollectiveTimeoutError, ContextClosedError, PeerLostError
 from commgraph.shm.pickling import Pickler, loads
+from commgraph.shm.queue_memory import FAULT_WRITER, WRITER_CLOSED, QueueMemory
 from commgraph.shm.remote import CLOSED, LOST, OBJECT, READY, Entrance, HungUp, Incoming, Late, Secret, Senders
-from commgraph.shm.stopped import GONE, SELF, TIMEOUT, Stopped
 from commgraph.shm.stopped import LOST as DIED
+from commgraph.shm.stopped import SELF, TIMEOUT, Stopped
 from commgraph.wire import WireError
 
-__all__ = ["MemoryReader", "QueueMemory", "Side", "SocketReader", "Timeout", "Writer"]
+__all__ = ["MemoryReader", "Side", "SocketReader", "Timeout", "Writer"]
 
 Timeout = timedelta | float | None
-
-_PAGE = 4096
-_NONCE_BYTES = 16
-_FAULT = struct.Struct("=I")
-# What stands there: 0 for nobody, 1 + reader, or this for the writer.
-_FAULT_WRITER = 0xFFFFFFFF
-# Of memory for results that nobody uses at the moment.
-_POOL_BYTES = 64 << 20
 
 # 2**62 ns are 146 years.
 _FOREVER = 1 << 62
@@ -52,90 +37,10 @@ _TELL_TIMEOUT = 10.0
 _LEAVE_TIMEOUT = 1.0
 
 _KEPT = "Nothing is lost: call again to go on waiting for the same"
-_WRITER_CLOSED = "it closed the queue, and all that it had sent was read"
 _USED_UP = "the object arrived and could not be unpickled here. It is used up; the queue goes on"
 
 
-class QueueMemory:
-    """One side's view of the memory of a queue.
-
-    Attributes:
-        team, ring: objects of the native module.
-        fd: the writer's descriptor, which readers open; -1 on readers.
-        nbytes: of the whole.
-        nonce: what tells this memory from any other.
-    """
-
-    def __init__(self, native: Any, fd: int, nbytes: int, seat: int, n_local: int, capacity: int) -> None:
-        self._segment = native.Segment(fd, nbytes)
-        self.team = native.Team(self._segment, _PAGE, 1 + n_local, seat, 1 + n_local)
-        pool = native.Pool(_POOL_BYTES)
-        self.ring = native.Ring(self.team, pool, _ring_offset(native, n_local), 0, 1, n_local, capacity, False, False)
-        self.fd = -1
-        self.nbytes = nbytes
-        self.nonce = b""
-
-    @classmethod
-    def create(cls, native: Any, n_local: int, capacity: int) -> Self:
-        """The writer's.
-
-        Raises:
-            BuildError: there is no memory for it.
-        """
-        nbytes = _pages(_ring_offset(native, n_local) + native.ring_bytes(n_local, capacity))
-        try:
-            fd = segments.create(nbytes)
-        except BuildError as error:
-            raise BuildError(
-                f"MessageQueue.create: {nbytes} bytes of shared memory are needed and could not be reserved ({error.__cause__}). They "
-                "count as memory of this process: make room (cgroup limit, RLIMIT_FSIZE), or ask for smaller or fewer chunks"
-            ) from error
-        try:
-            nonce = os.urandom(_NONCE_BYTES)
-            os.pwrite(fd, nonce, 0)
-            self = cls(native, fd, nbytes, 0, n_local, capacity)
-        except BaseException:
-            os.close(fd)
-            raise
-        self.fd, self.nonce = fd, nonce
-        return self
-
-    @classmethod
-    def open(cls, native: Any, owner: tuple[int, int, int], nonce: bytes, reader: int, n_local: int, capacity: int) -> Self:
-        """A reader's; `owner` is the writer's (process, descriptor, bytes).
-
-        Raises:
-            OSError: it cannot be opened, or is another's.
-            ValueError: the reader's seat is taken.
-        """
-        fd = segments.open_peer(*owner)
-        try:
-            if os.pread(fd, _NONCE_BYTES, 0) != nonce:
-                raise OSError("another segment is open there")
-            return cls(native, fd, owner[2], 1 + reader, n_local, capacity)
-        finally:
-            os.close(fd)
-
-    @property
-    def fault(self) -> int:
-        """Who was lost, as it stands in the memory."""
-        with memoryview(self._segment) as view:
-            return int(_FAULT.unpack_from(view, _NONCE_BYTES)[0])
-
-    def blame(self, fault: int) -> None:
-        """Says who was lost, unless somebody said so before. To be followed by something that publishes it: closing the team."""
-        if not self.fault:
-            with memoryview(self._segment) as view:
-                _FAULT.pack_into(view, _NONCE_BYTES, fault)
-
-    def let_go(self) -> None:
-        """Closes the descriptor: no reader can open the memory any more."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-
-class Side:
+class Side(abc.ABC):
     """What both sides have in common: one thread at a time, closing from any thread, and errors that say which queue and whose side.
 
     Attributes:
@@ -157,9 +62,9 @@ class Side:
         """Whether it is still to be closed, by this process."""
         return not self.closed and os.getpid() == self._pid
 
+    @abc.abstractmethod
     def describe(self) -> str:
         """How it is connected."""
-        raise NotImplementedError
 
     def enqueue(self, obj: Any, timeout: Timeout = None) -> None:
         """The writer's."""
@@ -198,9 +103,11 @@ class Side:
         """What is left to do when nobody holds the queue any more, or the interpreter ends."""
         self.close(0.0, wait=False)
 
+    @abc.abstractmethod
     def _leave(self, seconds: float, wait: bool) -> None:
         """Tells all that this side is closed, and ends what waits here."""
 
+    @abc.abstractmethod
     def _drop(self, inherited: bool) -> None:
         """Gives back what this side holds; `inherited`: by a fork, which has copies of the descriptors and no part in the queue."""
 
@@ -389,7 +296,7 @@ class Writer(Side):
             self._fail_by(memory, *found)
 
     def _fail_by(self, memory: QueueMemory, code: int, seat: int) -> None:
-        reader, why = _blame_of(memory, code, seat)
+        reader, why = memory.blame_of(code, seat)
         self._fail(seat - 1 if reader is None else reader, why)
 
     def _fail(self, reader: int, why: str) -> None:
@@ -517,10 +424,10 @@ class MemoryReader(Side):
         memory = self._memory
         if stopped.code == SELF or memory is None:
             return self._closed_error(operation)
-        reader, why = _blame_of(memory, stopped.code, stopped.seat, self._writer_pid)
+        reader, why = memory.blame_of(stopped.code, stopped.seat, self._writer_pid)
         # So that those who see this side close learn who was lost first.
         if reader is not None or stopped.code == DIED:
-            memory.blame(_FAULT_WRITER if reader is None else 1 + reader)
+            memory.blame(FAULT_WRITER if reader is None else 1 + reader)
         return self._lost_error(operation, reader, why)
 
     def _leave(self, seconds: float, wait: bool) -> None:
@@ -592,7 +499,7 @@ class SocketReader(Side):
             if kind == LOST:
                 self._lost = (obj if isinstance(obj, int) else None, "the writer says so")
             elif self._lost is None:
-                self._lost = (None, _WRITER_CLOSED)
+                self._lost = (None, WRITER_CLOSED)
             self._incoming.interrupt()
             self._raise_if_over(operation)
         return kind, obj
@@ -608,23 +515,6 @@ class SocketReader(Side):
 
     def _drop(self, inherited: bool) -> None:
         self._incoming.close()
-
-
-def _blame_of(memory: QueueMemory, code: int, seat: int, writer_pid: int = 0) -> tuple[int | None, str]:
-    """Who was lost first (None: the writer), and how, where the native module found that `seat` has died or left."""
-    if code == GONE:
-        # It may have left because it saw what this side has not seen yet.
-        if fault := memory.fault:
-            how = "another side found that it died or left"
-            return (None if fault == _FAULT_WRITER else fault - 1), how
-        code, seat = memory.team.lost() or (code, seat)
-    if code == DIED:
-        how = "its process died, or ended without close()"
-    else:
-        how = "it closed the queue" if seat else _WRITER_CLOSED
-    if seat:
-        return seat - 1, how
-    return None, how + (f" (process {writer_pid})" if writer_pid else "")
 
 
 def _refuse(*_: object) -> NoReturn:
@@ -649,14 +539,6 @@ def _deadline(ns: int) -> float:
 
 def _left(deadline: float) -> int:
     return _FOREVER if deadline == float("inf") else max(int((deadline - time.monotonic()) * 1e9), 0)
-
-
-def _pages(nbytes: int) -> int:
-    return -(-nbytes // _PAGE) * _PAGE
-
-
-def _ring_offset(native: Any, n_local: int) -> int:
-    return _PAGE + _pages(int(native.group_layout(1 + n_local, _PAGE)[0]))
 
 
 def _listing(readers: list[int]) -> str:
