@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from commgraph.communicators.base import Communicator
     from commgraph.context import ParallelContext
     from commgraph.coordinator import Dispatched, GroupCoordinator
+    from commgraph.kernel_table import KernelTable
     from commgraph.layout import Grid, Layout, Positions, Split
     from commgraph.options import CommunicatorOptions
     from commgraph.platforms import CpuPlatform, CudaPlatform, Platform, RocmPlatform, TpuPlatform, XpuPlatform
@@ -59,6 +60,7 @@ __all__ = [
     "Dispatched",
     "Grid",
     "GroupCoordinator",
+    "KernelTable",
     "LaunchError",
     "Layout",
     "LayoutError",
@@ -91,6 +93,7 @@ _HOMES = MappingProxyType(
         "Dispatched": "commgraph.coordinator",
         "Grid": "commgraph.layout",
         "GroupCoordinator": "commgraph.coordinator",
+        "KernelTable": "commgraph.kernel_table",
         "Layout": "commgraph.layout",
         "MessageQueue": "commgraph.shm.message_queue",
         "ParallelContext": "commgraph.context",

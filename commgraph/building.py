@@ -17,7 +17,9 @@ import torch.distributed as dist
 from commgraph import compat
 from commgraph.agreement import PeerLeftError, agree
 from commgraph.communicators.base import Communicator, Limits, PeerClosed, PeerLate, Refused
+from commgraph.communicators.custom_all_reduce import Proofs
 from commgraph.communicators.gloo_transport import GlooTransport
+from commgraph.coordinator.device_order import DeviceOrder
 from commgraph.coordinator.link import GroupLink
 from commgraph.errors import BackendUnavailableError, BuildError
 from commgraph.hosts import Hosts
@@ -88,6 +90,8 @@ class Builder:
         timeout: deadline of a build and default deadline of operations.
         authkey: secret of the job, or None.
         links: where live groups are listed.
+        proofs: which ranks were shown to reach each other's device memory.
+        order: in which checked calls on the device are compared.
     """
 
     store: dist.Store
@@ -97,6 +101,8 @@ class Builder:
     timeout: timedelta
     authkey: bytes | None = attrs.field(repr=False)
     links: Links
+    proofs: Proofs = attrs.field(factory=Proofs)
+    order: DeviceOrder = attrs.field(factory=DeviceOrder)
 
     # Whether what it makes has to be closed.
     holds_something: ClassVar[bool] = True
@@ -124,6 +130,13 @@ class Builder:
         self._check_descriptors(ident, len(ranks))
         self._meet(ident, store, ranks)
         return Connection(store, self._connect(ident, dist.PrefixStore(CONNECTING, store), ranks, ranks.index(self.rank)))
+
+    def keep_order(self) -> None:
+        """Connects what compares the order of calls on the device, the first time. Collective over the world."""
+        if not self.order.is_connected:
+            connection = self.connect("device order", tuple(range(len(self.hosts.nodes))))
+            if connection is not None:
+                self.order.connect(connection.transport)
 
     def link(
         self,
@@ -153,16 +166,15 @@ class Builder:
         """
         host_timeout = options.host_timeout or options.timeout or self.timeout
         again = self._again(ranks, platform, options, wants_device=wants_device, device=device, plugins=plugins)
+        place: Any = {"device": device, "streams": platform.streams(device), "order": self.order if self.order.is_connected else None}
         if connection is None:
-            return GroupLink(
-                ident=ident, ranks=ranks, rank_in_group=0, host_timeout=host_timeout.total_seconds(), again=again, platform=platform
-            )
+            return GroupLink(ident=ident, ranks=ranks, rank_in_group=0, host_timeout=host_timeout.total_seconds(), again=again, **place)
         try:
             rank_in_group = ranks.index(self.rank)
             nodes = tuple(self.hosts.nodes[rank] for rank in ranks)
             limits = Limits(host_timeout.total_seconds(), self.timeout.total_seconds(), self.hosts.local_size)
             strategies = dist.PrefixStore("strategies", connection.store)
-            facts = GroupFacts(ranks, rank_in_group, nodes, options, wants_device, limits, strategies, device)
+            facts = GroupFacts(ranks, rank_in_group, nodes, options, wants_device, limits, strategies, device, self.proofs)
             chain = self._chain(ident, platform, facts, connection, plugins)
             link = GroupLink(
                 ident=ident,
@@ -178,7 +190,7 @@ class Builder:
                 experts=options.experts,
                 again=again,
                 build_timeout=self.timeout,
-                platform=platform,
+                **place,
             )
         except BaseException:
             connection.transport.close()

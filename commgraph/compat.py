@@ -14,8 +14,9 @@ A torch release that moves one of them is a change in this file.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -38,6 +39,7 @@ __all__ = [
     "default_store",
     "dlpack_exchange",
     "enter_tables",
+    "forget_symmetric_group",
     "gloo_available",
     "gloo_device",
     "is_traced",
@@ -51,7 +53,9 @@ __all__ = [
     "nccl_available",
     "opaque",
     "real_object",
-    "wrap_gloo",
+    "symmetric_kernels_available",
+    "symmetric_memory",
+    "wrap",
 ]
 
 T = TypeVar("T")
@@ -103,6 +107,9 @@ def backend_options(kind: str, timeout: timedelta, **fields: Any) -> Any:
     options = getattr(_distributed_c10d, f"{kind}Options")()
     for name, value in {"timeout": timeout, **fields}.items():
         setattr(options, name, value)
+    # Then NCCL enqueues on the current stream itself, and not on one of its own with an event before and after.
+    if hasattr(options, "asyncOp"):
+        options.asyncOp = False
     return options
 
 
@@ -111,15 +118,24 @@ def nccl_available() -> bool:
     return dist.is_available() and dist.is_nccl_available() and torch.cuda.is_available()
 
 
-def make_nccl(store: dist.Store, rank: int, size: int, timeout: timedelta, device: torch.device) -> Any:
+def make_nccl(store: dist.Store, rank: int, size: int, timeout: timedelta, device: torch.device, fields: Mapping[str, Any]) -> Any:
     """A connected ProcessGroupNCCL that no table of torch.distributed knows; not yet run on a GPU.
 
     `Options`, `_timeout` and `eager_connect_single_device`: torch._C._distributed_c10d.
+
+    Args:
+        store, rank, size, timeout, device: of the group.
+        fields: of its `Options` (``is_high_priority_stream``) or of their `config` (``max_ctas``, ...).
+
+    Raises:
+        AttributeError: there is no such field.
     """
     from torch.distributed import ProcessGroupNCCL
 
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout
+    for name, value in fields.items():
+        setattr(options if hasattr(options, name) else options.config, name, value)
     backend = ProcessGroupNCCL(store, rank, size, options)
     # Now, and not at first use: that may be at the peak of the memory, or inside of a graph.
     backend.eager_connect_single_device(device)
@@ -135,19 +151,20 @@ def make_xccl(store: dist.Store, rank: int, size: int, timeout: timedelta) -> An
     return ProcessGroupXCCL(store, rank, size, options)
 
 
-def wrap_gloo(store: dist.Store, rank: int, size: int, backend: Any) -> dist.ProcessGroup:
-    """`backend` as the torch ProcessGroup that other libraries expect, without a default group.
+def wrap(store: dist.Store, rank: int, size: int, backend: Any, device: torch.device) -> dist.ProcessGroup:
+    """`backend`, of tensors of such devices, as the torch ProcessGroup that other libraries expect, without a default group.
 
     By the private `ProcessGroup._register_backend` and `_set_default_backend`.
     """
     group = dist.ProcessGroup(store, rank, size)
-    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
-    group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+    kind = getattr(dist.ProcessGroup.BackendType, backend.name().upper(), dist.ProcessGroup.BackendType.CUSTOM)
+    group._register_backend(torch.device(device.type), kind, backend)
+    group._set_default_backend(kind)
     return group
 
 
 def enter_tables(group: dist.ProcessGroup, name: Any, ranks: Sequence[int], store: dist.Store) -> None:
-    """Lists a group of gloo's with torch.distributed; `ranks` are those of the default group, in group order.
+    """Lists a group with torch.distributed; `ranks` are those of the default group, in group order.
 
     The name gets a number where it is taken, as by the same group of another world in this process: ranks that build alike count alike.
     Privately `torch.distributed.distributed_c10d._world` and `_register_process_group`, and the methods by which a group has a name.
@@ -160,9 +177,11 @@ def enter_tables(group: dist.ProcessGroup, name: Any, ranks: Sequence[int], stor
     group._set_group_name(name)
     group._set_group_desc(name)
     tag = f"ptd:{name}"
-    tables.pg_map[group] = ("gloo", store)
+    (device,) = group._device_types
+    backend = group._get_backend(device).name().lower()
+    tables.pg_map[group] = (backend, store)
     tables.pg_names[group] = name
-    tables.pg_backend_config[group] = "cpu:gloo"
+    tables.pg_backend_config[group] = f"{device.type}:{backend}"
     tables.pg_group_ranks[group] = {rank: i for i, rank in enumerate(ranks)}
     tables.pg_to_tag[group] = tag
     tables.tags_to_pg.setdefault(tag, []).append(group)
@@ -180,6 +199,54 @@ def leave_tables(group: dist.ProcessGroup) -> None:
     tables.tags_to_pg.pop(tables.pg_to_tag.pop(group, ""), None)
     if known is not None:
         c10d._unregister_process_group(known)
+
+
+def symmetric_kernels_available() -> bool:
+    """Whether this torch has kernels over symmetric memory for CUDA. Privately `torch._C._dispatch_has_kernel_for_dispatch_key`."""
+    from torch._C import _dispatch_has_kernel_for_dispatch_key
+
+    names = ("one_shot_all_reduce_copy_out", "one_shot_all_reduce_out", "two_shot_all_reduce_out", "reduce_scatter_out")
+    try:
+        return all(_dispatch_has_kernel_for_dispatch_key(f"symm_mem::{name}", "CUDA") for name in names)
+    except RuntimeError:  # no operator of that name
+        return False
+
+
+def symmetric_memory(name: str, store: dist.Store, rank: int, size: int, device: torch.device, nbytes: int) -> tuple[torch.Tensor, Any]:
+    """Device memory of this rank's, as uint8, and torch's handle to that of all ranks. Collective; not yet run on a GPU.
+
+    Privately `torch._C._distributed_c10d._SymmetricMemory`. Its rendezvous finds a group by name: in the registry of process groups (by
+    torch's sources from some version on), or among those of `set_group_info` (before), where a name can never be taken back. The latter is
+    tried second, because where both are looked at it brings further conditions along.
+
+    Args:
+        name: of a group that is made for this memory; of no other in this process, and the same on all ranks.
+        store: for the rendezvous.
+        rank, size: of the group.
+        device: where.
+        nbytes: how much; the same on all ranks.
+    """
+    from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory
+
+    memory = _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, device)
+    group = dist.ProcessGroup(store, rank, size)
+    group._set_group_name(name)  # type: ignore[arg-type]  # a str, to which torch gives a type of its own
+    _register_process_group(name, group)  # type: ignore[arg-type]  # as above
+    try:
+        return memory, _SymmetricMemory.rendezvous(memory, name)
+    except RuntimeError as error:
+        if "no group info" not in str(error):
+            raise
+    _SymmetricMemory.set_group_info(name, rank, size, store)
+    return memory, _SymmetricMemory.rendezvous(memory, name)
+
+
+def forget_symmetric_group(name: str) -> None:
+    """Takes the name of a `symmetric_memory` out of the registry of process groups; not an error where it is not there."""
+    from torch._C._distributed_c10d import _unregister_process_group
+
+    with contextlib.suppress(RuntimeError):
+        _unregister_process_group(name)  # type: ignore[arg-type]  # as above
 
 
 def default_store() -> dist.Store:

@@ -356,16 +356,18 @@ def build_context(
     builder.agree(begin, facts, what=what)
 
     end = dist.PrefixStore("end", store)
-    # Groups may share that have the same ranks in the same order and the same options, both served alike. On the host there is no
-    # difference between groups that serve device tensors and those that do not.
+    # Groups may share that have the same ranks in the same order and the same options, both served alike. Where device tensors have no
+    # backend of their own, as on the host, there is no difference between groups that serve them and those that do not.
     shared: dict[tuple[Any, ...], list[str]] = {}
     for group, (given, device) in plan.items():
-        key = (layout.ranks(group, rank), given, device or world.device.type == "cpu", group if given.isolates(group) else None)
+        key = (layout.ranks(group, rank), given, device or platform.backend() == "gloo", group if given.isolates(group) else None)
         shared.setdefault(key, []).append(group)
     idents = {names[0]: f"{name}/{build}/{names[0]}/{layout.ranks(names[0], rank)}" for names in shared.values()}
     connections: dict[str, Connection | None] = {}
     coordinators: dict[str, GroupCoordinator] = {}
     try:
+        if platform.streams(world.device) is not None and any(given.check for given, _ in plan.values()):
+            builder.keep_order()
         # First every connection, then what is put on them: a rank whose strategies fail keeps nobody waiting for a connection with it.
         for first, ident in idents.items():
             connections[first] = builder.connect(ident, layout.ranks(first, rank))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
+from pathlib import Path
 
 import attrs
 
 from commgraph.errors import ConfigurationError
+from commgraph.kernel_table import KernelTable
 
 __all__ = ["CommunicatorOptions"]
 
@@ -16,6 +18,27 @@ def _isolate(value: bool | str | Iterable[str]) -> bool | frozenset[str]:
     if isinstance(value, bool):
         return value
     return frozenset((value,)) if isinstance(value, str) else frozenset(value)
+
+
+def _table(value: bool | KernelTable | str | Path) -> bool | KernelTable:
+    if isinstance(value, bool | KernelTable):
+        return value
+    if isinstance(value, str | Path):
+        return KernelTable.read(value)
+    raise ConfigurationError(
+        f"CommunicatorOptions(custom_all_reduce={value!r}): True, False, a commgraph.KernelTable or the path of one is needed"
+    )
+
+
+def _settings(value: Mapping[str, bool | int]) -> tuple[tuple[str, bool | int], ...]:
+    items = tuple(sorted(dict(value).items()))
+    for name, setting in items:
+        if not isinstance(name, str) or not name.isidentifier() or not isinstance(setting, bool | int):
+            raise ConfigurationError(
+                f"CommunicatorOptions(backend_settings={dict(items)}): names with whole numbers or booleans are needed, e.g. "
+                '{"max_ctas": 8}'
+            )
+    return items
 
 
 def _positive(_: object, attribute: attrs.Attribute[timedelta | None], value: timedelta | None) -> None:
@@ -52,6 +75,8 @@ class CommunicatorOptions:
         timeout: deadline of every operation on tensors of an accelerator; None takes the world's.
         host_timeout: deadline of every operation on host tensors and objects; None takes `timeout`.
         backend: torch backend of the device group (``"gloo"``, ...); None leaves it to the platform.
+        backend_settings: of that backend, for these groups: for NCCL the fields of torch's `ProcessGroupNCCL.Options` and of their
+            `config`, e.g. ``{"is_high_priority_stream": True, "max_ctas": 8}``. Given as a mapping, kept as sorted pairs.
         check: compare (sequence, operation, shape, dtype) across the group before each collective, so that a skipped, reordered or
             differently shaped call raises `CollectiveMismatchError` on every rank at once. Costs one small message per call and peer.
             Without it such calls still never pair: collectives of tensors in shared memory raise on every rank all the same, whoever only
@@ -63,8 +88,9 @@ class CommunicatorOptions:
         shm_bytes: what a rank can stage there at once (it has two such slots; ranks of large groups get less); larger tensors go through in
             pieces.
         queue_bytes: of the ring from one rank to all others; that to a single one has half. Larger objects go through in pieces.
-        custom_all_reduce: let kernels that read the peers' memory serve small tensors of accelerators. There are none yet, so it changes
-            nothing.
+        custom_all_reduce: let kernels that read the peers' memory serve small tensors of accelerators: by the table that is shipped
+            (True), by one of your own (`commgraph.KernelTable`, or the path of a file that `commgraph bench --tune` wrote), or not.
+        custom_all_reduce_bytes: of the buffer that they have in each device's memory; larger tensors go through in pieces.
         deterministic: one strategy for each operation whatever the size, so that results do not change with the batch size.
         experts: how many experts there are in all, evenly and in order on the ranks of a group: then `dispatch` with top-k ids sends a row
             only to the ranks whose experts it needs. None: to all.
@@ -73,6 +99,7 @@ class CommunicatorOptions:
     timeout: timedelta | None = attrs.field(default=None, validator=_positive)
     host_timeout: timedelta | None = attrs.field(default=None, validator=_positive)
     backend: str | None = attrs.field(default=None)
+    backend_settings: tuple[tuple[str, bool | int], ...] = attrs.field(default=(), converter=_settings)
     check: bool = attrs.field(default=False)
     isolate: bool | frozenset[str] = attrs.field(default=False, converter=_isolate)
 
@@ -81,7 +108,8 @@ class CommunicatorOptions:
     shm_bytes: int = attrs.field(default=1 << 20, validator=_at_least(16 * 1024))
     queue_bytes: int = attrs.field(default=1 << 20, validator=_at_least(16 * 1024))
 
-    custom_all_reduce: bool = attrs.field(default=True)
+    custom_all_reduce: bool | KernelTable = attrs.field(default=True, converter=_table)
+    custom_all_reduce_bytes: int = attrs.field(default=8 << 20, validator=_at_least(16 * 1024))
     deterministic: bool = attrs.field(default=False)
     experts: int | None = attrs.field(default=None, validator=_count)
 
@@ -93,7 +121,8 @@ class CommunicatorOptions:
         """The same text on every rank for equal options."""
         isolate = self.isolate if isinstance(self.isolate, bool) else sorted(self.isolate)
         return (
-            f"timeout={self.timeout} host_timeout={self.host_timeout} backend={self.backend} check={self.check} isolate={isolate} "
-            f"shm={self.shm} message_queue={self.message_queue} shm_bytes={self.shm_bytes} queue_bytes={self.queue_bytes} "
-            f"custom_all_reduce={self.custom_all_reduce} deterministic={self.deterministic} experts={self.experts}"
+            f"timeout={self.timeout} host_timeout={self.host_timeout} backend={self.backend} settings={self.backend_settings} "
+            f"check={self.check} isolate={isolate} shm={self.shm} message_queue={self.message_queue} shm_bytes={self.shm_bytes} "
+            f"queue_bytes={self.queue_bytes} custom_all_reduce={self.custom_all_reduce} "
+            f"custom_all_reduce_bytes={self.custom_all_reduce_bytes} deterministic={self.deterministic} experts={self.experts}"
         )

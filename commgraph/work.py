@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import attrs
 import torch
@@ -86,6 +86,14 @@ class Job:
             self.ended.set()
 
 
+class HasEnd(Protocol):
+    """Something that a device comes to the end of."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has."""
+
+
 class Work(Generic[T]):
     """The result of an operation that goes on while its caller does something else.
 
@@ -93,7 +101,14 @@ class Work(Generic[T]):
     does not end it: messages are sent and received all the same. Any one thread may wait.
     """
 
-    def __init__(self, where: str, facts: Mapping[str, Any], jobs: Sequence[Job], finish: Callable[[Sequence[Any]], T]) -> None:
+    def __init__(
+        self,
+        where: str,
+        facts: Mapping[str, Any],
+        jobs: Sequence[Job],
+        finish: Callable[[Sequence[Any]], T],
+        enqueued: Sequence[HasEnd] = (),
+    ) -> None:
         """Not for users: made by the operations of a coordinator.
 
         Args:
@@ -101,21 +116,25 @@ class Work(Generic[T]):
             facts: what a `CollectiveError` about it carries.
             jobs: what has to end.
             finish: makes the result from those of the jobs, in `wait`.
+            enqueued: what a device has to come to the end of.
         """
         self._where = where
         self._facts = facts
         self._jobs = tuple(jobs)
+        self._enqueued = tuple(enqueued)
         self._finish: Callable[[Sequence[Any]], T] | None = finish
         self._result: Any = None
         self._error: BaseException | None = None
         self._lock = threading.Lock()
 
     def is_completed(self) -> bool:
-        """Whether `wait` would not have to wait for a peer's part of it: it has ended, well or not."""
-        return all(job.ended.is_set() for job in self._jobs)
+        """Whether it has ended, well or not: `wait` would not have to wait for a peer's part of it, nor a device."""
+        return all(job.ended.is_set() for job in self._jobs) and all(part.has_ended for part in self._enqueued)
 
     def wait(self, timeout: Any = None) -> T:
         """Waits for the end, and gives the result; again and again the same one.
+
+        With tensors of a device the current stream waits, and the host only until everything was enqueued.
 
         Args:
             timeout: a timedelta or seconds; None: as long as the operation's own deadline lets it go on.

@@ -24,8 +24,10 @@ import commgraph
 from commgraph import compat, hosts, launch
 from commgraph.agreement import agree
 from commgraph.building import Builder, Links
+from commgraph.communicators.custom_all_reduce import Proofs
 from commgraph.context import CLOSE_TIMEOUT, ParallelContext, build_context, build_coordinator
 from commgraph.coordinator import GroupCoordinator
+from commgraph.coordinator.device_order import DeviceOrder
 from commgraph.errors import BuildError, CommGraphError, ConfigurationError, ContextClosedError, LaunchError, LayoutError
 from commgraph.layout import Layout
 from commgraph.options import CommunicatorOptions
@@ -92,7 +94,7 @@ class World:
         with torch.inference_mode(False):
             self.token = torch.zeros((), device="meta" if device.type == "meta" else "cpu")
         # Nothing of the World itself may be reachable from here, or it would never be collected.
-        self._finalizer = weakref.finalize(self, builder.links.release)
+        self._finalizer = weakref.finalize(self, _release, builder.links, builder.order)
         try:
             everyone = tuple(range(self.size))
             connection = builder.connect("world", everyone)
@@ -369,7 +371,13 @@ class World:
         number = self._state.count(f"split {chosen}")
         store = dist.PrefixStore(f"split/{_digest(chosen)}/{number}", self._builder.store)
         builder = attrs.evolve(
-            self._builder, store=store, rank=chosen.index(self.rank), hosts=self._builder.hosts.restrict(chosen), links=Links()
+            self._builder,
+            store=store,
+            rank=chosen.index(self.rank),
+            hosts=self._builder.hosts.restrict(chosen),
+            links=Links(),
+            proofs=Proofs(),
+            order=DeviceOrder(),
         )
         world = World._of(builder, None if self.size > len(chosen) else self.local_rank, self.device, self.platform, self._caller_store)
         with self._state.lock:
@@ -418,6 +426,7 @@ class World:
         for world in tuple(self._state.splits):
             world._abort()
         self._builder.links.abort()
+        self._builder.order.abort()
 
     def _forget(self, context: ParallelContext) -> None:
         with self._state.lock:
@@ -467,6 +476,12 @@ def check_rank(rank: int, world_size: int) -> None:
     """Refuses a rank that the world has not."""
     if world_size < 1 or not 0 <= rank < world_size:
         raise LaunchError(f"rank={rank} of world_size={world_size}: ranks are numbered 0 to world_size - 1, and there is at least one")
+
+
+def _release(links: Links, order: DeviceOrder) -> None:
+    """Drops what a world holds on this rank; nothing is sent."""
+    links.release()
+    order.close()
 
 
 def _digest(ranks: Sequence[int]) -> str:

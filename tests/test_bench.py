@@ -9,18 +9,31 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import commgraph as cg
 from commgraph.bench import main as bench_main
 from commgraph.bench import page, peers, plan, report, timing
+from commgraph.bench import run as bench_run
 from commgraph.bench.figures import Row, Sample, bandwidths, percentile, rows_of, size_text
+from commgraph.bench.library import Job
 from commgraph.bench.objects import lists, small
 from commgraph.bench.probe import Probe, placement
 from commgraph.cli import main
+from commgraph.communicators.base import Communicator, Refused
+from commgraph.communicators.custom_all_reduce import Kernels
+from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.errors import ConfigurationError
+from commgraph.kernel_table import KernelTable
+from commgraph.options import CommunicatorOptions
+from commgraph.platforms import CpuPlatform, GroupFacts
+from commgraph.testing import spmd
+from tests.stand_ins import FakeDevice, Memory
 
 ROOT = Path(__file__).parent.parent
 
@@ -347,3 +360,91 @@ def test_rows_survive_a_file(tmp_path: Path) -> None:
     (again,) = report.read(tmp_path / "run.json")
     assert again.rows == rows
     assert again.notes == ["a note"]
+
+
+# Tuning: on a stand-in for a device, where the kernels are threads that meet at barriers and the backend is gloo.
+
+
+def tuned(tmp_path: Path, platform: Callable[[Memory], FakeDevice], ranks: int = 2) -> tuple[list[Any], Path]:
+    memory = Memory()
+    file = tmp_path / "table.json"
+    asked = plan.parse(["--tune", str(file), "--sizes", "1Ki,1Mi", "--iters", "2", "--dtype", "float32", "int32"])
+
+    def rank(world: cg.World) -> Any:
+        world.platform = platform(memory)
+        return bench_run.run(Job(world, "threads", tmp_path), asked, {})
+
+    return spmd(rank, ranks), file
+
+
+def test_tuning_writes_a_table_that_options_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Slow(FakeDevice):
+        """Whose backend is slow, so that a kernel wins, and whose kernels but for one are slower still."""
+
+        def communicators(self, facts: GroupFacts, transport: GlooTransport) -> Sequence[Communicator | Refused]:
+            made = super().communicators(facts, transport)
+            for one in made:
+                if isinstance(one, Communicator) and one.name == "fakeccl":
+                    for name in ("all_reduce_", "all_gather", "reduce_scatter"):
+                        setattr(one, name, later(getattr(one, name), 0.02))
+            return made
+
+        def make_kernels(self, facts: GroupFacts, name: str, room: int) -> Kernels:
+            made = super().make_kernels(facts, name, room)
+            inner = made.all_reduce
+
+            def slower(kernel: str, x: torch.Tensor, out: torch.Tensor) -> None:
+                time.sleep(0.05 if kernel != "one_shot" else 0)
+                inner(kernel, x, out)
+
+            made.all_reduce = slower  # type: ignore[method-assign]  # of this one
+            return made
+
+    (found, _), file = tuned(tmp_path, Slow)
+    table = KernelTable.read(file)
+    assert {(row.capability, row.ranks) for row in table.rows} == {("9.0", 2)}
+    by_operation = {row.operation: row for row in table.rows}
+    assert [step.kernel for step in by_operation["all_reduce"].steps] == ["one_shot"]
+    assert by_operation["all_reduce"].dtype == "float32"
+    assert by_operation["all_reduce"].steps[-1].max_bytes == 1 << 20
+    assert by_operation["all_gather"].dtype == "any"
+    assert set(by_operation) == {"all_reduce", "all_gather", "reduce_scatter"}
+    # Every kernel that can serve was measured, and what comes without.
+    measured = {(row.operation, row.strategy) for row in found.rows}
+    assert measured == {
+        *(("all_reduce", name) for name in ("one_shot", "two_shot", "multimem", "fakeccl")),
+        *(("all_gather", name) for name in ("multimem", "fakeccl")),
+        *(("reduce_scatter", name) for name in ("one_shot", "fakeccl")),
+    }
+    options = CommunicatorOptions(custom_all_reduce=file)  # type: ignore[arg-type]  # converted
+    assert options.custom_all_reduce == table
+    assert "use it by CommunicatorOptions(custom_all_reduce=" in capsys.readouterr().out
+
+
+def later(inner: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return inner(*args, **kwargs)
+
+    return call
+
+
+def test_tuning_without_kernels_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"--tune: nothing to tune here: custom_all_reduce: not used, rank 0: no such kernels"):
+        tuned(tmp_path, lambda memory: FakeDevice(memory, peer_problem="no such kernels"))
+    with pytest.raises(ConfigurationError, match="--tune: nothing to tune here: the cpu platform has no kernels over the peers' memory"):
+        tuned(tmp_path, lambda memory: CpuPlatform())  # type: ignore[arg-type,return-value]  # no stand-in
+    done = subprocess.run(
+        command("--tune", "table.json", "--iters", "1"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("commgraph bench: --tune: nothing to tune here: the cpu platform has no kernels")
+    assert done.stderr.count("\n") == 1
+    with pytest.raises(ConfigurationError, match="--tune: kernels add up float32 and bfloat16, not int32"):
+        spmd(lambda world: bench_run.run(Job(world, "threads", tmp_path), plan.parse(["--tune", "t.json", "--dtype", "int32"]), {}), 2)

@@ -25,8 +25,9 @@ from commgraph.testing import check_communicator
 def torch_gloo(facts: GroupFacts, host: GlooCommunicator) -> Communicator:
     """The strategy of NCCL and XCCL, on the backend of torch's that needs no device."""
     n, me = len(facts.ranks), facts.rank_in_group
-    backend = compat.make_gloo(dist.PrefixStore("own", facts.store), me, n, timedelta(seconds=20), compat.gloo_device(loopback=True))
-    return TorchCommunicator("torch gloo", backend, torch.device("cpu"), me, n)
+    store = dist.PrefixStore("own", facts.store)
+    backend = compat.make_gloo(store, me, n, timedelta(seconds=20), compat.gloo_device(loopback=True))
+    return TorchCommunicator("torch gloo", backend, torch.device("cpu"), me, n, store)
 
 
 STRATEGIES: dict[str, Callable[[GroupFacts, GlooCommunicator], Communicator | Refused]] = {

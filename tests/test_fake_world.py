@@ -110,6 +110,36 @@ def test_and_of_fake_tensors_of_a_device_that_is_not_here() -> None:
         assert tp.recv(3, torch.float32).device.type == "cuda"
 
 
+@pytest.mark.parametrize("backend", ["captured", "aot_eager"])
+def test_compiled_code_over_fake_tensors_of_a_device_picks_the_operators(backend: str) -> None:
+    """Without such a device: its tensors are fake, and so is the world. What a torch without it cannot do, as copy_, is left out."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def capture(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    with fake_world(8, 2, device="cuda") as world, FakeTensorMode(allow_non_fake_inputs=True):
+        context = world.context(cg.Layout(8, tp=4, dp=2), name="a")
+        tp, ep = context.tp, context.ep
+
+        def step(x: torch.Tensor) -> tuple[Any, ...]:
+            y = tp.reduce_scatter(tp.all_gather(tp.all_reduce(x), 0), 0)
+            return y, ep.all_to_all(torch.cat([y] * 8)), tp.all_gatherv(y, sizes=[8] * 4), tp.gather(y, 2, 0)
+
+        compiled = torch.compile(step, backend=capture if backend == "captured" else backend, fullgraph=True)
+        x = torch.empty(8, 4, device="cuda", dtype=torch.bfloat16)
+        results = [y for y in compiled(x) if y is not None]
+        assert [tuple(y.shape) for y in results] == [(8, 4), (64, 4), (32, 4), (32, 4)]
+        assert {(y.device.type, y.dtype) for y in results} == {("cuda", torch.bfloat16)}
+    if backend == "captured":
+        (graph,) = graphs
+        picked = [str(node.target) for node in graph.graph.nodes if str(node.target).startswith("commgraph.")]
+        assert picked == [
+            f"commgraph.{name}" for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "all_gatherv", "gather")
+        ]
+
+
 COUNTED = ("dispatch", "combine")
 META = tuple(name for name in OPERATIONS if "object" not in name and "dict" not in name)
 

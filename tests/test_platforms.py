@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -22,8 +21,9 @@ import commgraph as cg
 from commgraph import compat
 from commgraph.communicators.base import OPERATIONS, Communicator, Refused
 from commgraph.communicators.gloo_transport import GlooTransport
-from commgraph.platforms import GroupFacts, detection
+from commgraph.platforms import GroupFacts, Streams, detection
 from commgraph.testing import spmd
+from tests.stand_ins import FakeStreams
 
 HERE = Path(__file__).parent
 
@@ -31,9 +31,9 @@ HERE = Path(__file__).parent
 class StandIn(cg.CudaPlatform):
     """CUDA without a GPU: its backend is torch's gloo, which is never given a device tensor."""
 
-    def __init__(self, problems: dict[int, str] | None = None, devices: Sequence[str] | None = None, captures: Sequence[bool] = ()) -> None:
-        self.problems, self.devices, self.captures = problems or {}, devices, captures
-        self.streams: list[Any] = []
+    def __init__(self, problems: dict[int, str] | None = None, devices: Sequence[str] | None = None) -> None:
+        self.problems, self.devices = problems or {}, devices
+        self.faked = FakeStreams()
 
     def problem(self, facts: GroupFacts) -> str:
         return self.problems.get(facts.ranks[facts.rank_in_group], "")
@@ -44,13 +44,11 @@ class StandIn(cg.CudaPlatform):
     def make_backend(self, facts: GroupFacts, timeout: timedelta) -> Any:
         return compat.make_gloo(facts.store, facts.rank_in_group, len(facts.ranks), timeout, compat.gloo_device(loopback=True))
 
-    @contextlib.contextmanager
-    def side_stream(self, device: torch.device, stream: Any) -> Iterator[Any]:
-        self.streams.append(stream or f"stream {len(self.streams)}")
-        yield self.streams[-1]
+    def capability(self, device: torch.device) -> str:
+        return "9.0"
 
-    def is_capturing(self, device: torch.device) -> bool:
-        return bool(self.streams)
+    def streams(self, device: torch.device) -> Streams | None:
+        return self.faked if device.type == "cuda" else None
 
 
 CUDA = torch.device("cuda", 0)
@@ -73,6 +71,13 @@ def chain(
     group: cg.GroupCoordinator, operation: str, device: torch.device, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (4,)
 ) -> str:
     return group._link.route(operation, shape, dtype, device).name
+
+
+def fake_streams(group: cg.GroupCoordinator) -> FakeStreams:
+    sides = group._link.sides
+    assert sides is not None
+    assert isinstance(sides.streams, FakeStreams)
+    return sides.streams
 
 
 def test_device_tensors_go_to_the_backend_and_host_tensors_to_the_hosts_strategies() -> None:
@@ -175,8 +180,12 @@ def test_what_cannot_be_captured_is_passed_over_and_never_run_eagerly() -> None:
     def body(ctx: cg.ParallelContext) -> None:
         tp = ctx.tp
         assert chain(tp, "all_reduce", CUDA, torch.uint16) == "staged"
+        streams = fake_streams(tp)
         with ctx.graph_capture() as outer:
-            assert outer.stream == "stream 0"
+            assert outer.stream == streams.current() == "side 1"
+            # The side stream begins after what the stream before it has to do.
+            assert streams.said == [("mark", "main", 0), ("after", "side 1", ("main", 0))]
+            streams.capturing = True
             assert chain(tp, "all_reduce", CUDA) == "nccl"
             with pytest.raises(cg.UnsupportedTensorError, match=r"a graph is being captured.*torch.uint16.*Nothing was sent"):
                 chain(tp, "all_reduce", CUDA, torch.uint16)
@@ -187,6 +196,7 @@ def test_what_cannot_be_captured_is_passed_over_and_never_run_eagerly() -> None:
             # Target and draft in one graph: the inner one has the stream of the outer.
             with ctx.graph_capture(stream=outer.stream) as inner:
                 assert inner.stream == outer.stream
+        assert len(streams.said) == 2, "the same stream need not wait for itself"
 
     on_devices(2, body)
 

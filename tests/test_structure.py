@@ -18,6 +18,7 @@ FILES = tuple(sorted(PACKAGE.rglob("*.py")))
 LAYERS = (
     ("__init__",),  # `import commgraph` itself: nothing but the errors, everything else on demand
     ("errors", "compat", "work"),
+    ("kernel_table",),
     ("layout", "launch", "wire", "options"),
     ("rendezvous", "hosts", "agreement"),
     ("shm",),

@@ -25,12 +25,13 @@ OBJECT_WAYS = ("broadcast_object", "send_object")
 _READY_SECONDS = 60.0
 
 
-def build_context(world: cg.World, strategy: str) -> cg.ParallelContext:
+def build_context(world: cg.World, strategy: str, **more: Any) -> cg.ParallelContext:
     """A context whose ``tp`` is all ranks, ``objects1`` ranks 0 and 1, and ``objects3`` ranks 0 to 3 where there are so many.
 
     Args:
         world: the ranks.
         strategy: which strategy must serve all-reduce; "" leaves it to the platform.
+        more: options.
 
     Raises:
         ConfigurationError: another strategy serves it here.
@@ -40,7 +41,8 @@ def build_context(world: cg.World, strategy: str) -> cg.ParallelContext:
         chosen["shm"] = False
     groups = {f"objects{readers}": cg.Positions("tp", tuple(range(readers + 1))) for readers in (1, 3) if readers < world.size}
     layout = cg.Layout(world.size, tp=world.size, groups=groups)
-    ctx = world.context(layout, name=f"bench {strategy or 'default'}", options=cg.CommunicatorOptions(**chosen))
+    name = " ".join(["bench", strategy or "default", *map(str, more.values())])
+    ctx = world.context(layout, name=name, options=cg.CommunicatorOptions(**chosen, **more))
     serving = ctx.tp.communicators["all_reduce"]
     if strategy and serving[0] != strategy:
         ctx.close()

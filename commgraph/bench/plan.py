@@ -39,6 +39,7 @@ class Plan:
         compare: peers.
         json, markdown, plot: files to write.
         read: files of earlier runs, to be shown in place of a new one.
+        tune: where to write a table of the kernels that are fastest here; None: measure the operations.
     """
 
     operations: tuple[str, ...]
@@ -55,6 +56,7 @@ class Plan:
     markdown: Path | None
     plot: Path | None
     read: tuple[Path, ...]
+    tune: Path | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,7 +81,7 @@ def parse(argv: Sequence[str]) -> Plan:
     for name in ("seconds", "idle"):
         if not 0 < getattr(given, name) <= 3600:
             raise ConfigurationError(f"--{name} {getattr(given, name)}: a time above 0, up to an hour")
-    for file in (given.json, given.markdown, given.plot):
+    for file in (given.json, given.markdown, given.plot, given.tune):
         if file is not None and not file.parent.is_dir():
             raise ConfigurationError(f"{file} cannot be written: there is no folder {file.parent}")
     return Plan(
@@ -97,6 +99,7 @@ def parse(argv: Sequence[str]) -> Plan:
         markdown=given.markdown,
         plot=given.plot,
         read=tuple(given.read),
+        tune=given.tune,
     )
 
 
@@ -125,6 +128,12 @@ def _parser() -> argparse.ArgumentParser:
         default=(),
         metavar="PEER",
         help=f"{', '.join(peers.BUILT_IN)}, or a file with a class Peer; alone: all of them",
+    )
+    parser.add_argument(
+        "--tune",
+        type=Path,
+        metavar="FILE",
+        help="find the fastest kernel for each size on this machine's accelerators, and write the table",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write a page there, too")

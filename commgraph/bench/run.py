@@ -17,6 +17,7 @@ from commgraph.bench.plan import Plan
 from commgraph.bench.report import Run, heading, introduction, line
 from commgraph.bench.session import Session
 from commgraph.bench.timing import Stopwatch
+from commgraph.bench.tune import tune
 
 __all__ = ["run"]
 
@@ -30,6 +31,8 @@ def run(job: Job, plan: Plan, gifts: Mapping[str, Any]) -> Run:
         job: the ranks.
         plan: equal on all of them.
         gifts: by peer, what it wanted every rank to inherit.
+
+    With `Plan.tune` the kernels of accelerators are measured and nothing else, and a table is written.
 
     Returns:
         On rank 0 everything that was measured, elsewhere nothing of it.
@@ -55,6 +58,9 @@ def run(job: Job, plan: Plan, gifts: Mapping[str, Any]) -> Run:
             say(f"# {text}")
 
     with contextlib.ExitStack() as stack:
+        if plan.tune is not None:
+            tune(job, plan, found, say, report)
+            return found
         contexts = {name: stack.enter_context(build_context(world, name)) for name in plan.strategies}
         for text in introduction(found):
             say(text)

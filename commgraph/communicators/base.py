@@ -95,6 +95,12 @@ class Communicator(abc.ABC):
     serves_host: ClassVar[bool] = True
     """Whether it may accept host tensors: a short way of a strategy behind it must then not be taken."""
 
+    enqueues: ClassVar[bool] = False
+    """Whether its calls only enqueue on the current stream of their device, and never hold up the host."""
+
+    process_group: Any = None
+    """torch's process group of its backend, where it has one for device tensors."""
+
     mailbox: Any = None
     """A `commgraph.shm.mailbox.Mailbox` where the ranks can hand each other objects without a network."""
 

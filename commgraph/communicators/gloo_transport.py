@@ -18,7 +18,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -62,7 +62,7 @@ class GlooTransport:
         self.rank_in_group = rank_in_group
         self.world_size = world_size
         self._backend: Any = compat.make_gloo(store, rank_in_group, world_size, timeout, device)
-        self.process_group: dist.ProcessGroup | None = compat.wrap_gloo(store, rank_in_group, world_size, self._backend)
+        self.process_group: dist.ProcessGroup | None = compat.wrap(store, rank_in_group, world_size, self._backend, torch.device("cpu"))
         self._bytes_sent = 0
         self._lock = threading.Lock()
         self._aborted = False
@@ -79,7 +79,7 @@ class GlooTransport:
         sends: Sequence[tuple[torch.Tensor, int]],
         receives: Sequence[tuple[torch.Tensor, int]],
         *,
-        tag: int,
+        tag: int | Mapping[int, int],
         timeout: float,
     ) -> None:
         """Sends and receives (tensor, peer) pairs, all at once.
@@ -87,7 +87,7 @@ class GlooTransport:
         Args:
             sends, receives: contiguous host tensors of any dtype and the rank in the group they go to or come from. Empty ones are
                 left out on both sides.
-            tag: the same number on both sides of each message, below 7 * 2**28.
+            tag: the same number on both sides of each message, below 7 * 2**28; one for all peers, or one for each.
             timeout: seconds.
         """
         deadline = time.monotonic() + timeout
@@ -96,13 +96,14 @@ class GlooTransport:
             raise PeerClosed(self.rank_in_group, "this rank closed the group")
         works: list[tuple[Any, int]] = []
         peer = self.rank_in_group
+        tags = tag if isinstance(tag, Mapping) else dict.fromkeys((peer for _, peer in (*sends, *receives)), tag)
         try:
             for tensor, peer in receives:
                 if tensor.numel():
-                    works.append((backend.recv([as_bytes(tensor)], peer, _sized(tag, tensor.nbytes)), peer))
+                    works.append((backend.recv([as_bytes(tensor)], peer, _sized(tags[peer], tensor.nbytes)), peer))
             for tensor, peer in sends:
                 if tensor.numel():
-                    works.append((backend.send([as_bytes(tensor)], peer, _sized(tag, tensor.nbytes)), peer))
+                    works.append((backend.send([as_bytes(tensor)], peer, _sized(tags[peer], tensor.nbytes)), peer))
                     with self._lock:
                         self._bytes_sent += tensor.nbytes
             for work, peer in works:  # noqa: B007 - read where it fails

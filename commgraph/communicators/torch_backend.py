@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -17,6 +19,8 @@ from commgraph.communicators.memory import as_bytes, dense, is_dense, land, land
 
 __all__ = ["TorchCommunicator"]
 
+logger = logging.getLogger("commgraph")
+
 _OPS = MappingProxyType(
     {
         "sum": dist.ReduceOp.SUM,
@@ -27,6 +31,8 @@ _OPS = MappingProxyType(
     }
 )
 _REDUCTIONS = frozenset({"all_reduce", "reduce_scatter"})
+_WARMUP_SECONDS = 120.0
+_ABORT_SECONDS = 10.0
 # What NCCL and its relatives add up. Everything else travels as bytes, and is reduced by the strategy behind this one.
 _REDUCIBLE = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int32, torch.int64})
 
@@ -41,7 +47,7 @@ class TorchCommunicator(Communicator):
 
     operations: ClassVar[frozenset[str]] = frozenset(name for name in OPERATIONS if name != "barrier")
 
-    def __init__(self, name: str, backend: Any, device: torch.device, rank_in_group: int, world_size: int) -> None:
+    def __init__(self, name: str, backend: Any, device: torch.device, rank_in_group: int, world_size: int, store: dist.Store) -> None:
         """Over a live backend.
 
         Args:
@@ -49,10 +55,13 @@ class TorchCommunicator(Communicator):
             backend: a `torch.distributed` backend over exactly these ranks.
             device: whose tensors it serves.
             rank_in_group, world_size: this rank's place.
+            store: that of the backend.
         """
         super().__init__(rank_in_group, world_size)
         self.name = name  # type: ignore[misc]  # of this one: the class serves backends of several names
         self.serves_host = device.type == "cpu"  # type: ignore[misc]  # of this one
+        self.enqueues = device.type != "cpu"  # type: ignore[misc]  # of this one
+        self.process_group = compat.wrap(store, rank_in_group, world_size, backend, device)
         self._backend: Any = backend
         self._device = device
         self._bytes = 0
@@ -222,16 +231,43 @@ class TorchCommunicator(Communicator):
 
     # Life.
 
+    def warmup(self) -> None:
+        """Does once what makes a backend allocate: a reduction, a gather, an exchange with every peer."""
+        n = self.world_size
+        limits: dict[str, Any] = {"tag": 0, "timeout": _WARMUP_SECONDS}
+        x = torch.zeros(n, device=self._device)
+        each = [1] * n
+        self.all_reduce_(x, "sum", **limits)
+        self.all_gather(x[:1].clone(), 0, each, x, **limits)
+        self.reduce_scatter(x, 0, each, "sum", x[:1].clone(), **limits)
+        self.all_to_all(x.split(1), torch.empty_like(x).split(1), **limits)
+        self.broadcast(x, 0, **limits)
+
     def abort(self) -> None:
-        backend, self._aborted = self._backend, True
-        if backend is not None:
+        backend, aborted, self._aborted = self._backend, self._aborted, True
+        if backend is None or aborted:
+            return
+
+        def end() -> None:
             with contextlib.suppress(RuntimeError):
                 backend.abort()
+
+        # NCCL's abort waits for graphs that hold the communicator, too: for as long as their owner keeps them.
+        ending = threading.Thread(target=end, name=f"commgraph {self.name} abort", daemon=True)
+        ending.start()
+        ending.join(_ABORT_SECONDS)
+        if ending.is_alive():
+            logger.warning(
+                "%s of rank %d in its group did not end within %g s; it goes on ending. Drop the graphs that were captured with it first",
+                self.name,
+                self.rank_in_group,
+                _ABORT_SECONDS,
+            )
 
     def close(self) -> None:
         if self._backend is not None:
             self.abort()
-            self._backend = None
+            self._backend = self.process_group = None
 
     @property
     def bytes_sent(self) -> int:

@@ -3,6 +3,9 @@
 Each is the blocking operation, made by another thread in the order in which the operations were begun (`commgraph.work`): the collectives
 of a group in one order, the messages to a peer in one, those from a peer in one. A blocking call waits for those that were begun before it
 in its own order, and for no other: messages pass collectives, and those of one peer those of another.
+
+On a device such a call is enqueued on a stream of its lane's own (`commgraph.coordinator.aside`): at once where its strategy only enqueues,
+by the lane's thread where it holds up the host.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from commgraph.communicators import signature
+from commgraph.communicators.base import Communicator
 from commgraph.coordinator import traced
+from commgraph.coordinator.aside import Aside
 from commgraph.coordinator.call import Call, Timeout, place
-from commgraph.coordinator.link import LaneKey
-from commgraph.coordinator.messages import MessageOperations
+from commgraph.coordinator.link import LaneKey, MessageKey
+from commgraph.coordinator.messages import MessageOperations, Received
 from commgraph.work import Finished, Job, Recv, Send, Work
 
 if TYPE_CHECKING:
@@ -53,7 +58,7 @@ class AsynchronousOperations(MessageOperations):
             return Finished(self.all_reduce(x, op=op, timeout=timeout))
         with self._beginning("all_reduce_async", timeout) as call:
             call.op(op, call.tensor(x).dtype)
-        return self._begun(call, lambda: self.all_reduce(x, op=op, timeout=timeout))
+        return self._begun(call, "all_reduce", x, lambda: self.all_reduce(x, op=op, timeout=timeout))
 
     def all_gather_async(
         self, x: torch.Tensor, dim: int = -1, *, out: torch.Tensor | None = None, timeout: Timeout = None
@@ -76,7 +81,7 @@ class AsynchronousOperations(MessageOperations):
             shape[call.dim(x, dim)] *= self.world_size
             if out is not None:
                 call.out(out, shape, x)
-        return self._begun(call, lambda: self.all_gather(x, dim, out=out, timeout=timeout))
+        return self._begun(call, "all_gather", x, lambda: self.all_gather(x, dim, out=out, timeout=timeout), out)
 
     def reduce_scatter_async(
         self, x: torch.Tensor, dim: int = -1, *, op: str = "sum", out: torch.Tensor | None = None, timeout: Timeout = None
@@ -103,7 +108,7 @@ class AsynchronousOperations(MessageOperations):
             call.op(op, x.dtype)
             if out is not None:
                 call.out(out, shape, x)
-        return self._begun(call, lambda: self.reduce_scatter(x, dim, op=op, out=out, timeout=timeout))
+        return self._begun(call, "reduce_scatter", x, lambda: self.reduce_scatter(x, dim, op=op, out=out, timeout=timeout), out)
 
     @contextlib.contextmanager
     def _beginning(self, operation: str, timeout: Timeout) -> Iterator[Call]:
@@ -116,13 +121,25 @@ class AsynchronousOperations(MessageOperations):
             self._link.submit(None, Job(lambda: self._link.begin(self.name), place()))
             raise
 
-    def _begun(self, call: Call, run: Callable[[], T]) -> Work[T]:
-        job = Job(run, place())
+    def _begun(
+        self, call: Call, operation: str, x: torch.Tensor, run: Callable[[], torch.Tensor], out: torch.Tensor | None = None
+    ) -> Work[torch.Tensor]:
         if self.world_size == 1:
+            job = Job(run, place())
             job.run()
+            return Work(call.where, call.facts, [job], lambda results: results[0])
+        link, sides = self._link, self._link.sides
+        if sides is None or link.streams(x.device) is None:
+            return Work(call.where, call.facts, [self._submit(None, run)], lambda results: results[0])
+        aside = Aside(sides, None, run, [x] if out is None else [x, out])
+        job = Job(aside, place())
+        if sides.streams.is_capturing() or (
+            link.is_idle(None) and not link.check and link.route(operation, x.shape, x.dtype, x.device).enqueues
+        ):
+            job.run()  # it holds up nobody
         else:
-            self._link.submit(None, job)
-        return Work(call.where, call.facts, [job], lambda results: results[0])
+            link.submit(None, job)
+        return Work(call.where, call.facts, [job], lambda results: _joined([aside], results[0], results), [aside])
 
     # Messages.
 
@@ -195,17 +212,55 @@ class AsynchronousOperations(MessageOperations):
             filled.append(x if isinstance(message, Recv) else None)
         return self._under_way(call, lanes, seconds, filled)
 
-    def _under_way(self, call: Call, lanes: Mapping[tuple[int, bool], Sequence[torch.Tensor]], seconds: float, result: T) -> Work[T]:
+    def _under_way(self, call: Call, lanes: Mapping[MessageKey, Sequence[torch.Tensor]], seconds: float, result: T) -> Work[T]:
         """Messages by (peer, whether they go there), each with its own number."""
-        jobs = []
-        for (peer, outgoing), tensors in lanes.items():
-            rest = list(tensors)
+        jobs, asides = [], []
+        enqueued = {key: [x for x in tensors if self._enqueues(key, x)] for key, tensors in lanes.items()}
+        if any(enqueued.values()):
+            aside, job = self._enqueue(call, enqueued, seconds)
+            asides.append(aside)
+            jobs.append(job)
+        for key, tensors in lanes.items():
+            rest = [x for x in tensors if not any(x is other for other in enqueued[key])]
+            peer, outgoing = key
             while rest and outgoing and self._offer(call, rest[0], peer, seconds):
                 rest.pop(0)
             if rest:
-                run = partial(self._each, call, rest, peer, "send" if outgoing else "recv", seconds)
-                jobs.append(self._submit((peer, outgoing), run))
-        return Work(call.where, call.facts, jobs, lambda _: result)
+                jobs.append(self._submit(key, partial(self._each, call, rest, peer, "send" if outgoing else "recv", seconds), rest, asides))
+        return Work(call.where, call.facts, jobs, lambda _: _joined(asides, result), asides)
+
+    def _enqueues(self, key: MessageKey, x: torch.Tensor) -> bool:
+        """Whether such a message holds up nobody, and need not go by way of a thread."""
+        link = self._link
+        return link.streams(x.device) is not None and link.route("send" if key[1] else "recv", x.shape, x.dtype, x.device).enqueues
+
+    def _enqueue(self, call: Call, lanes: Mapping[MessageKey, Sequence[torch.Tensor]], seconds: float) -> tuple[Aside, Job]:
+        """Messages of a device, as one exchange: by themselves those of one communicator would wait for each other in the order given."""
+        link = self._link
+        assert link.sides is not None
+        for key, tensors in lanes.items():
+            if tensors:
+                seconds = link.settle(key, call, seconds)
+        by_strategy: dict[Communicator, tuple[list[tuple[torch.Tensor, int]], list[tuple[torch.Tensor, int]]]] = {}
+        for (peer, outgoing), tensors in lanes.items():
+            for x in tensors:
+                strategy = link.route("send" if outgoing else "recv", x.shape, x.dtype, x.device)
+                by_strategy.setdefault(strategy, ([], []))[0 if outgoing else 1].append((x.detach(), peer))
+
+        def run() -> None:
+            link.ensure_open(self.name)
+            for strategy, (sends, receives) in by_strategy.items():
+                going = [f"to {peer}: {signature.messages(x)}" for x, peer in sends]
+                coming = [f"from {peer}: {signature.messages(x)}" for x, peer in receives]
+                with link.guard(call, f"{call.operation}({'; '.join((*going, *coming))})", seconds):
+                    # What only enqueues pairs messages by their order alone.
+                    strategy.exchange(sends, receives, tag=signature.make_tag(signature.MESSAGE, 0), timeout=seconds)
+
+        lane = next(key for key, tensors in lanes.items() if tensors)
+        aside = Aside(link.sides, lane, run, [x for tensors in lanes.values() for x in tensors])
+        job = Job(aside, place())
+        job.run()
+        return aside, job
 
     def _each(self, call: Call, tensors: Sequence[torch.Tensor], peer: int, operation: str, seconds: float) -> None:
         for x in tensors:
@@ -227,7 +282,12 @@ class AsynchronousOperations(MessageOperations):
                 self._link.uncount(signature.MESSAGE, dst, outgoing=True)
         return taken
 
-    def _submit(self, key: LaneKey, run: Callable[[], Any]) -> Job:
+    def _submit(self, key: LaneKey, run: Callable[[], Any], given: Sequence[torch.Tensor] = (), asides: list[Aside] | None = None) -> Job:
+        """A job of a lane; where it has to do with a device also an aside, which is added to `asides`."""
+        sides = self._link.sides
+        if asides is not None and sides is not None:
+            asides.append(Aside(sides, key, run, [x for x in given if self._link.streams(x.device) is not None]))
+            run = asides[-1]
         job = Job(run, place())
         self._link.submit(key, job)
         return job
@@ -256,7 +316,9 @@ class AsynchronousOperations(MessageOperations):
         call, seconds = self._message("isend_tensor_dict", timeout)
         dst = call.peer(self.next_in_group if dst is None else dst, "dst", other=True)
         send = self._pack_dict(call, tensor_dict, dst, all_gather_group, all_gather_tensors)
-        return Work(call.where, call.facts, [self._submit((dst, True), lambda: send(seconds))], lambda _: None)
+        asides: list[Aside] = []
+        job = self._submit((dst, True), lambda: send(seconds), (), asides)
+        return Work(call.where, call.facts, [job], lambda _: _joined(asides, None), asides)
 
     def irecv_tensor_dict(
         self,
@@ -277,5 +339,19 @@ class AsynchronousOperations(MessageOperations):
         """
         call, seconds = self._message("irecv_tensor_dict", timeout)
         src = call.peer(self.prev_in_group if src is None else src, "src", other=True)
-        job = self._submit((src, False), lambda: self._receive_dict(call, src, all_gather_group, all_gather_tensors, seconds))
-        return Work(call.where, call.facts, [job], lambda results: results[0].gathered(all_gather_group, timeout))
+        asides: list[Aside] = []
+        run = partial(self._receive_dict, call, src, all_gather_group, all_gather_tensors, seconds)
+        job = self._submit((src, False), run, (), asides)
+
+        def finish(results: Sequence[Any]) -> dict[Any, Any]:
+            received: Received = results[0]
+            return _joined(asides, received, received.on_device()).gathered(all_gather_group, timeout)
+
+        return Work(call.where, call.facts, [job], finish, asides)
+
+
+def _joined(asides: Sequence[Aside], result: T, made: Sequence[torch.Tensor] = ()) -> T:
+    """`result`, of calls whose end the current stream now comes after."""
+    for aside in asides:
+        aside.join(made)
+    return result

@@ -33,8 +33,9 @@ def capture(groups: Sequence[GroupCoordinator], device: torch.device, stream: An
     An error inside ends the groups: the peers, who go on capturing, would wait in a replay for a call that was never recorded. They raise
     in their next call instead, and nothing is sent to them.
     """
-    platform = groups[0]._link.platform
-    with contextlib.nullcontext() if platform is None else platform.side_stream(device, stream) as side:
+    streams = groups[0]._link.streams(device)
+    side = None if streams is None else streams.new() if stream is None else stream
+    with contextlib.nullcontext() if streams is None else streams.beside(side):
         try:
             yield GraphCapture(side)
         except BaseException as error:

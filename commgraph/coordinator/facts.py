@@ -118,12 +118,12 @@ class GroupFacts(compat.OpaqueBase):  # type: ignore[misc]  # torch gives the ba
     @property
     def cpu_group(self) -> dist.ProcessGroup | None:
         """The torch process group for host tensors, unknown to torch.distributed's tables; None for one rank and after close."""
-        return self._link.transport.process_group if self._link.transport is not None else None
+        return self._link.cpu_group
 
     @property
     def device_group(self) -> dist.ProcessGroup | None:
-        """The torch process group for device tensors, which on the host is `cpu_group`."""
-        return self.cpu_group
+        """The torch process group of the backend for device tensors; `cpu_group` where there is none."""
+        return self._link.device_group
 
     @property
     def shares_with(self) -> tuple[GroupCoordinator, ...]:
@@ -147,10 +147,12 @@ class GroupFacts(compat.OpaqueBase):  # type: ignore[misc]  # torch gives the ba
         """Counts a collective, whether its arguments are good or not: ranks that all raised stay level."""
         link = self._link
         if link.is_idle(None):
+            link.follow(None)
             return self._describe(operation, link.begin(self.name), timeout)
         link.ensure_open(self.name)
         call, seconds = self._describe(operation, link.sequence, timeout)
         left = link.settle(None, call, seconds)
+        link.follow(None)
         return attrs.evolve(call, sequence=link.begin(self.name)), left
 
     def _drain(self, deadline: float) -> None:

@@ -113,7 +113,8 @@ class GroupCoordinator(ExpertOperations):
     def torch_group(self, kind: Literal["device", "cpu"]) -> dist.ProcessGroup:
         """`device_group` or `cpu_group` in the tables of torch.distributed until close: for DeviceMesh, FSDP, and whatever else asks there.
 
-        Collective the first time. On the host the two are one group. A group of one rank has one, too, made now.
+        Collective the first time of each kind. Where no backend serves device tensors the two are one group. A group of one rank has one,
+        too, made now.
 
         Args:
             kind: "device" or "cpu".
@@ -132,7 +133,7 @@ class GroupCoordinator(ExpertOperations):
                 f"torch_group of group {self.name!r} (rank {self.rank}): this process has no default process group, and without one "
                 "torch.distributed finds no other: call torch.distributed.init_process_group first, or take cpu_group, which needs none"
             )
-        return self._link.torch_group(self.all_gather_object)
+        return self._link.torch_group(kind, self.all_gather_object)
 
     @contextlib.contextmanager
     def graph_capture(self, device: torch.device | None = None, *, stream: Any = None) -> Iterator[GraphCapture]:

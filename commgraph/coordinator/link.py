@@ -27,6 +27,7 @@ from commgraph.communicators.base import OPERATIONS, CallsDiffer, Communicator, 
 from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.communicators.shm import make_door
 from commgraph.communicators.signature import CHECK, COLLECTIVE, make_tag
+from commgraph.coordinator.aside import Sides
 from commgraph.coordinator.call import Call, place
 from commgraph.coordinator.short import ShortMessages
 from commgraph.errors import (
@@ -42,19 +43,26 @@ from commgraph.shm import native_module
 from commgraph.work import Job, Lane
 
 if TYPE_CHECKING:
+    from commgraph.coordinator.device_order import DeviceOrder
     from commgraph.coordinator.group import GroupCoordinator
-    from commgraph.platforms.base import Platform
+    from commgraph.platforms.streams import Streams
 
-__all__ = ["GroupLink"]
+__all__ = ["GroupLink", "LaneKey", "MessageKey"]
 
 T = TypeVar("T")
 
+_HOST = torch.device("cpu")
+
 # Which lane: that of the collectives, or that of the messages to (True) or from (False) a rank in the group.
-LaneKey = tuple[int, bool] | None
+MessageKey = tuple[int, bool]
+LaneKey = MessageKey | None
 
 # Of a message in which a rank tells a peer what it calls, and of the place in the code at its end.
 _CHECK_BYTES = 512
 _PLACE_BYTES = 200
+_ONE_ORDER = (
+    "\nOn a device all ranks begin what they have in common in one order, whatever groups it is of: else they can wait for each other"
+)
 
 
 def _check_text(sequence: int, crossing: tuple[int, int], what: str, at: str) -> torch.Tensor:
@@ -100,7 +108,9 @@ class GroupLink:
         experts: int | None = None,
         again: Callable[[str], GroupLink] | None = None,
         build_timeout: timedelta = timedelta(0),
-        platform: Platform | None = None,
+        device: torch.device = _HOST,
+        streams: Streams | None = None,
+        order: DeviceOrder | None = None,
     ) -> None:
         """Not for users: made while a context is built.
 
@@ -118,7 +128,9 @@ class GroupLink:
             experts: how many there are, where rows go only to the ranks whose experts they need.
             again: makes such a link once more, under another ident. Collective.
             build_timeout: deadline of that.
-            platform: of the machine; None: of a world without peers.
+            device: of this rank.
+            streams: of that; None where its calls are made and not enqueued.
+            order: in which calls that are only enqueued are compared with the peers', whatever group they are of.
         """
         self.ident = ident
         self.ranks = ranks
@@ -136,11 +148,14 @@ class GroupLink:
         self.experts = experts
         self._again = again
         self._build_timeout = build_timeout
-        self.platform = platform
+        self._device = device
+        # Where calls with device tensors are begun that nobody waits for.
+        self.sides = None if streams is None else Sides(streams)
+        self._order = order
         # Coordinators of the same ranks with communicators of their own, which end with this one.
         self.siblings: list[GroupCoordinator] = []
         self._begotten = 0
-        self._torch_group: dist.ProcessGroup | None = None
+        self._torch_groups: list[dist.ProcessGroup] = []
         self._sequence = 0
         self.coordinators: tuple[GroupCoordinator, ...] = ()
         self._store = store
@@ -187,9 +202,14 @@ class GroupLink:
         served = {name: tuple(c.name for c in self.communicators if name in c.operations) for name in OPERATIONS}
         return MappingProxyType({name: names for name, names in served.items() if names})
 
+    def streams(self, device: torch.device) -> Streams | None:
+        """Those on which calls with tensors of such a device are enqueued; None where they are made."""
+        return None if self.sides is None or device.type != self._device.type else self.sides.streams
+
     def route(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device) -> Communicator:
         """The strategy for such a call; the same on every rank."""
-        capturing = device.type != "cpu" and self.platform is not None and self.platform.is_capturing(device)
+        streams = self.streams(device)
+        capturing = streams is not None and streams.is_capturing()
         for communicator in self.communicators:
             if operation in communicator.operations and communicator.accepts(operation, shape, dtype, device, capturing=capturing):
                 return communicator
@@ -249,6 +269,11 @@ class GroupLink:
         lane = self._lanes.get(key)
         return lane is None or lane.is_idle or lane.is_here
 
+    def follow(self, key: LaneKey) -> None:
+        """On a device, too, a blocking call comes after what was begun before it in its lane."""
+        if self.sides is not None:
+            self.sides.follow(key)
+
     def settle(self, key: LaneKey, call: Call, seconds: float) -> float:
         """Waits until what was begun before has ended, so that this call does not overtake it; what is left of the seconds."""
         if self.is_idle(key):
@@ -275,6 +300,7 @@ class GroupLink:
         timeout: float,
         serve: Callable[[int, float], T],
         crossing: Sequence[tuple[int, int]] | None = None,
+        strategy: Communicator | None = None,
     ) -> T:
         """Runs one collective: `serve(tag, seconds left)`.
 
@@ -284,12 +310,14 @@ class GroupLink:
             timeout: seconds.
             serve: talks to the peers under the tag.
             crossing: entries that go to and come from each rank, where they are not in the signature.
+            strategy: what serves it, where it has tensors.
         """
         started = time.monotonic()
         what = f"{call.operation}({signature})"
         with self.guard(call, what, timeout):
             if self.check:
-                self.compare(call, what, timeout, crossing)
+                ordered = self._order if strategy is not None and strategy.enqueues else None
+                self.compare(call, what, timeout, crossing, order=ordered)
             return serve(make_tag(COLLECTIVE, call.sequence, what), max(timeout - (time.monotonic() - started), 0.001))
 
     @contextlib.contextmanager
@@ -320,28 +348,42 @@ class GroupLink:
             raise ContextClosedError(f"{call.where}: its context was closed during the call") from None
 
     def compare(
-        self, call: Call, what: str, timeout: float, crossing: Sequence[tuple[int, int]] | None = None, at: str | None = None
+        self,
+        call: Call,
+        what: str,
+        timeout: float,
+        crossing: Sequence[tuple[int, int]] | None = None,
+        at: str | None = None,
+        order: DeviceOrder | None = None,
     ) -> None:
         """Every rank learns what the others called; all raise alike where they differ. Inside `guard`.
 
         Args:
             call, what, timeout, crossing: as in `run`.
             at: place of the call in the user's code; None finds it.
+            order: one for all groups, in which the call is to be compared, and not among those of this group alone.
         """
         assert self.transport is not None
         n, me = self.world_size, self.rank_in_group
         at = place() if at is None else at
+        if order is not None:
+            what = f"{what} in group {self.ident}"
         mine = [_check_text(call.sequence, crossing[peer] if crossing else (0, 0), what, at) for peer in range(n)]
         theirs = [torch.empty_like(mine[me]) for _ in range(n)]
         theirs[me] = mine[me]
         others = [(me + i) % n for i in range(1, n)]
-        sends, receives = [(mine[peer], peer) for peer in others], [(theirs[peer], peer) for peer in others]
-        self.transport.exchange(sends, receives, tag=make_tag(CHECK, call.sequence), timeout=timeout)
+        if order is None:
+            sends, receives = [(mine[peer], peer) for peer in others], [(theirs[peer], peer) for peer in others]
+            self.transport.exchange(sends, receives, tag=make_tag(CHECK, call.sequence), timeout=timeout)
+        else:
+            for peer, text in order.swap(self.ranks, {peer: mine[peer] for peer in others}, timeout).items():
+                theirs[peer] = text
         said = [bytes(text.tolist()).rstrip(b"\0").decode(errors="replace").split("\0") for text in theirs]
         calls = [f"  rank {self.ranks[i]}: call #{number}, {words}, at {there}" for i, (number, words, *_, there) in enumerate(said)]
         if len({tuple(words[:2]) for words in said}) > 1:
+            hint = "" if order is None else _ONE_ORDER
             raise CollectiveMismatchError(
-                f"{call.where}: the ranks of the group called different things:\n" + "\n".join(calls), **call.facts
+                f"{call.where}: the ranks of the group called different things:\n" + "\n".join(calls) + hint, **call.facts
             )
         wrong = []
         for peer, (_, _, sent, expected, _) in enumerate(said if crossing else ()):
@@ -478,6 +520,8 @@ class GroupLink:
     def _abort(self) -> None:
         for communicator in self.communicators:
             communicator.abort()
+        if self._order is not None:
+            self._order.abort()
 
     def sibling(self, name: str) -> GroupLink:
         """A link of the same ranks, made like this one. Collective: whole, or an error on every rank."""
@@ -508,22 +552,36 @@ class GroupLink:
             raise
         return link
 
-    def torch_group(self, tell: Callable[[int], Sequence[int]]) -> dist.ProcessGroup:
-        """The group's torch ProcessGroup, in the tables of torch.distributed until this is closed. Collective the first time.
+    @property
+    def cpu_group(self) -> dist.ProcessGroup | None:
+        """torch's process group of host tensors; None for one rank."""
+        return None if self.transport is None else self.transport.process_group
+
+    @property
+    def device_group(self) -> dist.ProcessGroup | None:
+        """torch's process group of device tensors, where a backend serves them; else that of host tensors."""
+        return next((c.process_group for c in self.communicators if c.process_group is not None), self.cpu_group)
+
+    def torch_group(self, kind: str, tell: Callable[[int], Sequence[int]]) -> dist.ProcessGroup:
+        """`device_group` or `cpu_group`, in the tables of torch.distributed until this is closed. Collective the first time.
 
         Args:
+            kind: "device" or "cpu".
             tell: gives a rank's number to all ranks and returns those of all.
         """
-        if self._torch_group is None:
+        group = self.cpu_group if kind == "cpu" else self.device_group
+        if group is None:
+            group = next(iter(self._torch_groups), None)
+        if group is None or group not in self._torch_groups:
             ranks = tell(dist.get_rank())
             store = dist.HashStore() if self._store is None else self._store
-            group = None if self.transport is None else self.transport.process_group
             if group is None:
                 backend = compat.make_gloo(store, 0, 1, timedelta(seconds=self.host_timeout), compat.gloo_device(loopback=True))
-                group = compat.wrap_gloo(store, 0, 1, backend)
-            compat.enter_tables(group, f"commgraph {self.ident}", ranks, store)
-            self._torch_group = group
-        return self._torch_group
+                group = compat.wrap(store, 0, 1, backend, _HOST)
+            device = "" if group is self.cpu_group or self.cpu_group is None else " device"
+            compat.enter_tables(group, f"commgraph {self.ident}{device}", ranks, store)
+            self._torch_groups.append(group)
+        return group
 
     def break_off(self, call: Call, why: str) -> None:
         """Ends the group because of an error outside of any call, so that the peers, who go on, raise as well. Sends nothing to them."""
@@ -545,9 +603,9 @@ class GroupLink:
             sibling.close()
         self.siblings = []
         self._again = None
-        if self._torch_group is not None:
-            compat.leave_tables(self._torch_group)
-            self._torch_group = None
+        for group in self._torch_groups:
+            compat.leave_tables(group)
+        self._torch_groups = []
         for communicator in self.communicators:
             communicator.close()
         # Their jobs have ended, or do now: with an error.

@@ -16,7 +16,7 @@ from commgraph.coordinator.tensors import TensorOperations
 if TYPE_CHECKING:
     from commgraph.coordinator.group import GroupCoordinator
 
-__all__ = ["MessageOperations"]
+__all__ = ["MessageOperations", "Received"]
 
 T = TypeVar("T")
 D = TypeVar("D", bound=Mapping[Any, Any])
@@ -201,7 +201,7 @@ class MessageOperations(TensorOperations):
 
     def _receive_dict(
         self, call: Call, src: int, group: GroupCoordinator | None, override: Mapping[str, bool] | None, seconds: float
-    ) -> _Received:
+    ) -> Received:
         """A dict as it comes from `src`: its slices are still to be gathered."""
         self._link.ensure_open(self.name)
         entries, carried = self._objects.recv_dict(call, src, seconds)
@@ -210,7 +210,7 @@ class MessageOperations(TensorOperations):
         whole = landings(entries, self.device, {i: x for i, x in carried.items() if not sliced[i]})
         landing = [carried.get(i, plan.slice(x) if cut else x) for i, (x, cut) in enumerate(zip(whole, sliced, strict=True))]
         self._exchange(call, [x for i, x in enumerate(landing) if i not in carried], src, "recv", seconds)
-        return _Received(entries, whole, [(x, piece) for x, piece, cut in zip(whole, landing, sliced, strict=True) if cut])
+        return Received(entries, whole, [(x, piece) for x, piece, cut in zip(whole, landing, sliced, strict=True) if cut])
 
     def _check_carried(
         self,
@@ -231,12 +231,16 @@ class MessageOperations(TensorOperations):
 
 
 @attrs.frozen
-class _Received:
+class Received:
     """A dict that has come, with the tensors of which this rank has a slice and that slice."""
 
     entries: list[Entry]
     tensors: list[torch.Tensor]
     slices: list[tuple[torch.Tensor, torch.Tensor]]
+
+    def on_device(self) -> list[torch.Tensor]:
+        """Whatever of it is not on the host."""
+        return [x for x in (*self.tensors, *(piece for _, piece in self.slices)) if x.device.type != "cpu"]
 
     def gathered(self, group: GroupCoordinator | None, timeout: Timeout) -> dict[Any, Any]:
         """The whole dict; collective over `group`, where there are slices."""

@@ -51,7 +51,9 @@ class TensorOperations(GroupFacts):
         if self.world_size == 1:
             return x
         strategy = self._link.route("all_reduce", x.shape, x.dtype, x.device)
-        return self._link.run(call, signature.reduced(op, x), seconds, lambda tag, left: strategy.all_reduce(x, op, tag=tag, timeout=left))
+        return self._link.run(
+            call, signature.reduced(op, x), seconds, lambda tag, left: strategy.all_reduce(x, op, tag=tag, timeout=left), strategy=strategy
+        )
 
     def all_reduce_(self, x: torch.Tensor, *, op: str = "sum", timeout: Timeout = None) -> torch.Tensor:
         """`all_reduce` into x itself, which is returned."""
@@ -74,7 +76,9 @@ class TensorOperations(GroupFacts):
         if self.world_size == 1:
             return x
         strategy = self._link.route("all_reduce", x.shape, x.dtype, x.device)
-        return self._link.run(call, signature.reduced(op, x), seconds, lambda tag, left: strategy.all_reduce_(x, op, tag=tag, timeout=left))
+        return self._link.run(
+            call, signature.reduced(op, x), seconds, lambda tag, left: strategy.all_reduce_(x, op, tag=tag, timeout=left), strategy=strategy
+        )
 
     def reduce_scatter(
         self, x: torch.Tensor, dim: int = -1, *, op: str = "sum", out: torch.Tensor | None = None, timeout: Timeout = None
@@ -151,6 +155,7 @@ class TensorOperations(GroupFacts):
             signature.scattered(op, x, dim, sizes),
             seconds,
             lambda tag, left: strategy.reduce_scatter(x, dim, sizes, op, result, tag=tag, timeout=left),
+            strategy=strategy,
         )
         return result
 
@@ -242,6 +247,7 @@ class TensorOperations(GroupFacts):
             signature.gathered(x.dtype, shape, dim, sizes),
             seconds,
             lambda tag, left: strategy.all_gather(x, dim, sizes, result, tag=tag, timeout=left),
+            strategy=strategy,
         )
         return result
 
@@ -279,6 +285,7 @@ class TensorOperations(GroupFacts):
             f"dst={dst} {signature.describe(x)} dim={dim}",
             seconds,
             lambda tag, left: strategy.gather(x, pieces, dst, tag=tag, timeout=left),
+            strategy=strategy,
         )
         return out
 
@@ -358,7 +365,9 @@ class TensorOperations(GroupFacts):
         sends, receives = x.split(cut, scatter_dim), result.split(joined, gather_dim)
         text = signature.all_to_all(x, shared, scatter_dim, gather_dim, None if same else cut)
         crossing = [(to.numel(), back.numel()) for to, back in zip(sends, receives, strict=True)]
-        self._link.run(call, text, seconds, lambda tag, left: strategy.all_to_all(sends, receives, tag=tag, timeout=left), crossing)
+        self._link.run(
+            call, text, seconds, lambda tag, left: strategy.all_to_all(sends, receives, tag=tag, timeout=left), crossing, strategy
+        )
         return result
 
     def broadcast(self, x: torch.Tensor, src: int = 0, *, timeout: Timeout = None) -> torch.Tensor:
@@ -393,7 +402,11 @@ class TensorOperations(GroupFacts):
         if self.world_size > 1:
             strategy = self._link.route("broadcast", x.shape, x.dtype, x.device)
             self._link.run(
-                call, f"src={src} {signature.describe(x)}", seconds, lambda tag, left: strategy.broadcast(x, src, tag=tag, timeout=left)
+                call,
+                f"src={src} {signature.describe(x)}",
+                seconds,
+                lambda tag, left: strategy.broadcast(x, src, tag=tag, timeout=left),
+                strategy=strategy,
             )
         return x
 
@@ -504,6 +517,7 @@ class TensorOperations(GroupFacts):
         outgoing = operation == "send"
         seconds = self._link.settle((peer, outgoing), call, seconds)
         self._link.ensure_open(self.name)
+        self._link.follow((peer, outgoing))
         by_strategy: dict[Communicator, list[tuple[torch.Tensor, int]]] = {}
         for x in tensors:
             by_strategy.setdefault(self._link.route(operation, x.shape, x.dtype, x.device), []).append((x, peer))

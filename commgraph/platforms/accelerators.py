@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import importlib.util
+import os
+import socket
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar
 
 import msgspec
 import torch
+import torch.distributed as dist
 
 from commgraph import compat
 from commgraph.communicators.base import Communicator, Refused
+from commgraph.communicators.custom_all_reduce import CustomAllReduce, Kernels, TorchKernels, prove
+from commgraph.communicators.custom_all_reduce.peers import command_of
 from commgraph.communicators.gloo import GlooCommunicator
 from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.communicators.shm import teller
 from commgraph.communicators.staged import StagedCommunicator
 from commgraph.communicators.torch_backend import TorchCommunicator
-from commgraph.errors import BackendUnavailableError
+from commgraph.errors import BackendUnavailableError, ConfigurationError
+from commgraph.kernel_table import KernelTable
 from commgraph.platforms.base import GroupFacts, Platform
 from commgraph.platforms.cpu import host_chain
+from commgraph.platforms.streams import Streams, TorchStreams
 
 __all__ = ["CudaPlatform", "DevicePlatform", "RocmPlatform", "TpuPlatform", "XpuPlatform"]
+
+
+# 10^9 bytes a second from the slowest peer, below which more than two devices are taken to be without direct links of their own: PCIe of
+# the fifth generation gives about 55, the links of the slowest device with a row in the table 250.
+_LINKED = 80.0
+
+Tell = Callable[[bytes], list[bytes]]
 
 
 class _Word(msgspec.Struct):
@@ -35,14 +48,26 @@ class _Word(msgspec.Struct):
     device: str
 
 
+class _PeerWord(msgspec.Struct):
+    """What a rank tells the others before kernels over each other's memory are made."""
+
+    problem: str
+    process: str
+    capability: str
+    token: str
+
+
 class DevicePlatform(Platform):
     """What platforms with devices have in common: a backend of torch's for device tensors, the host's strategies for the rest.
 
-    The chain of a group that serves device tensors is the backend, the host's strategies for host tensors, and the way by the host for what
-    the backend does not serve; a group that does not has the host's alone.
+    The chain of a group that serves device tensors is kernels over the peers' memory (where the platform has some), the backend, the host's
+    strategies for host tensors, and the way by the host for what the backend does not serve; a group that does not has the host's alone.
     """
 
     device_type: ClassVar[str]
+
+    trial_seconds: ClassVar[float] = 60.0
+    """How long a trial of the peers' memory may take, the start of its process included."""
 
     def device(self, local_rank: int) -> torch.device:
         return torch.device(self.device_type, local_rank)
@@ -56,7 +81,10 @@ class DevicePlatform(Platform):
         if not facts.wants_device:
             return host
         live = [one for one in host if isinstance(one, Communicator)]
-        return [self._over_backend(facts, transport), *host, StagedCommunicator(facts.device, live)]
+        staged = StagedCommunicator(facts.device, live)
+        backend = self._over_backend(facts, transport)
+        custom = self._custom(facts, transport, staged if isinstance(backend, Refused) else backend)
+        return [*custom, backend, *host, staged]
 
     @abc.abstractmethod
     def problem(self, facts: GroupFacts) -> str:
@@ -69,6 +97,9 @@ class DevicePlatform(Platform):
     def identity(self, device: torch.device) -> str:
         """Names a device on its host: two ranks with the same one share it."""
         return str(device)
+
+    def streams(self, device: torch.device) -> Streams | None:
+        return TorchStreams(device) if device.type == self.device_type else None
 
     def _over_backend(self, facts: GroupFacts, transport: GlooTransport) -> Communicator | Refused:
         """The backend's strategy on every rank, or on every rank the same reason why there is none."""
@@ -88,7 +119,92 @@ class DevicePlatform(Platform):
             )
             return Refused(name, reason)
         backend = self.make_backend(facts, timedelta(seconds=facts.limits.timeout))
-        return TorchCommunicator(name, backend, facts.device, facts.rank_in_group, len(facts.ranks))
+        return TorchCommunicator(name, backend, facts.device, facts.rank_in_group, len(facts.ranks), facts.store)
+
+    # Kernels over the peers' memory.
+
+    def peer_problem(self) -> str:
+        """Why this rank cannot run kernels over the peers' memory; empty where it can."""
+        return f"there are no kernels for the {self.name} platform"
+
+    def peer_process(self) -> str:
+        """Names this rank's process on its host: the memory of a device is handed from process to process, and not within one."""
+        return f"{socket.gethostname()} {os.getpid()}"
+
+    def peer_trial(self, facts: GroupFacts) -> Callable[[int], Sequence[str]]:
+        """The command line of a child that tries the peers' memory, by the port of this host where the children meet."""
+        return command_of(facts.rank_in_group, len(facts.ranks), facts.device.index or 0)
+
+    def make_kernels(self, facts: GroupFacts, name: str, room: int) -> Kernels:
+        """The buffers of a group and what works on them, where all ranks reach each other. Collective."""
+        return TorchKernels(name, dist.PrefixStore("symmetric", facts.store), facts.rank_in_group, len(facts.ranks), facts.device, room)
+
+    def _custom(self, facts: GroupFacts, transport: GlooTransport, rest: Communicator) -> list[Communicator | Refused]:
+        """The strategy on every rank, or on every rank the same reason why there is none; nothing on a platform without kernels."""
+        if not self.capability(facts.device):
+            return []
+        name, options, n = CustomAllReduce.name, facts.options, len(facts.ranks)
+        if options.custom_all_reduce is False:
+            return [Refused(name, "options.custom_all_reduce=False")]
+        if len(set(facts.nodes)) > 1:
+            return [Refused(name, f"its {n} ranks are on {len(set(facts.nodes))} hosts")]
+        table = options.custom_all_reduce if isinstance(options.custom_all_reduce, KernelTable) else KernelTable.shipped()
+        tell = teller(GlooCommunicator(transport), name, facts.limits.build_timeout)
+        mine = _PeerWord(self.peer_problem()[:500], self.peer_process(), self.capability(facts.device), os.urandom(8).hex())
+        said = [msgspec.msgpack.decode(word, type=_PeerWord) for word in tell(msgspec.msgpack.encode(mine))]
+        reason = _no_kernels(facts.ranks, said, table)
+        if reason:
+            return [Refused(name, reason)]
+        proof = facts.proofs.find(facts.ranks)
+        if proof is None:
+            proof = prove(tell, self.peer_trial(facts), facts.ranks, facts.rank_in_group, seconds=self.trial_seconds)
+            facts.proofs.add(facts.ranks, proof)
+        if proof.problem:
+            return [Refused(name, proof.problem)]
+        if n > 2 and proof.gigabytes < _LINKED:
+            return [Refused(name, f"{n} devices without links of their own: {proof.gigabytes:.0f} GB/s to the slowest, needs {_LINKED:g}")]
+        plan = table.plan(said[0].capability, n, multicast=proof.multicast)
+        room = min(options.custom_all_reduce_bytes, plan.max_bytes)
+        kernels = self.make_kernels(facts, f"commgraph {said[0].token}", room)
+        return [CustomAllReduce(kernels, plan, rest, facts.device, _ordered(self.streams(facts.device)))]
+
+
+def _no_kernels(ranks: Sequence[int], said: Sequence[_PeerWord], table: KernelTable) -> str:
+    """Why these ranks cannot use kernels over each other's memory, in words that are the same on all of them; empty where they can."""
+    problems = [f"rank {rank}: {word.problem}" for rank, word in zip(ranks, said, strict=True) if word.problem]
+    if problems:
+        return problems[0]
+    kinds = sorted({word.capability for word in said})
+    if len(kinds) > 1:
+        return f"devices of different kinds: {', '.join(kinds)}"
+    if len({word.process for word in said}) < len(said):
+        return "two of its ranks are threads of one process"
+    sizes = table.sizes(kinds[0])
+    if not sizes:
+        return f"its table has no row for devices of kind {kinds[0]}"
+    if len(ranks) not in sizes:
+        *some, last = map(str, sizes)
+        return f"{len(ranks)} ranks, needs {', '.join(some)} or {last}" if some else f"{len(ranks)} ranks, needs {last}"
+    return ""
+
+
+def _ordered(streams: Streams | None) -> Callable[[], None]:
+    """Lets the current stream wait for the one on which this was called last: one buffer cannot serve two at once."""
+    last: list[Any] = []
+
+    def wait() -> None:
+        assert streams is not None
+        # A graph may not wait for what is not in it. Whoever replays one beside other calls orders the two.
+        if streams.is_capturing():
+            return
+        now = streams.current()
+        if last and last[0] != now:
+            with streams.use(last[0]):
+                mark = streams.mark()
+            streams.after(mark)
+        last[:] = [now]
+
+    return (lambda: None) if streams is None else wait
 
 
 def _shared(ranks: Sequence[int], said: Sequence[_Word]) -> str:
@@ -100,7 +216,11 @@ def _shared(ranks: Sequence[int], said: Sequence[_Word]) -> str:
 
 
 class CudaPlatform(DevicePlatform):
-    """NVIDIA GPUs: NCCL on a stand-alone process group, connected when the context is built. Not yet run on a GPU."""
+    """NVIDIA GPUs. Not yet run on a GPU.
+
+    NCCL on a stand-alone process group that is connected when the context is built; before it, between GPUs of one host that reach each
+    other's memory, kernels over torch's symmetric memory.
+    """
 
     name: ClassVar[str] = "cuda"
     device_type: ClassVar[str] = "cuda"
@@ -121,10 +241,20 @@ class CudaPlatform(DevicePlatform):
         return f"{facts.device} does not exist, there are {count} (is CUDA_VISIBLE_DEVICES set per rank? then give device=)"
 
     def make_backend(self, facts: GroupFacts, timeout: timedelta) -> Any:
-        return compat.make_nccl(facts.store, facts.rank_in_group, len(facts.ranks), timeout, facts.device)
+        settings = dict(facts.options.backend_settings)
+        try:
+            return compat.make_nccl(facts.store, facts.rank_in_group, len(facts.ranks), timeout, facts.device, settings)
+        except AttributeError as error:
+            raise ConfigurationError(f"options.backend_settings={settings}: {error}") from None
 
     def identity(self, device: torch.device) -> str:
         return f"GPU {torch.cuda.get_device_properties(device).uuid}" if torch.cuda.is_available() else str(device)
+
+    def capability(self, device: torch.device) -> str:
+        return ".".join(map(str, torch.cuda.get_device_capability(device)))
+
+    def peer_problem(self) -> str:
+        return "" if compat.symmetric_kernels_available() else "this torch has no kernels over symmetric memory"
 
     def synchronize(self, device: torch.device) -> None:
         torch.cuda.synchronize(device)
@@ -136,18 +266,6 @@ class CudaPlatform(DevicePlatform):
     def empty_cache(self) -> None:
         torch.cuda.empty_cache()
 
-    @contextlib.contextmanager
-    def side_stream(self, device: torch.device, stream: Any) -> Iterator[Any]:
-        current = torch.cuda.current_stream(device)
-        side = torch.cuda.Stream(device) if stream is None else stream
-        if side != current:
-            side.wait_stream(current)
-        with torch.cuda.stream(side):
-            yield side
-
-    def is_capturing(self, device: torch.device) -> bool:
-        return torch.cuda.is_current_stream_capturing()
-
 
 class RocmPlatform(CudaPlatform):
     """AMD GPUs, which torch calls CUDA, with RCCL under NCCL's name. No such device has run it."""
@@ -157,6 +275,10 @@ class RocmPlatform(CudaPlatform):
     @classmethod
     def available(cls) -> bool:
         return torch.version.hip is not None and torch.cuda.is_available()
+
+    def capability(self, device: torch.device) -> str:
+        """``"gfx942"``, ...: the table that is shipped has no row for any."""
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
 
 
 class XpuPlatform(DevicePlatform):
@@ -200,6 +322,9 @@ class TpuPlatform(DevicePlatform):
 
     def backend(self) -> str:
         return "xla"
+
+    def streams(self, device: torch.device) -> Streams | None:
+        return None  # XLA orders what it runs by itself
 
     def problem(self, facts: GroupFacts) -> str:
         return "XLA has no process group that commgraph could use"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import abc
-import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import attrs
 import torch
 import torch.distributed as dist
 
 from commgraph.communicators.base import Communicator, Limits, Refused
+from commgraph.communicators.custom_all_reduce import Proofs
 from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.options import CommunicatorOptions
+from commgraph.platforms.streams import Streams
 
 __all__ = ["GroupFacts", "Platform"]
 
@@ -31,6 +32,7 @@ class GroupFacts:
         limits: of what is built.
         store: holds keys of this group only, for a strategy whose ranks meet there.
         device: of this rank.
+        proofs: which ranks of the world were shown to reach each other's device memory.
     """
 
     ranks: tuple[int, ...]
@@ -41,6 +43,7 @@ class GroupFacts:
     limits: Limits
     store: dist.Store = attrs.field(eq=False, repr=False)
     device: torch.device = attrs.field(default=torch.device("cpu"))
+    proofs: Proofs = attrs.field(factory=Proofs, eq=False, repr=False)
 
 
 class Platform(abc.ABC):
@@ -78,6 +81,10 @@ class Platform(abc.ABC):
         """The torch backend of device groups, e.g. ``"nccl"``."""
         return "gloo"
 
+    def capability(self, device: torch.device) -> str:
+        """What a `commgraph.KernelTable` calls devices of this kind; empty where there are no kernels for them."""
+        return ""
+
     def synchronize(self, device: torch.device) -> None:  # noqa: B027 - the host has nothing to wait for
         """Waits until everything that was enqueued on the device has ended."""
 
@@ -88,14 +95,9 @@ class Platform(abc.ABC):
     def empty_cache(self) -> None:  # noqa: B027 - a platform without a cache has nothing to do
         """Gives cached device memory back."""
 
-    @contextlib.contextmanager
-    def side_stream(self, device: torch.device, stream: Any) -> Iterator[Any]:
-        """A stream to capture graphs on, `stream` or a new one, that waits for the current one and then is it; None on the host."""
-        yield None
-
-    def is_capturing(self, device: torch.device) -> bool:
-        """Whether what is called now is recorded into a device graph."""
-        return False
+    def streams(self, device: torch.device) -> Streams | None:
+        """The streams of a device; None where calls are not enqueued but made, as on the host."""
+        return None
 
     @staticmethod
     def detect() -> Platform:

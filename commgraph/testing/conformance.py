@@ -113,7 +113,8 @@ class _Check:
             for op in ("sum", "avg", "max", "min", "product") if operation in ("all_reduce", "reduce_scatter") else ("sum",):
                 if operation in ("all_reduce", "reduce_scatter") and refuse_reduction(dtype, op) is not None:
                     continue
-                if self._accepts(made, operation, shape, dtype):
+                # Of these two the shape is that of the whole, which they make of several sizes.
+                if operation in ("all_gather", "reduce_scatter") or self._accepts(made, operation, shape, dtype):
                     getattr(self, f"_{operation}")(made, _Case(self, operation, dtype, shape, strided), op)
 
     def _accepts(self, made: Communicator, operation: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> bool:
@@ -146,7 +147,10 @@ class _Check:
     def _reduce_scatter(self, made: Communicator, case: _Case, op: str) -> None:
         for sizes in ([2] * self.n, [(i + 1) % self.n for i in range(self.n)]):
             dim = len(case.shape) - 1
-            given = [case.made(rank, (*case.shape[:dim], sum(sizes))) for rank in range(self.n)]
+            whole = (*case.shape[:dim], sum(sizes))
+            if not self._accepts(made, "reduce_scatter", whole, case.dtype):
+                continue
+            given = [case.made(rank, whole) for rank in range(self.n)]
             out = case.made(99, (*case.shape[:dim], sizes[self.me]))
             self._call(
                 made,
@@ -156,6 +160,8 @@ class _Check:
 
     def _all_gather(self, made: Communicator, case: _Case, op: str) -> None:
         for sizes in ([2] * self.n, [(i + 1) % self.n for i in range(self.n)]):
+            if not self._accepts(made, "all_gather", (sum(sizes), *case.shape[1:]), case.dtype):
+                continue
             given = [case.made(rank, (sizes[rank], *case.shape[1:])) for rank in range(self.n)]
             out = case.made(99, (sum(sizes), *case.shape[1:]))
             self._call(made, lambda tag, g=given, s=sizes, o=out: made.all_gather(g[self.me], 0, s, o, tag=tag, timeout=30.0))  # type: ignore[misc]  # as above

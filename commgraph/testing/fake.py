@@ -119,7 +119,12 @@ class _NoTransport(GlooTransport):
         return 0
 
     def exchange(
-        self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]], *, tag: int, timeout: float
+        self,
+        sends: Sequence[tuple[torch.Tensor, int]],
+        receives: Sequence[tuple[torch.Tensor, int]],
+        *,
+        tag: int | Mapping[int, int],
+        timeout: float,
     ) -> None:
         if receives:
             self._nobody(receives[0][1])

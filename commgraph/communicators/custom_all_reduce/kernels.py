@@ -1,0 +1,132 @@
+"""Memory that all ranks of a group can reach, and kernels over it."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from commgraph import compat
+
+__all__ = ["ALIGNMENT", "Kernels", "TorchKernels"]
+
+# Bytes of which a kernel's message is a multiple, and at multiples of which it begins: what one thread moves at once.
+ALIGNMENT = 16
+
+
+class Kernels(abc.ABC):
+    """A buffer of the same size on each rank, and the kernels that work on all of them. Enqueued on the current stream.
+
+    Tensors are contiguous, not empty, of a multiple of 16 bytes for each rank, and fit into the buffer. The kernels bring what they need
+    into the buffer themselves: how is each rank's own affair. All ranks call the same kernel with the same sizes, in the same order.
+    """
+
+    room: int
+    """Bytes of the buffer."""
+
+    multicast: bool
+    """Whether `multimem` kernels can run."""
+
+    @abc.abstractmethod
+    def all_reduce(self, kernel: str, x: torch.Tensor, out: torch.Tensor) -> None:
+        """The sum of every rank's x, 1-D, float32 or bfloat16, into `out`; they may be the same."""
+
+    @abc.abstractmethod
+    def all_gather(self, kernel: str, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Every rank's x, 1-D, one after the other into `out`."""
+
+    @abc.abstractmethod
+    def reduce_scatter(self, kernel: str, pieces: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        """The sum of every rank's ``pieces[rank_in_group]`` into `out`, all 1-D, float32 or bfloat16."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Gives the memory back. Idempotent; nothing is said to the peers."""
+
+
+class TorchKernels(Kernels):
+    """Those of ``torch.ops.symm_mem`` over torch's symmetric memory. Not yet run on a GPU.
+
+    What was read in torch's sources (2.11 to 2.13) and is relied upon: every kernel begins and ends with a barrier of the ranks, block by
+    block, so that the buffer may be filled again by whatever follows on the stream; the one- and two-shot kernels add in rank order, and
+    bfloat16 in bfloat16; `multimem_all_reduce_` adds each part on one rank and hands the sum to all, in float32 for bfloat16, while
+    `multimem_one_shot_all_reduce` may give other bits on other ranks and is therefore not used. They wait for peers without a deadline.
+    """
+
+    def __init__(self, name: str, store: dist.Store, rank_in_group: int, world_size: int, device: torch.device, room: int) -> None:
+        """Allocates the buffer and maps those of the peers. Collective.
+
+        Args:
+            name: the same on all ranks, and of no other group in any of their processes.
+            store: holds keys of this buffer only.
+            rank_in_group, world_size: of the group.
+            device: of this rank.
+            room: bytes of the buffer.
+        """
+        self.room = room
+        self._name = name
+        self._n = world_size
+        self._memory: torch.Tensor | None = None
+        self._memory, handle = compat.symmetric_memory(name, store, rank_in_group, world_size, device, room)
+        self.multicast = bool(handle.has_multicast_support)
+        # Kept for as long as the buffer: it holds the mappings of the peers'.
+        self._handle: Any = handle
+
+    def peer(self, rank: int, nbytes: int) -> torch.Tensor:
+        """The first bytes of a rank's buffer, where they lie."""
+        found: torch.Tensor = self._handle.get_buffer(rank, (nbytes,), torch.uint8)
+        return found
+
+    def barrier(self) -> None:
+        """Of the ranks, on the current stream."""
+        self._handle.barrier(0)
+
+    def all_reduce(self, kernel: str, x: torch.Tensor, out: torch.Tensor) -> None:
+        ops, buffer = torch.ops.symm_mem, self._buffer(x.numel(), x.dtype)
+        if kernel == "multimem":
+            buffer.copy_(x)
+            ops.multimem_all_reduce_(buffer, "sum", self._name)
+            out.copy_(buffer)
+            return
+        target = out if _aligned(out) else torch.empty_like(out)
+        if kernel == "two_shot":
+            buffer.copy_(x)
+            ops.two_shot_all_reduce_out(buffer, "sum", self._name, target)
+        elif _aligned(x):
+            # The kernel brings x into the buffer by itself. Its barriers are those of the other form: ranks may differ in this.
+            ops.one_shot_all_reduce_copy_out(buffer, x, "sum", self._name, target)
+        else:
+            buffer.copy_(x)
+            ops.one_shot_all_reduce_out(buffer, "sum", self._name, target)
+        if target is not out:
+            out.copy_(target)
+
+    def all_gather(self, kernel: str, x: torch.Tensor, out: torch.Tensor) -> None:
+        buffer = self._buffer(out.numel(), out.dtype)
+        torch.ops.symm_mem.multimem_all_gather_out(x if _aligned(x) else x.clone(), self._name, buffer)
+        out.copy_(buffer)
+
+    def reduce_scatter(self, kernel: str, pieces: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        buffer = self._buffer(out.numel() * self._n, out.dtype)
+        torch.cat(list(pieces), out=buffer)
+        target = out if _aligned(out) else torch.empty_like(out)
+        torch.ops.symm_mem.reduce_scatter_out(buffer, self._name, False, target)
+        if target is not out:
+            out.copy_(target)
+
+    def close(self) -> None:
+        if self._memory is not None:
+            self._memory = self._handle = None
+            compat.forget_symmetric_group(self._name)
+
+    def _buffer(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        assert self._memory is not None
+        return self._memory[: numel * dtype.itemsize].view(dtype)
+
+
+def _aligned(x: torch.Tensor) -> bool:
+    """Whether a kernel can read or write it where it lies. torch looks at the offset, the processor at the address."""
+    return x.data_ptr() % ALIGNMENT == 0 and x.storage_offset() * x.itemsize % ALIGNMENT == 0

@@ -1,0 +1,196 @@
+"""The strategy for small messages between accelerators that can reach each other's memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from commgraph.communicators.base import Communicator, PeerClosed
+from commgraph.communicators.custom_all_reduce.kernels import ALIGNMENT, Kernels
+from commgraph.communicators.memory import as_bytes, dense, is_dense
+from commgraph.kernel_table import KERNELS, OTHERS, Plan
+
+__all__ = ["CustomAllReduce"]
+
+_REDUCIBLE = frozenset({torch.float32, torch.bfloat16})
+_REDUCTIONS = frozenset({"all_reduce", "reduce_scatter"})
+
+
+class CustomAllReduce(Communicator):
+    """All-reduce, all-gather and reduce-scatter by kernels over memory that all ranks can reach.
+
+    Which kernel serves a size says a `Plan`. Sums are those of float32 and bfloat16, averages likewise; other reductions and uneven pieces
+    go to the strategy behind it, on all ranks alike. What is larger than the buffer goes through in pieces. Its buffer is made when the
+    context is built and stays where it is, so its calls can be captured into graphs.
+
+    A kernel waits for its peers without a deadline: where one never comes the device is busy until the process ends.
+    """
+
+    name: ClassVar[str] = "custom_all_reduce"
+    operations: ClassVar[frozenset[str]] = frozenset(KERNELS)
+    selective: ClassVar[bool] = True
+    enqueues: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        plan: Plan,
+        rest: Communicator,
+        device: torch.device,
+        ordered: Callable[[], None] = lambda: None,
+    ) -> None:
+        """On memory that is there, of a group of the ranks of `rest`.
+
+        Args:
+            kernels: over the memory.
+            plan: which of them serve what.
+            rest: serves what they cannot; its owner's to close.
+            device: whose tensors it serves.
+            ordered: lets the current stream wait for what it did last, where that was on another.
+        """
+        super().__init__(rest.rank_in_group, rest.world_size)
+        self.serves_host = device.type == "cpu"  # type: ignore[misc]  # of this one: there are stand-ins for devices on the host
+        self._kernels: Kernels | None = kernels
+        self._room = kernels.room
+        self._plan = plan
+        self._rest = rest
+        self._device = device
+        self._ordered = ordered
+        self._bytes = 0
+
+    def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:
+        """Tensors of its device whose size has a kernel, and whose parts are multiples of 16 bytes."""
+        if device.type != self._device.type or dtype is None:
+            return False
+        return self.kernel_for(operation, math.prod(shape) * dtype.itemsize, dtype) != OTHERS
+
+    def kernel_for(self, operation: str, nbytes: int, dtype: torch.dtype) -> str:
+        """The kernel that serves such a call, `nbytes` as `commgraph.KernelTable` counts them; ``""`` where none does."""
+        parts = 1 if operation == "all_reduce" else self.world_size
+        if nbytes == 0 or nbytes % (ALIGNMENT * parts) or (operation in _REDUCTIONS and dtype not in _REDUCIBLE):
+            return OTHERS
+        return self._plan.kernel(operation, str(dtype).removeprefix("torch."), nbytes)
+
+    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
+        if op not in ("sum", "avg"):
+            return self._rest.all_reduce(x, op, tag=tag, timeout=timeout)
+        out = self.new(x.shape, x.dtype, x.device)
+        self._reduce(dense(x), out, op)
+        return out
+
+    def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
+        if op not in ("sum", "avg"):
+            return self._rest.all_reduce_(x, op, tag=tag, timeout=timeout)
+        out = x if is_dense(x) else self.new(x.shape, x.dtype, x.device)
+        self._reduce(dense(x), out, op)
+        return x if out is x else x.copy_(out)
+
+    def _reduce(self, x: torch.Tensor, out: torch.Tensor, op: str) -> None:
+        kernels, kernel = self._begin(), self.kernel_for("all_reduce", x.nbytes, x.dtype)
+        step = self._step(x.itemsize, 1)
+        for mine, theirs in zip(x.view(-1).split(step), out.view(-1).split(step), strict=True):
+            kernels.all_reduce(kernel, mine, theirs)
+        self._bytes += x.nbytes
+        self._average(out, op)
+
+    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, timeout: float) -> None:
+        if len(set(sizes)) > 1:
+            self._rest.all_gather(x, dim, sizes, out, tag=tag, timeout=timeout)
+            return
+        kernels, kernel = self._begin(), self.kernel_for("all_gather", out.nbytes, out.dtype)
+        flat = as_bytes(dense(x))
+        # Straight into the result where its pieces lie one after the other, and it can be cut as bytes.
+        straight = is_dense(out) and math.prod(out.shape[:dim]) == 1
+        whole = as_bytes(out) if straight else torch.empty(out.nbytes, dtype=torch.uint8, device=out.device)
+        step = self._step(1, self.world_size)
+        if flat.numel() <= step:
+            kernels.all_gather(kernel, flat, whole)
+        else:
+            by_rank = whole.view(self.world_size, -1)
+            for begin, piece in zip(range(0, flat.numel(), step), flat.split(step), strict=True):
+                part = torch.empty(piece.numel() * self.world_size, dtype=torch.uint8, device=out.device)
+                kernels.all_gather(kernel, piece, part)
+                by_rank[:, begin : begin + piece.numel()].copy_(part.view(self.world_size, -1))
+        self._bytes += flat.numel()
+        if not straight:
+            pieces = whole.view(out.dtype).view(self.world_size, *x.shape)
+            out.copy_(torch.cat(list(pieces), dim))
+
+    def reduce_scatter(
+        self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, timeout: float
+    ) -> None:
+        if len(set(sizes)) > 1 or op not in ("sum", "avg"):
+            self._rest.reduce_scatter(x, dim, sizes, op, out, tag=tag, timeout=timeout)
+            return
+        kernels, kernel = self._begin(), self.kernel_for("reduce_scatter", x.nbytes, x.dtype)
+        landing = out if is_dense(out) else self.new(out.shape, out.dtype, out.device)
+        step = self._step(x.itemsize, self.world_size)
+        cut = [dense(piece).view(-1).split(step) for piece in x.split(list(sizes), dim)]
+        for part, pieces in zip(landing.view(-1).split(step), zip(*cut, strict=True), strict=True):
+            kernels.reduce_scatter(kernel, pieces, part)
+        self._bytes += x.nbytes
+        self._average(landing, op)
+        if landing is not out:
+            out.copy_(landing)
+
+    def _begin(self) -> Kernels:
+        if self._kernels is None:
+            raise PeerClosed(self.rank_in_group, "this rank closed the group")
+        self._ordered()
+        return self._kernels
+
+    def _average(self, out: torch.Tensor, op: str) -> None:
+        if op == "avg":
+            out.div_(self.world_size)
+
+    def _step(self, itemsize: int, parts: int) -> int:
+        """Elements of each rank's part that go through the buffer at once."""
+        return self._room // (ALIGNMENT * parts) * ALIGNMENT // itemsize
+
+    # Life.
+
+    def warmup(self) -> None:
+        """Runs every kernel that it has once: the first run of each loads it."""
+        unit = ALIGNMENT * self.world_size
+        smallest = sorted({0, *(step.max_bytes for steps in self._plan.steps.values() for step in steps)})
+        for operation in KERNELS:
+            for dtype in (torch.float32, torch.bfloat16):
+                tried = {OTHERS}
+                for nbytes in (size // unit * unit + unit for size in smallest):
+                    if (kernel := self.kernel_for(operation, nbytes, dtype)) not in tried:
+                        tried.add(kernel)
+                        self._try(operation, torch.zeros(nbytes // dtype.itemsize, dtype=dtype, device=self._device))
+
+    def _try(self, operation: str, whole: torch.Tensor) -> None:
+        n, me = self.world_size, self.rank_in_group
+        part = whole.view(n, -1)[me].clone()
+        each = [part.numel()] * n
+        limits: dict[str, Any] = {"tag": 0, "timeout": 0.0}
+        if operation == "all_reduce":
+            self.all_reduce_(whole, "sum", **limits)
+        elif operation == "all_gather":
+            self.all_gather(part, 0, each, whole, **limits)
+        else:
+            self.reduce_scatter(whole, 0, each, "sum", part, **limits)
+
+    def abort(self) -> None:
+        """Nothing of it waits on the host."""
+
+    def close(self) -> None:
+        kernels, self._kernels = self._kernels, None
+        if kernels is not None:
+            kernels.close()
+
+    def memory(self) -> int:
+        return 0 if self._kernels is None else self._room
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._bytes
+
+    def describe(self) -> str:
+        cast = "" if self._kernels is None or self._kernels.multicast else ", without multicast"
+        return f"kernels over a buffer of {self._room} bytes{cast}: {self._plan.describe()}"

@@ -1,0 +1,87 @@
+"""A child's trial of its peers' device memory: ``python -m commgraph.communicators.custom_all_reduce.trial PORT RANK SIZE DEVICE``.
+
+Prints a `peers.Word`. Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import timedelta
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from commgraph.communicators.custom_all_reduce.kernels import TorchKernels
+from commgraph.communicators.custom_all_reduce.peers import MARK, Word
+
+_BYTES = 8 << 20
+_NUMEL = 1024
+
+
+def main(port: int, rank: int, size: int, device: int) -> None:
+    """Meets the other children at a port of this host, and says what came of it."""
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+    torch.cuda.init()  # says what is wrong with it, where something is
+    torch.cuda.set_device(device)
+    word = try_peers(TorchKernels("trial", dist.PrefixStore("trial", store), rank, size, torch.device("cuda", device), _BYTES), rank, size)
+    print(f"{MARK}{msgspec.json.encode(word).decode()}", flush=True)
+    # The memory must not go before the last peer has read it.
+    store.set(f"done/{rank}", "")
+    store.wait([f"done/{peer}" for peer in range(size)])
+
+
+def try_peers(kernels: TorchKernels, rank: int, size: int) -> Word:
+    """Reads and writes every peer's memory, and reduces over all."""
+    device = kernels.peer(rank, 1).device
+    kernels.peer(rank, _BYTES).copy_(_pattern(rank, device))
+    torch.cuda.synchronize(device)
+    kernels.barrier()
+    slowest = float("inf")
+    for peer in (other % size for other in range(rank + 1, rank + size)):
+        theirs = kernels.peer(peer, _BYTES)
+        wrong = int((theirs.clone() != _pattern(peer, device)).sum())
+        if wrong:
+            return Word(f"{wrong} of {_BYTES} bytes that it read from rank {peer} of the group were wrong")
+        slowest = min(slowest, _gigabytes(theirs))
+    kernels.barrier()
+    # Each writes a number of its own to the place of its own in every peer's memory.
+    for peer in range(size):
+        kernels.peer(peer, size)[rank] = rank + 1
+    torch.cuda.synchronize(device)
+    kernels.barrier()
+    written = kernels.peer(rank, size).tolist()
+    if written != list(range(1, size + 1)):
+        return Word(f"its peers wrote {list(range(1, size + 1))} to it, and {written} came")
+    kernels.barrier()
+    for kernel in ("one_shot", "two_shot", *(["multimem"] if kernels.multicast else [])):
+        x = torch.full((_NUMEL,), float(rank + 1), device=device)
+        out = torch.empty_like(x)
+        kernels.all_reduce(kernel, x, out)
+        if not bool((out == size * (size + 1) / 2).all()):
+            return Word(f"the {kernel} kernel gave a wrong sum")
+    torch.cuda.synchronize(device)
+    return Word(multicast=kernels.multicast, gigabytes=slowest)
+
+
+def _pattern(rank: int, device: torch.device) -> torch.Tensor:
+    """Bytes that tell ranks and places apart."""
+    numbers = torch.arange(_BYTES // 4, dtype=torch.int32, device=device)
+    return ((numbers * 1640531527 + rank * 40503) ^ (numbers >> 7)).to(torch.int32).view(torch.uint8)
+
+
+def _gigabytes(theirs: torch.Tensor) -> float:
+    """A second's worth of reading, from the best of a few times."""
+    best = float("inf")
+    for _ in range(5):
+        torch.cuda.synchronize(theirs.device)
+        started = time.perf_counter()
+        theirs.clone()
+        torch.cuda.synchronize(theirs.device)
+        best = min(best, time.perf_counter() - started)
+    return theirs.nbytes / best / 1e9
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,77 @@
+"""One order for what is begun on a device, whatever group it is of.
+
+The kernels of two communicators on one device wait for their peers, and may have to wait for each other's place on it. If one rank begins
+the call of one group first and another rank that of another, each may hold what the other needs: a deadlock in which everything looks busy.
+Therefore all ranks begin what they have in common in the same order. With `CommunicatorOptions(check=True)` that is compared: a rank's n-th
+checked call on its device that concerns a peer has to be that peer's n-th that concerns this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from commgraph.communicators.base import PeerClosed, PeerLate
+from commgraph.communicators.gloo_transport import GlooTransport
+from commgraph.communicators.signature import CHECK, make_tag
+
+__all__ = ["DeviceOrder"]
+
+
+class DeviceOrder:
+    """Of one rank of a world, over connections of its own to all others, made when a context first asks for it."""
+
+    def __init__(self) -> None:
+        self._transport: GlooTransport | None = None
+        self._counts: dict[int, int] = {}
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether it was ever connected; the same on all ranks."""
+        return self._transport is not None
+
+    def connect(self, transport: GlooTransport) -> None:
+        """Takes connections to every rank of the world."""
+        self._transport = transport
+
+    def swap(self, ranks: Sequence[int], texts: Mapping[int, torch.Tensor], timeout: float) -> dict[int, torch.Tensor]:
+        """Tells peers what this rank is about to begin, and hears the same of them, whatever it is.
+
+        Args:
+            ranks: global ranks of the group.
+            texts: by rank in the group, one for each peer, all of one size.
+            timeout: seconds.
+
+        Raises:
+            PeerLate, PeerClosed: with the rank in the group. The order is unknown from then on: later calls end in the same way.
+        """
+        assert self._transport is not None
+        heard = {peer: torch.empty_like(text) for peer, text in texts.items()}
+        tags = {}
+        for peer in texts:
+            rank = ranks[peer]
+            tags[rank] = make_tag(CHECK, self._counts.get(rank, 0))
+            self._counts[rank] = self._counts.get(rank, 0) + 1
+        try:
+            self._transport.exchange(
+                [(text, ranks[peer]) for peer, text in texts.items()],
+                [(text, ranks[peer]) for peer, text in heard.items()],
+                tag=tags,
+                timeout=timeout,
+            )
+        except PeerLate as error:
+            raise PeerLate(ranks.index(error.peer)) from None
+        except PeerClosed as error:
+            raise PeerClosed(ranks.index(error.peer), error.reason) from None
+        return heard
+
+    def abort(self) -> None:
+        """Ends every wait in it, here and on the peers."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def close(self) -> None:
+        """Drops the connections."""
+        if self._transport is not None:
+            self._transport.close()
