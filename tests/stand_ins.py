@@ -33,10 +33,13 @@ class Memory:
 
 
 class HostKernels(Kernels):
-    """As torch's over symmetric memory, on threads: what those insist on is insisted on here, and their order of adding is kept."""
+    """As torch's over symmetric memory, on threads: what those insist on is insisted on here, and their order of adding is kept.
 
-    def __init__(self, memory: Memory, name: str, rank: int, n: int, room: int, *, multicast: bool = True) -> None:
-        self.room, self.multicast = room, multicast
+    `wide` adds small floats in float32, which the oracle of the random programs expects and torch's kernels do not do.
+    """
+
+    def __init__(self, memory: Memory, name: str, rank: int, n: int, room: int, *, multicast: bool = True, wide: bool = False) -> None:
+        self.room, self.multicast, self._wide = room, multicast, wide
         self._memory, self._name, self._rank, self._n = memory, name, rank, n
         # One more, in which nothing may ever be written.
         self._buffer = torch.full((room + 64,), 0xA5, dtype=torch.uint8)
@@ -53,10 +56,10 @@ class HostKernels(Kernels):
 
     def _sum(self, numel: int, dtype: torch.dtype, begin: int = 0, end: int | None = None) -> torch.Tensor:
         pieces = [self._view(rank, numel, dtype)[begin:end] for rank in range(self._n)]
-        total = pieces[0].clone()
+        total = pieces[0].clone().float() if self._wide else pieces[0].clone()
         for piece in pieces[1:]:
             total += piece
-        return total
+        return total.to(dtype)
 
     def _check(self, kernel: str, *tensors: torch.Tensor, reducible: bool = True) -> None:
         for x in tensors:
@@ -183,6 +186,7 @@ class FakeDevice(DevicePlatform):
         identity: str = "",
         trial: str = f"print('{GOOD}')",
         multicast: bool = True,
+        wide: bool = False,
     ) -> None:
         self.memory = memory or Memory()
         self.streams_made = FakeStreams()
@@ -190,7 +194,7 @@ class FakeDevice(DevicePlatform):
         self.backends = 0
         self.trials = 0
         self._capability, self._peer_problem, self._problem, self._identity = capability, peer_problem, problem, identity
-        self._trial, self._multicast = trial, multicast
+        self._trial, self._multicast, self._wide = trial, multicast, wide
 
     def device(self, local_rank: int) -> torch.device:
         return torch.device("cpu")
@@ -230,7 +234,7 @@ class FakeDevice(DevicePlatform):
         return lambda port: [sys.executable, "-c", self._trial]
 
     def make_kernels(self, facts: GroupFacts, name: str, room: int) -> Kernels:
-        made = HostKernels(self.memory, name, facts.rank_in_group, len(facts.ranks), room, multicast=self._multicast)
+        made = HostKernels(self.memory, name, facts.rank_in_group, len(facts.ranks), room, multicast=self._multicast, wide=self._wide)
         self.kernels.append(made)
         return made
 

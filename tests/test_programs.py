@@ -13,6 +13,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -20,9 +21,12 @@ from hypothesis import strategies as st
 
 import commgraph as cg
 from commgraph.coordinator import GroupCoordinator
+from commgraph.kernel_table import KERNELS, KernelTable, Row
+from commgraph.kernel_table import Step as KernelStep
 from commgraph.testing import spmd
 from commgraph.testing._program import OPERATIONS, Program, Step, TensorSpec, fill
 from commgraph.testing.strategies import programs, tensors
+from tests.stand_ins import FakeDevice, Memory
 
 REDUCTIONS = ("all_reduce", "all_reduce_", "reduce_scatter", "reduce_scatterv", "combine")
 
@@ -246,6 +250,71 @@ def test_programs_under_other_options(program: Program, options: dict[str, bool]
             return program.perform(context)
 
     check(program, spmd(run, program.world_size))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore:fakeccl cannot serve")  # so that what no kernel serves goes where the oracle expects it
+@pytest.mark.parametrize("options", [{}, {"check": True}, {"custom_all_reduce_bytes": 16 << 10}], ids=str)
+def test_programs_on_a_stand_in_for_a_device(options: dict[str, Any]) -> None:
+    """Kernels over the peers' memory where they serve, the host's strategies elsewhere, and works on side streams."""
+    calls: list[str] = []
+
+    served = ("all_reduce", "all_reduce_", "all_gather", "reduce_scatter")
+
+    @settings(QUICK, max_examples=30)
+    @given(
+        n=st.integers(2, 4),
+        program=programs(max_steps=8, operations=(*served, "ring", "tensor_dict_ring", "broadcast_object")),
+        dtypes=st.lists(st.sampled_from(["float32", "bfloat16", ""]), min_size=8),
+    )
+    def play(n: int, program: Program, dtypes: list[str]) -> None:
+        # Of groups, sizes and dtypes that kernels serve, often.
+        steps = [
+            attrs.evolve(
+                step,
+                group="tp",
+                gather=None,
+                tensor=attrs.evolve(step.tensor, dtype=dtype or step.tensor.dtype, shape=wider(step.tensor.shape), bits=False),
+            )
+            for step, dtype in zip(program.steps, dtypes, strict=False)
+            if step.op != "avg" or dtype
+        ]
+        calls.extend(play_on_device(Program(cg.Layout(n, tp=n), tuple(steps)), options))
+
+    play()
+    # Whatever was drawn, each kernel has its turn.
+    each = [Step("all_reduce", "tp", TensorSpec("float32", (size,))) for size in (96, 192, 960)]
+    calls += play_on_device(Program(cg.Layout(2, tp=2), tuple(each)), options)
+    assert {"one_shot", "two_shot", "multimem"} <= set(calls)
+
+
+def wider(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-1], shape[-1] * 48) if shape else shape
+
+
+def play_on_device(program: Program, options: dict[str, Any]) -> list[str]:
+    """Which kernels ran."""
+    memory = Memory()
+    calls: list[str] = []
+    steps = (KernelStep(400, "one_shot"), KernelStep(1200, "two_shot"), KernelStep(1 << 20, "multimem"))
+    rows = [
+        Row("9.0", n, operation, "any", tuple(step for step in steps if step.kernel in kernels))
+        for n in (2, 3, 4)
+        for operation, kernels in KERNELS.items()
+    ]
+
+    def run(world: cg.World) -> list[Any]:
+        platform = FakeDevice(memory, problem="there is none", wide=True)
+        given = cg.CommunicatorOptions(**{"custom_all_reduce": KernelTable(rows), **options})
+        with world.context(program.layout, name="device", options=given, platform=platform) as context:
+            results = program.perform(context)
+            for kernels in platform.kernels:
+                calls.extend(kernels.calls)
+                kernels.close()  # looks for what was written past the end
+            return results
+
+    check(program, spmd(run, program.world_size))
+    return calls
 
 
 class Players:

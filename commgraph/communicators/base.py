@@ -126,7 +126,7 @@ class Communicator(abc.ABC):
     # One method per operation. A strategy defines those that it lists in `operations`; a coordinator calls no other.
 
     def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
-        """A new tensor of x's shape and dtype: the reduction of every rank's x, with the same bits on every rank."""
+        """A new contiguous tensor of x's shape and dtype: the reduction of every rank's x, with the same bits on every rank."""
         raise self._unserved("all_reduce")
 
     def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:

@@ -107,5 +107,5 @@ class StagedCommunicator(Communicator):
 
 
 def _own(copied: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Host memory that may be written to: that of a host tensor is the caller's."""
-    return copied.clone() if copied is x else copied
+    """Contiguous host memory that may be written to: that of a host tensor is the caller's."""
+    return copied.clone(memory_format=torch.contiguous_format) if copied is x else copied.contiguous()

@@ -140,6 +140,7 @@ class _Check:
         case.same(x, case.mine(), "its input was changed")
         case.reduced(y, case.everyone(), op)
         case.alike(y)
+        _expect(y.is_contiguous(), f"{case}: its result has strides {y.stride()}, it has to be contiguous")
         z = case.mine()
         _expect(self._call(made, lambda tag: made.all_reduce_(z, op, tag=tag, timeout=30.0)) is z, f"{case}: all_reduce_ must return x")
         case.same(z, y, "all_reduce_ and all_reduce differ")
