@@ -149,6 +149,7 @@ class Builder:
         wants_device: bool,
         device: torch.device,
         plugins: Plugins,
+        partition: Callable[[], Sequence[Sequence[int]]],
     ) -> GroupLink:
         """Makes the strategies of a group, on its connection, which is closed if that fails.
 
@@ -160,12 +161,13 @@ class Builder:
             wants_device: whether the group serves device tensors too.
             device: of this rank.
             plugins: strategies of other packages that may serve it.
+            partition: gives the global ranks of all groups of this kind.
 
         Raises:
             BackendUnavailableError: the platform has nothing that serves the options.
         """
         host_timeout = options.host_timeout or options.timeout or self.timeout
-        again = self._again(ranks, platform, options, wants_device=wants_device, device=device, plugins=plugins)
+        again = self._again(ranks, platform, options, wants_device=wants_device, device=device, plugins=plugins, partition=partition)
         place: Any = {"device": device, "streams": platform.streams(device), "order": self.order if self.order.is_connected else None}
         if connection is None:
             return GroupLink(ident=ident, ranks=ranks, rank_in_group=0, host_timeout=host_timeout.total_seconds(), again=again, **place)
@@ -174,7 +176,7 @@ class Builder:
             nodes = tuple(self.hosts.nodes[rank] for rank in ranks)
             limits = Limits(host_timeout.total_seconds(), self.timeout.total_seconds(), self.hosts.local_size)
             strategies = dist.PrefixStore("strategies", connection.store)
-            facts = GroupFacts(ranks, rank_in_group, nodes, options, wants_device, limits, strategies, device, self.proofs)
+            facts = GroupFacts(ranks, rank_in_group, nodes, options, wants_device, limits, strategies, device, self.proofs, partition)
             chain = self._chain(ident, platform, facts, connection, plugins)
             link = GroupLink(
                 ident=ident,

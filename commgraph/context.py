@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -382,6 +383,7 @@ def build_context(
                 wants_device=device,
                 device=world.device,
                 plugins=plugins,
+                partition=functools.partial(layout.groups, first),
             )
             coordinators[first] = build_coordinator(world, first, link)
             coordinators |= {other: join_coordinator(other, coordinators[first]) for other in others}

@@ -100,7 +100,15 @@ class World:
             connection = builder.connect("world", everyone)
             # Host tensors and objects, by what every installation has: it is there before anything of others is loaded.
             link = builder.link(
-                "world", everyone, connection, platform, CommunicatorOptions(), wants_device=False, device=device, plugins=Plugins()
+                "world",
+                everyone,
+                connection,
+                platform,
+                CommunicatorOptions(),
+                wants_device=False,
+                device=device,
+                plugins=Plugins(),
+                partition=lambda: (everyone,),
             )
             self.group: GroupCoordinator = build_coordinator(self, "world", link)
         except BaseException:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -334,7 +335,7 @@ def test_without_devices_every_platform_says_what_it_lacks() -> None:
     assert "no NCCL" in cg.CudaPlatform().problem(facts)
     assert "no NCCL" in cg.RocmPlatform().problem(facts)
     assert "XCCL" in cg.XpuPlatform().problem(facts)
-    assert "XLA" in cg.TpuPlatform().problem(facts)
+    assert cg.TpuPlatform().problem(facts) == "torch_xla is not installed"
 
 
 # What other packages bring
@@ -401,7 +402,6 @@ def test_entry_points_that_are_none(group: str, value: Any, words: str, monkeypa
 
 
 def test_ranks_with_other_packages_do_not_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
 
     mine = detection.Plugins.describe
     monkeypatch.setattr(
@@ -409,3 +409,121 @@ def test_ranks_with_other_packages_do_not_build(monkeypatch: pytest.MonkeyPatch)
     )
     with pytest.raises(cg.LayoutMismatchError, match="the strategies of other packages"):
         spmd(lambda world: world.context(cg.Layout(2, tp=2), name="a"), 2)
+
+
+# XLA, by a stub of torch_xla
+
+
+class StubXla:
+    """`torch_xla.core.xla_model` and `torch_xla.runtime` on threads: every rank of the world makes each call, each in its own group."""
+
+    def __init__(self, n: int) -> None:
+        self._given: dict[int, torch.Tensor] = {}
+        self._barrier = threading.Barrier(n)
+        self._here = threading.local()
+        self.calls: list[tuple[int, str]] = []
+
+    def enter(self, rank: int) -> None:
+        self._here.rank = rank
+
+    def _note(self, what: str) -> None:
+        self.calls.append((self._here.rank, what))
+
+    def made_by(self, rank: int) -> list[str]:
+        return [what for who, what in self.calls if who == rank]
+
+    def global_ordinal(self) -> int:
+        return int(self._here.rank)
+
+    def _together(self, x: torch.Tensor, groups: list[list[int]]) -> tuple[list[torch.Tensor], int]:
+        assert sorted(rank for group in groups for rank in group) == list(range(self._barrier.parties)), "every replica in one group"
+        rank = self._here.rank
+        (mine,) = (group for group in groups if rank in group)
+        self._given[rank] = x
+        self._barrier.wait(20)
+        pieces = [self._given[peer] for peer in mine]
+        self._barrier.wait(20)
+        return pieces, mine.index(rank)
+
+    def _reduced(self, kind: str, pieces: list[torch.Tensor], scale: float) -> torch.Tensor:
+        stack = torch.stack(pieces)
+        whole = {"sum": stack.sum(0), "mul": stack.prod(0), "min": stack.amin(0), "max": stack.amax(0)}[kind]
+        return (whole * scale).to(pieces[0].dtype)
+
+    def all_reduce(self, kind: str, x: torch.Tensor, scale: float = 1.0, groups: Any = None) -> torch.Tensor:
+        self._note("all_reduce")
+        return self._reduced(kind, self._together(x, groups)[0], scale)
+
+    def all_gather(self, x: torch.Tensor, dim: int = 0, groups: Any = None) -> torch.Tensor:
+        self._note("all_gather")
+        return torch.cat(self._together(x, groups)[0], dim)
+
+    def reduce_scatter(
+        self, kind: str, x: torch.Tensor, scale: float, scatter_dim: int, shard_count: int, groups: Any = None
+    ) -> torch.Tensor:
+        self._note("reduce_scatter")
+        pieces, me = self._together(x, groups)
+        return self._reduced(kind, pieces, scale).chunk(shard_count, scatter_dim)[me]
+
+
+class StubTpu(cg.TpuPlatform):
+    """A TPU whose tensors are host tensors."""
+
+    device_type: ClassVar[str] = "cpu"
+    stub: StubXla
+
+    @classmethod
+    def available(cls) -> bool:
+        return True
+
+    def _torch_xla(self, module: str) -> Any:
+        assert module in ("core.xla_model", "runtime")
+        return self.stub
+
+    def identity(self, device: torch.device) -> str:
+        return f"thread {threading.get_ident()}"
+
+
+def test_xla_collectives_by_a_stub() -> None:
+    """Two groups of two: each call names both, and every rank makes it."""
+    stub = StubXla(4)
+
+    def run(world: cg.World) -> None:
+        stub.enter(world.rank)
+        platform = StubTpu()
+        platform.stub = stub
+        with world.context(cg.Layout(4, dp=2, tp=2), name="a", platform=platform) as ctx:
+            for group in (ctx.tp, ctx.dp):
+                assert group.communicators["all_reduce"][0] == "xla"
+                n, me = group.world_size, group.rank_in_group
+                inputs = [torch.arange(8.0).view(2, 4) + rank for rank in group.ranks]
+                whole = torch.stack(inputs)
+                x = inputs[me].t().contiguous().t()
+                for op, wanted in (("sum", whole.sum(0)), ("avg", whole.mean(0)), ("max", whole.amax(0)), ("product", whole.prod(0))):
+                    assert torch.equal(group.all_reduce(x, op=op), wanted)
+                assert torch.equal(group.all_reduce_(x.clone()), whole.sum(0))
+                for dim in (0, 1):
+                    assert torch.equal(group.all_gather(x, dim), torch.cat(inputs, dim))
+                    assert torch.equal(group.reduce_scatter(x, dim), whole.sum(0).chunk(n, dim)[me])
+                before = stub.made_by(world.rank)
+                assert group.all_gatherv(x[: me + 1], 0, [1, 2]).shape == (3, 4)  # type: ignore[union-attr]  # of one tensor
+                assert group.all_reduce(torch.tensor([True])).tolist() == [True]
+                assert stub.made_by(world.rank) == before, "uneven pieces and bools go by way of the host"
+            assert "xla: collectives of torch_xla in 2 groups" in ctx.explain()
+
+    spmd(run, 4)
+    assert set(stub.made_by(3)) == {"all_reduce", "all_gather", "reduce_scatter"}
+
+
+@pytest.mark.filterwarnings("ignore:xla cannot serve")
+def test_xla_has_to_number_the_ranks_as_the_world_does() -> None:
+    stub = StubXla(2)
+
+    def run(world: cg.World) -> str:
+        stub.enter(1 - world.rank)
+        platform = StubTpu()
+        platform.stub = stub
+        with world.context(cg.Layout(2, tp=2), name="a", platform=platform) as ctx:
+            return ctx.explain()
+
+    assert all("xla: not used, rank 0: XLA calls it 1, and its groups are made of XLA's numbers" in text for text in spmd(run, 2))

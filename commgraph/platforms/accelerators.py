@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import importlib
 import importlib.util
 import os
 import socket
@@ -24,6 +25,7 @@ from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.communicators.shm import teller
 from commgraph.communicators.staged import StagedCommunicator
 from commgraph.communicators.torch_backend import TorchCommunicator
+from commgraph.communicators.xla import XlaCommunicator
 from commgraph.errors import BackendUnavailableError, ConfigurationError
 from commgraph.kernel_table import KernelTable
 from commgraph.platforms.base import GroupFacts, Platform
@@ -82,7 +84,7 @@ class DevicePlatform(Platform):
             return host
         live = [one for one in host if isinstance(one, Communicator)]
         staged = StagedCommunicator(facts.device, live)
-        backend = self._over_backend(facts, transport)
+        backend = self._over_backend(facts, transport, staged)
         custom = self._custom(facts, transport, staged if isinstance(backend, Refused) else backend)
         return [*custom, backend, *host, staged]
 
@@ -94,6 +96,11 @@ class DevicePlatform(Platform):
     def make_backend(self, facts: GroupFacts, timeout: timedelta) -> Any:
         """A live backend of torch's for this group, where no rank has a problem. Collective."""
 
+    def make_strategy(self, facts: GroupFacts, rest: Communicator) -> Communicator:
+        """The strategy of the backend, where no rank has a problem; `rest` serves what it does not. Collective."""
+        backend = self.make_backend(facts, timedelta(seconds=facts.limits.timeout))
+        return TorchCommunicator(self.backend(), backend, facts.device, facts.rank_in_group, len(facts.ranks), facts.store)
+
     def identity(self, device: torch.device) -> str:
         """Names a device on its host: two ranks with the same one share it."""
         return str(device)
@@ -101,7 +108,7 @@ class DevicePlatform(Platform):
     def streams(self, device: torch.device) -> Streams | None:
         return TorchStreams(device) if device.type == self.device_type else None
 
-    def _over_backend(self, facts: GroupFacts, transport: GlooTransport) -> Communicator | Refused:
+    def _over_backend(self, facts: GroupFacts, transport: GlooTransport, rest: Communicator) -> Communicator | Refused:
         """The backend's strategy on every rank, or on every rank the same reason why there is none."""
         name = self.backend()
         if facts.options.backend == "gloo":
@@ -118,8 +125,7 @@ class DevicePlatform(Platform):
                 stacklevel=2,
             )
             return Refused(name, reason)
-        backend = self.make_backend(facts, timedelta(seconds=facts.limits.timeout))
-        return TorchCommunicator(name, backend, facts.device, facts.rank_in_group, len(facts.ranks), facts.store)
+        return self.make_strategy(facts, rest)
 
     # Kernels over the peers' memory.
 
@@ -308,7 +314,7 @@ class XpuPlatform(DevicePlatform):
 
 
 class TpuPlatform(DevicePlatform):
-    """TPUs by torch_xla. Its collectives live in a graph of its own, which this does not build: tensors go by way of the host.
+    """TPUs by torch_xla, whose collectives are part of the program that it compiles; what they do not serve goes by way of the host.
 
     No such device has run it.
     """
@@ -327,7 +333,22 @@ class TpuPlatform(DevicePlatform):
         return None  # XLA orders what it runs by itself
 
     def problem(self, facts: GroupFacts) -> str:
-        return "XLA has no process group that commgraph could use"
+        if not self.available():
+            return "torch_xla is not installed"
+        ordinal, rank = int(self._torch_xla("runtime").global_ordinal()), facts.ranks[facts.rank_in_group]
+        return "" if ordinal == rank else f"XLA calls it {ordinal}, and its groups are made of XLA's numbers"
 
     def make_backend(self, facts: GroupFacts, timeout: timedelta) -> Any:
-        raise BackendUnavailableError(self.problem(facts))
+        raise BackendUnavailableError("XLA's collectives are no backend of torch.distributed that could be made for one group")
+
+    def make_strategy(self, facts: GroupFacts, rest: Communicator) -> Communicator:
+        return XlaCommunicator(self._torch_xla("core.xla_model"), facts.partition(), rest, facts.device)
+
+    def identity(self, device: torch.device) -> str:
+        return f"{device} of process {os.getpid()}"  # each process sees its own device as the first
+
+    def synchronize(self, device: torch.device) -> None:
+        self._torch_xla("core.xla_model").wait_device_ops()
+
+    def _torch_xla(self, module: str) -> Any:
+        return importlib.import_module(f"torch_xla.{module}")

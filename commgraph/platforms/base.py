@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import attrs
@@ -33,6 +33,7 @@ class GroupFacts:
         store: holds keys of this group only, for a strategy whose ranks meet there.
         device: of this rank.
         proofs: which ranks of the world were shown to reach each other's device memory.
+        partition: gives the global ranks of all groups of this kind, for programs that hold them all; costs what the world has ranks.
     """
 
     ranks: tuple[int, ...]
@@ -44,6 +45,7 @@ class GroupFacts:
     store: dist.Store = attrs.field(eq=False, repr=False)
     device: torch.device = attrs.field(default=torch.device("cpu"))
     proofs: Proofs = attrs.field(factory=Proofs, eq=False, repr=False)
+    partition: Callable[[], Sequence[Sequence[int]]] = attrs.field(default=tuple, eq=False, repr=False)
 
 
 class Platform(abc.ABC):

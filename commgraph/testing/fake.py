@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import ClassVar, NoReturn
 
@@ -73,6 +73,7 @@ class _FakeBuilder(Builder):
         wants_device: bool,
         device: torch.device,
         plugins: Plugins,
+        partition: Callable[[], Sequence[Sequence[int]]],
     ) -> GroupLink:
         me = ranks.index(self.rank)
         return _FakeLink(
@@ -83,7 +84,7 @@ class _FakeBuilder(Builder):
             transport=None if connection is None else connection.transport,
             host_timeout=_NEVER_WAITED.total_seconds(),
             experts=options.experts,
-            again=self._again(ranks, platform, options, wants_device=wants_device, device=device, plugins=plugins),
+            again=self._again(ranks, platform, options, wants_device=wants_device, device=device, plugins=plugins, partition=partition),
         )
 
 
