@@ -448,3 +448,21 @@ def test_tuning_without_kernels_says_why(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
     with pytest.raises(ConfigurationError, match="--tune: kernels add up float32 and bfloat16, not int32"):
         spmd(lambda world: bench_run.run(Job(world, "threads", tmp_path), plan.parse(["--tune", "t.json", "--dtype", "int32"]), {}), 2)
+
+
+def test_tensors_of_a_device_are_measured_beside_those_of_the_host(tmp_path: Path) -> None:
+    memory = Memory()
+    asked = plan.parse(["--op", "all_reduce_", "all_gather", "barrier", "--sizes", "4Ki", "--iters", "1"])
+
+    def rank(world: cg.World) -> Any:
+        world.platform = platform = FakeDevice(memory)
+        waited: list[torch.device] = []
+        setattr(platform, "synchronize", waited.append)  # noqa: B010 - of this one
+        found = bench_run.run(Job(world, "threads", tmp_path), asked, {})
+        assert waited, "a batch ends when the device has made its calls"
+        return found
+
+    found, _ = spmd(rank, 2)
+    strategies = {(row.operation, row.strategy) for row in found.rows if row.who == "commgraph"}
+    assert {("all_reduce_", "custom_all_reduce, fake"), ("all_gather", "fakeccl, fake")} <= strategies
+    assert [strategy for operation, strategy in strategies if operation == "barrier"] == ["shm"]

@@ -11,7 +11,17 @@ import torch
 
 from commgraph.world import World
 
-__all__ = ["Buffers", "Channel", "Job", "Library"]
+__all__ = ["Buffers", "Channel", "Job", "Library", "repeat"]
+
+
+def repeat(call: Callable[[], object]) -> Callable[[int], None]:
+    """A batch that makes one call after the other."""
+
+    def batch(calls: int) -> None:
+        for _ in range(calls):
+            call()
+
+    return batch
 
 
 @attrs.frozen(eq=False)
@@ -33,7 +43,7 @@ class Job:
 
 @attrs.frozen(eq=False)
 class Buffers:
-    """1-D host tensors of one dtype for one operation on one rank; only `out` changes, but for what works in place.
+    """1-D tensors of one dtype for one operation on one rank; only `out` changes, but for what works in place.
 
     Attributes:
         x: what goes in. The operation's size is that of the larger of the two, as in nccl-tests.
@@ -101,6 +111,10 @@ class Library:
             buffers: what it works on, made by `allocate`. The callable may return its result; otherwise it is in `out`.
         """
         return None
+
+    def batch(self, call: Callable[[], object]) -> Callable[[int], object]:
+        """What performs so many calls and returns when they have ended: here, one after the other."""
+        return repeat(call)
 
     def strategy(self, operation: str, buffers: Buffers) -> str:
         """Which of its ways the library takes for that call, for the table; "" if there is but one."""

@@ -11,11 +11,11 @@ import attrs
 import torch
 
 import commgraph as cg
-from commgraph.bench.library import Buffers, Channel, Job, Library
-from commgraph.bench.timing import Contender, repeat
+from commgraph.bench.library import Buffers, Channel, Job, Library, repeat
+from commgraph.bench.timing import Contender
 from commgraph.errors import ConfigurationError
 
-__all__ = ["OBJECT_WAYS", "Objects", "SharedTensors", "Tensors", "build_context", "overhead"]
+__all__ = ["OBJECT_WAYS", "DeviceTensors", "Objects", "SharedTensors", "Tensors", "build_context", "overhead"]
 
 # What an operation of the benchmark is called in `GroupCoordinator.communicators`.
 _IN_THE_TABLE = MappingProxyType({"all_reduce_": "all_reduce", "send_recv": "send", "tensor_dict": "send"})
@@ -133,6 +133,28 @@ class SharedTensors(Tensors):
     def strategy(self, operation: str, buffers: Buffers) -> str:
         """With a word on where the tensors are."""
         return f"{super().strategy(operation, buffers)}, shared tensors"
+
+
+class DeviceTensors(Tensors):
+    """The same on tensors of this rank's device, at the end of each batch of which the device is waited for."""
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """On the device."""
+        return torch.empty(numel, dtype=dtype, device=self.group.device)
+
+    def batch(self, call: Callable[[], object]) -> Callable[[int], object]:
+        """Until the device has made the calls."""
+        several, world = repeat(call), self.job.world
+
+        def batch(calls: int) -> None:
+            several(calls)
+            world.platform.synchronize(world.device)
+
+        return batch
+
+    def strategy(self, operation: str, buffers: Buffers) -> str:
+        """With the device."""
+        return f"{super().strategy(operation, buffers)}, {self.job.world.platform.name}"
 
 
 class Objects(Library):

@@ -12,7 +12,7 @@ import torch
 from commgraph.bench import machine, objects, peers, probe, tensors
 from commgraph.bench.figures import Row
 from commgraph.bench.library import Job, Library
-from commgraph.bench.ours import OBJECT_WAYS, Objects, SharedTensors, Tensors, build_context
+from commgraph.bench.ours import OBJECT_WAYS, DeviceTensors, Objects, SharedTensors, Tensors, build_context
 from commgraph.bench.plan import Plan
 from commgraph.bench.report import Run, heading, introduction, line
 from commgraph.bench.session import Session
@@ -72,6 +72,8 @@ def run(job: Job, plan: Plan, gifts: Mapping[str, Any]) -> Run:
         own: list[Library] = []
         for name, ctx in contexts.items():
             own.append(Tensors(job, ctx))
+            if world.platform.streams(world.device) is not None:
+                own.append(DeviceTensors(job, ctx))
             if largest:
                 own.append(SharedTensors(job, ctx, largest + _ROOM * world.size))
             own += [Objects(job, ctx, way, name) for way in OBJECT_WAYS]

@@ -9,9 +9,9 @@ import torch
 
 from commgraph.bench.figures import rows_of
 from commgraph.bench.library import Buffers, Library
-from commgraph.bench.ours import SharedTensors, Tensors, overhead
+from commgraph.bench.ours import DeviceTensors, SharedTensors, Tensors, overhead
 from commgraph.bench.session import Session
-from commgraph.bench.timing import Contender, interleave, repeat
+from commgraph.bench.timing import Contender, interleave
 
 __all__ = ["OPERATIONS", "SIZELESS", "buffers_for", "largest", "measure"]
 
@@ -49,7 +49,7 @@ def measure(session: Session, operation: str, size: int, dtype: torch.dtype) -> 
         if operation == "overhead":
             if type(library) is Tensors:
                 contenders += overhead(library, buffers_for(library, "all_reduce", size, dtype))
-        elif operation != "barrier" or type(library) is not SharedTensors:  # a barrier has no tensors to be shared
+        elif operation != "barrier" or not isinstance(library, SharedTensors | DeviceTensors):  # a barrier has no tensors, wherever
             contenders += _contenders(session, library, operation, size, dtype)
     n = session.job.world.size
     for contender, samples in zip(contenders, interleave(contenders, session.stopwatch), strict=True):
@@ -99,12 +99,12 @@ def _contenders(session: Session, library: Library, operation: str, size: int, d
     def try_it() -> bool:
         result = call()
         if call is not _nothing:
-            _check(operation, result if isinstance(result, torch.Tensor) else buffers.out, rank, n)
+            _check(operation, (result if isinstance(result, torch.Tensor) else buffers.out).cpu(), rank, n)
         return True
 
     if session.agreed(who, try_it) is None:
         return []
-    return [Contender(library.name, library.strategy(operation, buffers), repeat(call), 0.5 if pairwise else 1.0)]
+    return [Contender(library.name, library.strategy(operation, buffers), library.batch(call), 0.5 if pairwise else 1.0)]
 
 
 def _nothing() -> None:

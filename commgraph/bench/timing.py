@@ -16,7 +16,7 @@ import attrs
 from commgraph.bench.figures import Sample
 from commgraph.bench.probe import Probe
 
-__all__ = ["Contender", "Stopwatch", "interleave", "repeat", "slowest"]
+__all__ = ["Contender", "Stopwatch", "interleave", "slowest"]
 
 T = TypeVar("T")
 
@@ -74,16 +74,6 @@ class Stopwatch:
         if self.samples is not None:
             return self.samples
         return min(max(int(self.seconds / max(seconds, 1e-9)), _FEWEST), _MOST)
-
-
-def repeat(call: Callable[[], object]) -> Callable[[int], None]:
-    """A batch that makes one call after the other."""
-
-    def batch(calls: int) -> None:
-        for _ in range(calls):
-            call()
-
-    return batch
 
 
 def slowest(values: Sequence[Sequence[float]]) -> list[float]:

@@ -9,12 +9,12 @@ import torch
 
 import commgraph as cg
 from commgraph.bench.figures import Row, percentile, rows_of
-from commgraph.bench.library import Job
+from commgraph.bench.library import Job, repeat
 from commgraph.bench.ours import build_context
 from commgraph.bench.plan import Plan
 from commgraph.bench.probe import Probe
 from commgraph.bench.report import Run, heading, introduction
-from commgraph.bench.timing import Contender, Stopwatch, interleave, repeat
+from commgraph.bench.timing import Contender, Stopwatch, interleave
 from commgraph.communicators.custom_all_reduce import CustomAllReduce
 from commgraph.errors import BackendUnavailableError, ConfigurationError
 from commgraph.kernel_table import KERNELS, OTHERS, KernelTable, Step, merged
