@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
-__all__ = ["as_bytes", "dense", "is_dense", "land", "landing_for"]
+__all__ = ["are_slices_joined", "as_bytes", "dense", "is_dense", "land", "landing_for"]
 
 
 def is_dense(x: torch.Tensor) -> bool:
@@ -17,6 +18,11 @@ def is_dense(x: torch.Tensor) -> bool:
 def dense(x: torch.Tensor) -> torch.Tensor:
     """x itself where its memory is what its values say, else a contiguous copy (lazily conjugated or negated ones too)."""
     return x.resolve_conj().resolve_neg().contiguous()
+
+
+def are_slices_joined(x: torch.Tensor, dim: int) -> bool:
+    """Whether what x is cut into along `dim` lies in its memory one after the other."""
+    return is_dense(x) and math.prod(x.shape[:dim]) == 1
 
 
 def landing_for(view: torch.Tensor) -> torch.Tensor:

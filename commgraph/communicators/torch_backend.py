@@ -15,7 +15,7 @@ import torch.distributed as dist
 from commgraph import compat
 from commgraph.communicators.base import OPERATIONS, Communicator, PeerClosed, PeerLate
 from commgraph.communicators.gloo_transport import milliseconds
-from commgraph.communicators.memory import as_bytes, dense, is_dense, land, landing_for
+from commgraph.communicators.memory import are_slices_joined, as_bytes, dense, is_dense, land, landing_for
 
 __all__ = ["TorchCommunicator"]
 
@@ -89,15 +89,14 @@ class TorchCommunicator(Communicator):
     def reduce_scatter(
         self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, timeout: float
     ) -> None:
-        pieces = [dense(piece) for piece in x.split(list(sizes), dim)]
         landing = landing_for(out)
         if len(set(sizes)) == 1:
             if out.numel():
-                whole = torch.stack(pieces)
+                whole = x if are_slices_joined(x, dim) else torch.stack(x.split(list(sizes), dim))
                 options = compat.backend_options("ReduceScatter", milliseconds(timeout), reduceOp=_OPS[op])
                 self._do(lambda backend: backend._reduce_scatter_base(landing.view(-1), whole.view(-1), options), whole)
         else:
-            mine = [piece.clone() for piece in pieces]  # a reduce may write to what its other ranks give
+            mine = [dense(piece).clone() for piece in x.split(list(sizes), dim)]  # a reduce may write to what its other ranks give
             with self._at_once():
                 for root, piece in enumerate(mine):
                     options = compat.backend_options("Reduce", milliseconds(timeout), reduceOp=_OPS[op], rootRank=root)
@@ -111,7 +110,8 @@ class TorchCommunicator(Communicator):
     def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, timeout: float) -> None:
         flat = as_bytes(dense(x))
         if len(set(sizes)) == 1:
-            whole = torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
+            straight = are_slices_joined(out, dim)
+            whole = out if straight else torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
             if flat.numel():
                 self._do(
                     lambda backend: backend._allgather_base(
@@ -119,7 +119,8 @@ class TorchCommunicator(Communicator):
                     ),
                     flat,
                 )
-            torch.cat(list(whole), dim, out=out) if is_dense(out) else out.copy_(torch.cat(list(whole), dim))
+            if not straight:
+                torch.cat(list(whole), dim, out=out) if is_dense(out) else out.copy_(torch.cat(list(whole), dim))
             return
         views = out.split(list(sizes), dim)
         pieces = [

@@ -157,6 +157,7 @@ class _Check:
                 made,
                 lambda tag, g=given, s=sizes, d=dim, o=out: made.reduce_scatter(g[self.me], d, s, op, o, tag=tag, timeout=30.0),  # type: ignore[misc]  # defaults of a lambda have no types
             )
+            case.same(given[self.me], case.made(self.me, whole), "its input was changed")
             case.reduced(out, [x.split(sizes, dim)[self.me] for x in given], op)
 
     def _all_gather(self, made: Communicator, case: _Case, op: str) -> None:

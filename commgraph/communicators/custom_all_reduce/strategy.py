@@ -10,7 +10,7 @@ import torch
 
 from commgraph.communicators.base import Communicator, PeerClosed
 from commgraph.communicators.custom_all_reduce.kernels import ALIGNMENT, Kernels
-from commgraph.communicators.memory import as_bytes, dense, is_dense
+from commgraph.communicators.memory import are_slices_joined, as_bytes, dense, is_dense
 from commgraph.kernel_table import KERNELS, OTHERS, Plan
 
 __all__ = ["CustomAllReduce"]
@@ -102,8 +102,8 @@ class CustomAllReduce(Communicator):
             return
         kernels, kernel = self._begin(), self.kernel_for("all_gather", out.nbytes, out.dtype)
         flat = as_bytes(dense(x))
-        # Straight into the result where its pieces lie one after the other, and it can be cut as bytes.
-        straight = is_dense(out) and math.prod(out.shape[:dim]) == 1
+        # Straight into the result where its pieces lie one after the other.
+        straight = are_slices_joined(out, dim)
         whole = as_bytes(out) if straight else torch.empty(out.nbytes, dtype=torch.uint8, device=out.device)
         step = self._step(1, self.world_size)
         if flat.numel() <= step:
