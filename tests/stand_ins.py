@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -206,7 +207,7 @@ class FakeDevice(DevicePlatform):
         return self._problem
 
     def identity(self, device: torch.device) -> str:
-        return self._identity or f"device of thread {threading.get_ident()}"
+        return self._identity or f"device of {os.getpid()} {threading.get_ident()}"
 
     def make_backend(self, facts: GroupFacts, timeout: timedelta) -> Any:
         self.backends += 1
@@ -227,7 +228,7 @@ class FakeDevice(DevicePlatform):
         return self._peer_problem
 
     def peer_process(self) -> str:
-        return f"thread {threading.get_ident()}"
+        return f"{os.getpid()} {threading.get_ident()}"
 
     def peer_trial(self, facts: GroupFacts) -> Callable[[int], Sequence[str]]:
         self.trials += 1

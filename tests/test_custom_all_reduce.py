@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import commgraph as cg
-from commgraph.communicators.base import Communicator
+from commgraph.communicators.base import OPERATIONS, Communicator
 from commgraph.communicators.custom_all_reduce import CustomAllReduce, prove
 from commgraph.communicators.gloo import GlooCommunicator
 from commgraph.kernel_table import KERNELS, OTHERS, KernelTable, Row, Step, merged
@@ -385,6 +385,63 @@ def test_threads_of_one_process_have_none() -> None:
         on_fakes(2, lambda ctx, platform: why_not(ctx), made=lambda rank, memory: Honest(memory))
         == [f"{NAME}: not used, two of its ranks are threads of one process"] * 2
     )
+
+
+kinds = st.fixed_dictionaries(
+    {},
+    optional={
+        "capability": st.sampled_from(["9.0", "9.0", "8.0", "7.5"]),
+        "peer_problem": st.sampled_from(["", "", "this torch has no kernels"]),
+        "problem": st.sampled_from(["", "", "this torch has no NCCL"]),
+        "trial": st.sampled_from([f"print('{GOOD}')", f"print('{GOOD.replace('true', 'false')}')", "import os; os.abort()"]),
+    },
+)
+calls = st.tuples(
+    st.sampled_from([name for name in OPERATIONS if name != "barrier"]),
+    st.lists(st.sampled_from([0, 1, 3, 16, 64, 4096, 1 << 20]), max_size=2),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool]),
+    st.booleans(),
+)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore:fakeccl cannot serve")
+@settings(max_examples=25, deadline=None)
+@given(
+    ranks=st.lists(kinds, min_size=2, max_size=4),
+    asked=st.lists(calls, min_size=10, max_size=10),
+    options=st.fixed_dictionaries({}, optional={"deterministic": st.booleans(), "custom_all_reduce": st.booleans(), "shm": st.booleans()}),
+)
+def test_whatever_the_ranks_have_they_all_pick_the_same(ranks: list[dict[str, Any]], asked: list[Any], options: dict[str, bool]) -> None:
+    """Kinds of devices, what torch has, whether peers are reached: each rank has its own, and all come to one chain and one choice."""
+
+    def body(ctx: cg.ParallelContext, platform: FakeDevice) -> tuple[Any, ...]:
+        tp = ctx.tp
+        chosen = []
+        for operation, shape, dtype, capturing in asked:
+            platform.streams_made.capturing = capturing
+            try:
+                chosen.append(tp._link.route(operation, shape, dtype, CPU).name)
+            except cg.UnsupportedTensorError:
+                chosen.append("refused while capturing")
+        platform.streams_made.capturing = False
+        assert tp.all_reduce(torch.ones(64)).tolist() == [float(len(ranks))] * 64
+        said = [line for line in ctx.explain().splitlines() if ": not used, " in line]
+        return dict(tp.communicators), chosen, said
+
+    first, *others = on_fakes(len(ranks), body, made=lambda rank, memory: FakeDevice(memory, **ranks[rank]), **options)
+    assert all(other == first for other in others)
+    # And it is there exactly if nothing speaks against it on any rank.
+    fine = (
+        len(ranks) in (2, 4)
+        and len({kind.get("capability", "9.0") for kind in ranks}) == 1
+        and ranks[0].get("capability", "9.0") != "7.5"
+        and not any(kind.get("peer_problem") or "abort" in kind.get("trial", "") for kind in ranks)
+        and options.get("custom_all_reduce", True)
+        and not options.get("deterministic", False)
+    )
+    assert (NAME in first[0]["all_reduce"]) == fine
+    assert ("fakeccl" in first[0]["all_reduce"]) == (not any(kind.get("problem") for kind in ranks))
 
 
 # Row 14

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +13,9 @@ from torch.distributed import DeviceMesh, distributed_c10d
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import commgraph as cg
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+from tests.stand_ins import FakeDevice
 
 dist.init_process_group("gloo")
 default = dist.group.WORLD
@@ -73,6 +79,20 @@ with cg.World.from_torch() as world, cg.World.from_env() as another:
             assert funcol.all_reduce(torch.ones(2), "sum", one).tolist() == [2, 2]
         assert mesh.tp.torch_group("cpu") is group
         assert group is mesh.tp.cpu_group
+    check()
+    # A backend for device tensors beside the host's: two groups in the tables, and both gone with the context.
+    device = FakeDevice(capability="")
+    with world.context(cg.Layout(world.size, tp=2), name="device", platform=device) as ctx:
+        on_host, on_device = ctx.tp.torch_group("cpu"), ctx.tp.torch_group("device")
+        assert on_device is ctx.tp.device_group is not on_host
+        assert on_host is ctx.tp.cpu_group
+        assert on_device.group_name != on_host.group_name
+        for one in (on_host, on_device):
+            x = torch.tensor(float(ctx.rank))
+            dist.all_reduce(x, group=one)
+            assert float(x) == sum(ctx.tp.ranks)
+            assert dist.get_process_group_ranks(one) == list(ctx.tp.ranks)
+            assert ctx.tp.torch_group("device") is on_device
     check()
     with cg.World.from_torch() as second:  # a second one from the same default group meets the others' second one
         assert second.group.all_gather_object(2) == [2] * world.size
