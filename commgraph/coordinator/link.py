@@ -11,7 +11,6 @@ import copy
 import json
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from types import MappingProxyType
@@ -29,6 +28,7 @@ from commgraph.communicators.shm import make_door
 from commgraph.communicators.signature import CHECK, COLLECTIVE, make_tag
 from commgraph.coordinator.aside import Sides
 from commgraph.coordinator.call import Call, place
+from commgraph.coordinator.comparison import check_text, what_differs
 from commgraph.coordinator.short import ShortMessages
 from commgraph.errors import (
     BuildError,
@@ -56,26 +56,6 @@ _HOST = torch.device("cpu")
 # Which lane: that of the collectives, or that of the messages to (True) or from (False) a rank in the group.
 MessageKey = tuple[int, bool]
 LaneKey = MessageKey | None
-
-# Of a message in which a rank tells a peer what it calls, and of the place in the code at its end.
-_CHECK_BYTES = 512
-_PLACE_BYTES = 200
-_ONE_ORDER = (
-    "\nOn a device all ranks begin what they have in common in one order, whatever groups it is of: else they can wait for each other"
-)
-
-
-def _check_text(sequence: int, crossing: tuple[int, int], what: str, at: str) -> torch.Tensor:
-    """What a rank tells a peer before a call; a long signature is cut, with a digest in the place of what was cut off."""
-    end = f"\0{crossing[0]}\0{crossing[1]}\0".encode() + at.encode()[-_PLACE_BYTES:]
-    head = f"{sequence}\0{what}".encode()
-    room = _CHECK_BYTES - len(end)
-    if len(head) > room:
-        mark = f"... {zlib.crc32(head):08x}".encode()
-        head = head[: room - len(mark)] + mark
-    text = torch.zeros(_CHECK_BYTES, dtype=torch.uint8)
-    text[: len(head) + len(end)] = torch.frombuffer(bytearray(head + end), dtype=torch.uint8)
-    return text
 
 
 @attrs.frozen
@@ -364,38 +344,19 @@ class GroupLink:
             order: one for all groups, in which the call is to be compared, and not among those of this group alone.
         """
         assert self.transport is not None
-        n, me = self.world_size, self.rank_in_group
-        at = place() if at is None else at
         if order is not None:
             what = f"{what} in group {self.ident}"
-        mine = [_check_text(call.sequence, crossing[peer] if crossing else (0, 0), what, at) for peer in range(n)]
-        theirs = [torch.empty_like(mine[me]) for _ in range(n)]
-        theirs[me] = mine[me]
-        others = [(me + i) % n for i in range(1, n)]
+        mine = [check_text(call.sequence, going, what, place() if at is None else at) for going in crossing or [(0, 0)] * self.world_size]
+        others = [(self.rank_in_group + i) % self.world_size for i in range(1, self.world_size)]
+        heard = {peer: torch.empty_like(mine[peer]) for peer in others}
         if order is None:
-            sends, receives = [(mine[peer], peer) for peer in others], [(theirs[peer], peer) for peer in others]
+            sends, receives = [(mine[peer], peer) for peer in others], [(text, peer) for peer, text in heard.items()]
             self.transport.exchange(sends, receives, tag=make_tag(CHECK, call.sequence), timeout=timeout)
         else:
-            for peer, text in order.swap(self.ranks, {peer: mine[peer] for peer in others}, timeout).items():
-                theirs[peer] = text
-        said = [bytes(text.tolist()).rstrip(b"\0").decode(errors="replace").split("\0") for text in theirs]
-        calls = [f"  rank {self.ranks[i]}: call #{number}, {words}, at {there}" for i, (number, words, *_, there) in enumerate(said)]
-        if len({tuple(words[:2]) for words in said}) > 1:
-            hint = "" if order is None else _ONE_ORDER
-            raise CollectiveMismatchError(
-                f"{call.where}: the ranks of the group called different things:\n" + "\n".join(calls) + hint, **call.facts
-            )
-        wrong = []
-        for peer, (_, _, sent, expected, _) in enumerate(said if crossing else ()):
-            to, back = crossing[peer] if crossing else (0, 0)
-            if int(expected) != to:
-                wrong.append(f"  rank {self.ranks[me]} sends {to} entries to rank {self.ranks[peer]}, which expects {expected}")
-            if int(sent) != back and peer != me:
-                wrong.append(f"  rank {self.ranks[peer]} sends {sent} entries to rank {self.ranks[me]}, which expects {back}")
-        if wrong:
-            raise CollectiveMismatchError(
-                f"{call.where}: the sizes of the ranks do not fit together:\n" + "\n".join([*wrong, *calls]), **call.facts
-            )
+            heard = order.swap(self.ranks, {peer: mine[peer] for peer in others}, timeout)
+        said = [heard.get(peer, mine[self.rank_in_group]) for peer in range(self.world_size)]
+        if wrong := what_differs(said, self.ranks, self.rank_in_group, crossing, ordered=order is not None):
+            raise CollectiveMismatchError(f"{call.where}: {wrong}", **call.facts)
 
     @property
     def world_size(self) -> int:

@@ -67,6 +67,8 @@ class TorchKernels(Kernels):
             room: bytes of the buffer.
         """
         self.room = room
+        # Kernels are enqueued on the current stream of the thread's current device, which need not be that of the tensors.
+        self._device = device
         self._name = name
         self._n = world_size
         self._memory: torch.Tensor | None = None
@@ -86,36 +88,39 @@ class TorchKernels(Kernels):
 
     def all_reduce(self, kernel: str, x: torch.Tensor, out: torch.Tensor) -> None:
         ops, buffer = torch.ops.symm_mem, self._buffer(x.numel(), x.dtype)
-        if kernel == "multimem":
-            buffer.copy_(x)
-            ops.multimem_all_reduce_(buffer, "sum", self._name)
-            out.copy_(buffer)
-            return
-        target = out if _aligned(out) else torch.empty_like(out)
-        if kernel == "two_shot":
-            buffer.copy_(x)
-            ops.two_shot_all_reduce_out(buffer, "sum", self._name, target)
-        elif _aligned(x):
-            # The kernel brings x into the buffer by itself. Its barriers are those of the other form: ranks may differ in this.
-            ops.one_shot_all_reduce_copy_out(buffer, x, "sum", self._name, target)
-        else:
-            buffer.copy_(x)
-            ops.one_shot_all_reduce_out(buffer, "sum", self._name, target)
-        if target is not out:
-            out.copy_(target)
+        with torch.cuda.device(self._device):
+            if kernel == "multimem":
+                buffer.copy_(x)
+                ops.multimem_all_reduce_(buffer, "sum", self._name)
+                out.copy_(buffer)
+                return
+            target = out if _aligned(out) else torch.empty_like(out)
+            if kernel == "two_shot":
+                buffer.copy_(x)
+                ops.two_shot_all_reduce_out(buffer, "sum", self._name, target)
+            elif _aligned(x):
+                # The kernel brings x into the buffer by itself. Its barriers are those of the other form: ranks may differ in this.
+                ops.one_shot_all_reduce_copy_out(buffer, x, "sum", self._name, target)
+            else:
+                buffer.copy_(x)
+                ops.one_shot_all_reduce_out(buffer, "sum", self._name, target)
+            if target is not out:
+                out.copy_(target)
 
     def all_gather(self, kernel: str, x: torch.Tensor, out: torch.Tensor) -> None:
         buffer = self._buffer(out.numel(), out.dtype)
-        torch.ops.symm_mem.multimem_all_gather_out(x if _aligned(x) else x.clone(), self._name, buffer)
-        out.copy_(buffer)
+        with torch.cuda.device(self._device):
+            torch.ops.symm_mem.multimem_all_gather_out(x if _aligned(x) else x.clone(), self._name, buffer)
+            out.copy_(buffer)
 
     def reduce_scatter(self, kernel: str, pieces: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         buffer = self._buffer(out.numel() * self._n, out.dtype)
-        torch.cat(list(pieces), out=buffer)
-        target = out if _aligned(out) else torch.empty_like(out)
-        torch.ops.symm_mem.reduce_scatter_out(buffer, self._name, False, target)
-        if target is not out:
-            out.copy_(target)
+        with torch.cuda.device(self._device):
+            torch.cat(list(pieces), out=buffer)
+            target = out if _aligned(out) else torch.empty_like(out)
+            torch.ops.symm_mem.reduce_scatter_out(buffer, self._name, False, target)
+            if target is not out:
+                out.copy_(target)
 
     def close(self) -> None:
         if self._memory is not None:
