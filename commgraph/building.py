@@ -167,6 +167,7 @@ class Builder:
             BackendUnavailableError: the platform has nothing that serves the options.
         """
         host_timeout = options.host_timeout or options.timeout or self.timeout
+        device_timeout = (options.timeout or self.timeout).total_seconds()
         again = self._again(ranks, platform, options, wants_device=wants_device, device=device, plugins=plugins, partition=partition)
         place: Any = {"device": device, "streams": platform.streams(device), "order": self.order if self.order.is_connected else None}
         if connection is None:
@@ -174,7 +175,7 @@ class Builder:
         try:
             rank_in_group = ranks.index(self.rank)
             nodes = tuple(self.hosts.nodes[rank] for rank in ranks)
-            limits = Limits(host_timeout.total_seconds(), self.timeout.total_seconds(), self.hosts.local_size)
+            limits = Limits(host_timeout.total_seconds(), self.timeout.total_seconds(), self.hosts.local_size, device_timeout)
             strategies = dist.PrefixStore("strategies", connection.store)
             facts = GroupFacts(ranks, rank_in_group, nodes, options, wants_device, limits, strategies, device, self.proofs, partition)
             chain = self._chain(ident, platform, facts, connection, plugins)
@@ -188,6 +189,7 @@ class Builder:
                 store=connection.store,
                 key=self._key(ranks),
                 host_timeout=host_timeout.total_seconds(),
+                device_timeout=device_timeout,
                 check=options.check,
                 experts=options.experts,
                 again=again,

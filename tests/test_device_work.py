@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -250,3 +251,33 @@ def test_device_group_is_torchs_group_of_the_backend() -> None:
         assert backend.process_group is group
 
     on_device(2, body)
+
+
+def test_devices_have_a_deadline_of_their_own() -> None:
+    """`timeout` of the options for what is enqueued, `host_timeout` for the host, and that of a call for either."""
+
+    def body(tp: cg.GroupCoordinator, streams: FakeStreams) -> None:
+        backend: Any = tp.communicator("fakeccl")
+        seen: list[float] = []
+        for name in ("all_reduce", "exchange"):
+            setattr(backend, name, _timed(getattr(backend, name), seen))
+        tp.all_reduce(torch.ones(4))
+        tp.all_reduce(torch.ones(4), timeout=7)
+        tp.all_reduce_async(torch.ones(4)).wait()
+        if tp.rank_in_group == 0:
+            tp.send(torch.ones(4), 1)
+            tp.isend(torch.ones(4), 1, timeout=8).wait()
+        else:
+            tp.recv(4, torch.float32, 0)
+            tp.irecv(4, torch.float32, 0, timeout=8).wait()
+        assert [round(seconds) for seconds in seen] == [50, 7, 50, 50, 8]
+
+    on_device(2, body, timeout=timedelta(seconds=50), host_timeout=timedelta(seconds=20))
+
+
+def _timed(inner: Callable[..., Any], seen: list[float]) -> Callable[..., Any]:
+    def call(*args: Any, timeout: float, **kwargs: Any) -> Any:
+        seen.append(timeout)
+        return inner(*args, timeout=timeout, **kwargs)
+
+    return call

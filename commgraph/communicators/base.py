@@ -58,14 +58,16 @@ class Limits:
     """What strategies of the host are built with.
 
     Attributes:
-        timeout: default deadline of an operation, in seconds.
+        timeout: default deadline of an operation of the host, in seconds.
         build_timeout: deadline of the build, in seconds.
         crowd: ranks of the job on this host, which share its cores (another number on another host).
+        device_timeout: default deadline of an operation that is enqueued on a device, in seconds.
     """
 
     timeout: float
     build_timeout: float
     crowd: int
+    device_timeout: float = 300.0
 
 
 class Communicator(abc.ABC):

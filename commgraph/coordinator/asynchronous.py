@@ -252,9 +252,10 @@ class AsynchronousOperations(MessageOperations):
             for strategy, (sends, receives) in by_strategy.items():
                 going = [f"to {peer}: {signature.messages(x)}" for x, peer in sends]
                 coming = [f"from {peer}: {signature.messages(x)}" for x, peer in receives]
-                with link.guard(call, f"{call.operation}({'; '.join((*going, *coming))})", seconds):
+                left = link.deadline(call, strategy, seconds)
+                with link.guard(call, f"{call.operation}({'; '.join((*going, *coming))})", left):
                     # What only enqueues pairs messages by their order alone.
-                    strategy.exchange(sends, receives, tag=signature.make_tag(signature.MESSAGE, 0), timeout=seconds)
+                    strategy.exchange(sends, receives, tag=signature.make_tag(signature.MESSAGE, 0), timeout=left)
 
         lane = next(key for key, tensors in lanes.items() if tensors)
         aside = Aside(link.sides, lane, run, [x for tensors in lanes.values() for x in tensors])

@@ -43,6 +43,7 @@ class Call:
         world_size: ranks in the group.
         sequence: collectives that this rank had begun on the group before.
         device: device of the coordinator.
+        limited: whether the user gave it a deadline of its own.
     """
 
     group: str
@@ -52,6 +53,7 @@ class Call:
     world_size: int
     sequence: int
     device: torch.device
+    limited: bool = False
 
     @property
     def where(self) -> str:

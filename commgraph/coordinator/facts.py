@@ -169,7 +169,7 @@ class GroupFacts(compat.OpaqueBase):  # type: ignore[misc]  # torch gives the ba
         return self._describe(operation, self._link.sequence, timeout)
 
     def _describe(self, operation: str, sequence: int, timeout: Timeout) -> tuple[Call, float]:
-        call = Call(self.name, operation, self.rank, self.rank_in_group, self.world_size, sequence, self.device)
+        call = Call(self.name, operation, self.rank, self.rank_in_group, self.world_size, sequence, self.device, timeout is not None)
         return call, call.seconds(timeout, self._link.host_timeout)
 
     def __copy__(self) -> Self:

@@ -84,6 +84,7 @@ class GroupLink:
         store: dist.Store | None = None,
         key: bytes | None = None,
         host_timeout: float = 0.0,
+        device_timeout: float = 0.0,
         check: bool = False,
         experts: int | None = None,
         again: Callable[[str], GroupLink] | None = None,
@@ -104,6 +105,7 @@ class GroupLink:
             store: holds this group's keys only.
             key: authenticates pickled objects; None: plain data only.
             host_timeout: default deadline in seconds, of host tensors and objects.
+            device_timeout: the same of what is enqueued on a device.
             check: compare every call with the peers'.
             experts: how many there are, where rows go only to the ranks whose experts they need.
             again: makes such a link once more, under another ident. Collective.
@@ -124,6 +126,7 @@ class GroupLink:
         self.transport = transport
         self.key = key
         self.host_timeout = host_timeout
+        self._device_timeout = device_timeout
         self.check = check
         self.experts = experts
         self._again = again
@@ -273,6 +276,10 @@ class GroupLink:
         lanes = [lane for key, lane in self._lanes.items() if key is None or key[1]]
         return all(lane.settle(max(deadline - time.monotonic(), 0.0)) for lane in lanes)
 
+    def deadline(self, call: Call, strategy: Communicator | None, seconds: float) -> float:
+        """`seconds`, or what a call has where it is enqueued on a device and the user said nothing of its own."""
+        return self._device_timeout if strategy is not None and strategy.enqueues and not call.limited else seconds
+
     def run(
         self,
         call: Call,
@@ -293,6 +300,7 @@ class GroupLink:
             strategy: what serves it, where it has tensors.
         """
         started = time.monotonic()
+        timeout = self.deadline(call, strategy, timeout)
         what = f"{call.operation}({signature})"
         with self.guard(call, what, timeout):
             if self.check:

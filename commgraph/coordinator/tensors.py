@@ -525,8 +525,9 @@ class TensorOperations(GroupFacts):
             text = signature.messages(*(x for x, _ in pairs))
             number = self._link.count(signature.MESSAGE, peer, outgoing=outgoing)
             tag = signature.make_tag(signature.MESSAGE, number, text)
-            with self._link.guard(call, f"{operation}({text}, {peer})", seconds):
-                strategy.exchange(pairs if outgoing else [], [] if outgoing else pairs, tag=tag, timeout=seconds)
+            left = self._link.deadline(call, strategy, seconds)
+            with self._link.guard(call, f"{operation}({text}, {peer})", left):
+                strategy.exchange(pairs if outgoing else [], [] if outgoing else pairs, tag=tag, timeout=left)
 
 
 def _resized(x: torch.Tensor, dim: int, extent: int) -> tuple[int, ...]:

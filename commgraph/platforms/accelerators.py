@@ -98,7 +98,7 @@ class DevicePlatform(Platform):
 
     def make_strategy(self, facts: GroupFacts, rest: Communicator) -> Communicator:
         """The strategy of the backend, where no rank has a problem; `rest` serves what it does not. Collective."""
-        backend = self.make_backend(facts, timedelta(seconds=facts.limits.timeout))
+        backend = self.make_backend(facts, timedelta(seconds=facts.limits.device_timeout))
         return TorchCommunicator(self.backend(), backend, facts.device, facts.rank_in_group, len(facts.ranks), facts.store)
 
     def identity(self, device: torch.device) -> str:
