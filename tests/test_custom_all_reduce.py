@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 import commgraph as cg
 from commgraph.communicators.base import OPERATIONS, Communicator
-from commgraph.communicators.custom_all_reduce import CustomAllReduce, prove
+from commgraph.communicators.custom_all_reduce import CustomAllReduce, prove, strategy
 from commgraph.communicators.gloo import GlooCommunicator
 from commgraph.kernel_table import KERNELS, OTHERS, KernelTable, Row, Step, merged
 from commgraph.platforms import GroupFacts
 from commgraph.testing import check_communicator, spmd
-from tests.stand_ins import GOOD, FakeDevice, HostKernels, Memory, by_name
+from tests.stand_ins import GOOD, FakeDevice, FakeStreams, HostKernels, Memory, by_name
 
 CPU = torch.device("cpu")
 
@@ -385,6 +385,48 @@ def test_threads_of_one_process_have_none() -> None:
         on_fakes(2, lambda ctx, platform: why_not(ctx), made=lambda rank, memory: Honest(memory))
         == [f"{NAME}: not used, two of its ranks are threads of one process"] * 2
     )
+
+
+def test_calls_on_several_streams_take_turns() -> None:
+    """One buffer: what is begun on another stream comes after the last call, but in a graph, which may not wait for what is outside."""
+
+    def body(ctx: cg.ParallelContext, platform: FakeDevice) -> None:
+        streams, x = platform.streams_made, torch.ones(64)
+        ctx.tp.all_reduce(x)
+        ctx.tp.all_reduce(x)
+        assert streams.said == []
+        with streams.use("other"):
+            ctx.tp.all_reduce(x)
+            ctx.tp.all_reduce(x)
+        assert streams.said == [("mark", "main", 0), ("after", "other", ("main", 0))]
+        streams.capturing = True
+        ctx.tp.all_reduce(x)
+        assert len(streams.said) == 2
+        streams.capturing = False
+
+    on_fakes(2, body)
+
+
+def test_closing_is_bounded_where_a_kernel_never_ends(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(strategy, "_CLOSE_SECONDS", 0.2)
+    kept: list[HostKernels] = []
+
+    class Stuck(FakeStreams):
+        def reached(self, mark: Any) -> bool:
+            return False
+
+    def make(rank: int, memory: Memory) -> FakeDevice:
+        made = FakeDevice(memory)
+        made.streams_made = Stuck()
+        return made
+
+    def body(ctx: cg.ParallelContext, platform: FakeDevice) -> None:
+        ctx.tp.all_reduce(torch.ones(64))
+        kept.extend(platform.kernels)
+
+    on_fakes(2, body, made=make)
+    assert all((kernels._name, kernels._rank) in kernels._memory.buffers for kernels in kept), "its memory was given back"
+    assert sum("a kernel still waits for a peer after 0.2 s" in record.message for record in caplog.records) == 2
 
 
 kinds = st.fixed_dictionaries(

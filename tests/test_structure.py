@@ -17,7 +17,7 @@ FILES = tuple(sorted(PACKAGE.rglob("*.py")))
 # decides; a file in no layer fails the test, so that whoever adds one says where it belongs.
 LAYERS = (
     ("__init__",),  # `import commgraph` itself: nothing but the errors, everything else on demand
-    ("errors", "compat", "work"),
+    ("errors", "compat", "streams", "work"),
     ("kernel_table",),
     ("layout", "launch", "wire", "options"),
     ("rendezvous", "hosts", "agreement"),

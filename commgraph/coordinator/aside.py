@@ -9,7 +9,7 @@ import torch
 
 if TYPE_CHECKING:
     from commgraph.coordinator.link import LaneKey
-    from commgraph.platforms.streams import Streams
+    from commgraph.streams import Streams
 
 __all__ = ["Aside", "Sides"]
 

@@ -45,7 +45,7 @@ from commgraph.work import Job, Lane
 if TYPE_CHECKING:
     from commgraph.coordinator.device_order import DeviceOrder
     from commgraph.coordinator.group import GroupCoordinator
-    from commgraph.platforms.streams import Streams
+    from commgraph.streams import Streams
 
 __all__ = ["GroupLink", "LaneKey", "MessageKey"]
 

@@ -30,7 +30,7 @@ from commgraph.errors import BackendUnavailableError, ConfigurationError
 from commgraph.kernel_table import KernelTable
 from commgraph.platforms.base import GroupFacts, Platform
 from commgraph.platforms.cpu import host_chain
-from commgraph.platforms.streams import Streams, TorchStreams
+from commgraph.streams import Streams, TorchStreams
 
 __all__ = ["CudaPlatform", "DevicePlatform", "RocmPlatform", "TpuPlatform", "XpuPlatform"]
 
@@ -172,7 +172,7 @@ class DevicePlatform(Platform):
         plan = table.plan(said[0].capability, n, multicast=proof.multicast)
         room = min(options.custom_all_reduce_bytes, plan.max_bytes)
         kernels = self.make_kernels(facts, f"commgraph {said[0].token}", room)
-        return [CustomAllReduce(kernels, plan, rest, facts.device, _ordered(self.streams(facts.device)))]
+        return [CustomAllReduce(kernels, plan, rest, facts.device, self.streams(facts.device))]
 
 
 def _no_kernels(ranks: Sequence[int], said: Sequence[_PeerWord], table: KernelTable) -> str:
@@ -192,25 +192,6 @@ def _no_kernels(ranks: Sequence[int], said: Sequence[_PeerWord], table: KernelTa
         *some, last = map(str, sizes)
         return f"{len(ranks)} ranks, needs {', '.join(some)} or {last}" if some else f"{len(ranks)} ranks, needs {last}"
     return ""
-
-
-def _ordered(streams: Streams | None) -> Callable[[], None]:
-    """Lets the current stream wait for the one on which this was called last: one buffer cannot serve two at once."""
-    last: list[Any] = []
-
-    def wait() -> None:
-        assert streams is not None
-        # A graph may not wait for what is not in it. Whoever replays one beside other calls orders the two.
-        if streams.is_capturing():
-            return
-        now = streams.current()
-        if last and last[0] != now:
-            with streams.use(last[0]):
-                mark = streams.mark()
-            streams.after(mark)
-        last[:] = [now]
-
-    return (lambda: None) if streams is None else wait
 
 
 def _shared(ranks: Sequence[int], said: Sequence[_Word]) -> str:

@@ -14,7 +14,7 @@ from commgraph.communicators.base import Communicator, Limits, Refused
 from commgraph.communicators.custom_all_reduce import Proofs
 from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.options import CommunicatorOptions
-from commgraph.platforms.streams import Streams
+from commgraph.streams import Streams
 
 __all__ = ["GroupFacts", "Platform"]
 

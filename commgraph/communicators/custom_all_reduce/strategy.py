@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +15,13 @@ from commgraph.communicators.base import Communicator, PeerClosed
 from commgraph.communicators.custom_all_reduce.kernels import ALIGNMENT, Kernels
 from commgraph.communicators.memory import are_slices_joined, as_bytes, dense, is_dense
 from commgraph.kernel_table import KERNELS, OTHERS, Plan
+from commgraph.streams import Streams
 
 __all__ = ["CustomAllReduce"]
+
+logger = logging.getLogger("commgraph")
+
+_CLOSE_SECONDS = 10.0
 
 _REDUCIBLE = frozenset({torch.float32, torch.bfloat16})
 _REDUCTIONS = frozenset({"all_reduce", "reduce_scatter"})
@@ -26,7 +34,8 @@ class CustomAllReduce(Communicator):
     go to the strategy behind it, on all ranks alike. What is larger than the buffer goes through in pieces. Its buffer is made when the
     context is built and stays where it is, so its calls can be captured into graphs.
 
-    A kernel waits for its peers without a deadline: where one never comes the device is busy until the process ends.
+    A kernel waits for its peers without a deadline: where one never comes the device is busy until the process ends. Closing is bounded
+    all the same.
     """
 
     name: ClassVar[str] = "custom_all_reduce"
@@ -40,7 +49,7 @@ class CustomAllReduce(Communicator):
         plan: Plan,
         rest: Communicator,
         device: torch.device,
-        ordered: Callable[[], None] = lambda: None,
+        streams: Streams | None = None,
     ) -> None:
         """On memory that is there, of a group of the ranks of `rest`.
 
@@ -49,7 +58,7 @@ class CustomAllReduce(Communicator):
             plan: which of them serve what.
             rest: serves what they cannot; its owner's to close.
             device: whose tensors it serves.
-            ordered: lets the current stream wait for what it did last, where that was on another.
+            streams: of that device; None where calls are made and not enqueued.
         """
         super().__init__(rest.rank_in_group, rest.world_size)
         self.serves_host = device.type == "cpu"  # type: ignore[misc]  # of this one: there are stand-ins for devices on the host
@@ -58,7 +67,8 @@ class CustomAllReduce(Communicator):
         self._plan = plan
         self._rest = rest
         self._device = device
-        self._ordered = ordered
+        self._streams = streams
+        self._last: Any = None  # the stream of the last call
         self._bytes = 0
 
     def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:
@@ -139,8 +149,35 @@ class CustomAllReduce(Communicator):
     def _begin(self) -> Kernels:
         if self._kernels is None:
             raise PeerClosed(self.rank_in_group, "this rank closed the group")
-        self._ordered()
+        self._take_turn()
         return self._kernels
+
+    def _take_turn(self) -> None:
+        """Lets the current stream come after the one of the last call: one buffer cannot serve two at once."""
+        streams = self._streams
+        # A graph may not wait for what is not in it. Whoever replays one beside other calls orders the two.
+        if streams is None or streams.is_capturing():
+            return
+        now = streams.current()
+        if self._last is not None and self._last != now:
+            streams.after(self._end())
+        self._last = now
+
+    def _end(self) -> Any:
+        assert self._streams is not None
+        with self._streams.use(self._last):
+            return self._streams.mark()
+
+    def _has_ended(self) -> bool:
+        """Whether the device has come to the end of the last call, within the time that closing gives it."""
+        if self._streams is None or self._last is None:
+            return True
+        end, deadline = self._end(), time.monotonic() + _CLOSE_SECONDS
+        while not self._streams.reached(end):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.005)
+        return True
 
     def _average(self, out: torch.Tensor, op: str) -> None:
         if op == "avg":
@@ -181,8 +218,20 @@ class CustomAllReduce(Communicator):
 
     def close(self) -> None:
         kernels, self._kernels = self._kernels, None
-        if kernels is not None:
+        if kernels is None:
+            return
+        if self._has_ended():
             kernels.close()
+            return
+        logger.warning(
+            "custom_all_reduce of rank %d in its group: a kernel still waits for a peer after %g s. Its buffer of %d bytes and "
+            "the device's stream stay as they are until the process ends",
+            self.rank_in_group,
+            _CLOSE_SECONDS,
+            self._room,
+        )
+        # Giving the memory back would wait for the device, and so for ever.
+        threading.Thread(target=lambda _kept: threading.Event().wait(), args=(kernels,), name="commgraph kept", daemon=True).start()
 
     def memory(self) -> int:
         return 0 if self._kernels is None else self._room
