@@ -12,7 +12,7 @@ import pytest
 
 HERE = Path(__file__).parent
 CORE = HERE.parent / "commgraph" / "shm" / "native"
-# The harness takes in kernels.c, to reach the kernels of every instruction set; module.c and door.c are Python's side.
+# The harness takes in kernels.c, to reach the kernels of every instruction set; module*.c and door.c are Python's side.
 SOURCES = (HERE / "native" / "harness.c", *(CORE / f"{name}.c" for name in ("team", "collective", "copy", "pool", "reach", "ring")))
 
 

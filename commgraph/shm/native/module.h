@@ -75,7 +75,7 @@ typedef struct {
     cached_call cache[CACHED];
 } Group;
 
-extern PyType_Spec door_spec;
+extern PyType_Spec group_spec, ring_spec, door_spec;
 
 module_state *state_of(PyObject *self);
 /* Begins and ends a call on a team, during which other threads of Python run. 0 if the team is in use. */
@@ -86,6 +86,12 @@ void leave(Team *team);
 /* The exception for a result other than CG_OK. */
 PyObject *raise_stopped(PyObject *self, int code, int who);
 int64_t deadline_after(int64_t timeout_ns);
+/* A new object of a type, and the end of one, whose type it holds. */
+PyObject *allocate(PyTypeObject *type);
+void free_object(PyObject *self);
+Block *take_block(PyObject *self, Pool *pool, size_t bytes);
+/* A further view of a seat, for a ring between two. */
+Team *new_view(module_state *state, Team *of, cg_bell *bell, cg_bell *theirs);
 uint64_t call_word(const Group *group, int operation);
 
 #endif

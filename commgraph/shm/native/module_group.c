@@ -1,0 +1,336 @@
+/* Group: collectives of a team over one piece of shared memory, as Python sees it. */
+#include "module.h"
+
+#include "dlpack.h"
+
+#include <errno.h>
+#include <string.h>
+
+static PyObject *group_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    (void)kwargs;
+    PyObject *team, *pool, *tensor_type, *exchange, *describe;
+    Py_ssize_t offset, slot_bytes;
+    long long timeout;
+    if (!PyArg_ParseTuple(args, "OOnnLOOO", &team, &pool, &offset, &slot_bytes, &timeout, &tensor_type, &exchange, &describe)) return NULL;
+    module_state *state = PyType_GetModuleState(type);
+    if (state == NULL || !PyObject_TypeCheck(team, state->team) || !PyObject_TypeCheck(pool, state->pool) || !PyType_Check(tensor_type))
+        return PyErr_Format(PyExc_TypeError, "Group(team, pool, offset, slot_bytes, timeout_ns, tensor_type, exchange, describe)");
+    cg_team *view = &((Team *)team)->team;
+    if (offset % 4096 || slot_bytes % 4096 || (size_t)offset + cg_group_bytes(view->n, (size_t)slot_bytes) > ((Team *)team)->segment->bytes)
+        return PyErr_Format(PyExc_ValueError, "a group at %zd with slots of %zd bytes does not fit into the segment", offset, slot_bytes);
+    const dl_exchange *api = NULL;
+    if (exchange != Py_None) {
+        api = PyCapsule_GetPointer(exchange, "dlpack_exchange_api");
+        if (api == NULL) return NULL;
+        if (api->version.major != 1 || api->view_of_object == NULL) api = NULL; /* then tensors come by their addresses */
+    }
+    Group *self = (Group *)allocate(type);
+    if (self == NULL) return NULL;
+    self->regions = PyList_New(0);
+    cg_group_join(&self->group, view, ((Team *)team)->segment->base + offset, (size_t)slot_bytes);
+    self->team = (Team *)Py_NewRef(team);
+    self->pool = (Pool *)Py_NewRef(pool);
+    self->tensor_type = (PyTypeObject *)Py_NewRef(tensor_type);
+    self->describe = Py_NewRef(describe);
+    self->exchange = api;
+    self->timeout_ns = timeout;
+    self->enabled = 1;
+    return (PyObject *)self;
+}
+
+static int group_traverse(PyObject *self, visitproc visit, void *arg) {
+    Group *group = (Group *)self;
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(group->describe);
+    Py_VISIT(group->regions);
+    return 0;
+}
+
+static int group_clear(PyObject *self) {
+    Py_CLEAR(((Group *)self)->describe);
+    return 0;
+}
+
+static void group_dealloc(PyObject *self) {
+    PyObject_GC_UnTrack(self);
+    Group *group = (Group *)self;
+    cg_group_leave(&group->group);
+    Py_XDECREF((PyObject *)group->team);
+    Py_XDECREF((PyObject *)group->pool);
+    Py_XDECREF(group->regions);
+    Py_XDECREF((PyObject *)group->tensor_type);
+    Py_XDECREF(group->describe);
+    free_object(self);
+}
+
+static PyObject *finished(Group *group, int result, int who) {
+    if (result == CG_OK) return Py_NewRef(Py_None);
+    group->enabled = 0;
+    return raise_stopped((PyObject *)group, result, who);
+}
+
+static PyObject *group_barrier(PyObject *self, PyObject *args) {
+    Group *group = (Group *)self;
+    unsigned long tag;
+    long long timeout;
+    if (!PyArg_ParseTuple(args, "kL", &tag, &timeout)) return NULL;
+    cg_call call = {(uint32_t)tag, call_word(group, OP_BARRIER), deadline_after(timeout)};
+    int who = 0;
+    if (!enter(group->team)) return NULL;
+    int result = cg_barrier(&group->group, &call, &who);
+    leave(group->team);
+    return finished(group, result, who);
+}
+
+static PyObject *group_all_reduce(PyObject *self, PyObject *args) {
+    Group *group = (Group *)self;
+    unsigned long tag;
+    long long timeout;
+    unsigned long long from, to;
+    Py_ssize_t count;
+    int dtype, op, in_place;
+    if (!PyArg_ParseTuple(args, "kLKKniip", &tag, &timeout, &from, &to, &count, &dtype, &op, &in_place)) return NULL;
+    if (dtype < 0 || dtype >= CG_DTYPES || op < 0 || op >= CG_OPS || cg_find_kernel(dtype, op) == NULL)
+        return PyErr_Format(PyExc_ValueError, "no kernel for dtype %d and op %d", dtype, op);
+    cg_call call = {(uint32_t)tag, call_word(group, in_place ? OP_ALL_REDUCE_ : OP_ALL_REDUCE), deadline_after(timeout)};
+    int who = 0;
+    if (!enter(group->team)) return NULL;
+    int result = cg_all_reduce(&group->group, &call, (void *)(uintptr_t)from, (void *)(uintptr_t)to, (size_t)count, dtype, op, in_place, &who);
+    leave(group->team);
+    return finished(group, result, who);
+}
+
+/* A sequence of n blocks (address, rows, row, pitch); None for one that is not wanted. */
+static int parse_blocks(PyObject *sequence, cg_block *blocks, int n) {
+    if (PySequence_Size(sequence) != n) {
+        if (!PyErr_Occurred()) PyErr_Format(PyExc_ValueError, "%d blocks are needed", n);
+        return 0;
+    }
+    for (int i = 0; i < n; i++) {
+        PyObject *item = PySequence_GetItem(sequence, i);
+        if (item == NULL) return 0;
+        memset(&blocks[i], 0, sizeof blocks[i]);
+        unsigned long long base = 0;
+        Py_ssize_t rows = 0, row = 0, pitch = 0;
+        int fine = item == Py_None || PyArg_ParseTuple(item, "Knnn", &base, &rows, &row, &pitch);
+        Py_DECREF(item);
+        if (!fine) return 0;
+        blocks[i] = (cg_block){(char *)(uintptr_t)base, (size_t)rows, (size_t)row, (size_t)pitch};
+    }
+    return 1;
+}
+
+static PyObject *group_share(PyObject *self, PyObject *args) {
+    Group *group = (Group *)self;
+    unsigned long tag;
+    long long timeout;
+    unsigned long long mine;
+    int operation;
+    PyObject *sizes, *blocks;
+    if (!PyArg_ParseTuple(args, "ikLKOO", &operation, &tag, &timeout, &mine, &sizes, &blocks)) return NULL;
+    int n = group->group.n;
+    cg_block into[n];
+    size_t bytes[n];
+    if (!parse_blocks(blocks, into, n)) return NULL;
+    if (PySequence_Size(sizes) != n) return PyErr_Format(PyExc_ValueError, "%d sizes are needed", n);
+    for (int i = 0; i < n; i++) {
+        PyObject *item = PySequence_GetItem(sizes, i);
+        bytes[i] = item == NULL ? 0 : PyLong_AsSize_t(item);
+        Py_XDECREF(item);
+        if (PyErr_Occurred()) return NULL;
+    }
+    cg_call call = {(uint32_t)tag, call_word(group, operation), deadline_after(timeout)};
+    int who = 0;
+    if (!enter(group->team)) return NULL;
+    int result = cg_share(&group->group, &call, (char *)(uintptr_t)mine, bytes, into, &who);
+    leave(group->team);
+    return finished(group, result, who);
+}
+
+static PyObject *group_trade(PyObject *self, PyObject *args) {
+    Group *group = (Group *)self;
+    unsigned long tag;
+    long long timeout;
+    PyObject *sends, *receives;
+    if (!PyArg_ParseTuple(args, "kLOO", &tag, &timeout, &sends, &receives)) return NULL;
+    int n = group->group.n;
+    cg_block out[n], into[n];
+    if (!parse_blocks(sends, out, n) || !parse_blocks(receives, into, n)) return NULL;
+    cg_call call = {(uint32_t)tag, call_word(group, OP_ALL_TO_ALL), deadline_after(timeout)};
+    int who = 0;
+    if (!enter(group->team)) return NULL;
+    int result = cg_trade(&group->group, &call, out, into, &who);
+    leave(group->team);
+    return finished(group, result, who);
+}
+
+static PyObject *group_reduce_scatter(PyObject *self, PyObject *args) {
+    Group *group = (Group *)self;
+    unsigned long tag;
+    long long timeout;
+    PyObject *sends;
+    unsigned long long to;
+    int dtype, op;
+    if (!PyArg_ParseTuple(args, "kLOKii", &tag, &timeout, &sends, &to, &dtype, &op)) return NULL;
+    if (dtype < 0 || dtype >= CG_DTYPES || op < 0 || op >= CG_OPS || cg_find_kernel(dtype, op) == NULL)
+        return PyErr_Format(PyExc_ValueError, "no kernel for dtype %d and op %d", dtype, op);
+    cg_block out[group->group.n];
+    if (!parse_blocks(sends, out, group->group.n)) return NULL;
+    cg_call call = {(uint32_t)tag, call_word(group, OP_REDUCE_SCATTER), deadline_after(timeout)};
+    int who = 0;
+    if (!enter(group->team)) return NULL;
+    int result = cg_reduce_scatter(&group->group, &call, out, (void *)(uintptr_t)to, dtype, op, &who);
+    leave(group->team);
+    return finished(group, result, who);
+}
+
+static PyObject *group_ping_pong(PyObject *self, PyObject *args) {
+    Group *group = (Group *)self;
+    unsigned long tag;
+    long long timeout;
+    int rounds;
+    if (!PyArg_ParseTuple(args, "kLi", &tag, &timeout, &rounds)) return NULL;
+    cg_call call = {(uint32_t)tag, call_word(group, OP_BARRIER), deadline_after(timeout)};
+    int who = 0;
+    double ns = 0;
+    if (!enter(group->team)) return NULL;
+    int result = cg_ping_pong(&group->group, &call, rounds, &ns, &who);
+    leave(group->team);
+    if (result == CG_OK) return PyFloat_FromDouble(ns);
+    return finished(group, result, who);
+}
+
+static PyObject *group_reach(PyObject *self, PyObject *args) {
+    Group *group = (Group *)self;
+    unsigned long tag;
+    long long timeout;
+    if (!PyArg_ParseTuple(args, "kL", &tag, &timeout)) return NULL;
+    cg_call call = {(uint32_t)tag, call_word(group, OP_BARRIER), deadline_after(timeout)};
+    int who = 0;
+    if (!enter(group->team)) return NULL;
+    int result = cg_group_reach(&group->group, &call, &who);
+    leave(group->team);
+    return finished(group, result, who);
+}
+
+static PyObject *get_reaches(PyObject *self, void *closure) {
+    (void)closure;
+    return PyBool_FromLong(((Group *)self)->group.reach_from != 0);
+}
+
+static PyObject *group_add_region(PyObject *self, PyObject *args) {
+    Group *group = (Group *)self;
+    PyObject *segment;
+    Py_ssize_t offset, stride, bytes;
+    if (!PyArg_ParseTuple(args, "Onnn", &segment, &offset, &stride, &bytes)) return NULL;
+    if (!PyObject_TypeCheck(segment, state_of(self)->segment)) return PyErr_Format(PyExc_TypeError, "a Segment is needed");
+    if ((size_t)offset + (size_t)(group->group.n - 1) * (size_t)stride + (size_t)bytes > ((Segment *)segment)->bytes)
+        return PyErr_Format(PyExc_ValueError, "the region does not fit into its segment");
+    if (PyList_Append(group->regions, segment) < 0) return NULL;
+    int error = cg_group_add_region(&group->group, ((Segment *)segment)->base + offset, (size_t)stride, (size_t)bytes);
+    if (error == ENOSPC) return PyErr_Format(PyExc_RuntimeError, "a group has at most %d shared tensors", CG_MAX_REGIONS);
+    return error ? PyErr_NoMemory() : Py_NewRef(Py_None);
+}
+
+/* Notes: what a rank says about its last call, once the ranks differ. */
+
+static PyObject *group_post_note(PyObject *self, PyObject *arg) {
+    Group *group = (Group *)self;
+    char *text;
+    Py_ssize_t length;
+    if (PyBytes_AsStringAndSize(arg, &text, &length) < 0) return NULL;
+    if (length > CG_NOTE_BYTES - 4) length = CG_NOTE_BYTES - 4;
+    char *note = group->group.notes + (size_t)group->group.me * CG_NOTE_BYTES;
+    memcpy(note + 4, text, (size_t)length);
+    atomic_store_explicit((_Atomic uint32_t *)(void *)note, (uint32_t)length, memory_order_release);
+    Py_RETURN_NONE;
+}
+
+static PyObject *group_read_note(PyObject *self, PyObject *arg) {
+    Group *group = (Group *)self;
+    long rank = PyLong_AsLong(arg);
+    if (rank < 0 || rank >= group->group.n) return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_IndexError, "rank %ld", rank);
+    char *note = group->group.notes + (size_t)rank * CG_NOTE_BYTES;
+    uint32_t length = atomic_load_explicit((_Atomic uint32_t *)(void *)note, memory_order_acquire);
+    if (length == 0 || length > CG_NOTE_BYTES - 4) Py_RETURN_NONE;
+    return PyBytes_FromStringAndSize(note + 4, (Py_ssize_t)length);
+}
+
+/* Bytes that each rank said to send to and to expect from each, in the call last begun: a list of (out, in) per rank. */
+static PyObject *group_pairs(PyObject *self, PyObject *unused) {
+    (void)unused;
+    cg_group *g = &((Group *)self)->group;
+    PyObject *all = PyList_New(0);
+    for (int rank = 0; all != NULL && rank < g->n; rank++) {
+        PyObject *both = PyList_New(0);
+        for (int side = 0; both != NULL && side < 2; side++) {
+            uint64_t *row = cg_pair_row(g, rank, side == 0 ? CG_OUT : CG_IN);
+            for (int p = 0; p < g->n; p++) {
+                PyObject *number = PyLong_FromUnsignedLongLong(row[p]);
+                if (number == NULL || PyList_Append(both, number) < 0) Py_CLEAR(both);
+                Py_XDECREF(number);
+                if (both == NULL) break;
+            }
+        }
+        if (both == NULL || PyList_Append(all, both) < 0) Py_CLEAR(all);
+        Py_XDECREF(both);
+    }
+    return all;
+}
+
+#define PROPERTY_UINT(name, field)                                                   \
+    static PyObject *get_##name(PyObject *self, void *closure) {                     \
+        (void)closure;                                                               \
+        return PyLong_FromUnsignedLongLong((unsigned long long)((Group *)self)->field); \
+    }                                                                                \
+    static int set_##name(PyObject *self, PyObject *value, void *closure) {          \
+        (void)closure;                                                               \
+        if (value == NULL) return PyErr_SetString(PyExc_AttributeError, #name), -1;  \
+        unsigned long long number = PyLong_AsUnsignedLongLong(value);                \
+        if (PyErr_Occurred()) return -1;                                             \
+        ((Group *)self)->field = number;                                             \
+        return 0;                                                                    \
+    }
+PROPERTY_UINT(sequence, sequence)
+PROPERTY_UINT(enabled, enabled)
+PROPERTY_UINT(held, held)
+PROPERTY_UINT(bytes_sent, group.bytes_sent)
+
+static PyObject *get_way(PyObject *self, void *closure) {
+    (void)closure;
+    return PyLong_FromLong(((Group *)self)->group.way);
+}
+static int set_way(PyObject *self, PyObject *value, void *closure) {
+    (void)closure;
+    long way = value == NULL ? -1 : PyLong_AsLong(value);
+    if (PyErr_Occurred()) return -1;
+    ((Group *)self)->group.way = (int)way;
+    return 0;
+}
+
+static PyGetSetDef group_getset[] = {
+    {"sequence", get_sequence, set_sequence, "calls begun", NULL},
+    {"enabled", get_enabled, set_enabled, "whether the short way is open", NULL},
+    {"held", get_held, set_held, "whether the short way waits for calls that were begun before", NULL},
+    {"bytes_sent", get_bytes_sent, set_bytes_sent, "bytes given to the others", NULL},
+    {"reaches", get_reaches, NULL, "whether the ranks may read each other's memory", NULL},
+    {"way", get_way, set_way, "how slots are written: 0 plain, 1 streaming, -1 by measurement", NULL},
+    {0}};
+static PyMethodDef group_methods[] = {
+    {"barrier", group_barrier, METH_VARARGS, "barrier(tag, timeout_ns)\n--\n\n"},
+    {"all_reduce", group_all_reduce, METH_VARARGS, "all_reduce(tag, timeout_ns, from, to, count, dtype, op, in_place)\n--\n\n"},
+    {"share", group_share, METH_VARARGS, "share(operation, tag, timeout_ns, mine, bytes, into)\n--\n\n"},
+    {"trade", group_trade, METH_VARARGS, "trade(tag, timeout_ns, out, into)\n--\n\n"},
+    {"reduce_scatter", group_reduce_scatter, METH_VARARGS, "reduce_scatter(tag, timeout_ns, out, to, dtype, op)\n--\n\n"},
+    {"ping_pong", group_ping_pong, METH_VARARGS, "ping_pong(tag, timeout_ns, rounds)\n--\n\nNanoseconds, one way."},
+    {"add_region", group_add_region, METH_VARARGS, "add_region(segment, offset, stride, bytes)\n--\n\n"},
+    {"post_note", group_post_note, METH_O, "post_note(text)\n--\n\n"},
+    {"read_note", group_read_note, METH_O, "read_note(rank)\n--\n\n"},
+    {"reach", group_reach, METH_VARARGS, "reach(tag, timeout_ns)\n--\n\nFinds out whether the ranks may read each other's memory."},
+    {"pairs", group_pairs, METH_NOARGS, "pairs()\n--\n\n"},
+    {0}};
+static PyType_Slot group_slots[] = {
+    {Py_tp_doc, "Group(team, pool, offset, slot_bytes, timeout_ns, tensor_type, exchange, describe)\n--\n\nCollectives of a team."},
+    {Py_tp_new, group_new}, {Py_tp_dealloc, group_dealloc}, {Py_tp_traverse, group_traverse}, {Py_tp_clear, group_clear},
+    {Py_tp_methods, group_methods}, {Py_tp_getset, group_getset}, {0}};
+PyType_Spec group_spec = {"commgraph.shm._native.Group", sizeof(Group), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, group_slots};

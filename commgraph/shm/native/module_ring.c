@@ -1,0 +1,245 @@
+/* Ring: records from one seat of a team to others, as Python sees it. */
+#include "module.h"
+
+#include <string.h>
+
+typedef struct {
+    PyObject_HEAD
+    cg_ring ring;
+    Team *team;
+    Pool *pool;
+    PyObject *parts; /* of the record that is being read, a list; and how far the last of them is */
+    size_t done;
+} Ring;
+
+static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    (void)kwargs;
+    PyObject *team, *pool;
+    Py_ssize_t offset, capacity;
+    int writer, first_reader, n_readers, collective, private;
+    if (!PyArg_ParseTuple(args, "OOniiinpp", &team, &pool, &offset, &writer, &first_reader, &n_readers, &capacity, &collective, &private))
+        return NULL;
+    module_state *state = PyType_GetModuleState(type);
+    if (state == NULL || !PyObject_TypeCheck(team, state->team) || !PyObject_TypeCheck(pool, state->pool))
+        return PyErr_Format(PyExc_TypeError, "Ring(team, pool, offset, writer, first_reader, n_readers, capacity, collective, private)");
+    if (offset % CG_LINE || capacity < 1024 || (size_t)offset + cg_ring_bytes(n_readers, (size_t)capacity) > ((Team *)team)->segment->bytes)
+        return PyErr_Format(PyExc_ValueError, "a ring of %zd bytes at %zd does not fit into the segment", capacity, offset);
+    if (private && n_readers != 1) return PyErr_Format(PyExc_ValueError, "a ring with %d readers cannot be private to two", n_readers);
+    Ring *self = (Ring *)allocate(type);
+    if (self == NULL) return NULL;
+    char *memory = ((Team *)team)->segment->base + offset;
+    int writes = ((Team *)team)->team.me == writer;
+    self->team = private ? new_view(state, (Team *)team, cg_ring_bell(memory, writes), cg_ring_bell(memory, !writes)) : (Team *)Py_NewRef(team);
+    if (self->team == NULL) {
+        Py_DECREF(self);
+        return NULL;
+    }
+    self->pool = (Pool *)Py_NewRef(pool);
+    cg_ring_join(&self->ring, &self->team->team, memory, writer, first_reader, n_readers, (size_t)capacity);
+    self->ring.collective = collective;
+    self->ring.private = private;
+    return (PyObject *)self;
+}
+
+static void ring_dealloc(PyObject *self) {
+    Ring *ring = (Ring *)self;
+    cg_ring_leave(&ring->ring);
+    Py_XDECREF(ring->parts);
+    Py_XDECREF((PyObject *)ring->team);
+    Py_XDECREF((PyObject *)ring->pool);
+    free_object(self);
+}
+
+enum { FEW_PARTS = 8 };
+
+/* put(kind, meta, parts, timeout_ns, posted): a part is a buffer, or (address, bytes) of memory that the caller keeps alive. */
+static PyObject *ring_put(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    Ring *ring = (Ring *)self;
+    if (nargs != 5) return PyErr_Format(PyExc_TypeError, "put(kind, meta, parts, timeout_ns, posted)");
+    unsigned long kind = PyLong_AsUnsignedLong(args[0]);
+    unsigned long long meta = PyLong_AsUnsignedLongLong(args[1]), posted = PyLong_AsUnsignedLongLong(args[4]);
+    int64_t timeout = PyLong_AsLongLong(args[3]);
+    if (PyErr_Occurred()) return NULL;
+    Py_ssize_t n = PyTuple_Size(args[2]);
+    if (n < 0) return NULL;
+    cg_part few[FEW_PARTS], *parts = few;
+    Py_buffer few_views[FEW_PARTS], *views = few_views;
+    if (n > FEW_PARTS) {
+        parts = PyMem_Malloc(sizeof *parts * (size_t)n);
+        views = PyMem_Malloc(sizeof *views * (size_t)n);
+    }
+    Py_ssize_t held = 0;
+    int who = 0, result = CG_NOMEM, entered = 0;
+    if (parts != NULL && views != NULL) {
+        for (; held < n; held++) {
+            PyObject *item = PyTuple_GetItem(args[2], held);
+            views[held].obj = NULL; /* nothing to be released */
+            if (PyTuple_Check(item)) {
+                unsigned long long address;
+                Py_ssize_t bytes;
+                if (!PyArg_ParseTuple(item, "Kn", &address, &bytes)) break;
+                parts[held] = (cg_part){(void *)(uintptr_t)address, (size_t)bytes};
+                continue;
+            }
+            /* PyBUF_SIMPLE: contiguous bytes, or an error */
+            if (PyObject_GetBuffer(item, &views[held], PyBUF_SIMPLE) < 0) break;
+            parts[held] = (cg_part){views[held].buf, (size_t)views[held].len};
+        }
+        if (held == n && enter(ring->team)) {
+            entered = 1;
+            if (posted) atomic_store_explicit(&ring->team->team.seats[ring->team->team.me].posted, posted, memory_order_release);
+            result = cg_ring_put(&ring->ring, (uint32_t)kind, meta, parts, (uint32_t)n, deadline_after(timeout), &who);
+            leave(ring->team);
+        }
+    }
+    for (Py_ssize_t i = 0; i < held; i++) PyBuffer_Release(&views[i]);
+    if (n > FEW_PARTS) {
+        PyMem_Free(parts);
+        PyMem_Free(views);
+    }
+    if (!entered && PyErr_Occurred()) return NULL;
+    return result == CG_OK ? Py_NewRef(Py_None) : raise_stopped(self, result, who);
+}
+
+/* Waits for a record; (kind, meta, sizes). */
+static int wait_next(Ring *ring, int64_t deadline, unsigned long long posted, int *who) {
+    if (posted) atomic_store_explicit(&ring->team->team.seats[ring->team->team.me].posted, posted, memory_order_release);
+    return cg_ring_next(&ring->ring, deadline, who);
+}
+
+static PyObject *ring_peek(PyObject *self, PyObject *args) {
+    Ring *ring = (Ring *)self;
+    long long timeout;
+    unsigned long long posted;
+    if (!PyArg_ParseTuple(args, "LK", &timeout, &posted)) return NULL;
+    int who = 0;
+    if (!enter(ring->team)) return NULL;
+    int result = wait_next(ring, deadline_after(timeout), posted, &who);
+    leave(ring->team);
+    if (result != CG_OK) return raise_stopped(self, result, who);
+    const cg_record *record = &ring->ring.record;
+    PyObject *sizes = PyTuple_New(record->n_parts);
+    for (uint32_t i = 0; sizes != NULL && i < record->n_parts; i++) {
+        PyObject *size = PyLong_FromUnsignedLongLong(ring->ring.sizes[i]);
+        if (size == NULL || PyTuple_SetItem(sizes, i, size) < 0) Py_CLEAR(sizes);
+    }
+    if (sizes == NULL) return NULL;
+    return Py_BuildValue("(kKN)", (unsigned long)record->kind, (unsigned long long)record->meta, sizes);
+}
+
+/* Where the next part is to be read to: bytes for the first, which is a pickle, a Block for the others. */
+static char *new_part(Ring *ring, PyObject **part) {
+    size_t index = (size_t)PyList_Size(ring->parts), bytes = (size_t)ring->ring.sizes[index];
+    if (index == 0) {
+        *part = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)bytes);
+        return *part == NULL ? NULL : PyBytes_AsString(*part);
+    }
+    Block *block = take_block((PyObject *)ring, ring->pool, bytes);
+    *part = (PyObject *)block;
+    return block == NULL ? NULL : block->base;
+}
+
+/* get(timeout_ns, posted): (kind, meta, first part as bytes, the others as Blocks ...) */
+static PyObject *ring_get(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    Ring *ring = (Ring *)self;
+    if (nargs != 2) return PyErr_Format(PyExc_TypeError, "get(timeout_ns, posted)");
+    int64_t timeout = PyLong_AsLongLong(args[0]);
+    unsigned long long posted = PyLong_AsUnsignedLongLong(args[1]);
+    if (PyErr_Occurred()) return NULL;
+    int64_t deadline = deadline_after(timeout);
+    int who = 0;
+    for (;;) {
+        if (ring->parts == NULL) {
+            if (!enter(ring->team)) return NULL;
+            int result = wait_next(ring, deadline, posted, &who);
+            leave(ring->team);
+            if (result != CG_OK) return raise_stopped(self, result, who);
+            ring->parts = PyList_New(0);
+            ring->done = 0;
+            if (ring->parts == NULL) return NULL;
+        }
+        int result = CG_OK;
+        for (uint32_t n = ring->ring.record.n_parts; result == CG_OK;) {
+            Py_ssize_t have = PyList_Size(ring->parts);
+            PyObject *part = have ? PyList_GetItem(ring->parts, have - 1) : NULL; /* borrowed */
+            char *memory;
+            if (have == 0 || ring->done == ring->ring.sizes[have - 1]) {
+                if ((uint32_t)have == n) break;
+                memory = new_part(ring, &part);
+                if (memory == NULL) return NULL;
+                int failed = PyList_Append(ring->parts, part) < 0;
+                Py_DECREF(part); /* the list holds it */
+                if (failed) return NULL;
+                have++;
+                ring->done = 0;
+            } else {
+                memory = have == 1 ? PyBytes_AsString(part) : ((Block *)part)->base;
+            }
+            if (!enter(ring->team)) return NULL;
+            result = cg_ring_read(&ring->ring, memory, (size_t)ring->ring.sizes[have - 1], &ring->done, deadline, &who);
+            leave(ring->team);
+        }
+        if (result == CG_OK) break;
+        if (result != CG_RESTART) return raise_stopped(self, result, who);
+        Py_CLEAR(ring->parts);
+    }
+    cg_ring_finish(&ring->ring);
+    PyObject *parts = ring->parts;
+    ring->parts = NULL;
+    return Py_BuildValue("(kKN)", (unsigned long)ring->ring.record.kind, (unsigned long long)ring->ring.record.meta, parts);
+}
+
+static PyObject *ring_reading(PyObject *self, void *closure) {
+    (void)closure;
+    return PyBool_FromLong(((Ring *)self)->parts != NULL);
+}
+
+/* take(timeout_ns, [(address, bytes), ...]): reads the parts of the record that `peek` found to memory of the caller's. */
+static PyObject *ring_take(PyObject *self, PyObject *args) {
+    Ring *ring = (Ring *)self;
+    long long timeout;
+    PyObject *targets;
+    if (!PyArg_ParseTuple(args, "LO", &timeout, &targets)) return NULL;
+    int64_t deadline = deadline_after(timeout);
+    Py_ssize_t n = PySequence_Size(targets);
+    if (n < 0) return NULL;
+    if (!ring->ring.in_record || (uint32_t)n != ring->ring.record.n_parts) return PyErr_Format(PyExc_ValueError, "another number of parts");
+    int result = CG_OK, who = 0;
+    for (Py_ssize_t i = 0; i < n && result == CG_OK; i++) {
+        PyObject *target = PySequence_GetItem(targets, i);
+        unsigned long long address;
+        Py_ssize_t bytes;
+        int fine = target != NULL && PyArg_ParseTuple(target, "Kn", &address, &bytes);
+        Py_XDECREF(target);
+        if (!fine) return NULL;
+        if ((uint64_t)bytes != ring->ring.sizes[i]) return PyErr_Format(PyExc_ValueError, "part %zd has another size", i);
+        size_t done = 0;
+        if (!enter(ring->team)) return NULL;
+        result = cg_ring_read(&ring->ring, (void *)(uintptr_t)address, (size_t)bytes, &done, deadline, &who);
+        leave(ring->team);
+    }
+    if (result != CG_OK) return raise_stopped(self, result, who);
+    cg_ring_finish(&ring->ring);
+    Py_RETURN_NONE;
+}
+
+static PyObject *ring_leave_out(PyObject *self, PyObject *arg) {
+    cg_ring *ring = &((Ring *)self)->ring;
+    long reader = PyLong_AsLong(arg);
+    if (reader < 0 || reader >= ring->n_readers) return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_IndexError, "reader %ld", reader);
+    return PyBool_FromLong(cg_ring_leave_out(ring, (int)reader));
+}
+
+static PyMethodDef ring_methods[] = {
+    {"put", (PyCFunction)(void (*)(void))ring_put, METH_FASTCALL, "put(kind, meta, parts, timeout_ns, posted)\n--\n\nWrites a record."},
+    {"get", (PyCFunction)(void (*)(void))ring_get, METH_FASTCALL, "get(timeout_ns, posted)\n--\n\n(kind, meta, parts) of the next record."},
+    {"peek", ring_peek, METH_VARARGS, "peek(timeout_ns, posted)\n--\n\n(kind, meta, sizes) of the next record, which stays."},
+    {"take", ring_take, METH_VARARGS, "take(timeout_ns, targets)\n--\n\nReads the parts of the record that was peeked at."},
+    {"leave_out", ring_leave_out, METH_O, "leave_out(reader)\n--\n\nGoes on without a reader that has not sat down; False if it has."},
+    {0}};
+static PyGetSetDef ring_getset[] = {{"reading", ring_reading, NULL, "whether a `get` ended halfway: it goes on, and nothing else can", NULL}, {0}};
+static PyType_Slot ring_slots[] = {
+    {Py_tp_doc, "Ring(team, pool, offset, writer, first_reader, n_readers, capacity, collective, private)\n--\n\nRecords from one seat to others; `private`: to "
+                "one, with a view of its own, so that a thread may use it while another is in a call of the team."},
+    {Py_tp_new, ring_new}, {Py_tp_dealloc, ring_dealloc}, {Py_tp_methods, ring_methods}, {Py_tp_getset, ring_getset}, {0}};
+PyType_Spec ring_spec = {"commgraph.shm._native.Ring", sizeof(Ring), 0, Py_TPFLAGS_DEFAULT, ring_slots};
