@@ -281,3 +281,28 @@ def _timed(inner: Callable[..., Any], seen: list[float]) -> Callable[..., Any]:
         return inner(*args, timeout=timeout, **kwargs)
 
     return call
+
+
+def test_host_tensors_in_a_group_of_a_device_have_nothing_to_do_with_streams() -> None:
+    """Where the device is not the host: here by a platform whose device tensors are none."""
+
+    class Elsewhere(FakeDevice):
+        device_type = "cuda"
+
+        def streams(self, device: torch.device) -> FakeStreams:
+            return self.streams_made
+
+    def run(world: cg.World) -> None:
+        world.device = torch.device("cuda", 0)
+        platform = Elsewhere(capability="", problem="there is none")
+        with world.context(cg.Layout(2, tp=2), name="a", platform=platform) as context:
+            tp, other = context.tp, 1 - world.rank
+            assert tp.all_reduce_async(torch.ones(3)).wait().tolist() == [2.0] * 3
+            out = torch.empty(300_000)
+            tp.batch([cg.Recv(out, other), cg.Send(torch.full((300_000,), 1.0 + world.rank), other)]).wait()
+            assert (out == 1.0 + other).all()
+            assert tp.all_reduce(torch.ones(3)).tolist() == [2.0] * 3
+            assert platform.streams_made.said == []
+
+    with pytest.warns(RuntimeWarning, match="fakeccl cannot serve cuda tensors"):
+        spmd(run, 2)

@@ -226,7 +226,9 @@ class AsynchronousOperations(MessageOperations):
             while rest and outgoing and self._offer(call, rest[0], peer, seconds):
                 rest.pop(0)
             if rest:
-                jobs.append(self._submit(key, partial(self._each, call, rest, peer, "send" if outgoing else "recv", seconds), rest, asides))
+                run = partial(self._each, call, rest, peer, "send" if outgoing else "recv", seconds)
+                on_device = any(self._link.streams(x.device) is not None for x in rest)
+                jobs.append(self._submit(key, run, rest, asides if on_device else None))
         return Work(call.where, call.facts, jobs, lambda _: _joined(asides, result), asides)
 
     def _enqueues(self, key: MessageKey, x: torch.Tensor) -> bool:
