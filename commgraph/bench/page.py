@@ -38,6 +38,14 @@ program is several times slower when its two ranks no longer share a cache. Henc
 """
 
 
+# What `REPORT=docs/gpu.txt tests/gpu/run.sh` saw last, from another machine than the rest of the page.
+_GPU = """## On a GPU
+
+```{literalinclude} gpu.txt
+:language: text
+```
+"""
+
 _SAYS = MappingProxyType(
     {
         "all_reduce_": "Sum over all ranks, into the tensor itself.",
@@ -70,7 +78,7 @@ def markdown(runs: Sequence[Run]) -> str:
         parts += [_section(operation, [row for row in run.rows if row.operation == operation]) for operation in operations]
         if run.notes:
             parts.append("Not measured here:\n\n" + "\n".join(f"- {note}" for note in run.notes) + "\n")
-    return "\n".join(parts)
+    return "\n".join([*parts, _GPU])
 
 
 def _section(operation: str, rows: Sequence[Row]) -> str:

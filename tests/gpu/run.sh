@@ -10,7 +10,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python=${PYTHON:-python3}
 wheels=${WHEELS:-wheels}
-report=${REPORT:-$work/report}
+report=$(realpath -m "${REPORT:-$work/report}")
 
 export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
 if compgen -G "$wheels/*.whl" >/dev/null; then
