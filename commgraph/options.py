@@ -30,15 +30,21 @@ def _table(value: bool | KernelTable | str | Path) -> bool | KernelTable:
     )
 
 
-def _settings(value: Mapping[str, bool | int]) -> tuple[tuple[str, bool | int], ...]:
-    items = tuple(sorted(dict(value).items()))
-    for name, setting in items:
-        if not isinstance(name, str) or not name.isidentifier() or not isinstance(setting, bool | int):
-            raise ConfigurationError(
-                f"CommunicatorOptions(backend_settings={dict(items)}): names with whole numbers or booleans are needed, e.g. "
-                '{"max_ctas": 8}'
-            )
-    return items
+def _settings(value: Mapping[str, bool | int] | Iterable[tuple[str, bool | int]]) -> tuple[tuple[str, bool | int], ...]:
+    given = value.items() if isinstance(value, Mapping) else value
+    fine = isinstance(given, Iterable) and all(
+        isinstance(item, tuple)
+        and len(item) == 2
+        and isinstance(item[0], str)
+        and item[0].isidentifier()
+        and isinstance(item[1], bool | int)
+        for item in given
+    )
+    if not fine:
+        raise ConfigurationError(
+            f'CommunicatorOptions(backend_settings={value!r}): names with whole numbers or booleans are needed, e.g. {{"max_ctas": 8}}'
+        )
+    return tuple(sorted(given))
 
 
 def _positive(_: object, attribute: attrs.Attribute[timedelta | None], value: timedelta | None) -> None:

@@ -387,6 +387,32 @@ def test_threads_of_one_process_have_none() -> None:
     )
 
 
+@pytest.mark.parametrize("where", ["capability", "peer_trial", "make_backend", "make_kernels"])
+def test_a_rank_that_fails_to_build_its_part_keeps_nobody_waiting(where: str) -> None:
+    """Also where the others are in a library that would wait for it as long as its deadline is."""
+    memory = Memory()
+
+    def run(world: cg.World) -> str:
+        platform = FakeDevice(memory)
+        if world.rank == 1:
+
+            def broken(*args: Any) -> Any:
+                raise OSError(f"{where} is broken")
+
+            setattr(platform, where, broken)
+        started = time.monotonic()
+        with pytest.raises(OSError if world.rank == 1 else cg.BuildError, match=f"{where} is broken") as caught:
+            world.context(cg.Layout(2, tp=2), name="a", platform=platform)
+        assert time.monotonic() - started < 20
+        # The world is as it was, and so is the name.
+        with world.context(cg.Layout(2, tp=2), name="a", platform=FakeDevice(memory)) as ctx:
+            assert ctx.tp.all_reduce(torch.ones(64)).tolist() == [2.0] * 64
+        return str(caught.value)
+
+    first, _ = spmd(run, 2)
+    assert "rank 1 could not build it: OSError" in first
+
+
 def test_calls_on_several_streams_take_turns() -> None:
     """One buffer: what is begun on another stream comes after the last call, but in a graph, which may not wait for what is outside."""
 

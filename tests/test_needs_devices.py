@@ -173,3 +173,18 @@ def test_row_17_host_calls_may_come_in_between_as_they_like() -> None:
                 assert ctx.world.all_gather_object(1) == [0, 1]
 
     on_fakes(2, body)
+
+
+def test_row_17_what_is_begun_and_not_waited_for_has_its_place_in_the_order() -> None:
+    """Of one group and then of another, by the same thread: the order of the program, whether anybody waits or not."""
+
+    def body(world: cg.World, platform: FakeDevice) -> None:
+        options = cg.CommunicatorOptions(check=True, isolate={"ep"}, custom_all_reduce=False)
+        with world.context(cg.Layout(3, tp=3), name="a", platform=platform, options=options) as ctx:
+            x = torch.full((4,), 1.0 + world.rank)
+            for _ in range(10):
+                works = [group.all_reduce_async(x) for group in (ctx.tp, ctx.ep, ctx.tp)]
+                assert ctx.ep.all_gather(x).tolist() == [1.0] * 4 + [2.0] * 4 + [3.0] * 4
+                assert [work.wait().tolist() for work in works] == [[6.0] * 4] * 3
+
+    on_fakes(3, body)

@@ -172,6 +172,15 @@ def chains() -> Iterator[None]:
 CHAINS: list[list[Communicator]] = []
 
 
+def test_settings_of_a_backend_are_checked() -> None:
+    good = cg.CommunicatorOptions(backend_settings={"max_ctas": 8, "is_high_priority_stream": True})  # type: ignore[arg-type]  # converted
+    assert good.backend_settings == (("is_high_priority_stream", True), ("max_ctas", 8))
+    assert cg.CommunicatorOptions(backend_settings=good.backend_settings) == good
+    for bad in (3, None, {"a b": 1}, {"a": "b"}, {3: 1}, [("a",)], "ab"):
+        with pytest.raises(cg.ConfigurationError, match="names with whole numbers or booleans are needed"):
+            cg.CommunicatorOptions(backend_settings=bad)
+
+
 # Capturing graphs
 
 

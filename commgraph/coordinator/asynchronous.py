@@ -133,10 +133,10 @@ class AsynchronousOperations(MessageOperations):
             return Work(call.where, call.facts, [self._submit(None, run)], lambda results: results[0])
         aside = Aside(sides, None, run, [x] if out is None else [x, out])
         job = Job(aside, place())
-        if sides.streams.is_capturing() or (
-            link.is_idle(None) and not link.check and link.route(operation, x.shape, x.dtype, x.device).enqueues
-        ):
-            job.run()  # it holds up nobody
+        at_once = link.route(operation, x.shape, x.dtype, x.device).enqueues
+        # With `check` it is compared now, in the one order that all groups have on a device, though that waits for the peers to begin it.
+        if sides.streams.is_capturing() or (at_once and (link.is_idle(None) or link.check)):
+            job.run()
         else:
             link.submit(None, job)
         return Work(call.where, call.facts, [job], lambda results: _joined([aside], results[0], results), [aside])

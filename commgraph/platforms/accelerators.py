@@ -30,6 +30,7 @@ from commgraph.errors import BackendUnavailableError, ConfigurationError
 from commgraph.kernel_table import KernelTable
 from commgraph.platforms.base import GroupFacts, Platform
 from commgraph.platforms.cpu import host_chain
+from commgraph.platforms.together import together
 from commgraph.streams import Streams, TorchStreams
 
 __all__ = ["CudaPlatform", "DevicePlatform", "RocmPlatform", "TpuPlatform", "XpuPlatform"]
@@ -94,11 +95,12 @@ class DevicePlatform(Platform):
 
     @abc.abstractmethod
     def make_backend(self, facts: GroupFacts, timeout: timedelta) -> Any:
-        """A live backend of torch's for this group, where no rank has a problem. Collective."""
+        """A live backend of torch's for this group, where no rank has a problem. Collective; on a thread of its own."""
 
     def make_strategy(self, facts: GroupFacts, rest: Communicator) -> Communicator:
         """The strategy of the backend, where no rank has a problem; `rest` serves what it does not. Collective."""
-        backend = self.make_backend(facts, timedelta(seconds=facts.limits.device_timeout))
+        timeout = timedelta(seconds=facts.limits.device_timeout)
+        backend = together(facts, self.backend(), lambda: self.make_backend(facts, timeout), lambda late: late.abort())
         return TorchCommunicator(self.backend(), backend, facts.device, facts.rank_in_group, len(facts.ranks), facts.store)
 
     def identity(self, device: torch.device) -> str:
@@ -142,7 +144,7 @@ class DevicePlatform(Platform):
         return command_of(facts.rank_in_group, len(facts.ranks), facts.device.index or 0)
 
     def make_kernels(self, facts: GroupFacts, name: str, room: int) -> Kernels:
-        """The buffers of a group and what works on them, where all ranks reach each other. Collective."""
+        """The buffers of a group and what works on them, where all ranks reach each other. Collective; on a thread of its own."""
         return TorchKernels(name, dist.PrefixStore("symmetric", facts.store), facts.rank_in_group, len(facts.ranks), facts.device, room)
 
     def _custom(self, facts: GroupFacts, transport: GlooTransport, rest: Communicator) -> list[Communicator | Refused]:
@@ -171,7 +173,7 @@ class DevicePlatform(Platform):
             return [Refused(name, f"{n} devices without links of their own: {proof.gigabytes:.0f} GB/s to the slowest, needs {_LINKED:g}")]
         plan = table.plan(said[0].capability, n, multicast=proof.multicast)
         room = min(options.custom_all_reduce_bytes, plan.max_bytes)
-        kernels = self.make_kernels(facts, f"commgraph {said[0].token}", room)
+        kernels = together(facts, name, lambda: self.make_kernels(facts, f"commgraph {said[0].token}", room), lambda late: late.close())
         return [CustomAllReduce(kernels, plan, rest, facts.device, self.streams(facts.device))]
 
 

@@ -1,0 +1,59 @@
+"""What ranks make together, where one that fails must not keep the others waiting for ever in a library that knows no deadline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from commgraph.communicators.base import PeerClosed, PeerLate
+from commgraph.communicators.gloo_transport import Background
+from commgraph.platforms.base import GroupFacts
+
+__all__ = ["together"]
+
+T = TypeVar("T")
+
+_POLL_SECONDS = 0.05
+
+
+def together(facts: GroupFacts, what: str, make: Callable[[], T], drop: Callable[[T], object]) -> T:
+    """What `make` gives, on every rank of the group. Collective.
+
+    It is made on a thread: a rank leaves it there when another says that it failed, or when the deadline of a build has passed.
+
+    Args:
+        facts: of the group.
+        what: is made; the same on every rank.
+        make: makes it, waiting for the other ranks.
+        drop: takes what is made after this rank has left.
+
+    Raises:
+        PeerClosed: another rank failed.
+        PeerLate: the deadline has passed.
+    """
+    key, me = f"failed/{what}", facts.rank_in_group
+    made: list[T] = []
+    left: list[bool] = []
+
+    def run() -> None:
+        try:
+            one = make()
+        except Exception as error:
+            facts.store.set(key, f"{me} {type(error).__name__}: {error}")
+            raise
+        made.append(one)
+        if left:
+            drop(one)
+
+    under_way = Background(run)
+    deadline = time.monotonic() + facts.limits.build_timeout
+    while not under_way.wait(_POLL_SECONDS):
+        if facts.store.check([key]):
+            left.append(True)
+            who, _, why = facts.store.get(key).decode().partition(" ")
+            raise PeerClosed(int(who), f"making {what}, {why}")
+        if time.monotonic() > deadline:
+            left.append(True)
+            raise PeerLate((me + 1) % len(facts.ranks))
+    return made[0]
