@@ -131,12 +131,21 @@ class Builder:
         self._meet(ident, store, ranks)
         return Connection(store, self._connect(ident, dist.PrefixStore(CONNECTING, store), ranks, ranks.index(self.rank)))
 
-    def keep_order(self) -> None:
-        """Connects what compares the order of calls on the device, the first time. Collective over the world."""
-        if not self.order.is_connected:
-            connection = self.connect("device order", tuple(range(len(self.hosts.nodes))))
-            if connection is not None:
-                self.order.connect(connection.transport)
+    def keep_order(self, store: dist.Store) -> None:
+        """Connects what compares the order of calls on the device: the first time, and once it was broken. Collective over the world.
+
+        Args:
+            store: of this build.
+        """
+        everyone = range(len(self.hosts.nodes))
+        keys = [f"order/{rank}" for rank in everyone]
+        store.set(keys[self.rank], str(int(self.order.is_fine)))
+        store.wait(keys, self.timeout)
+        if all(store.get(key) == b"1" for key in keys):
+            return
+        connection = self.connect(f"device order {self.order.connections}", tuple(everyone))
+        if connection is not None:
+            self.order.connect(connection.transport)
 
     def link(
         self,
@@ -169,7 +178,7 @@ class Builder:
         host_timeout = options.host_timeout or options.timeout or self.timeout
         device_timeout = (options.timeout or self.timeout).total_seconds()
         again = self._again(ranks, platform, options, wants_device=wants_device, device=device, plugins=plugins, partition=partition)
-        place: Any = {"device": device, "streams": platform.streams(device), "order": self.order if self.order.is_connected else None}
+        place: Any = {"device": device, "streams": platform.streams(device), "order": self.order if self.order.connections else None}
         if connection is None:
             return GroupLink(ident=ident, ranks=ranks, rank_in_group=0, host_timeout=host_timeout.total_seconds(), again=again, **place)
         try:

@@ -368,7 +368,7 @@ def build_context(
     coordinators: dict[str, GroupCoordinator] = {}
     try:
         if platform.streams(world.device) is not None and any(given.check for given, _ in plan.values()):
-            builder.keep_order()
+            builder.keep_order(store)
         # First every connection, then what is put on them: a rank whose strategies fail keeps nobody waiting for a connection with it.
         for first, ident in idents.items():
             connections[first] = builder.connect(ident, layout.ranks(first, rank))

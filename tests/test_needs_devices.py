@@ -116,6 +116,24 @@ def test_row_17_what_is_begun_in_another_order_on_a_device_raises_on_every_rank(
         assert "test_needs_devices.py" in text
 
 
+def test_row_17_after_a_mismatch_another_context_begins_anew() -> None:
+    def body(world: cg.World, platform: FakeDevice) -> None:
+        options = cg.CommunicatorOptions(check=True, custom_all_reduce=False)
+        other = world.context(cg.Layout(3, tp=3), name="other", platform=platform, options=options)
+        for _ in range(2):
+            first = world.context(cg.Layout(3, tp=3), name="a", platform=platform, options=options)
+            with pytest.raises(cg.CollectiveMismatchError, match="called different things"):
+                first.tp.all_reduce(torch.ones(4 + world.rank))
+            first.close()
+            with world.context(cg.Layout(3, tp=3), name="b", platform=platform, options=options) as second:
+                assert second.tp.all_reduce(torch.ones(4)).tolist() == [3.0] * 4
+            # One that was there before goes on as well.
+            assert other.tp.all_reduce(torch.ones(4)).tolist() == [3.0] * 4
+        other.close()
+
+    on_fakes(3, body)
+
+
 def test_row_17_contexts_on_one_device_have_one_order() -> None:
     """A target and a draft model: their calls interleave in the same way on all ranks, or all ranks are told."""
 

@@ -25,15 +25,20 @@ class DeviceOrder:
     def __init__(self) -> None:
         self._transport: GlooTransport | None = None
         self._counts: dict[int, int] = {}
+        self._broken = False
+        self.connections = 0
+        """How often it was connected; the same on all ranks."""
 
     @property
-    def is_connected(self) -> bool:
-        """Whether it was ever connected; the same on all ranks."""
-        return self._transport is not None
+    def is_fine(self) -> bool:
+        """Whether it is connected and, as far as this rank knows, the order was kept."""
+        return self._transport is not None and not self._broken
 
     def connect(self, transport: GlooTransport) -> None:
-        """Takes connections to every rank of the world."""
-        self._transport = transport
+        """Takes connections to every rank of the world, and begins to count anew."""
+        self.close()
+        self._transport, self._broken, self._counts = transport, False, {}
+        self.connections += 1
 
     def swap(self, ranks: Sequence[int], texts: Mapping[int, torch.Tensor], timeout: float) -> dict[int, torch.Tensor]:
         """Tells peers what this rank is about to begin, and hears the same of them, whatever it is.
@@ -44,7 +49,8 @@ class DeviceOrder:
             timeout: seconds.
 
         Raises:
-            PeerLate, PeerClosed: with the rank in the group. The order is unknown from then on: later calls end in the same way.
+            PeerLate, PeerClosed: with the rank in the group. The order is unknown from then on: later calls end in the same way, until it
+                is connected anew.
         """
         assert self._transport is not None
         heard = {peer: torch.empty_like(text) for peer, text in texts.items()}
@@ -68,6 +74,7 @@ class DeviceOrder:
 
     def abort(self) -> None:
         """Ends every wait in it, here and on the peers."""
+        self._broken = True
         if self._transport is not None:
             self._transport.abort()
 
