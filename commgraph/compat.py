@@ -100,8 +100,11 @@ def make_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta, devic
     return ProcessGroupGloo(store, rank, size, options)
 
 
-def backend_options(kind: str, timeout: timedelta, **fields: Any) -> Any:
-    """Options of a backend's operation: `torch._C._distributed_c10d.<kind>Options`, e.g. of kind ``"Allreduce"`` with ``reduceOp=op``."""
+def backend_options(kind: str, timeout: timedelta, *, coalesced: bool = False, **fields: Any) -> Any:
+    """Options of a backend's operation: `torch._C._distributed_c10d.<kind>Options`, e.g. of kind ``"Allreduce"`` with ``reduceOp=op``.
+
+    `coalesced`: it is one of several in one launch. Of such NCCL keeps the deadline only where they run on a stream of its own.
+    """
     from torch._C import _distributed_c10d
 
     options = getattr(_distributed_c10d, f"{kind}Options")()
@@ -109,7 +112,7 @@ def backend_options(kind: str, timeout: timedelta, **fields: Any) -> Any:
         setattr(options, name, value)
     # Then NCCL enqueues on the current stream itself, and not on one of its own with an event before and after.
     if hasattr(options, "asyncOp"):
-        options.asyncOp = False
+        options.asyncOp = coalesced
     return options
 
 
@@ -205,25 +208,28 @@ def symmetric_kernels_available() -> bool:
     """Whether this torch has kernels over symmetric memory for CUDA. Privately `torch._C._dispatch_has_kernel_for_dispatch_key`."""
     from torch._C import _dispatch_has_kernel_for_dispatch_key
 
-    names = ("one_shot_all_reduce_copy_out", "one_shot_all_reduce_out", "two_shot_all_reduce_out", "reduce_scatter_out")
+    names = ("one_shot_all_reduce_out", "two_shot_all_reduce_out", "reduce_scatter_out")
     try:
         return all(_dispatch_has_kernel_for_dispatch_key(f"symm_mem::{name}", "CUDA") for name in names)
     except RuntimeError:  # no operator of that name
         return False
 
 
-def symmetric_memory(name: str, store: dist.Store, rank: int, size: int, device: torch.device, nbytes: int) -> tuple[torch.Tensor, Any]:
-    """Device memory of this rank's, as uint8, and torch's handle to that of all ranks. Collective; not yet run on a GPU.
+def symmetric_memory(
+    name: str, store: dist.Store, rank: int, size: int, device: torch.device, nbytes: int
+) -> tuple[torch.Tensor, Any, dist.ProcessGroup]:
+    """Device memory of this rank's, as uint8, torch's handle to that of all ranks, and what has to live as long. Collective.
 
-    Privately `torch._C._distributed_c10d._SymmetricMemory`. Its rendezvous finds a group by name: in the registry of process groups (by
-    torch's sources from some version on), or among those of `set_group_info` (before), where a name can never be taken back. The latter is
-    tried second, because where both are looked at it brings further conditions along.
+    Not yet run on a GPU. Privately `torch._C._distributed_c10d._SymmetricMemory`. Its rendezvous finds a group by name: in the registry of
+    process groups (by torch's sources from some version on), which holds them weakly, or among those of `set_group_info` (before), where a
+    name can never be taken back. The latter is tried second, because where both are looked at it brings further conditions along. From the
+    same version on every barrier and kernel asks the registry again.
 
     Args:
         name: of a group that is made for this memory; of no other in this process, and the same on all ranks.
         store: for the rendezvous.
         rank, size: of the group.
-        device: where.
+        device: where; its index is needed.
         nbytes: how much; the same on all ranks.
     """
     from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory
@@ -231,14 +237,15 @@ def symmetric_memory(name: str, store: dist.Store, rank: int, size: int, device:
     memory = _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, device)
     group = dist.ProcessGroup(store, rank, size)
     group._set_group_name(name)  # type: ignore[arg-type]  # a str, to which torch gives a type of its own
+    group._set_group_desc(name)
     _register_process_group(name, group)  # type: ignore[arg-type]  # as above
     try:
-        return memory, _SymmetricMemory.rendezvous(memory, name)
+        return memory, _SymmetricMemory.rendezvous(memory, name), group
     except RuntimeError as error:
         if "no group info" not in str(error):
             raise
     _SymmetricMemory.set_group_info(name, rank, size, store)
-    return memory, _SymmetricMemory.rendezvous(memory, name)
+    return memory, _SymmetricMemory.rendezvous(memory, name), group
 
 
 def forget_symmetric_group(name: str) -> None:

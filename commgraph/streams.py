@@ -72,9 +72,11 @@ class TorchStreams(Streams):
     def current(self) -> Any:
         return self._torch.current_stream(self._device)
 
-    def use(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
-        block: contextlib.AbstractContextManager[Any] = self._torch.stream(stream)
-        return block
+    @contextlib.contextmanager
+    def use(self, stream: Any) -> Iterator[Any]:
+        # The device first: a thread's is the first of all, and going back to a stream of that would claim memory there.
+        with self._torch.device(self._device), self._torch.stream(stream):
+            yield stream
 
     def mark(self) -> Any:
         return self.current().record_event()
@@ -90,4 +92,7 @@ class TorchStreams(Streams):
 
     def is_capturing(self) -> bool:
         asked = getattr(self._torch, "is_current_stream_capturing", None)  # torch.xpu has none in every version
-        return asked is not None and bool(asked())
+        if asked is None:
+            return False
+        with self._torch.device(self._device):  # it asks about the current one
+            return bool(asked())

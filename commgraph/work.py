@@ -93,6 +93,9 @@ class HasEnd(Protocol):
     def has_ended(self) -> bool:
         """Whether it has."""
 
+    def join(self) -> None:
+        """Orders the current stream after that."""
+
 
 class Work(Generic[T]):
     """The result of an operation that goes on while its caller does something else.
@@ -151,6 +154,9 @@ class Work(Generic[T]):
         with self._lock:
             if self._finish is not None:
                 self._end()
+            else:
+                for part in self._enqueued:
+                    part.join()  # this may be another stream than that of the wait before
             error = self._error
         if error is not None:
             raise copy.copy(error) if isinstance(error, CommGraphError) else error

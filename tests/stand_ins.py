@@ -113,6 +113,9 @@ class HostKernels(Kernels):
         out.copy_(self._sum(numel, out.dtype, self._rank * out.numel(), (self._rank + 1) * out.numel()))
         self._sync()
 
+    def drain(self) -> None:
+        pass
+
     def close(self) -> None:
         assert (self._buffer[self.room :] == 0xA5).all(), "something was written past the end of the buffer"
         self._memory.buffers.pop((self._name, self._rank), None)
@@ -176,6 +179,7 @@ class FakeDevice(DevicePlatform):
 
     name: ClassVar[str] = "fake"
     device_type: ClassVar[str] = "cpu"
+    kernel_ranks: ClassVar[frozenset[int]] = frozenset(range(2, 9))
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,17 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import commgraph as cg
 from commgraph.communicators.base import OPERATIONS, Communicator
 from commgraph.communicators.custom_all_reduce import CustomAllReduce, prove, strategy
+from commgraph.communicators.custom_all_reduce.renumbered import Renumbered
 from commgraph.communicators.gloo import GlooCommunicator
 from commgraph.kernel_table import KERNELS, OTHERS, KernelTable, Row, Step, merged
 from commgraph.platforms import GroupFacts
 from commgraph.testing import check_communicator, spmd
-from tests.stand_ins import GOOD, FakeDevice, FakeStreams, HostKernels, Memory, by_name
+from tests.stand_ins import GOOD, FakeDevice, HostKernels, Memory, by_name
 
 CPU = torch.device("cpu")
 
@@ -433,26 +436,43 @@ def test_calls_on_several_streams_take_turns() -> None:
     on_fakes(2, body)
 
 
-def test_closing_is_bounded_where_a_kernel_never_ends(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_closing_is_bounded_where_the_device_never_ends(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(strategy, "_CLOSE_SECONDS", 0.2)
     kept: list[HostKernels] = []
-
-    class Stuck(FakeStreams):
-        def reached(self, mark: Any) -> bool:
-            return False
-
-    def make(rank: int, memory: Memory) -> FakeDevice:
-        made = FakeDevice(memory)
-        made.streams_made = Stuck()
-        return made
+    ends = threading.Event()
+    monkeypatch.setattr(HostKernels, "drain", lambda self: ends.wait(20))
 
     def body(ctx: cg.ParallelContext, platform: FakeDevice) -> None:
         ctx.tp.all_reduce(torch.ones(64))
         kept.extend(platform.kernels)
 
-    on_fakes(2, body, made=make)
+    on_fakes(2, body)
+    ends.set()
     assert all((kernels._name, kernels._rank) in kernels._memory.buffers for kernels in kept), "its memory was given back"
-    assert sum("a kernel still waits for a peer after 0.2 s" in record.message for record in caplog.records) == 2
+    assert sum("the device is still busy after 0.2 s" in record.message for record in caplog.records) == 2
+
+
+def test_rendezvous_keys_do_not_depend_on_what_the_process_did_before() -> None:
+    """Called from C++ as torch does: by one rank as its third exchange, by the other as its first."""
+    shared = dist.HashStore()
+    kept = [Renumbered(shared) for _ in range(2)]
+    ranks = [dist.PrefixStore("SymmetricMemory", store) for store in kept]
+    for step in range(3):
+        payloads = [bytes([step, rank, 0, 255]) for rank in range(2)]
+        for rank, (store, number) in enumerate(zip(ranks, (7 + step, step), strict=True)):
+            store.set(f"{number}/{rank}", payloads[rank])  # type: ignore[arg-type]  # torch takes bytes
+        for store, number in zip(ranks, (7 + step, step), strict=True):
+            assert store.multi_get([f"{number}/{rank}" for rank in range(2)]) == payloads
+    # Numbers of another kind have a count of their own; whatever else there is stays as it is.
+    mine = Renumbered(shared)
+    assert [mine._key(key) for key in ("a/5/0", "b/9/1", "a/5/1", "a/8/0", "plain", "x/y/1")] == [
+        "a/0/0",
+        "b/0/1",
+        "a/0/1",
+        "a/1/0",
+        "plain",
+        "x/y/1",
+    ]
 
 
 kinds = st.fixed_dictionaries(

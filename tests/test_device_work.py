@@ -69,7 +69,11 @@ def test_a_collective_runs_on_a_side_stream_and_wait_orders_the_current_one() ->
         streams.pending.clear()
         assert work.is_completed()
         assert y.tolist() == [3.0] * 4
-        assert work.wait() is y
+        # Another stream that waits comes after it, too.
+        del streams.said[:]
+        with streams.use("other"):
+            assert work.wait() is y
+        assert streams.said == [("after", "other", end), ("keep", "other", y.data_ptr())]
 
     on_device(2, body)
 
@@ -159,6 +163,30 @@ def test_while_a_graph_is_captured_nothing_goes_to_a_thread_and_nothing_waits_fo
         tp.all_reduce(x)
         assert not any(said[0] == "after" and said[2] == inside for said in streams.said)
         before.wait()
+
+    on_device(2, body)
+
+
+def test_each_graph_waits_for_its_own() -> None:
+    """One after the other, as for each size of a batch, with nothing eager in between."""
+
+    def body(tp: cg.GroupCoordinator, streams: FakeStreams) -> None:
+        marks: list[set[Any]] = []
+        for _ in range(3):
+            del streams.said[:]
+            with tp.graph_capture():
+                streams.capturing = True
+                work = tp.all_reduce_async(torch.ones(4))
+                tp.all_reduce(torch.ones(4))
+                if len(marks) != 1:
+                    work.wait()
+                assert work.is_completed()
+                streams.capturing = False
+            assert work.is_completed()
+            assert "ended" in repr(work)
+            own = {said[1:] for said in streams.said if said[0] == "mark"}
+            assert {said[2] for said in streams.said if said[0] == "after"} <= own, "it waited for a mark of another graph"
+            marks.append(own)
 
     on_device(2, body)
 

@@ -42,7 +42,9 @@ class TorchCommunicator(Communicator):
 
     Even collectives are the backend's own. Uneven gathers are one broadcast, uneven reductions one reduce from (or to) each rank, coalesced
     into a single launch where the backend can do that; `gather` and `all_to_all` are its exchange of uneven pieces. An operation is
-    enqueued on the current stream and does not hold up the host; its deadline is kept by the backend, which ends its own operations.
+    enqueued on the current stream and does not hold up the host. Its deadline is the backend's to keep: NCCL knows one for the whole
+    communicator, whose watchdog by torch's default ends the process. Messages and collectives are carried by one communicator, and so in
+    one order.
     """
 
     operations: ClassVar[frozenset[str]] = frozenset(name for name in OPERATIONS if name != "barrier")
@@ -99,7 +101,7 @@ class TorchCommunicator(Communicator):
             mine = [dense(piece).clone() for piece in x.split(list(sizes), dim)]  # a reduce may write to what its other ranks give
             with self._at_once():
                 for root, piece in enumerate(mine):
-                    options = compat.backend_options("Reduce", milliseconds(timeout), reduceOp=_OPS[op], rootRank=root)
+                    options = compat.backend_options("Reduce", milliseconds(timeout), coalesced=True, reduceOp=_OPS[op], rootRank=root)
                     if piece.numel():
                         self._do(lambda backend, piece=piece, options=options: backend.reduce([piece], options), piece)  # type: ignore[misc]  # defaults of a lambda have no types
             landing.copy_(mine[self.rank_in_group])
@@ -129,7 +131,7 @@ class TorchCommunicator(Communicator):
         with self._at_once():
             for root, piece in enumerate(pieces):
                 if piece.numel():
-                    self._broadcast(as_bytes(piece), root, timeout)
+                    self._broadcast(as_bytes(piece), root, timeout, coalesced=True)
         land(pieces, views)
 
     def broadcast(self, x: torch.Tensor, src: int, *, tag: int, timeout: float) -> None:
@@ -139,8 +141,8 @@ class TorchCommunicator(Communicator):
         if self.rank_in_group != src:
             land([whole], [x])
 
-    def _broadcast(self, flat: torch.Tensor, src: int, timeout: float) -> None:
-        options = compat.backend_options("Broadcast", milliseconds(timeout), rootRank=src)
+    def _broadcast(self, flat: torch.Tensor, src: int, timeout: float, *, coalesced: bool = False) -> None:
+        options = compat.backend_options("Broadcast", milliseconds(timeout), coalesced=coalesced, rootRank=src)
         self._do(lambda backend: backend.broadcast([flat], options), flat)
 
     def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], *, tag: int, timeout: float) -> None:
@@ -171,13 +173,14 @@ class TorchCommunicator(Communicator):
         timeout: float,
     ) -> None:
         landing = [landing_for(x) for x, _ in receives]
+        # Kept until all are launched: the memory of a copy that is dropped before would be given to the next one.
+        given = [as_bytes(dense(x)) for x, _ in sends]
         with self._at_once():
             for x, (_, peer) in zip(landing, receives, strict=True):
                 if x.numel():
                     self._do(lambda backend, x=x, peer=peer: backend.recv([as_bytes(x)], peer, 0), None)  # type: ignore[misc]  # as above
-            for x, peer in sends:
-                if x.numel():
-                    flat = as_bytes(dense(x))
+            for flat, (_, peer) in zip(given, sends, strict=True):
+                if flat.numel():
                     self._do(lambda backend, flat=flat, peer=peer: backend.send([flat], peer, 0), flat)  # type: ignore[misc]  # as above
         land(landing, [x for x, _ in receives])
 

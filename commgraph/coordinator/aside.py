@@ -29,11 +29,20 @@ class Sides:
             self._by_lane[lane] = self.streams.new()
         return self._by_lane[lane]
 
-    def end(self, lane: LaneKey) -> Any:
-        """Marks the end of what was enqueued on a lane's stream, which is current."""
-        mark = self.streams.mark()
-        self._ends[lane] = (mark, self.streams.is_capturing())
-        return mark
+    def end(self, lane: LaneKey) -> tuple[Any, bool]:
+        """Marks the end of what was enqueued on a lane's stream, which is current; and whether it was recorded into a graph."""
+        self._ends[lane] = self.streams.mark(), self.streams.is_capturing()
+        return self._ends[lane]
+
+    def joined(self, end: tuple[Any, bool]) -> None:
+        """What was recorded has been waited for: the mark means nothing outside of that graph."""
+        if end[1]:
+            self.forget_recorded(end)
+
+    def forget_recorded(self, end: tuple[Any, bool] | None = None) -> None:
+        """Marks of a graph whose recording has ended, or one of them."""
+        for lane in [lane for lane, found in self._ends.items() if found[1] and end in (None, found)]:
+            del self._ends[lane]
 
     def follow(self, lane: LaneKey) -> None:
         """What the current stream does next comes after what was begun on that lane: a blocking call does not overtake an earlier one."""
@@ -66,7 +75,8 @@ class Aside:
         self._run = run
         self._given = tuple(given)
         self._start = sides.streams.mark()
-        self._end: Any = None
+        self._end: tuple[Any, bool] | None = None
+        self._made: tuple[torch.Tensor, ...] = ()
 
     def __call__(self) -> Any:
         """Enqueues it; from whatever thread."""
@@ -81,16 +91,18 @@ class Aside:
         self._given = ()
         return result
 
-    def join(self, results: Iterable[torch.Tensor]) -> None:
-        """The current stream comes after it, and may use what it made. Does not hold up the host."""
+    def join(self, made: Iterable[torch.Tensor] = ()) -> None:
+        """The current stream comes after it, and may use what it made. Does not hold up the host; again for each stream that waits."""
+        if self._end is None:
+            return
+        self._made = self._made or tuple(made)
         streams = self._sides.streams
-        if self._end is not None:
-            streams.after(self._end)
-            for x in results:
-                streams.keep(x)
+        streams.after(self._end[0])
+        for x in self._made:
+            streams.keep(x)
+        self._sides.joined(self._end)
 
     @property
     def has_ended(self) -> bool:
-        """Whether the device has come to its end; what is only being recorded has."""
-        streams = self._sides.streams
-        return self._end is None or streams.is_capturing() or streams.reached(self._end)
+        """Whether the device has come to its end; what was only recorded has."""
+        return self._end is None or self._end[1] or self._sides.streams.reached(self._end[0])

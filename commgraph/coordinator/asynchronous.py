@@ -5,7 +5,8 @@ of a group in one order, the messages to a peer in one, those from a peer in one
 in its own order, and for no other: messages pass collectives, and those of one peer those of another.
 
 On a device such a call is enqueued on a stream of its lane's own (`commgraph.coordinator.aside`): at once where its strategy only enqueues,
-by the lane's thread where it holds up the host.
+by the lane's thread where it holds up the host. NCCL carries all that a group does by one communicator: there messages do not pass
+collectives, and a rank's order of beginning them is its peers' too.
 """
 
 from __future__ import annotations

@@ -35,6 +35,9 @@ def capture(groups: Sequence[GroupCoordinator], device: torch.device, stream: An
     """
     streams = groups[0]._link.streams(device)
     side = None if streams is None else streams.new() if stream is None else stream
+    for group in groups:
+        if group._link.sides is not None and streams is not None and not streams.is_capturing():
+            group._link.sides.forget_recorded()
     with contextlib.nullcontext() if streams is None else streams.beside(side):
         try:
             yield GraphCapture(side)

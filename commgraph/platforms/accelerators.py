@@ -36,10 +36,6 @@ from commgraph.streams import Streams, TorchStreams
 __all__ = ["CudaPlatform", "DevicePlatform", "RocmPlatform", "TpuPlatform", "XpuPlatform"]
 
 
-# 10^9 bytes a second from the slowest peer, below which more than two devices are taken to be without direct links of their own: PCIe of
-# the fifth generation gives about 55, the links of the slowest device with a row in the table 250.
-_LINKED = 80.0
-
 Tell = Callable[[bytes], list[bytes]]
 
 
@@ -72,6 +68,13 @@ class DevicePlatform(Platform):
     trial_seconds: ClassVar[float] = 60.0
     """How long a trial of the peers' memory may take, the start of its process included."""
 
+    linked: ClassVar[float] = 80.0
+    """10^9 bytes a second from the slowest peer, below which more than two devices are taken to be without direct links: PCIe of the fifth
+    generation gives about 55, the links of the slowest device with a row in the table 250."""
+
+    kernel_ranks: ClassVar[frozenset[int]] = frozenset({2, 4, 8})
+    """Of how many ranks the kernels can serve a group, whatever a table says."""
+
     def device(self, local_rank: int) -> torch.device:
         return torch.device(self.device_type, local_rank)
 
@@ -100,7 +103,7 @@ class DevicePlatform(Platform):
     def make_strategy(self, facts: GroupFacts, rest: Communicator) -> Communicator:
         """The strategy of the backend, where no rank has a problem; `rest` serves what it does not. Collective."""
         timeout = timedelta(seconds=facts.limits.device_timeout)
-        backend = together(facts, self.backend(), lambda: self.make_backend(facts, timeout), lambda late: late.abort())
+        backend = together(facts, self.backend(), lambda mine: self.make_backend(mine, timeout), lambda late: late.abort())
         return TorchCommunicator(self.backend(), backend, facts.device, facts.rank_in_group, len(facts.ranks), facts.store)
 
     def identity(self, device: torch.device) -> str:
@@ -160,7 +163,7 @@ class DevicePlatform(Platform):
         tell = teller(GlooCommunicator(transport), name, facts.limits.build_timeout)
         mine = _PeerWord(self.peer_problem()[:500], self.peer_process(), self.capability(facts.device), os.urandom(8).hex())
         said = [msgspec.msgpack.decode(word, type=_PeerWord) for word in tell(msgspec.msgpack.encode(mine))]
-        reason = _no_kernels(facts.ranks, said, table)
+        reason = _no_kernels(facts.ranks, said, table, self.kernel_ranks)
         if reason:
             return [Refused(name, reason)]
         proof = facts.proofs.find(facts.ranks)
@@ -169,15 +172,18 @@ class DevicePlatform(Platform):
             facts.proofs.add(facts.ranks, proof)
         if proof.problem:
             return [Refused(name, proof.problem)]
-        if n > 2 and proof.gigabytes < _LINKED:
-            return [Refused(name, f"{n} devices without links of their own: {proof.gigabytes:.0f} GB/s to the slowest, needs {_LINKED:g}")]
+        if n > 2 and proof.gigabytes < self.linked:
+            slow = f"{proof.gigabytes:.0f} GB/s to the slowest, needs {self.linked:g}"
+            return [Refused(name, f"{n} devices without links of their own: {slow}")]
         plan = table.plan(said[0].capability, n, multicast=proof.multicast)
         room = min(options.custom_all_reduce_bytes, plan.max_bytes)
-        kernels = together(facts, name, lambda: self.make_kernels(facts, f"commgraph {said[0].token}", room), lambda late: late.close())
+        if not room:
+            return [Refused(name, "its table names no kernel that these devices have" + ("" if proof.multicast else ", without multicast"))]
+        kernels = together(facts, name, lambda mine: self.make_kernels(mine, f"commgraph {said[0].token}", room), lambda late: late.close())
         return [CustomAllReduce(kernels, plan, rest, facts.device, self.streams(facts.device))]
 
 
-def _no_kernels(ranks: Sequence[int], said: Sequence[_PeerWord], table: KernelTable) -> str:
+def _no_kernels(ranks: Sequence[int], said: Sequence[_PeerWord], table: KernelTable, possible: frozenset[int]) -> str:
     """Why these ranks cannot use kernels over each other's memory, in words that are the same on all of them; empty where they can."""
     problems = [f"rank {rank}: {word.problem}" for rank, word in zip(ranks, said, strict=True) if word.problem]
     if problems:
@@ -187,7 +193,7 @@ def _no_kernels(ranks: Sequence[int], said: Sequence[_PeerWord], table: KernelTa
         return f"devices of different kinds: {', '.join(kinds)}"
     if len({word.process for word in said}) < len(said):
         return "two of its ranks are threads of one process"
-    sizes = table.sizes(kinds[0])
+    sizes = [size for size in table.sizes(kinds[0]) if size in possible]
     if not sizes:
         return f"its table has no row for devices of kind {kinds[0]}"
     if len(ranks) not in sizes:

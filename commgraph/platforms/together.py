@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import attrs
 
 from commgraph.communicators.base import PeerClosed, PeerLate
 from commgraph.communicators.gloo_transport import Background
@@ -17,7 +19,7 @@ T = TypeVar("T")
 _POLL_SECONDS = 0.05
 
 
-def together(facts: GroupFacts, what: str, make: Callable[[], T], drop: Callable[[T], object]) -> T:
+def together(facts: GroupFacts, what: str, make: Callable[[GroupFacts], T], drop: Callable[[T], object]) -> T:
     """What `make` gives, on every rank of the group. Collective.
 
     It is made on a thread: a rank leaves it there when another says that it failed, or when the deadline of a build has passed.
@@ -25,7 +27,8 @@ def together(facts: GroupFacts, what: str, make: Callable[[], T], drop: Callable
     Args:
         facts: of the group.
         what: is made; the same on every rank.
-        make: makes it, waiting for the other ranks.
+        make: makes it, waiting for the other ranks, of facts with a connection to the store of their own: whoever waits there has it for
+            himself.
         drop: takes what is made after this rank has left.
 
     Raises:
@@ -33,14 +36,16 @@ def together(facts: GroupFacts, what: str, make: Callable[[], T], drop: Callable
         PeerLate: the deadline has passed.
     """
     key, me = f"failed/{what}", facts.rank_in_group
+    store: Any = facts.store  # whose stub lacks it
+    apart = attrs.evolve(facts, store=store.clone())
     made: list[T] = []
     left: list[bool] = []
 
     def run() -> None:
         try:
-            one = make()
+            one = make(apart)
         except Exception as error:
-            facts.store.set(key, f"{me} {type(error).__name__}: {error}")
+            apart.store.set(key, f"{me} {type(error).__name__}: {error}")
             raise
         made.append(one)
         if left:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,13 @@ REPLAYS = 20 if REHEARSAL else 1000
 SIZES = (16, 48, 1024, 4096, 100_000 * 16, 1 << 20, (8 << 20) + 16)
 
 
-class Shared(cg.CudaPlatform):
+class OneGpu(cg.CudaPlatform):
+    """CUDA that does not ask for links between devices: there is one, and what is measured is whose turn it is."""
+
+    linked = 0.0
+
+
+class Shared(OneGpu):
     """CUDA whose ranks say that they share no GPU, though they do: NCCL and symmetric memory can be told to bear with it."""
 
     def identity(self, device: torch.device) -> str:
@@ -60,7 +67,7 @@ def forced(kernel: str, size: int) -> KernelTable:
 def context(world: cg.World, name: str, **options: Any) -> Iterator[cg.ParallelContext]:
     """One whose kernels serve, and whose other calls go by way of the host: no NCCL, which refuses a GPU that is shared."""
     given = cg.CommunicatorOptions(backend="gloo", timeout=timedelta(seconds=60), **options)
-    with world.context(cg.Layout(world.size, tp=world.size), name=name, options=given, platform=platform(cg.CudaPlatform)) as made:
+    with world.context(cg.Layout(world.size, tp=world.size), name=name, options=given, platform=platform(OneGpu)) as made:
         yield made
 
 
@@ -267,6 +274,9 @@ def memory(world: cg.World) -> None:
 def compiled(world: cg.World) -> None:
     """torch.compile with inductor over device tensors: the same numbers as eager, in one graph."""
     n = world.size
+    if shutil.which("cc") is None and shutil.which("gcc") is None:
+        say("not compiled: there is no C compiler, which inductor needs")
+        return
     with context(world, "a") as ctx:
         ctx.warmup()
         tp = ctx.tp

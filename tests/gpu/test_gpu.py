@@ -74,7 +74,16 @@ def run(check: str, ranks: int, tmp_path: Path, seconds: float, **more: str) -> 
     children = []
     for rank in range(ranks):
         # NCCL takes ranks with different identities for hosts, which may use the same device number.
-        own = {"NCCL_HOSTID": f"commgraph-{rank}", "NCCL_SOCKET_IFNAME": "lo"} if check in ("nccl", "lost") else {}
+        own = (
+            {
+                "NCCL_HOSTID": f"commgraph-{rank}",
+                "NCCL_SOCKET_IFNAME": "lo",
+                "NCCL_IB_DISABLE": "1",
+                "NCCL_NET": "Socket",
+            }
+            if check in ("nccl", "lost")
+            else {}
+        )
         command = [sys.executable, "-m", "tests.gpu.ranks", check, str(rank), str(ranks), str(tmp_path / "meet")]
         with (tmp_path / f"out{rank}").open("wb") as out:
             children.append(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment | own | more))

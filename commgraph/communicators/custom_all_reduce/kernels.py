@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from commgraph import compat
+from commgraph.communicators.custom_all_reduce.renumbered import Renumbered
 
 __all__ = ["ALIGNMENT", "Kernels", "TorchKernels"]
 
@@ -43,6 +44,10 @@ class Kernels(abc.ABC):
         """The sum of every rank's ``pieces[rank_in_group]`` into `out`, all 1-D, float32 or bfloat16."""
 
     @abc.abstractmethod
+    def drain(self) -> None:
+        """Waits until the device has done all that was enqueued on it: for ever, where a kernel waits for a peer that never came."""
+
+    @abc.abstractmethod
     def close(self) -> None:
         """Gives the memory back. Idempotent; nothing is said to the peers."""
 
@@ -72,10 +77,14 @@ class TorchKernels(Kernels):
         self._name = name
         self._n = world_size
         self._memory: torch.Tensor | None = None
-        self._memory, handle = compat.symmetric_memory(name, store, rank_in_group, world_size, device, room)
-        self.multicast = bool(handle.has_multicast_support)
-        # Kept for as long as the buffer: it holds the mappings of the peers'.
+        # Kept, because a store written in Python ends with its last reference here, whatever torch still holds.
+        self._store = Renumbered(store)
+        with torch.cuda.device(device):
+            self._memory, handle, group = compat.symmetric_memory(name, self._store, rank_in_group, world_size, device, room)
+        self.multicast = bool(handle.multicast_ptr)
+        # Kept for as long as the buffer: the mappings of the peers', and what torch finds the group by.
         self._handle: Any = handle
+        self._group: Any = group
 
     def peer(self, rank: int, nbytes: int) -> torch.Tensor:
         """The first bytes of a rank's buffer, where they lie."""
@@ -95,15 +104,10 @@ class TorchKernels(Kernels):
                 out.copy_(buffer)
                 return
             target = out if _aligned(out) else torch.empty_like(out)
-            if kernel == "two_shot":
-                buffer.copy_(x)
-                ops.two_shot_all_reduce_out(buffer, "sum", self._name, target)
-            elif _aligned(x):
-                # The kernel brings x into the buffer by itself. Its barriers are those of the other form: ranks may differ in this.
-                ops.one_shot_all_reduce_copy_out(buffer, x, "sum", self._name, target)
-            else:
-                buffer.copy_(x)
-                ops.one_shot_all_reduce_out(buffer, "sum", self._name, target)
+            # Not by one_shot_all_reduce_copy_out: by its source some threads tell the peers before others have brought their part of x.
+            buffer.copy_(x)
+            run = ops.two_shot_all_reduce_out if kernel == "two_shot" else ops.one_shot_all_reduce_out
+            run(buffer, "sum", self._name, target)
             if target is not out:
                 out.copy_(target)
 
@@ -122,10 +126,13 @@ class TorchKernels(Kernels):
             if target is not out:
                 out.copy_(target)
 
+    def drain(self) -> None:
+        torch.cuda.synchronize(self._device)
+
     def close(self) -> None:
         if self._memory is not None:
-            self._memory = self._handle = None
             compat.forget_symmetric_group(self._name)
+            self._memory = self._handle = self._group = None
 
     def _buffer(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         assert self._memory is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -168,17 +167,6 @@ class CustomAllReduce(Communicator):
         with self._streams.use(self._last):
             return self._streams.mark()
 
-    def _has_ended(self) -> bool:
-        """Whether the device has come to the end of the last call, within the time that closing gives it."""
-        if self._streams is None or self._last is None:
-            return True
-        end, deadline = self._end(), time.monotonic() + _CLOSE_SECONDS
-        while not self._streams.reached(end):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.005)
-        return True
-
     def _average(self, out: torch.Tensor, op: str) -> None:
         if op == "avg":
             out.div_(self.world_size)
@@ -220,18 +208,21 @@ class CustomAllReduce(Communicator):
         kernels, self._kernels = self._kernels, None
         if kernels is None:
             return
-        if self._has_ended():
+        # What replayed graphs wait for is known to nobody but the device. Giving the memory back waits for it, too, and would hold the
+        # interpreter meanwhile.
+        waiting = threading.Thread(target=kernels.drain, name="commgraph drain", daemon=True)
+        waiting.start()
+        waiting.join(_CLOSE_SECONDS)
+        if not waiting.is_alive():
             kernels.close()
             return
         logger.warning(
-            "custom_all_reduce of rank %d in its group: a kernel still waits for a peer after %g s. Its buffer of %d bytes and "
-            "the device's stream stay as they are until the process ends",
+            "custom_all_reduce of rank %d in its group: the device is still busy after %g s, as with a kernel that waits for a peer which "
+            "never came. A buffer of %d bytes stays where it is",
             self.rank_in_group,
             _CLOSE_SECONDS,
             self._room,
         )
-        # Giving the memory back would wait for the device, and so for ever.
-        threading.Thread(target=lambda _kept: threading.Event().wait(), args=(kernels,), name="commgraph kept", daemon=True).start()
 
     def memory(self) -> int:
         return 0 if self._kernels is None else self._room

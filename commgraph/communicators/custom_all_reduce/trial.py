@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import msgspec
@@ -25,19 +26,26 @@ def main(port: int, rank: int, size: int, device: int) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
     torch.cuda.init()  # says what is wrong with it, where something is
     torch.cuda.set_device(device)
-    word = try_peers(TorchKernels("trial", dist.PrefixStore("trial", store), rank, size, torch.device("cuda", device), _BYTES), rank, size)
+    kernels = TorchKernels("trial", dist.PrefixStore("trial", store), rank, size, torch.device("cuda", device), _BYTES)
+
+    def meet(step: str) -> None:
+        """On the host: ranks that wait on a device that they share with others take its time from them, which are measured here."""
+        torch.cuda.synchronize(device)
+        store.set(f"{step}/{rank}", "")
+        store.wait([f"{step}/{peer}" for peer in range(size)])
+
+    word = try_peers(kernels, rank, size, meet)
     print(f"{MARK}{msgspec.json.encode(word).decode()}", flush=True)
     # The memory must not go before the last peer has read it.
-    store.set(f"done/{rank}", "")
-    store.wait([f"done/{peer}" for peer in range(size)])
+    meet("done")
+    kernels.close()
 
 
-def try_peers(kernels: TorchKernels, rank: int, size: int) -> Word:
+def try_peers(kernels: TorchKernels, rank: int, size: int, meet: Callable[[str], None]) -> Word:
     """Reads and writes every peer's memory, and reduces over all."""
     device = kernels.peer(rank, 1).device
     kernels.peer(rank, _BYTES).copy_(_pattern(rank, device))
-    torch.cuda.synchronize(device)
-    kernels.barrier()
+    meet("written")
     slowest = float("inf")
     for peer in (other % size for other in range(rank + 1, rank + size)):
         theirs = kernels.peer(peer, _BYTES)
@@ -45,12 +53,11 @@ def try_peers(kernels: TorchKernels, rank: int, size: int) -> Word:
         if wrong:
             return Word(f"{wrong} of {_BYTES} bytes that it read from rank {peer} of the group were wrong")
         slowest = min(slowest, _gigabytes(theirs))
-    kernels.barrier()
+    meet("read")
     # Each writes a number of its own to the place of its own in every peer's memory.
     for peer in range(size):
         kernels.peer(peer, size)[rank] = rank + 1
-    torch.cuda.synchronize(device)
-    kernels.barrier()
+    meet("told")
     written = kernels.peer(rank, size).tolist()
     if written != list(range(1, size + 1)):
         return Word(f"its peers wrote {list(range(1, size + 1))} to it, and {written} came")
