@@ -41,7 +41,7 @@ print(f"{datetime.date.today()}: {name}, torch {torch.__version__}, NCCL {nccl},
 PY
 export COMMGRAPH_GPU_REPORT=$report
 # torch's own warnings of other versions are no failure of ours.
-"$python" -m pytest tests/gpu -q -rs -p no:cacheprovider -o addopts= -o filterwarnings=default "$@"
+"$python" -m pytest tests/gpu -m gpu -q -rs -p no:cacheprovider -o addopts= -o filterwarnings=default "$@"
 code=$?
 echo
 cat "$report"
