@@ -300,29 +300,73 @@ def barrier(
     slots: int = 2,
     lines: int = 2,
     release: bool = True,
+    turned: Callable[[int], int] = lambda step: 0,
     closing: Closing | None = None,
 ) -> Model:
-    """(2) Collectives: everybody writes his slot, says so, waits for all, and reads all slots. With `closing`, (4)."""
+    """(2) Collectives: everybody writes his slot, says so, waits for all, and reads all slots. With `closing`, (4).
+
+    In steps that are `turned`, each of two ranks writes to the place of the other, which it has read.
+    """
     codes = []
     for me in range(ranks):
         code = Code(f"rank {me}")
         for t in range(1, steps + 1):
             begin_step(code, t, me, bell, closing, range(ranks))
             slot, line = t % slots, t % lines
-            code.store(f"slot[{me}][{slot}]", _value(ranks, me, t))
-            code.store(f"tag[{me}][{line}]", t)
-            code.store(f"step[{me}][{line}]", t, release=release)
-            notify(code, bell, *(p for p in range(ranks) if p != me))
-            arrived = all_of(*((f"step[{p}][{line}]", equal(t)) for p in range(ranks)))
-            wait_until(code, bell, me, arrived, closing, only=ranks == 2)
+            places = [ranks - 1 - p if turned(t) else p for p in range(ranks)]
+            code.store(f"slot[{places[me]}][{slot}]", _value(ranks, me, t))
+            arrive(code, bell, ranks, me, t, lines, release=release)
+            await_all(code, bell, ranks, me, t, lines, closing)
             for p in range(ranks):
-                code.expect(f"slot[{p}][{slot}]", _value(ranks, p, t))
+                # Of its own a rank reads what it wrote there from.
+                if p != me:
+                    code.expect(f"slot[{places[p]}][{slot}]", _value(ranks, p, t))
                 code.expect(f"tag[{p}][{line}]", t)
         code.label("end")
         codes.append(code)
     if closing:
         codes += closing.thread(bell, range(ranks))
     return Model(f"barrier, {ranks} ranks, {steps} steps", tuple(codes), apart=None if closing else 1)
+
+
+def arrive(code: Code, bell: Bell, ranks: int, me: int, step: int, lines: int = 2, *, release: bool = True) -> None:
+    code.store(f"tag[{me}][{step % lines}]", step)
+    code.store(f"step[{me}][{step % lines}]", step, release=release)
+    notify(code, bell, *(p for p in range(ranks) if p != me))
+
+
+def await_all(code: Code, bell: Bell, ranks: int, me: int, step: int, lines: int = 2, closing: Closing | None = None) -> None:
+    arrived = all_of(*((f"step[{p}][{step % lines}]", equal(step)) for p in range(ranks)))
+    wait_until(code, bell, me, arrived, closing, only=ranks == 2)
+
+
+def handed_back(
+    bell: Bell, ranks: int, chunks: int, *, parts_awaited: bool = True, results_awaited: bool = True, release: bool = True
+) -> Model:
+    """(5) Large reductions: everybody writes a part for each other rank, which reduces it and puts the result in its place."""
+    codes = []
+    for me in range(ranks):
+        code = Code(f"rank {me}")
+        others = [p for p in range(ranks) if p != me]
+        for chunk in range(chunks):
+            code.step = 2 * chunk + 1
+            for p in others:
+                code.store(f"share[{me}][{p}]", 2 * chunk + 1)
+            arrive(code, bell, ranks, me, code.step, release=release)
+            if parts_awaited:
+                await_all(code, bell, ranks, me, code.step)
+            for p in others:
+                code.expect(f"share[{p}][{me}]", 2 * chunk + 1)
+                code.store(f"share[{p}][{me}]", 2 * chunk + 2)
+            code.step = 2 * chunk + 2
+            arrive(code, bell, ranks, me, code.step, release=release)
+            if results_awaited:
+                await_all(code, bell, ranks, me, code.step)
+            for p in others:
+                code.expect(f"share[{me}][{p}]", 2 * chunk + 2)
+        code.label("end")
+        codes.append(code)
+    return Model(f"parts handed back, {ranks} ranks, {chunks} chunks", tuple(codes), apart=1)
 
 
 def _value(ranks: int, rank: int, step: int) -> int:
@@ -504,6 +548,8 @@ class Process:
                 if not own:
                     queue += (Entry(False, word, op.value, False),)
                     quiet.append(f"begins to read {op.word}, which must be {op.value}")
+                elif own[-1] == op.value and word in self.layout.shared:
+                    raise ValueError(f"{op.word} has two writers, so that a load of one's own store would have to be a step")
                 elif own[-1] != op.value:
                     return pc, queue, tuple(quiet), f"{self.code.name} reads {op.word} = {own[-1]} instead of {op.value}"
             elif op.kind == "branch" and own and not (loads and self.memory == "tso"):
@@ -613,22 +659,28 @@ class Layout:
     numbers: dict[str, int] = attrs.field(factory=dict)
     places: list[tuple[int, int]] = attrs.field(factory=list)
     owners: dict[int, int] = attrs.field(factory=dict)  # the process that sleeps on a doorbell
+    shared: set[int] = attrs.field(factory=set)  # data that several write
     width: int = 0
 
     def __attrs_post_init__(self) -> None:
         largest: dict[str, int] = {}
-        writers: dict[str, int] = {}
+        writers: dict[str, set[int]] = {}
         for number, code in enumerate(self.codes):
             for op in code.ops:
                 if op.word:
                     largest[op.word] = max(largest.get(op.word, 1), op.value)
-                if op.kind == "store" and writers.setdefault(op.word, number) != number:
-                    raise ValueError(f"{op.word} has two writers, for which a load of one's own store would have to be a step")
+                if op.kind == "store":
+                    writers.setdefault(op.word, set()).add(number)
+        decide = {op.word for code in self.codes for op in code.ops if op.kind == "branch"}
+        several = {name for name, numbers in writers.items() if len(numbers) > 1}
+        if wrong := several & decide:
+            raise ValueError(f"{min(wrong)} has two writers, so that a load of one's own store would have to be a step")
         for name, most in largest.items():
             self.numbers[name] = len(self.names)
             self.names.append(name)
             self.places.append((self.width, (1 << most.bit_length()) - 1))
             self.width += most.bit_length()
+        self.shared = {self.numbers[name] for name in several}
         for number, code in enumerate(self.codes):
             for op in code.ops:
                 if op.kind in ("remember", "sleep") and self.owners.setdefault(self.numbers[op.word], number) != number:

@@ -18,6 +18,7 @@ from tests.protocol_model import (
     equal,
     explore,
     flags,
+    handed_back,
     ring_of_messages,
 )
 
@@ -150,9 +151,17 @@ def test_stores_to_one_word_stay_in_order(memory: Memory) -> None:
 
 
 def test_what_the_explorer_cannot_do_is_refused() -> None:
-    two_writers = Model("two writers", tuple(program(name, lambda code: code.store("x", 1)) for name in ("a", "b")))
-    with pytest.raises(ValueError, match="two writers"):
-        explore(two_writers, "tso")
+    def write_and_look(code: Code) -> None:
+        code.store("x", 1)
+        code.branch("x", equal(1), "end")
+
+    def write_and_read(code: Code) -> None:
+        code.store("x", 1)
+        code.expect("x", 1)
+
+    for write in (write_and_look, write_and_read):
+        with pytest.raises(ValueError, match="two writers"):
+            explore(Model("two writers", tuple(program(name, write) for name in ("a", "b"))), "tso")
     two_sleepers = Model("two sleepers", tuple(program(name, lambda code: code.sleep("x")) for name in ("a", "b")))
     with pytest.raises(ValueError, match="two processes sleep"):
         explore(two_sleepers, "tso")
@@ -173,6 +182,23 @@ def test_nobody_misses_a_doorbell(notifiers: int, rounds: int, memory: Memory) -
 @pytest.mark.parametrize(("ranks", "steps"), [(2, 4), (3, 3)])
 def test_a_barrier_shows_everybody_the_data_of_the_step(ranks: int, steps: int, memory: Memory) -> None:
     right(barrier(BELL, ranks, steps), memory)
+
+
+def every_second_pair(step: int) -> int:
+    return step >> 1 & 1
+
+
+@both
+def test_two_ranks_may_write_where_they_have_read(memory: Memory) -> None:
+    right(barrier(BELL, 2, 5, turned=every_second_pair), memory)
+    # Even at once: what a rank overwrites only it has read.
+    right(barrier(BELL, 2, 4, slots=1, turned=lambda step: step & 1), memory)
+
+
+@both
+@pytest.mark.parametrize(("ranks", "chunks"), [(2, 3), (3, 1)])
+def test_parts_come_back_as_results(ranks: int, chunks: int, memory: Memory) -> None:
+    right(handed_back(BELL, ranks, chunks), memory)
 
 
 @both
@@ -281,9 +307,23 @@ def test_one_line_is_not_enough(memory: Memory) -> None:
     wrong(barrier(BELL, 2, 2, lines=1), memory, *OTHER_DATA, STUCK)
 
 
+@both
+def test_both_steps_of_a_part_are_awaited(memory: Memory) -> None:
+    wrong(handed_back(BELL, 2, 1, parts_awaited=False), memory, *OTHER_DATA)
+    wrong(handed_back(BELL, 2, 1, results_awaited=False), memory, *OTHER_DATA)
+
+
+@both
+def test_a_slot_that_others_read_stays_where_it_is(memory: Memory) -> None:
+    # Of three ranks, the one whose place another takes over may not be the only one that has read it.
+    wrong(barrier(BELL, 3, 3, turned=lambda step: step & 1, slots=1), memory, *OTHER_DATA)
+
+
 def test_a_plain_store_of_the_step_is_not_enough() -> None:
     wrong(barrier(BELL, 2, 1, release=False), "weak", *OTHER_DATA)
     right(barrier(BELL, 2, 4, release=False), "tso")
+    wrong(handed_back(BELL, 2, 1, release=False), "weak", *OTHER_DATA)
+    right(handed_back(BELL, 2, 2, release=False), "tso")
 
 
 def test_a_plain_store_of_the_head_is_not_enough() -> None:

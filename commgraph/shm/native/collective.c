@@ -32,8 +32,11 @@ static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
 /* Offsets of the parts in the memory of a group. */
 typedef struct {
-    size_t lines, costs, pairs, notes, slots, end;
+    size_t lines, costs, pairs, notes, slots, shares, end;
 } cg_map;
+
+/* What one rank puts at once into what changes hands (`two_shot`). */
+static size_t share_bytes(size_t slot_bytes) { return smaller(slot_bytes, REDUCE_CHUNK); }
 
 static cg_map map_of(int n, size_t slot_bytes) {
     size_t ranks = (size_t)n;
@@ -43,7 +46,8 @@ static cg_map map_of(int n, size_t slot_bytes) {
     m.pairs = round_up(m.costs + ranks * ranks * CG_CLASSES * 2 * sizeof(uint32_t), CG_LINE);
     m.notes = m.pairs + 2 * ranks * CG_PAIR_ROWS * ranks * sizeof(uint64_t);
     m.slots = round_up(m.notes + ranks * CG_NOTE_BYTES, PAGE);
-    m.end = m.slots + ranks * 2 * slot_bytes;
+    m.shares = m.slots + ranks * 2 * slot_bytes;
+    m.end = m.shares + ranks * share_bytes(slot_bytes);
     return m;
 }
 
@@ -61,6 +65,7 @@ void cg_group_join(cg_group *g, cg_team *team, void *memory, size_t slot_bytes) 
     g->pairs = (uint64_t *)((char *)memory + m.pairs);
     g->notes = (char *)memory + m.notes;
     g->slots = (char *)memory + m.slots;
+    g->shares = (char *)memory + m.shares;
     g->way = -1;
 }
 
@@ -78,7 +83,17 @@ int cg_group_add_region(cg_group *g, char *base, size_t stride, size_t bytes) {
     return 0;
 }
 
-static char *slot_of(cg_group *g, int rank, uint32_t step) { return g->slots + ((size_t)rank * 2 + (step & 1)) * g->slot_bytes; }
+/* Memory that one rank writes and one other reads is written by that other the next time: it has the cache lines by then, which its processor
+ * would otherwise ask back from the first one's. `turned`: the second time of the two. */
+static int turned(uint32_t step) { return step >> 1 & 1; }
+
+static char *slot_at(cg_group *g, int place, uint32_t step) { return g->slots + ((size_t)place * 2 + (step & 1)) * g->slot_bytes; }
+/* What all others read. Of two ranks there is one other. */
+static char *slot_of(cg_group *g, int rank, uint32_t step) { return slot_at(g, g->n == 2 && turned(step) ? 1 - rank : rank, step); }
+/* What only rank `to` reads, in parts of `each` bytes. */
+static char *part_of(cg_group *g, int from, int to, size_t each, uint32_t step) {
+    return turned(step) ? slot_at(g, to, step) + (size_t)from * each : slot_at(g, from, step) + (size_t)to * each;
+}
 static cg_line *line_of(cg_group *g, int rank, uint32_t step) { return &g->lines[rank * 2 + (step & 1)]; }
 
 /* Where these bytes of this rank lie in a shared region, 0 if they do not. */
@@ -354,35 +369,29 @@ static int reduce_in_shared(cg_group *g, const cg_call *call, size_t count, size
     return next_step(g, call, who);
 }
 
-int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, int dtype, int op, int in_place, int *who) {
-    size_t size = cg_dtype_bytes(dtype), bytes = count * size;
-    cg_kernel kernel = cg_find_kernel(dtype, op);
-    begin(g, call);
-    g->bytes_sent += bytes;
-    /* Where reducing takes several times as long as copying, sharing the work pays early. */
-    if (bytes <= g->slot_bytes && bytes * (size_t)g->n * (size_t)cg_kernel_weight(dtype) <= ONE_SHOT)
-        return one_shot(g, call, from, to, count, size, kernel, who);
-
-    uint64_t where = g->n_regions ? find_region(g, from, bytes) : 0;
-    size_t chunk = smaller(g->slot_bytes, REDUCE_CHUNK) / size, mine_from, mine_to;
+/* Each rank reduces a share, chunk by chunk, and puts the result back where it found the parts: the cache lines came with them, and the ranks
+ * that wrote the parts get them back with the result, ready for their next ones. A line moves once in each direction. */
+static int two_shot(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, size_t size, int in_place, cg_kernel kernel, int *who) {
+    uint64_t where = g->n_regions ? find_region(g, from, count * size) : 0;
+    size_t room = share_bytes(g->slot_bytes), chunk = room / size, mine_from, mine_to;
+    char *mine = g->shares + (size_t)g->me * room;
     for (size_t at = 0; at < count; at += chunk) {
-        size_t length = smaller(chunk, count - at);
+        size_t length = smaller(chunk, count - at), block = REDUCE_BLOCK / size;
         share_of(length, size, g->n, g->me, &mine_from, &mine_to);
         int way = choose_way(g, length * size);
         if (at > 0) g->step++;
         if (where == 0) {
-            /* Each share to its place in the slot, but for this rank's own, which nobody else reads. */
-            char *slot = slot_of(g, g->me, g->step);
+            /* Each part to its place, but for this rank's own share, which nobody else reads. */
             const char *part = (const char *)from + at * size;
             stopwatch writing = start(length * size);
-            cg_copy(slot, part, mine_from * size, way);
-            cg_copy(slot + mine_to * size, part + mine_to * size, (length - mine_to) * size, way);
+            cg_copy(mine, part, mine_from * size, way);
+            cg_copy(mine + mine_to * size, part + mine_to * size, (length - mine_to) * size, way);
             if (way) cg_stream_fence();
             note_write(g, length * size, way, stop(&writing));
         }
         int result;
         if (at == 0) {
-            announce(g, call, bytes, where, 1, way);
+            announce(g, call, count * size, where, 1, way);
             result = agree(g, call, who);
             if (result != CG_OK) return result;
             int direct = in_place;
@@ -398,31 +407,36 @@ int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, 
         const void *sources[g->n];
         for (int p = 0; p < g->n; p++) {
             uint64_t there = line_of(g, p, g->step)->where;
-            parts[p] = p == g->me ? (const char *)from + at * size : there ? resolve(g, p, there) + at * size : slot_of(g, p, g->step);
+            parts[p] = p == g->me ? (const char *)from + at * size : there ? resolve(g, p, there) + at * size : g->shares + (size_t)p * room;
         }
-        /* Its own share: to the result, and on to the slot of the next step. */
-        char *out = (char *)to + at * size, *shared = slot_of(g, g->me, g->step + 1);
+        char *out = (char *)to + at * size;
         stopwatch reading = start(length * size);
-        size_t block = REDUCE_BLOCK / size;
         for (size_t i = mine_from; i < mine_to; i += block) {
             size_t some = smaller(block, mine_to - i);
             for (int p = 0; p < g->n; p++) sources[p] = parts[p] + i * size;
             kernel(out + i * size, sources, g->n, some);
-            cg_copy(shared + (i - mine_from) * size, out + i * size, some * size, way);
+            for (int k = 1; k < g->n; k++) cg_copy(g->shares + (size_t)((g->me + k) % g->n) * room + i * size, out + i * size, some * size, way);
         }
         if (way) cg_stream_fence();
         note_reads(g, length * size, stop(&reading));
         g->step++;
         result = next_step(g, call, who);
         if (result != CG_OK) return result;
-        for (int i = 1; i < g->n; i++) {
-            int p = (g->me + i) % g->n;
-            size_t first, last;
-            share_of(length, size, g->n, p, &first, &last);
-            memcpy(out + first * size, slot_of(g, p, g->step), (last - first) * size);
-        }
+        memcpy(out, mine, mine_from * size);
+        memcpy(out + mine_to * size, mine + mine_to * size, (length - mine_to) * size);
     }
     return CG_OK;
+}
+
+int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, int dtype, int op, int in_place, int *who) {
+    size_t size = cg_dtype_bytes(dtype), bytes = count * size;
+    cg_kernel kernel = cg_find_kernel(dtype, op);
+    begin(g, call);
+    g->bytes_sent += bytes;
+    /* Where reducing takes several times as long as copying, sharing the work pays early. */
+    if (bytes <= g->slot_bytes && bytes * (size_t)g->n * (size_t)cg_kernel_weight(dtype) <= ONE_SHOT)
+        return one_shot(g, call, from, to, count, size, kernel, who);
+    return two_shot(g, call, from, to, count, size, in_place, kernel, who);
 }
 
 int cg_share(cg_group *g, const cg_call *call, const char *mine, const size_t *bytes, const cg_block *into, int *who) {
@@ -520,7 +534,6 @@ int cg_trade(cg_group *g, const cg_call *call, const cg_block *out, const cg_blo
     for (size_t k = 0; k < rounds; k++) {
         size_t at = k * chunk, staged = 0;
         if (k > 0) g->step++;
-        char *slot = slot_of(g, g->me, g->step);
         for (int p = 0; p < n; p++)
             if (direct[p] == 0) staged += at < cg_block_bytes(&out[p]) ? smaller(chunk, cg_block_bytes(&out[p]) - at) : 0;
         int way = choose_way(g, staged);
@@ -529,7 +542,7 @@ int cg_trade(cg_group *g, const cg_call *call, const cg_block *out, const cg_blo
             int p = (g->me + i) % n;
             size_t whole = cg_block_bytes(&out[p]);
             if (at >= whole || direct[p] != 0 || (p == g->me && straight)) continue;
-            cg_pack(slot + (size_t)p * chunk, &out[p], at, smaller(chunk, whole - at), p == g->me ? 0 : way);
+            cg_pack(part_of(g, g->me, p, chunk, g->step), &out[p], at, smaller(chunk, whole - at), p == g->me ? 0 : way);
         }
         if (way) cg_stream_fence();
         note_write(g, staged, way, stop(&writing));
@@ -566,7 +579,7 @@ int cg_trade(cg_group *g, const cg_call *call, const cg_block *out, const cg_blo
             }
             size_t part = smaller(chunk, whole - at);
             stopwatch reading = start(part);
-            cg_unpack(&into[p], slot_of(g, p, g->step) + (size_t)g->me * chunk, at, part);
+            cg_unpack(&into[p], part_of(g, p, g->me, chunk, g->step), at, part);
             if (i > 0) note_read(g, p, part, (int)line_of(g, p, g->step)->streamed, stop(&reading));
         }
         if (result != CG_OK) return result;
@@ -597,7 +610,6 @@ int cg_reduce_scatter(cg_group *g, const cg_call *call, const cg_block *out, voi
     for (size_t k = 0; k < rounds; k++) {
         size_t at = k * chunk, staged = 0;
         if (k > 0) g->step++;
-        char *slot = slot_of(g, g->me, g->step);
         for (int p = 0; p < n; p++) staged += at < cg_block_bytes(&out[p]) ? smaller(chunk, cg_block_bytes(&out[p]) - at) : 0;
         int way = choose_way(g, staged);
         if (where == 0) {
@@ -606,7 +618,7 @@ int cg_reduce_scatter(cg_group *g, const cg_call *call, const cg_block *out, voi
                 int p = (g->me + i) % n;
                 size_t whole = cg_block_bytes(&out[p]);
                 if (at < whole && !(p == g->me && flat))
-                    cg_pack(slot + (size_t)p * chunk, &out[p], at, smaller(chunk, whole - at), p == g->me ? 0 : way);
+                    cg_pack(part_of(g, g->me, p, chunk, g->step), &out[p], at, smaller(chunk, whole - at), p == g->me ? 0 : way);
             }
             if (way) cg_stream_fence();
             note_write(g, staged, way, stop(&writing));
@@ -627,7 +639,7 @@ int cg_reduce_scatter(cg_group *g, const cg_call *call, const cg_block *out, voi
         const void *sources[n];
         for (int p = 0; p < n; p++) {
             uint64_t there = line_of(g, p, g->step)->where;
-            sources[p] = p == g->me && flat ? out[p].base + at : there ? resolve(g, p, there) + offset + at : slot_of(g, p, g->step) + (size_t)g->me * chunk;
+            sources[p] = p == g->me && flat ? out[p].base + at : there ? resolve(g, p, there) + offset + at : part_of(g, p, g->me, chunk, g->step);
         }
         stopwatch reading = start(part);
         kernel((char *)to + at, sources, n, part / size);

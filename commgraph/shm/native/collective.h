@@ -1,9 +1,9 @@
 /* Collectives of the ranks of one group in shared memory.
  *
- * A call is a sequence of steps, numbered through the life of the group. In step t a rank writes its data to its slot t & 1, then its line
+ * A call is a sequence of steps, numbered through the life of the group. In step t a rank writes its data to a slot t & 1, then its line
  * t & 1 with a header, then the number of the step into the line (release), and waits until the lines of all others show t (acquire).
- * Two slots are enough: who has reached step t + 1 has read everything of step t, and a rank overwrites its slot t & 1 in step t + 2,
- * after all have reached t + 1.
+ * Two slots are enough: who has reached step t + 1 has read everything of step t, and slots t & 1 are overwritten in step t + 2, after all
+ * have reached t + 1. For the same reason it does not matter which rank writes which of them.
  */
 #ifndef COMMGRAPH_COLLECTIVE_H
 #define COMMGRAPH_COLLECTIVE_H
@@ -44,7 +44,8 @@ typedef struct {
     int n, me;
     size_t slot_bytes;
     cg_line *lines;          /* [rank][parity] */
-    char *slots;             /* [rank][parity][slot_bytes] */
+    char *slots;             /* [place][parity][slot_bytes] */
+    char *shares;            /* [rank][share_bytes()] */
     _Atomic uint32_t *costs; /* [reader][writer][class][way]: ns per KiB as a reader measured it, in 1/256 */
     uint64_t *pairs;         /* [parity][rank][out, in, where][peer]: bytes of an all_to_all, and where those that go out lie */
     char *notes;             /* [rank][CG_NOTE_BYTES], a step in front */
