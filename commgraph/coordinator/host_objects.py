@@ -15,6 +15,7 @@ import msgspec
 import torch
 
 from commgraph.communicators.base import CallsDiffer, Communicator
+from commgraph.communicators.memory import is_dense
 from commgraph.communicators.signature import COLLECTIVE, make_tag
 from commgraph.coordinator.call import Call
 from commgraph.coordinator.link import GroupLink
@@ -141,7 +142,8 @@ class HostObjects:
         carried = tuple(i for i, x in enumerate(tensors) if x.device.type == "cpu")
         # Buffers of the pickle itself, if any, come first: reading it takes as many as it has.
         described = self._dumps(call, (list(entries), carried))
-        return carried, (*described, *(buffer_of(tensors[i]) for i in carried))
+        # The caller keeps the tensors, a buffer what is in it.
+        return carried, (*described, *((x.data_ptr(), x.nbytes) if is_dense(x) else buffer_of(x) for x in map(tensors.__getitem__, carried)))
 
     # The ways of a record to all.
 

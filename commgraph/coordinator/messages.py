@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -171,7 +172,8 @@ class MessageOperations(TensorOperations):
         def send(seconds: float) -> None:
             self._link.ensure_open(self.name)
             post(seconds)
-            self._exchange(call, rest, dst, "send", seconds)
+            if rest:
+                self._exchange(call, rest, dst, "send", seconds)
 
         return send
 
@@ -206,28 +208,14 @@ class MessageOperations(TensorOperations):
         self._link.ensure_open(self.name)
         entries, carried = self._objects.recv_dict(call, src, seconds)
         plan, sliced = _sliced(call, entries, group, override)
-        self._check_carried(call, src, entries, carried, sliced, plan, seconds)
+        if not _fits(entries, carried, sliced, plan):
+            with self._link.guard(call, "recv_tensor_dict(...)", seconds):
+                raise CallsDiffer(src)
         whole = landings(entries, self.device, {i: x for i, x in carried.items() if not sliced[i]})
         landing = [carried.get(i, plan.slice(x) if cut else x) for i, (x, cut) in enumerate(zip(whole, sliced, strict=True))]
-        self._exchange(call, [x for i, x in enumerate(landing) if i not in carried], src, "recv", seconds)
+        if rest := [x for i, x in enumerate(landing) if i not in carried]:
+            self._exchange(call, rest, src, "recv", seconds)
         return Received(entries, whole, [(x, piece) for x, piece, cut in zip(whole, landing, sliced, strict=True) if cut])
-
-    def _check_carried(
-        self,
-        call: Call,
-        src: int,
-        entries: Sequence[Entry],
-        carried: Mapping[int, torch.Tensor],
-        sliced: Sequence[bool],
-        plan: Plan,
-        seconds: float,
-    ) -> None:
-        """Whether the sender has sliced what is going to be gathered here, and nothing else."""
-        expected = [torch.Size(what[2]).numel() for _, what in entries if what[0] == "t"]
-        with self._link.guard(call, "recv_tensor_dict(...)", seconds):
-            for i, x in carried.items():
-                if x.numel() != expected[i] // (plan.world_size if sliced[i] else 1):
-                    raise CallsDiffer(src)
 
 
 @attrs.frozen
@@ -258,6 +246,12 @@ def _split(call: Call, tensor_dict: Mapping[Any, Any]) -> tuple[list[Entry], lis
         raise TypeError(f"{call.where}: {error}. Nothing was sent.") from None
     paths = (".".join(map(str, path)) for path, what in entries if what[0] == "t")
     return entries, [call.tensor(tensor, f"the tensor {path!r}") for path, tensor in zip(paths, tensors, strict=True)]
+
+
+def _fits(entries: Sequence[Entry], carried: Mapping[int, torch.Tensor], sliced: Sequence[bool], plan: Plan) -> bool:
+    """Whether the sender has sliced what is going to be gathered here, and nothing else."""
+    whole = [math.prod(what[2]) for _, what in entries if what[0] == "t"]
+    return all(x.numel() == whole[i] // (plan.world_size if sliced[i] else 1) for i, x in carried.items())
 
 
 def _sliced(

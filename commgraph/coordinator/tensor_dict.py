@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,26 +25,25 @@ def split_dict(tree: Mapping[Any, Any]) -> tuple[list[Entry], list[torch.Tensor]
         raise TypeError(f"a dict of tensors and objects is needed, not a {type(tree).__name__}")
     entries: list[Entry] = []
     tensors: list[torch.Tensor] = []
-
-    open_: list[int] = []
-
-    def enter(node: Mapping[Any, Any], path: tuple[Any, ...]) -> None:
-        if id(node) in open_:
-            raise TypeError(f"the dict contains itself at {'.'.join(map(str, path))}")
-        open_.append(id(node))
-        for key, value in node.items():
-            here = (*path, key)
-            if isinstance(value, torch.Tensor):
-                entries.append((here, ("t", value.dtype, tuple(value.shape), value.device.type == "cpu")))
-                tensors.append(value)
-            elif type(value) is dict and value:
-                enter(value, here)
-            else:
-                entries.append((here, ("d",) if type(value) is dict else ("o", value)))
-        open_.pop()
-
-    enter(tree, ())
+    _enter(tree, (), (), entries, tensors)
     return entries, tensors
+
+
+# No closure: one that calls itself is a cycle, in which the tensors would live until the garbage is collected.
+def _enter(
+    node: Mapping[Any, Any], path: tuple[Any, ...], above: tuple[int, ...], entries: list[Entry], tensors: list[torch.Tensor]
+) -> None:
+    if id(node) in above:
+        raise TypeError(f"the dict contains itself at {'.'.join(map(str, path))}")
+    for key, value in node.items():
+        here = (*path, key)
+        if isinstance(value, torch.Tensor):
+            entries.append((here, ("t", value.dtype, tuple(value.shape), value.device.type == "cpu")))
+            tensors.append(value)
+        elif type(value) is dict and value:
+            _enter(value, here, (*above, id(node)), entries, tensors)
+        else:
+            entries.append((here, ("d",) if type(value) is dict else ("o", value)))
 
 
 def join_dict(entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> dict[Any, Any]:
@@ -68,7 +68,9 @@ def landings(entries: Sequence[Entry], device: torch.device, carried: Mapping[in
     """
     described = [what for _, what in entries if what[0] == "t"]
     return [
-        carried[i].view(what[2]) if i in carried else torch.empty(what[2], dtype=what[1], device="cpu" if what[3] else device)
+        torch.empty(what[2], dtype=what[1], device="cpu" if what[3] else device)
+        if (x := carried.get(i)) is None
+        else (x if x.shape == what[2] else x.view(what[2]))
         for i, what in enumerate(described)
     ]
 
@@ -95,7 +97,9 @@ class Plan:
         Raises:
             ValueError: for a key that is not there, or one that was to be sliced and does not divide.
         """
-        tensors = [(".".join(map(str, path)), torch.Size(what[2]).numel()) for path, what in entries if what[0] == "t"]
+        if self.world_size == 1 and not self.override:
+            return [False for _, what in entries if what[0] == "t"]
+        tensors = [(".".join(map(str, path)), math.prod(what[2])) for path, what in entries if what[0] == "t"]
         if unknown := sorted(set(self.override) - {key for key, _ in tensors}):
             raise ValueError(f"all_gather_tensors names {unknown}, the dict has the tensors {[key for key, _ in tensors]}")
         result = []

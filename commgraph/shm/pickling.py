@@ -82,7 +82,8 @@ def tensor_over(buffer: Any, dtype: torch.dtype, shape: Sequence[int]) -> torch.
     """A tensor whose memory is a writable buffer, which it keeps alive."""
     if not len(buffer):
         return torch.empty(tuple(shape), dtype=dtype)
-    return torch.frombuffer(buffer, dtype=CARRIERS[dtype.itemsize]).view(dtype).view(tuple(shape))
+    flat = torch.frombuffer(buffer, dtype=dtype)
+    return flat if flat.shape == shape else flat.view(tuple(shape))
 
 
 def loads(pickled: bytes, buffers: Iterable[Any]) -> Any:
