@@ -108,7 +108,7 @@ def compile(session: nox.Session) -> None:  # noqa: A001 - what the session does
 
 
 # Without kernels.c, which the harness takes in whole, to reach the kernels of every instruction set.
-CORE = tuple(f"commgraph/shm/native/{name}.c" for name in ("team", "collective", "copy", "pool", "reach", "ring"))
+CORE = tuple(f"commgraph/shm/native/{name}.c" for name in ("team", "collective", "copy", "handover", "pool", "reach", "ring"))
 HARNESS = (
     "tests/native/harness.c",
     *CORE,
@@ -120,7 +120,7 @@ HARNESS = (
     "-lpthread",
     "-lm",
 )
-PARTS = ("guards", "kernels", "collectives", "rings", "pool", "endings")
+PARTS = ("guards", "kernels", "collectives", "rings", "handovers", "pool", "endings")
 
 
 @nox.session(venv_backend="none", default=False)

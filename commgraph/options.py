@@ -93,7 +93,8 @@ class CommunicatorOptions:
         message_queue: let their objects, messages and tensor dicts do so.
         shm_bytes: what a rank can stage there at once (it has two such slots; ranks of large groups get less); larger tensors go through in
             pieces.
-        queue_bytes: of the ring from one rank to all others; that to a single one has half. Larger objects go through in pieces.
+        queue_bytes: of the ring from one rank to all others; that to a single one has half. Larger objects go through in pieces, or are
+            copied from process to process by both sides.
         custom_all_reduce: let kernels that read the peers' memory serve small tensors of accelerators: by the table that is shipped
             (True), by one of your own (`commgraph.KernelTable`, or the path of a file that `commgraph bench --tune` wrote), or not.
         custom_all_reduce_bytes: of the buffer that they have in each device's memory; larger tensors go through in pieces.

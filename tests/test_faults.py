@@ -70,6 +70,10 @@ def test_a_receive_that_was_given_up_halfway_loses_nothing(scenario: Scenario) -
     scenario("given_up_halfway")
 
 
+def test_large_messages_that_both_sides_copy(scenario: Scenario) -> None:
+    scenario("handed_over", 60, random.randrange(1 << 32))
+
+
 def test_row_5_sixteen_contexts_of_two_jobs_never_meet(scenario: Scenario) -> None:
     scenario("sixteen_contexts")
 

@@ -104,6 +104,53 @@ def test_rounds_that_fail_leave_nothing() -> None:
     nothing_grows(lambda: spmd(run, 2), 12, python_bytes=300_000, bytes_in_all=8 << 20)
 
 
+def test_no_operation_leaves_a_cycle() -> None:
+    """What was sent is freed with its last reference, and not when the garbage is collected: it may be most of a device's memory."""
+    x, tree = torch.ones(64), {"x": torch.ones(8), "nested": {"y": torch.ones(2, 3)}}
+
+    def by_rank(send: Callable[[cg.GroupCoordinator], object], recv: Callable[[cg.GroupCoordinator], object]) -> Operation:
+        return lambda group: send(group) if group.is_first_rank else recv(group)
+
+    Operation = Callable[[cg.GroupCoordinator], object]
+    operations: dict[str, Operation] = {
+        "all_reduce": lambda group: group.all_reduce(x),
+        "all_reduce, the long way": lambda group: group.all_reduce(x.view(8, 8).t()),
+        "all_reduce_async": lambda group: group.all_reduce_async(x).wait(),
+        "all_gather": lambda group: group.all_gather(x),
+        "reduce_scatter": lambda group: group.reduce_scatter(x),
+        "all_to_all": lambda group: group.all_to_all(x),
+        "broadcast_object": lambda group: group.broadcast_object([1]),
+        "all_gather_object": lambda group: group.all_gather_object([1]),
+        "broadcast_tensor_dict": lambda group: group.broadcast_tensor_dict(tree),
+        "send": by_rank(lambda group: group.send(x), lambda group: group.recv(64, torch.float32)),
+        "isend": by_rank(lambda group: group.isend(x).wait(), lambda group: group.irecv(64, torch.float32).wait()),
+        "send_object": by_rank(lambda group: group.send_object([1], 1), lambda group: group.recv_object(0)),
+        "send_tensor_dict": by_rank(lambda group: group.send_tensor_dict(tree), lambda group: group.recv_tensor_dict()),
+        "isend_tensor_dict": by_rank(lambda group: group.isend_tensor_dict(tree).wait(), lambda group: group.irecv_tensor_dict().wait()),
+    }
+
+    def run(world: cg.World) -> dict[str, int]:
+        left = {}
+        with world.context(cg.Layout(2, tp=2), name="a") as ctx:
+            for name, operation in operations.items():
+                operation(ctx.tp)
+                ctx.tp.barrier()
+                gc.collect()
+                ctx.tp.barrier()
+                for _ in range(5):
+                    operation(ctx.tp)
+                ctx.tp.barrier()
+                left[name] = gc.collect() if ctx.tp.is_first_rank else 0
+                ctx.tp.barrier()
+        return left
+
+    gc.disable()
+    try:
+        assert spmd(run, 2)[0] == dict.fromkeys(operations, 0)
+    finally:
+        gc.enable()
+
+
 def test_a_world_forgets_its_closed_contexts_and_splits() -> None:
     def run(world: cg.World) -> Any:
         def once() -> list[weakref.ref[Any]]:

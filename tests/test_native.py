@@ -13,7 +13,10 @@ import pytest
 HERE = Path(__file__).parent
 CORE = HERE.parent / "commgraph" / "shm" / "native"
 # The harness takes in kernels.c, to reach the kernels of every instruction set; module*.c and door.c are Python's side.
-SOURCES = (HERE / "native" / "harness.c", *(CORE / f"{name}.c" for name in ("team", "collective", "copy", "pool", "reach", "ring")))
+SOURCES = (
+    HERE / "native" / "harness.c",
+    *(CORE / f"{name}.c" for name in ("team", "collective", "copy", "handover", "pool", "reach", "ring")),
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow  # the compiler takes ten seconds
-@pytest.mark.parametrize("part", ["guards", "kernels", "collectives", "rings", "pool", "endings", "processes"])
+@pytest.mark.parametrize("part", ["guards", "kernels", "collectives", "rings", "handovers", "pool", "endings", "processes"])
 def test_the_core(harness: Path, part: str) -> None:
     """Random operations from a seed that differs from run to run, and is told when something is wrong."""
     seed = str(random.randrange(1 << 32))

@@ -131,6 +131,30 @@ def test_the_next_and_the_previous_rank_by_default() -> None:
     on(3, body)
 
 
+@pytest.mark.parametrize("queue_bytes", [16 << 10, 1 << 20])
+def test_large_tensors_beside_small_ones(queue_bytes: int) -> None:
+    """More than a ring holds, in tensors that go through it and in such that do not."""
+    tree = {
+        "large": torch.arange(300_000.0),
+        "turned": torch.arange(400_000.0).view(1000, 400).t(),
+        "small": [torch.arange(9.0)] * 20,
+        "many": {str(i): torch.arange(float(i * 1000)) for i in range(30)},
+        "last": torch.arange(600_000, dtype=torch.int16),
+    }
+
+    def run(world: cg.World) -> None:
+        options = cg.CommunicatorOptions(queue_bytes=queue_bytes)
+        with world.context(cg.Layout(3, pp=3), name="a", options=options) as ctx:
+            for _ in range(3):
+                sent = ctx.pp.isend_tensor_dict(tree)
+                got = ctx.pp.recv_tensor_dict()
+                sent.wait()
+                assert same({**got, "small": None}, {**tree, "small": None})
+                assert all(torch.equal(x, tree["small"][0]) for x in got["small"])
+
+    spmd(run, 3, timeout=60)
+
+
 def test_no_tensors_and_nothing_at_all() -> None:
     def body(group: GroupCoordinator) -> None:
         trees: list[dict[str, Any]] = [{}, {"a": {}}, {"a": {"b": {}}}, {"x": 1}, {"e": torch.empty(0)}]

@@ -105,6 +105,8 @@ class ShmCommunicator(Communicator):
         with strategy._stops():
             strategy._group.reach(make_tag(SETUP, 0, cls.name), nanoseconds(limits.build_timeout))
             strategy._memory.team.unpost()  # the calls of users begin after it
+        if strategy._group.reaches and strategy.mailbox is not None:
+            strategy.mailbox.hand_over()
         return strategy
 
     def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:
@@ -232,7 +234,7 @@ class ShmCommunicator(Communicator):
         for peer, tensors in _by_peer(receives).items():
             landing = [landing_for(x) for x in tensors]
             with self._stops(halfway=True):
-                fits = self.mailbox.receive_into(peer, tag, [(x.data_ptr(), x.nbytes) for x in landing], timeout)
+                fits = self.mailbox.receive_into(peer, tag, [(x.data_ptr(), x.nbytes) for x in landing], landing, timeout)
             if not fits:
                 raise CallsDiffer(peer)
             land(landing, tensors)

@@ -117,7 +117,8 @@ class HostObjects:
         """Which tensors go with the description, those on the host, and what sends both."""
         carried, parts = self._dict_parts(call, entries, tensors)
 
-        def post(timeout: float) -> None:
+        # What is sent by its address lives as long as this can be called.
+        def post(timeout: float, kept: Sequence[torch.Tensor] = tensors) -> None:
             with self._stops(call, timeout):
                 self._mailbox.send(dst, DICT, 0, parts, timeout)
 
@@ -142,8 +143,11 @@ class HostObjects:
         carried = tuple(i for i, x in enumerate(tensors) if x.device.type == "cpu")
         # Buffers of the pickle itself, if any, come first: reading it takes as many as it has.
         described = self._dumps(call, (list(entries), carried))
-        # The caller keeps the tensors, a buffer what is in it.
-        return carried, (*described, *((x.data_ptr(), x.nbytes) if is_dense(x) else buffer_of(x) for x in map(tensors.__getitem__, carried)))
+        # Whoever sends it keeps the tensors; a buffer keeps what is in it.
+        return carried, (
+            *described,
+            *((x.data_ptr(), x.nbytes) if is_dense(x) else buffer_of(x) for x in map(tensors.__getitem__, carried)),
+        )
 
     # The ways of a record to all.
 

@@ -61,8 +61,8 @@ class ShortMessages:
             if group.device.type != "cpu" or type(shape) not in (tuple, torch.Size) or type(dtype) is not torch.dtype:
                 return None
             try:
-                out = torch.empty(shape, dtype=dtype)
-            except (TypeError, RuntimeError):
+                out = self._strategy.new(shape, dtype, group.device)
+            except (TypeError, RuntimeError, ValueError):
                 return None  # what is wrong with it the long way says
         elif type(out) is not torch.Tensor or out.shape != shape or out.dtype != dtype:
             return None
@@ -76,7 +76,7 @@ class ShortMessages:
             return None
         tag = tagged(MESSAGE, link.count(MESSAGE, src, outgoing=False), self._digest(out))
         try:
-            if self._mailbox.receive_memory(src, tag, out.data_ptr(), out.nbytes, self._patience):
+            if self._mailbox.receive_memory(src, tag, out.data_ptr(), out.nbytes, out, self._patience):
                 if marks:
                     self._mark_written((out,))
                 return out  # type: ignore[no-any-return]  # a tensor, as was seen

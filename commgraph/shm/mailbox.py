@@ -21,6 +21,9 @@ TENSORS, OBJECT, DICT, SIZES = 1, 2, 3, 4
 # 2**62 ns are 146 years.
 _MOST_NS = 1 << 62
 
+# Smaller ones are cheaper through the ring, however small that is.
+_HANDED_FROM = 64 << 10
+
 
 class Mailbox:
     """One rank's side. Every method raises `commgraph.shm.stopped.Stopped`; a timeout loses nothing and sends nothing."""
@@ -42,9 +45,16 @@ class Mailbox:
         self._outgoing = {peer: memory.pair_ring(me, peer) for peer in range(n) if peer != me}
         self._incoming = {peer: memory.pair_ring(peer, me) for peer in range(n) if peer != me}
         self._aside: dict[tuple[int, int], deque[tuple[int, list[Any]]]] = {}
+        self._pair_bytes = memory.sizes.pair_bytes
+
+    def hand_over(self) -> None:
+        """From now on both sides copy large parts where they lie: the ranks reach each other's memory."""
+        for ring in self._outgoing.values():
+            # What a ring holds at once is sent without its reader.
+            ring.handed_from = max(self._pair_bytes, _HANDED_FROM)
 
     def send(self, dst: int, kind: int, meta: int, parts: tuple[Any, ...], timeout: float) -> None:
-        """Puts a record for one rank; returns when the ring has it, which may be before it is read.
+        """Puts a record for one rank; returns when the ring has it, which may be before it is read. Parts larger than the ring have been.
 
         A part is a buffer, or (address, bytes) of memory that the caller keeps alive.
         """
@@ -74,13 +84,14 @@ class Mailbox:
                 return meta, parts
             self._lay_aside(src, found, meta, parts)
 
-    def receive_into(self, src: int, meta: int, targets: Sequence[tuple[int, int]], timeout: float) -> bool:
+    def receive_into(self, src: int, meta: int, targets: Sequence[tuple[int, int]], owner: object, timeout: float) -> bool:
         """Reads the next record of tensors to memory of the caller's.
 
         Args:
             src: whose.
             meta: what it must be.
             targets: (address, bytes) for each part.
+            owner: keeps that memory.
             timeout: seconds.
 
         Returns:
@@ -94,8 +105,9 @@ class Mailbox:
             if kind == TENSORS:
                 if number != meta or list(sizes) != [nbytes for _, nbytes in targets]:
                     return False
-                ring.take(nanoseconds(timeout), targets)
-                return True
+                if ring.take(nanoseconds(timeout), targets, owner):
+                    return True
+                continue  # the writer gave it up
             kind, number, parts = ring.get(nanoseconds(timeout), 0)
             self._lay_aside(src, kind, number, parts)
             aside = self._aside.get((src, TENSORS))
@@ -112,15 +124,14 @@ class Mailbox:
         self._outgoing[dst].put(TENSORS, meta, ((address, nbytes),), patience, 0)
         self._sent[dst] += nbytes
 
-    def receive_memory(self, src: int, meta: int, address: int, nbytes: int, patience: int) -> bool:
+    def receive_memory(self, src: int, meta: int, address: int, nbytes: int, owner: object, patience: int) -> bool:
         """`receive_into` of one tensor, False also where its turn is not the next in the ring; `patience` in nanoseconds."""
         ring = self._incoming[src]
         if ring.reading or self._aside.get((src, TENSORS)):
             return False
         if ring.peek(patience, 0) != (TENSORS, meta, (nbytes,)):
             return False
-        ring.take(patience, ((address, nbytes),))
-        return True
+        return bool(ring.take(patience, ((address, nbytes),), owner))
 
     def broadcast(self, kind: int, meta: int, parts: tuple[Any, ...], timeout: float, posted: int) -> None:
         """Puts a record for all others."""

@@ -744,17 +744,14 @@ static void read_side(ring_side *s, cg_ring *ring, dice *d) {
         CHECK(n == ring->record.n_parts && ring->record.kind == 5, "%u parts", ring->record.n_parts);
         int restarted = 0;
         for (uint32_t i = 0; i < n && !restarted; i++) {
-            CHECK(ring->sizes[i] == sizes[i], "part %u has %llu bytes", i, (unsigned long long)ring->sizes[i]);
+            CHECK(cg_ring_size(ring, i) == sizes[i], "part %u has %zu bytes", i, cg_ring_size(ring, i));
             char *data = malloc(sizes[i] + 1);
-            /* In pieces, each perhaps in several attempts. */
-            for (size_t have = 0; have < sizes[i] && !restarted;) {
-                size_t piece = chance(d, 60) ? sizes[i] - have : 1 + below(d, sizes[i] - have), done = 0;
-                while ((result = cg_ring_read(ring, data + have, piece, &done, chance(d, 50) ? 0 : soon(), &who)) == CG_TIMEOUT)
-                    if (chance(d, 10)) usleep(50);
-                if (result == CG_RESTART) restarted = 1;
-                else succeeded(result, who);
-                have += done;
-            }
+            size_t done = 0; /* perhaps in several attempts */
+            while ((result = cg_ring_read(ring, i, data, &done, chance(d, 50) ? 0 : soon(), &who)) == CG_TIMEOUT)
+                if (chance(d, 10)) usleep(50);
+            if (result == CG_RESTART) restarted = 1;
+            else succeeded(result, who);
+            CHECK(restarted || done == sizes[i], "%zu of %zu bytes", done, sizes[i]);
             if (!restarted) check_bytes(data, s->seed + number, (int)i, 0, sizes[i], "a part");
             free(data);
         }
@@ -779,6 +776,9 @@ static void *run_ring(void *arg) {
     if (private) CHECK(cg_team_view(&view, &team, cg_ring_bell(at, writes), cg_ring_bell(at, !writes)) == 0, "view");
     cg_ring_join(&ring, private ? &view : &team, at, s->writer, s->first_reader, s->n_readers, s->capacity);
     ring.private = private;
+    /* Half of them hand large parts over, in chunks of any size. */
+    ring.handed_from = private && (s->seed & 2) ? 1 + (s->seed >> 8 & 1023) : 0;
+    ring.side.chunk = 1 + (size_t)(s->seed >> 18 & 511);
     if (writes) write_side(s, &ring, &mine);
     else if (s->n_readers > 1 || s->me == s->first_reader) read_side(s, &ring, &mine);
     cg_ring_leave(&ring);
@@ -805,6 +805,100 @@ static void rings(dice *d, int64_t until) {
             if (i == writer || (n_readers == 1 && i != first)) continue;
             for (int r = 0; r < RECORDS; r++) CHECK(sides[i].arrived[r] == sent[r], "record %d: sent %d, arrived %d at %d", r, sent[r], sides[i].arrived[r], i);
         }
+        munmap(memory, bytes);
+    } while (cg_clock_ns() < until);
+}
+
+/* Parts handed over, with deadlines of every length and readers that give up: exactly one thing comes of each. */
+
+enum { HANDOVERS = 300, MOST_HANDED = 5000 };
+
+typedef struct {
+    char *memory;
+    int me;
+    uint64_t seed;
+    pthread_barrier_t *round;
+    char *source; /* of the round, by the writer */
+    int came;     /* whether it came, as this side has it */
+} hand;
+
+static void offer_part(hand *h, const cg_side *side, uint64_t number, size_t bytes, dice *d) {
+    int who = -1;
+    pause_a_little(d);
+    int64_t patience = chance(d, 20) ? 0 : chance(d, 30) ? (int64_t)below(d, 50000) : 20000000;
+    int result = cg_handover_give(side, number, h->source, bytes, cg_clock_ns() + patience, &who);
+    h->came = result == CG_OK;
+    CHECK(result == CG_OK || result == CG_TIMEOUT || (result == CG_GONE && who == 1), "give ended with %d, about %d", result, who);
+    if (result != CG_OK) memset(h->source, 0xEE, bytes); /* as if it were freed and used again */
+}
+
+static void take_part(hand *h, const hand *writer, const cg_side *side, uint64_t number, size_t bytes, dice *d) {
+    char *to = malloc(bytes);
+    unsigned taken = CG_UNOPENED;
+    int who = -1, result = CG_TIMEOUT, quits = (int)below(d, 4); /* attempts; 0: as many as it takes */
+    pause_a_little(d);
+    for (int tries = 1; result == CG_TIMEOUT; tries++) {
+        int64_t deadline = cg_clock_ns() + (chance(d, 50) ? 0 : (int64_t)below(d, 100000));
+        result = cg_handover_take(side, number, (uint64_t)(uintptr_t)writer->source, to, bytes, &taken, deadline, &who);
+        if (result != CG_TIMEOUT || tries != quits) continue;
+        CHECK(cg_handover_revoke(side, number, taken), "the writer has not ended its chunk");
+        memset(to, 0x77, bytes); /* it is somebody else's now */
+        break;
+    }
+    h->came = result == CG_OK;
+    CHECK(result == CG_OK || result == CG_TIMEOUT || result == CG_RESTART, "take ended with %d, about %d", result, who);
+    if (result == CG_OK) check_bytes(to, h->seed + number, 0, 0, bytes, "what was handed over");
+    pthread_barrier_wait(h->round);
+    if (result == CG_OK) check_bytes(to, h->seed + number, 0, 0, bytes, "what was handed over, later");
+    for (size_t i = 0; result == CG_TIMEOUT && i < bytes; i++) CHECK(to[i] == 0x77, "byte %zu was written after it was given up", i);
+    CHECK(h->came == writer->came, "the writer says %d, the reader %d", writer->came, h->came);
+    free(to);
+}
+
+static void *run_hand(void *arg) {
+    hand *h = arg;
+    hand *writer = h - h->me;
+    cg_team team, view;
+    dice mine = {mix(h->seed + 7 + (uint64_t)h->me)}, both = {mix(h->seed)};
+    char *ring = h->memory + SEATS_BYTES;
+    CHECK(cg_team_join(&team, (cg_seat *)h->memory, 2, h->me, 2) == 0, "join");
+    CHECK(cg_team_view(&view, &team, cg_ring_bell(ring, h->me == 0), cg_ring_bell(ring, h->me == 1)) == 0, "view");
+    cg_side side = {(cg_handover *)(h->memory + SEATS_BYTES + PAGE_BYTES), &view, 1 - h->me, 1 + below(&both, 700)};
+    pthread_barrier_wait(h->round);
+    for (uint64_t number = 1; number <= HANDOVERS; number++) {
+        size_t bytes = 1 + below(&both, MOST_HANDED);
+        snprintf(doing, sizeof doing, "part %llu of %zu bytes, chunks of %zu", (unsigned long long)number, bytes, side.chunk);
+        if (h->me == 0) {
+            h->source = malloc(bytes);
+            fill_bytes(h->source, h->seed + number, 0, 0, bytes);
+        }
+        pthread_barrier_wait(h->round);
+        if (h->me == 0) {
+            offer_part(h, &side, number, bytes, &mine);
+            pthread_barrier_wait(h->round);
+        } else {
+            take_part(h, writer, &side, number, bytes, &mine);
+        }
+        pthread_barrier_wait(h->round);
+        if (h->me == 0) free(h->source);
+    }
+    cg_team_leave_view(&view, &team);
+    cg_team_leave(&team);
+    return NULL;
+}
+
+static void handovers(dice *d, int64_t until) {
+    do {
+        size_t bytes = SEATS_BYTES + 2 * PAGE_BYTES;
+        char *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+        CHECK(memory != MAP_FAILED, "mmap");
+        pthread_barrier_t round;
+        pthread_barrier_init(&round, NULL, 2);
+        uint64_t seed = roll(d);
+        hand hands[2];
+        for (int i = 0; i < 2; i++) hands[i] = (hand){memory, i, seed, &round, NULL, 0};
+        run_threads(2, run_hand, hands, sizeof *hands);
+        pthread_barrier_destroy(&round);
         munmap(memory, bytes);
     } while (cg_clock_ns() < until);
 }
@@ -1046,6 +1140,7 @@ int main(int argc, char **argv) {
     RUN("kernels", kernels())
     RUN("collectives", collectives(&d, until))
     RUN("rings", rings(&d, until))
+    RUN("handovers", handovers(&d, until))
     RUN("pool", pool(&d, until))
     RUN("endings", endings(&d, rounds))
     if (!done) return fprintf(stderr, "harness: there is no part %s\n", part), 2;

@@ -777,6 +777,61 @@ def sent_again() -> str:
     return str(got)
 
 
+def handed_over(rounds: int, seed: int) -> str:
+    """Large messages of every kind to and fro, some of them expected late by either side; then one that nobody takes in time."""
+    ring = 16 << 10
+
+    def plays(rank: Rank) -> None:
+        dice = random.Random(seed)
+        with rank.group(queue_bytes=ring) as group:
+            other = 1 - rank.rank
+            for number in range(rounds):
+                shapes = [(dice.choice((1, 100, 16 << 10, (32 << 10) - 1, 100_000, 1_500_000)),) for _ in range(dice.randrange(1, 4))]
+                tree = {str(i): torch.arange(float(n)) + number for i, (n,) in enumerate(shapes)}
+                sends, late = rank.rank == dice.randrange(2), dice.random() < 0.3
+                if late and dice.random() < 0.5 == sends:
+                    time.sleep(0.01)
+                how = dice.choice(("tensors", "dict", "object", "both ways"))
+                if how == "both ways":
+                    begun = [group.isend(x * (1 + rank.rank), other) for x in tree.values()]
+                    for x in tree.values():
+                        assert torch.equal(group.recv(x.shape, x.dtype, other), x * (1 + other)), number
+                    for work in begun:
+                        work.wait()
+                elif how == "tensors":
+                    for x in tree.values():
+                        # What is received to may be a view with gaps.
+                        out = torch.zeros(len(x), 2)[:, dice.randrange(2)]
+                        group.send(x, other) if sends else group.recv(x.shape, x.dtype, other, out=out)
+                        assert sends or torch.equal(out, x), number
+                elif sends:
+                    group.send_tensor_dict(tree, other) if how == "dict" else group.send_object(tree, other)
+                else:
+                    got = group.recv_tensor_dict(other) if how == "dict" else group.recv_object(other)
+                    assert all(torch.equal(got[key], x) for key, x in tree.items()), number
+            rank.say(played=True)
+            if rank.rank == 0:
+                try:
+                    group.send(torch.arange(4e6), 1, timeout=0.1)
+                except cg.CollectiveTimeoutError as error:
+                    rank.say(late=str(error))
+                return
+            rank.wait_for("late")
+            try:
+                group.recv((4_000_000,), torch.float32, 0, timeout=5)
+            except cg.CollectiveTimeoutError as error:
+                rank.say(told=str(error))
+
+    with job(plays, plays) as ranks:
+        for rank in (0, 1):
+            ranks.find(rank, "played", 60)
+        assert "rank 1" in ranks.find(0, "late")["late"]
+        ranks.sign("late")
+        assert "rank 0 gave up" in ranks.find(1, "told")["told"]
+        ranks.finish()
+    return f"{rounds} rounds"
+
+
 SCENARIOS: dict[str, Callable[..., str]] = {
     scenario.__name__: scenario
     for scenario in (
@@ -792,6 +847,7 @@ SCENARIOS: dict[str, Callable[..., str]] = {
         cpu,
         given_up_halfway,
         sent_again,
+        handed_over,
     )
 }
 
@@ -805,6 +861,7 @@ LONG: tuple[tuple[Any, ...], ...] = (
     (stopped,),
     (sent_again,),
     (given_up_halfway,),
+    (handed_over, 500, 1),
 )
 
 

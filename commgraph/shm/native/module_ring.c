@@ -43,8 +43,11 @@ static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
 
 static void ring_dealloc(PyObject *self) {
     Ring *ring = (Ring *)self;
-    cg_ring_leave(&ring->ring);
-    Py_XDECREF(ring->parts);
+    int unused;
+    Py_BEGIN_ALLOW_THREADS
+    unused = cg_ring_leave(&ring->ring);
+    Py_END_ALLOW_THREADS
+    if (unused) Py_XDECREF(ring->parts); /* otherwise it is never freed */
     Py_XDECREF((PyObject *)ring->team);
     Py_XDECREF((PyObject *)ring->pool);
     free_object(self);
@@ -120,7 +123,7 @@ static PyObject *ring_peek(PyObject *self, PyObject *args) {
     const cg_record *record = &ring->ring.record;
     PyObject *sizes = PyTuple_New(record->n_parts);
     for (uint32_t i = 0; sizes != NULL && i < record->n_parts; i++) {
-        PyObject *size = PyLong_FromUnsignedLongLong(ring->ring.sizes[i]);
+        PyObject *size = PyLong_FromSize_t(cg_ring_size(&ring->ring, i));
         if (size == NULL || PyTuple_SetItem(sizes, i, size) < 0) Py_CLEAR(sizes);
     }
     if (sizes == NULL) return NULL;
@@ -129,7 +132,7 @@ static PyObject *ring_peek(PyObject *self, PyObject *args) {
 
 /* Where the next part is to be read to: bytes for the first, which is a pickle, a Block for the others. */
 static char *new_part(Ring *ring, PyObject **part) {
-    size_t index = (size_t)PyList_Size(ring->parts), bytes = (size_t)ring->ring.sizes[index];
+    size_t index = (size_t)PyList_Size(ring->parts), bytes = cg_ring_size(&ring->ring, (uint32_t)index);
     if (index == 0) {
         *part = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)bytes);
         return *part == NULL ? NULL : PyBytes_AsString(*part);
@@ -163,7 +166,7 @@ static PyObject *ring_get(PyObject *self, PyObject *const *args, Py_ssize_t narg
             Py_ssize_t have = PyList_Size(ring->parts);
             PyObject *part = have ? PyList_GetItem(ring->parts, have - 1) : NULL; /* borrowed */
             char *memory;
-            if (have == 0 || ring->done == ring->ring.sizes[have - 1]) {
+            if (have == 0 || ring->done == cg_ring_size(&ring->ring, (uint32_t)(have - 1))) {
                 if ((uint32_t)have == n) break;
                 memory = new_part(ring, &part);
                 if (memory == NULL) return NULL;
@@ -176,7 +179,7 @@ static PyObject *ring_get(PyObject *self, PyObject *const *args, Py_ssize_t narg
                 memory = have == 1 ? PyBytes_AsString(part) : ((Block *)part)->base;
             }
             if (!enter(ring->team)) return NULL;
-            result = cg_ring_read(&ring->ring, memory, (size_t)ring->ring.sizes[have - 1], &ring->done, deadline, &who);
+            result = cg_ring_read(&ring->ring, (uint32_t)(have - 1), memory, &ring->done, deadline, &who);
             leave(ring->team);
         }
         if (result == CG_OK) break;
@@ -194,12 +197,13 @@ static PyObject *ring_reading(PyObject *self, void *closure) {
     return PyBool_FromLong(((Ring *)self)->parts != NULL);
 }
 
-/* take(timeout_ns, [(address, bytes), ...]): reads the parts of the record that `peek` found to memory of the caller's. */
+/* take(timeout_ns, [(address, bytes), ...], owner): reads the parts of the record that `peek` found to memory of the caller's, which `owner`
+ * keeps. False if the writer gave up on it. */
 static PyObject *ring_take(PyObject *self, PyObject *args) {
     Ring *ring = (Ring *)self;
     long long timeout;
-    PyObject *targets;
-    if (!PyArg_ParseTuple(args, "LO", &timeout, &targets)) return NULL;
+    PyObject *targets, *owner;
+    if (!PyArg_ParseTuple(args, "LOO", &timeout, &targets, &owner)) return NULL;
     int64_t deadline = deadline_after(timeout);
     Py_ssize_t n = PySequence_Size(targets);
     if (n < 0) return NULL;
@@ -212,15 +216,41 @@ static PyObject *ring_take(PyObject *self, PyObject *args) {
         int fine = target != NULL && PyArg_ParseTuple(target, "Kn", &address, &bytes);
         Py_XDECREF(target);
         if (!fine) return NULL;
-        if ((uint64_t)bytes != ring->ring.sizes[i]) return PyErr_Format(PyExc_ValueError, "part %zd has another size", i);
+        if ((size_t)bytes != cg_ring_size(&ring->ring, (uint32_t)i)) return PyErr_Format(PyExc_ValueError, "part %zd has another size", i);
         size_t done = 0;
         if (!enter(ring->team)) return NULL;
-        result = cg_ring_read(&ring->ring, (void *)(uintptr_t)address, (size_t)bytes, &done, deadline, &who);
+        result = cg_ring_read(&ring->ring, (uint32_t)i, (void *)(uintptr_t)address, &done, deadline, &who);
         leave(ring->team);
     }
-    if (result != CG_OK) return raise_stopped(self, result, who);
+    if (result == CG_RESTART) Py_RETURN_FALSE;
+    if (result != CG_OK) {
+        int unused;
+        Py_BEGIN_ALLOW_THREADS
+        unused = cg_ring_give_up(&ring->ring);
+        Py_END_ALLOW_THREADS
+        if (!unused) Py_INCREF(owner); /* for ever: what another process may still write to is not freed */
+        cg_ring_finish(&ring->ring);
+        return raise_stopped(self, result, who);
+    }
     cg_ring_finish(&ring->ring);
-    Py_RETURN_NONE;
+    Py_RETURN_TRUE;
+}
+
+static int set_handed_from(PyObject *self, PyObject *value, void *closure) {
+    (void)closure;
+    size_t bytes = value == NULL ? 0 : PyLong_AsSize_t(value);
+    if (PyErr_Occurred()) return -1;
+    if (bytes && !((Ring *)self)->ring.private) {
+        PyErr_SetString(PyExc_ValueError, "only between two are parts handed over");
+        return -1;
+    }
+    ((Ring *)self)->ring.handed_from = bytes;
+    return 0;
+}
+
+static PyObject *get_handed_from(PyObject *self, void *closure) {
+    (void)closure;
+    return PyLong_FromSize_t(((Ring *)self)->ring.handed_from);
 }
 
 static PyObject *ring_leave_out(PyObject *self, PyObject *arg) {
@@ -234,10 +264,13 @@ static PyMethodDef ring_methods[] = {
     {"put", (PyCFunction)(void (*)(void))ring_put, METH_FASTCALL, "put(kind, meta, parts, timeout_ns, posted)\n--\n\nWrites a record."},
     {"get", (PyCFunction)(void (*)(void))ring_get, METH_FASTCALL, "get(timeout_ns, posted)\n--\n\n(kind, meta, parts) of the next record."},
     {"peek", ring_peek, METH_VARARGS, "peek(timeout_ns, posted)\n--\n\n(kind, meta, sizes) of the next record, which stays."},
-    {"take", ring_take, METH_VARARGS, "take(timeout_ns, targets)\n--\n\nReads the parts of the record that was peeked at."},
+    {"take", ring_take, METH_VARARGS, "take(timeout_ns, targets, owner)\n--\n\nReads the parts of the record that was peeked at; False: the writer gave up."},
     {"leave_out", ring_leave_out, METH_O, "leave_out(reader)\n--\n\nGoes on without a reader that has not sat down; False if it has."},
     {0}};
-static PyGetSetDef ring_getset[] = {{"reading", ring_reading, NULL, "whether a `get` ended halfway: it goes on, and nothing else can", NULL}, {0}};
+static PyGetSetDef ring_getset[] = {
+    {"reading", ring_reading, NULL, "whether a `get` ended halfway: it goes on, and nothing else can", NULL},
+    {"handed_from", get_handed_from, set_handed_from, "bytes from which a part is copied from process to process by both of them; 0: none is", NULL},
+    {0}};
 static PyType_Slot ring_slots[] = {
     {Py_tp_doc, "Ring(team, pool, offset, writer, first_reader, n_readers, capacity, collective, private)\n--\n\nRecords from one seat to others; `private`: to "
                 "one, with a view of its own, so that a thread may use it while another is in a call of the team."},

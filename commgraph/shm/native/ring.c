@@ -20,14 +20,18 @@ _Static_assert(sizeof(cg_fragment) == UNIT, "the head of a fragment never wraps"
 static size_t padded(size_t bytes) { return (bytes + UNIT - 1) / UNIT * UNIT; }
 static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
-size_t cg_ring_bytes(int n_readers, size_t capacity) { return sizeof(cg_mark) * (size_t)(1 + n_readers) + padded(capacity); }
+size_t cg_ring_bytes(int n_readers, size_t capacity) {
+    return sizeof(cg_mark) * (size_t)(1 + n_readers) + sizeof(cg_handover) + padded(capacity);
+}
 
 void cg_ring_join(cg_ring *ring, cg_team *team, void *memory, int writer, int first_reader, int n_readers, size_t capacity) {
     memset(ring, 0, sizeof *ring);
     ring->team = team;
     ring->head = memory;
     ring->tails = ring->head + 1;
-    ring->bytes = (char *)(ring->tails + n_readers);
+    ring->side = (cg_side){(cg_handover *)(ring->tails + n_readers), team, team->me == writer ? first_reader : writer, CG_HANDOVER_CHUNK};
+    ring->taken = CG_UNOPENED;
+    ring->bytes = (char *)(ring->side.shared + 1);
     ring->capacity = padded(capacity);
     ring->writer = writer;
     ring->first_reader = first_reader;
@@ -39,9 +43,10 @@ cg_bell *cg_ring_bell(void *memory, int writer) {
     return &((cg_mark *)memory)[writer ? 1 : 0].bell;
 }
 
-void cg_ring_leave(cg_ring *ring) {
+int cg_ring_leave(cg_ring *ring) {
     free(ring->sizes);
     ring->sizes = NULL;
+    return cg_ring_give_up(ring);
 }
 
 static int seat_of(const cg_ring *ring, int reader) {
@@ -109,16 +114,28 @@ static void publish_head(cg_ring *ring) {
     else cg_notify_all(ring->team);
 }
 
-int cg_ring_put(cg_ring *ring, uint32_t kind, uint64_t meta, const cg_part *parts, uint32_t n_parts, int64_t deadline, int *who) {
-    if (cg_team_left(ring->team)) return CG_SELF; /* also where nobody needs to be waited for */
+static int is_handed_over(const cg_ring *ring, const cg_part *part) { return ring->handed_from && part->bytes >= ring->handed_from; }
+
+/* What stands in the record for a part. */
+static cg_part written_part(cg_ring *ring, const cg_part *part, cg_reference *reference) {
+    if (!is_handed_over(ring, part)) return *part;
+    *reference = (cg_reference){(uint64_t)(uintptr_t)part->data, ++ring->offered};
+    return (cg_part){reference, sizeof *reference};
+}
+
+/* Fragment by fragment; a record's last ones may be missing. */
+static int write_record(cg_ring *ring, uint32_t kind, uint64_t meta, const cg_part *parts, uint32_t n_parts, int64_t deadline, int *who) {
     size_t sizes = n_parts * sizeof(uint64_t);
     cg_record record = {kind, n_parts, meta, sizes};
-    for (uint32_t i = 0; i < n_parts; i++) record.bytes += parts[i].bytes;
+    for (uint32_t i = 0; i < n_parts; i++) record.bytes += is_handed_over(ring, &parts[i]) ? sizeof(cg_reference) : parts[i].bytes;
     size_t largest = smaller(ring->capacity / 4, LARGEST) - UNIT;
     uint64_t started = ring->at;
     size_t left = sizeof record + (size_t)record.bytes;
     uint32_t part = 0;                /* that is written next */
     size_t within = 0, size_at = 0;   /* how much of it is, and of the sizes */
+    cg_reference reference;
+    cg_part written = {NULL, 0};
+    if (n_parts > 0) written = written_part(ring, &parts[0], &reference);
     for (int first = 1; first || left > 0; first = 0) {
         cg_fragment fragment = {(uint32_t)smaller(left, largest), first ? FIRST : 0, 0};
         /* A record that fits is there as a whole or not at all. */
@@ -135,24 +152,35 @@ int cg_ring_put(cg_ring *ring, uint32_t kind, uint64_t meta, const cg_part *part
         }
         for (; size_at < sizes && room > 0;) {
             /* A fragment may end between two bytes of a size. */
-            uint64_t size = parts[size_at / sizeof(uint64_t)].bytes;
+            const cg_part *sized = &parts[size_at / sizeof(uint64_t)];
+            uint64_t size = sized->bytes | (is_handed_over(ring, sized) ? CG_LIES_THERE : 0);
             size_t byte = size_at % sizeof size, some = smaller(room, sizeof size - byte);
             write_bytes(ring, (char *)&size + byte, some);
             size_at += some, room -= some;
         }
         while (room > 0) {
-            if (within == parts[part].bytes) {
-                part++, within = 0;
+            if (within == written.bytes) {
+                written = written_part(ring, &parts[++part], &reference), within = 0;
                 continue;
             }
-            size_t some = smaller(room, parts[part].bytes - within);
-            write_bytes(ring, (const char *)parts[part].data + within, some);
+            size_t some = smaller(room, written.bytes - within);
+            write_bytes(ring, (const char *)written.data + within, some);
             within += some, room -= some;
         }
         left -= fragment.bytes;
         publish_head(ring);
     }
     return CG_OK;
+}
+
+int cg_ring_put(cg_ring *ring, uint32_t kind, uint64_t meta, const cg_part *parts, uint32_t n_parts, int64_t deadline, int *who) {
+    if (cg_team_left(ring->team)) return CG_SELF; /* also where nobody needs to be waited for */
+    uint64_t number = ring->offered;
+    int result = write_record(ring, kind, meta, parts, n_parts, deadline, who);
+    if (result != CG_OK && ring->offered > number) cg_handover_withdraw(&ring->side, ring->offered);
+    for (uint32_t i = 0; i < n_parts && result == CG_OK; i++)
+        if (is_handed_over(ring, &parts[i])) result = cg_handover_give(&ring->side, ++number, parts[i].data, parts[i].bytes, deadline, who);
+    return result;
 }
 
 /* Reader. */
@@ -217,12 +245,21 @@ static int read_on(cg_ring *ring, void *to, size_t bytes, size_t *done, int64_t 
     return CG_OK;
 }
 
+static void skip_fragment(cg_ring *ring) {
+    ring->at += ring->fragment_left + ring->padding;
+    ring->fragment_left = ring->padding = 0;
+}
+
 int cg_ring_next(cg_ring *ring, int64_t deadline, int *who) {
     if (cg_team_left(ring->team)) return CG_SELF;
     for (;;) {
         if (!ring->in_record) {
             int result = next_fragment(ring, deadline, who);
             if (result != CG_OK) return result;
+            if (!ring->in_record) {
+                skip_fragment(ring); /* of a record that the writer has given up */
+                continue;
+            }
         }
         size_t sizes = ring->record.n_parts * sizeof(uint64_t);
         if (ring->sizes == NULL && (ring->sizes = malloc(sizes + 1)) == NULL) return CG_NOMEM;
@@ -231,13 +268,37 @@ int cg_ring_next(cg_ring *ring, int64_t deadline, int *who) {
     }
 }
 
-int cg_ring_read(cg_ring *ring, void *to, size_t bytes, size_t *done, int64_t deadline, int *who) {
-    return read_on(ring, to, bytes, done, deadline, who);
-}
-
-void cg_ring_finish(cg_ring *ring) {
-    ring->at += ring->fragment_left + ring->padding; /* nothing is left of a record that was read to its end */
-    ring->fragment_left = ring->padding = 0;
+/* A record has ended, or is void. */
+static void end_record(cg_ring *ring) {
+    skip_fragment(ring);
     ring->in_record = 0;
     publish_tail(ring);
 }
+
+int cg_ring_read(cg_ring *ring, uint32_t part, void *to, size_t *done, int64_t deadline, int *who) {
+    size_t bytes = cg_ring_size(ring, part);
+    if (!(ring->sizes[part] & CG_LIES_THERE)) return read_on(ring, to, bytes, done, deadline, who);
+    if (ring->taken == CG_UNOPENED) {
+        int result = read_on(ring, &ring->reference, sizeof ring->reference, &ring->reference_read, deadline, who);
+        if (result == CG_RESTART) ring->reference_read = 0;
+        if (result != CG_OK) return result;
+    }
+    const cg_reference *reference = &ring->reference;
+    int result = cg_handover_take(&ring->side, reference->number, reference->address, to, bytes, &ring->taken, deadline, who);
+    if (result != CG_OK && result != CG_RESTART) return result; /* it may be gone on with */
+    ring->reference_read = 0;
+    ring->taken = CG_UNOPENED;
+    if (result == CG_OK) *done = bytes;
+    else end_record(ring);
+    return result;
+}
+
+int cg_ring_give_up(cg_ring *ring) {
+    if (ring->taken == CG_UNOPENED) return 1;
+    int free_ = cg_handover_revoke(&ring->side, ring->reference.number, ring->taken);
+    ring->taken = CG_UNOPENED;
+    ring->reference_read = 0;
+    return free_;
+}
+
+void cg_ring_finish(cg_ring *ring) { end_record(ring); }

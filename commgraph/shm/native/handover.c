@@ -1,0 +1,143 @@
+#include "handover.h"
+
+#include <sched.h>
+
+#include "reach.h"
+
+enum { SHIFT = 24, PATIENCE_NS = 1000000000 };
+/* What comes of an offer, in place of a count. */
+#define ALL 0xFFFFFFull
+#define NONE 0xFFFFFEull
+#define COUNT 0xFFFFFFull
+
+static uint64_t look(_Atomic uint64_t *word) { return atomic_load_explicit(word, memory_order_acquire); }
+static int swap(const cg_side *side, uint64_t *old, uint64_t new) {
+    return atomic_compare_exchange_strong_explicit(&side->shared->state, old, new, memory_order_acq_rel, memory_order_acquire);
+}
+static size_t chunks_of(const cg_side *side, size_t bytes) { return (bytes + side->chunk - 1) / side->chunk; }
+static uint64_t pushed_of(const cg_side *side, uint64_t number) {
+    uint64_t pushed = look(&side->shared->pushed);
+    return pushed >> SHIFT == number ? pushed & COUNT : 0;
+}
+static int is_over(uint64_t state, uint64_t number) { return state >> SHIFT != number || (state & COUNT) >= NONE; }
+
+/* What a wait looks at. */
+typedef struct {
+    const cg_side *side;
+    uint64_t number;
+    size_t chunks;
+    unsigned mine;
+} progress;
+
+static int is_opened(void *arg) {
+    progress *p = arg;
+    return look(&p->side->shared->state) >> SHIFT >= p->number;
+}
+
+static int is_settled(void *arg) {
+    progress *p = arg;
+    return is_over(look(&p->side->shared->state), p->number);
+}
+
+static int is_complete(void *arg) {
+    progress *p = arg;
+    return pushed_of(p->side, p->number) + p->mine >= p->chunks || is_settled(p);
+}
+
+/* The next chunk that nobody has taken. 0 if there is none. */
+static int take_chunk(const progress *p, size_t *chunk) {
+    uint64_t state = look(&p->side->shared->state);
+    do {
+        if (is_over(state, p->number) || (state & COUNT) >= p->chunks) return 0;
+        *chunk = (size_t)(state & COUNT);
+    } while (!swap(p->side, &state, state + 1));
+    return 1;
+}
+
+/* Copies chunks while there are any. `there`: the part in the other process, `here` in this one. */
+static int copy_chunks(progress *p, char *here, uint64_t there, size_t bytes, int direction) {
+    const cg_side *side = p->side;
+    int result = CG_OK;
+    if (side->team->pause != NULL) side->team->pause(side->team);
+    for (size_t chunk; result == CG_OK && take_chunk(p, &chunk);) {
+        size_t at = chunk * side->chunk, some = bytes - at < side->chunk ? bytes - at : side->chunk;
+        cg_block block = {here + at, 1, some, some};
+        p->mine++; /* also if it fails: then nobody copies it */
+        if (!cg_reach(side->team, side->peer, &block, there + at, direction)) result = CG_GONE;
+        else if (direction == CG_PUSH) atomic_store_explicit(&side->shared->pushed, p->number << SHIFT | p->mine, memory_order_release);
+        if (result == CG_OK && cg_team_left(side->team)) result = CG_SELF;
+    }
+    if (side->team->resume != NULL) side->team->resume(side->team);
+    return result;
+}
+
+/* Why the memory of the other could not be reached. */
+static int why_gone(const cg_side *side, int *who) {
+    int result = cg_team_lost(side->team, who);
+    if (result == CG_OK || *who != side->peer) *who = side->peer, result = CG_GONE;
+    return result;
+}
+
+int cg_handover_withdraw(const cg_side *side, uint64_t number) {
+    uint64_t state = look(&side->shared->state);
+    do {
+        if (state >> SHIFT == number && (state & COUNT) >= NONE) break;
+    } while (!swap(side, &state, number << SHIFT | NONE));
+    cg_notify_bell(side->team->theirs);
+    return (look(&side->shared->state) & COUNT) != ALL;
+}
+
+int cg_handover_give(const cg_side *side, uint64_t number, const void *from, size_t bytes, int64_t deadline, int *who) {
+    progress p = {side, number, chunks_of(side, bytes), 0};
+    *who = side->peer;
+    int result = cg_wait(side->team, is_opened, &p, side->peer, 0, deadline, who);
+    if (result == CG_OK) {
+        result = copy_chunks(&p, (char *)from, atomic_load_explicit(&side->shared->to, memory_order_relaxed), bytes, CG_PUSH);
+        cg_notify_bell(side->team->theirs);
+    }
+    if (result == CG_OK) result = cg_wait(side->team, is_settled, &p, side->peer, 0, deadline, who);
+    uint64_t state = look(&side->shared->state);
+    /* The reader opens the next one of the same record after he has this one. */
+    if (state >> SHIFT > number || state == (number << SHIFT | ALL)) return CG_OK;
+    if (result == CG_OK) {
+        *who = side->peer;
+        return CG_GONE;
+    }
+    if (!cg_handover_withdraw(side, number)) return CG_OK;
+    return result == CG_GONE && *who == side->peer ? why_gone(side, who) : result;
+}
+
+int cg_handover_take(const cg_side *side, uint64_t number, uint64_t from, void *to, size_t bytes, unsigned *mine, int64_t deadline, int *who) {
+    cg_handover *shared = side->shared;
+    if (*mine == CG_UNOPENED) {
+        uint64_t state = look(&shared->state);
+        atomic_store_explicit(&shared->to, (uint64_t)(uintptr_t)to, memory_order_relaxed);
+        /* The writer changes it as long as it is not open: to give up. */
+        if (state >> SHIFT >= number || !swap(side, &state, number << SHIFT)) return CG_RESTART;
+        *mine = 0;
+        cg_notify_bell(side->team->theirs);
+    }
+    progress p = {side, number, chunks_of(side, bytes), *mine};
+    int result = copy_chunks(&p, to, from, bytes, CG_PULL);
+    *mine = p.mine;
+    if (result == CG_GONE) return is_settled(&p) ? CG_RESTART : why_gone(side, who);
+    *who = side->peer;
+    if (result == CG_OK) result = cg_wait(side->team, is_complete, &p, side->peer, 0, deadline, who);
+    if (result != CG_OK) return result;
+    uint64_t state = number << SHIFT | p.chunks;
+    if (!swap(side, &state, number << SHIFT | ALL)) return CG_RESTART;
+    cg_notify_bell(side->team->theirs);
+    return CG_OK;
+}
+
+int cg_handover_revoke(const cg_side *side, uint64_t number, unsigned mine) {
+    uint64_t state = look(&side->shared->state);
+    do {
+        if (is_over(state, number)) return 1; /* a writer that gives up is not in the midst of a chunk */
+    } while (!swap(side, &state, number << SHIFT | NONE));
+    cg_notify_bell(side->team->theirs);
+    /* Chunks that the writer has taken and not yet copied: one at most. */
+    for (int64_t until = cg_clock_ns() + PATIENCE_NS; pushed_of(side, number) + mine < (state & COUNT); sched_yield())
+        if (cg_clock_ns() > until) return 0;
+    return 1;
+}
