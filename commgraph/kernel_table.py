@@ -63,7 +63,11 @@ class Row(msgspec.Struct, frozen=True):
 
 
 def _rows(rows: Iterable[Row]) -> tuple[Row, ...]:
-    return tuple(rows)
+    """Rows as they would come back from a file: a struct that was made by hand may hold anything."""
+    try:
+        return msgspec.json.decode(msgspec.json.encode(tuple(rows)), type=tuple[Row, ...])
+    except (msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ConfigurationError(f"kernel table: {error}") from error
 
 
 @attrs.frozen
@@ -96,7 +100,7 @@ class KernelTable:
         """
         try:
             return cls(msgspec.json.decode(Path(path).read_bytes(), type=tuple[Row, ...]))
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise ConfigurationError(f"no kernel table can be read from {path}: {error}") from error
 
     def write(self, path: str | Path) -> None:
@@ -222,7 +226,7 @@ def _without_multicast(step: Step, operation: str) -> Step:
 
 def _version(capability: str) -> tuple[int, ...] | None:
     parts = capability.split(".")
-    return tuple(map(int, parts)) if all(part.isdigit() for part in parts) else None
+    return tuple(map(int, parts)) if all(part.isascii() and part.isdigit() for part in parts) else None
 
 
 def merged(steps: Sequence[tuple[int, str]]) -> tuple[Step, ...]:

@@ -17,7 +17,10 @@ __all__ = ["CommunicatorOptions"]
 def _isolate(value: bool | str | Iterable[str]) -> bool | frozenset[str]:
     if isinstance(value, bool):
         return value
-    return frozenset((value,)) if isinstance(value, str) else frozenset(value)
+    names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (None,)
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigurationError(f"CommunicatorOptions(isolate={value!r}): True, False, the name of a group or several are needed")
+    return frozenset(names)
 
 
 def _table(value: bool | KernelTable | str | Path) -> bool | KernelTable:
@@ -31,8 +34,8 @@ def _table(value: bool | KernelTable | str | Path) -> bool | KernelTable:
 
 
 def _settings(value: Mapping[str, bool | int] | Iterable[tuple[str, bool | int]]) -> tuple[tuple[str, bool | int], ...]:
-    given = value.items() if isinstance(value, Mapping) else value
-    fine = isinstance(given, Iterable) and all(
+    given = tuple(value.items() if isinstance(value, Mapping) else value if isinstance(value, Iterable) else (None,))
+    fine = all(
         isinstance(item, tuple)
         and len(item) == 2
         and isinstance(item[0], str)
@@ -40,11 +43,22 @@ def _settings(value: Mapping[str, bool | int] | Iterable[tuple[str, bool | int]]
         and isinstance(item[1], bool | int)
         for item in given
     )
-    if not fine:
+    if not fine or len(dict(given)) < len(given):
         raise ConfigurationError(
-            f'CommunicatorOptions(backend_settings={value!r}): names with whole numbers or booleans are needed, e.g. {{"max_ctas": 8}}'
+            f"CommunicatorOptions(backend_settings={value!r}): names with whole numbers or booleans are needed, each name once, "
+            'e.g. {"max_ctas": 8}'
         )
     return tuple(sorted(given))
+
+
+def _is_flag(_: object, attribute: attrs.Attribute[bool], value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"CommunicatorOptions({attribute.name}={value!r}): True or False is needed")
+
+
+def _is_name(_: object, attribute: attrs.Attribute[str | None], value: str | None) -> None:
+    if value is not None and not (isinstance(value, str) and value):
+        raise ConfigurationError(f'CommunicatorOptions({attribute.name}={value!r}): the name of a backend is needed, e.g. "nccl", or None')
 
 
 def _positive(_: object, attribute: attrs.Attribute[timedelta | None], value: timedelta | None) -> None:
@@ -105,19 +119,19 @@ class CommunicatorOptions:
 
     timeout: timedelta | None = attrs.field(default=None, validator=_positive)
     host_timeout: timedelta | None = attrs.field(default=None, validator=_positive)
-    backend: str | None = attrs.field(default=None)
+    backend: str | None = attrs.field(default=None, validator=_is_name)
     backend_settings: tuple[tuple[str, bool | int], ...] = attrs.field(default=(), converter=_settings)
-    check: bool = attrs.field(default=False)
+    check: bool = attrs.field(default=False, validator=_is_flag)
     isolate: bool | frozenset[str] = attrs.field(default=False, converter=_isolate)
 
-    shm: bool = attrs.field(default=True)
-    message_queue: bool = attrs.field(default=True)
+    shm: bool = attrs.field(default=True, validator=_is_flag)
+    message_queue: bool = attrs.field(default=True, validator=_is_flag)
     shm_bytes: int = attrs.field(default=1 << 20, validator=_at_least(16 * 1024))
     queue_bytes: int = attrs.field(default=1 << 20, validator=_at_least(16 * 1024))
 
     custom_all_reduce: bool | KernelTable = attrs.field(default=True, converter=_table)
     custom_all_reduce_bytes: int = attrs.field(default=8 << 20, validator=_at_least(16 * 1024))
-    deterministic: bool = attrs.field(default=False)
+    deterministic: bool = attrs.field(default=False, validator=_is_flag)
     experts: int | None = attrs.field(default=None, validator=_count)
 
     def isolates(self, name: str) -> bool:

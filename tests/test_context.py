@@ -236,6 +236,32 @@ def test_options_that_mean_the_same_agree_however_they_were_written() -> None:
     assert spmd(build, 4) == [True] * 4
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"check": "yes"},
+        {"shm": None},
+        {"message_queue": 1},
+        {"deterministic": "x"},
+        {"backend": 5},
+        {"backend": ""},
+        {"isolate": None},
+        {"isolate": 5},
+        {"isolate": [5]},
+        {"backend_settings": [("max_ctas", 1), ("max_ctas", 2)]},
+    ],
+)
+def test_options_of_other_kinds_are_refused(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(cg.ConfigurationError, match=f"^CommunicatorOptions\\({name}="):
+        cg.CommunicatorOptions(**options)
+
+
+def test_settings_may_come_from_anything_that_is_gone_through_once() -> None:
+    given: Any = (pair for pair in [("min_ctas", 2), ("max_ctas", 8)])
+    assert cg.CommunicatorOptions(backend_settings=given).backend_settings == (("max_ctas", 8), ("min_ctas", 2))
+
+
 class Failing(cg.CpuPlatform):
     """Cannot serve the given ranks."""
 

@@ -153,10 +153,58 @@ def test_rows_that_cannot_be(row: Row, words: str) -> None:
         KernelTable([Row("9.0", 2, "all_reduce", "any", ())] * 2)
 
 
+def made_by_hand(**fields: Any) -> list[Any]:
+    """A struct checks nothing when it is made."""
+    return [
+        Row(**{"capability": "9.0", "ranks": 2, "operation": "all_reduce", "dtype": "any", "steps": (Step(1024, "one_shot"),)} | fields)
+    ]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        None,
+        5,
+        "x",
+        [None],
+        [{}],
+        [object()],
+        made_by_hand(capability=None),
+        made_by_hand(capability="\ud800"),
+        made_by_hand(ranks="2"),
+        made_by_hand(ranks=True),
+        made_by_hand(ranks=2.5),
+        made_by_hand(operation=["all_reduce"]),
+        made_by_hand(dtype=None),
+        made_by_hand(steps=None),
+        made_by_hand(steps=(None,)),
+        made_by_hand(steps=(Step(1.5, "one_shot"),)),  # type: ignore[arg-type]  # what is refused
+        made_by_hand(steps=(Step(1024, None),)),  # type: ignore[arg-type]  # likewise
+    ],
+)
+def test_rows_of_other_kinds_are_told_by_place(rows: Any) -> None:
+    with pytest.raises(cg.ConfigurationError, match="kernel table: "):
+        KernelTable(rows)
+
+
+def test_digits_that_are_no_version() -> None:
+    table = KernelTable(made_by_hand(capability="\u00b2"))
+    assert table.about("9.0") == ()
+    assert table.about("\u00b2") == table.rows
+
+
 def test_files_that_are_no_table(tmp_path: Path) -> None:
-    for path, text in ((tmp_path / "a", None), (tmp_path / "b", "[{}]"), (tmp_path / "c", "no")):
+    deep = "[" * 100_000
+    for path, text in (
+        (tmp_path / "a", None),
+        (tmp_path / "b", "[{}]"),
+        (tmp_path / "c", "no"),
+        (tmp_path / "d", deep),
+        (tmp_path, None),
+        ("a\0b", None),
+    ):
         if text is not None:
-            path.write_text(text)
+            Path(path).write_text(text)
         with pytest.raises(cg.ConfigurationError, match="no kernel table can be read from"):
             cg.CommunicatorOptions(custom_all_reduce=path)  # type: ignore[arg-type]  # converted
     with pytest.raises(cg.ConfigurationError, match=r"custom_all_reduce=3\): True, False, a commgraph.KernelTable or the path"):

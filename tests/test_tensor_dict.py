@@ -134,7 +134,7 @@ def test_the_next_and_the_previous_rank_by_default() -> None:
 @pytest.mark.parametrize("queue_bytes", [16 << 10, 1 << 20])
 def test_large_tensors_beside_small_ones(queue_bytes: int) -> None:
     """More than a ring holds, in tensors that go through it and in such that do not."""
-    tree = {
+    tree: dict[str, Any] = {
         "large": torch.arange(300_000.0),
         "turned": torch.arange(400_000.0).view(1000, 400).t(),
         "small": [torch.arange(9.0)] * 20,

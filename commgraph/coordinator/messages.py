@@ -13,6 +13,7 @@ from commgraph.communicators.base import CallsDiffer
 from commgraph.coordinator.call import Call, Timeout
 from commgraph.coordinator.tensor_dict import Entry, Plan, join_dict, landings, split_dict
 from commgraph.coordinator.tensors import TensorOperations
+from commgraph.errors import UnsupportedTensorError
 
 if TYPE_CHECKING:
     from commgraph.coordinator.group import GroupCoordinator
@@ -212,6 +213,8 @@ class MessageOperations(TensorOperations):
             with self._link.guard(call, "recv_tensor_dict(...)", seconds):
                 raise CallsDiffer(src)
         whole = landings(entries, self.device, {i: x for i, x in carried.items() if not sliced[i]})
+        if len(carried) == len(whole) and group is None:
+            return Received(entries, whole, [])
         landing = [carried.get(i, plan.slice(x) if cut else x) for i, (x, cut) in enumerate(zip(whole, sliced, strict=True))]
         if rest := [x for i, x in enumerate(landing) if i not in carried]:
             self._exchange(call, rest, src, "recv", seconds)
@@ -244,8 +247,12 @@ def _split(call: Call, tensor_dict: Mapping[Any, Any]) -> tuple[list[Entry], lis
         entries, tensors = split_dict(tensor_dict)
     except TypeError as error:
         raise TypeError(f"{call.where}: {error}. Nothing was sent.") from None
-    paths = (".".join(map(str, path)) for path, what in entries if what[0] == "t")
-    return entries, [call.tensor(tensor, f"the tensor {path!r}") for path, tensor in zip(paths, tensors, strict=True)]
+    try:
+        return entries, [call.tensor(tensor) for tensor in tensors]
+    except UnsupportedTensorError:
+        # Once more, with names, which most dicts do without.
+        paths = (".".join(map(str, path)) for path, what in entries if what[0] == "t")
+        return entries, [call.tensor(tensor, f"the tensor {path!r}") for path, tensor in zip(paths, tensors, strict=True)]
 
 
 def _fits(entries: Sequence[Entry], carried: Mapping[int, torch.Tensor], sliced: Sequence[bool], plan: Plan) -> bool:
