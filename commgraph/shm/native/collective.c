@@ -16,6 +16,7 @@ enum {
     REDUCE_BLOCK = 16 * 1024,
     /* From here on a piece is read where it lies, if it can be: one copy and a step more in place of two copies. */
     REACHED = 64 * 1024,
+    SPLIT = 512 * 1024,   /* from here on giver and receivers share the work of a broadcast */
     PLACED = 1024 * 1024, /* from here on two ways to copy between tensors are compared */
     /* Below this a slot is always written plainly, and nothing is measured. */
     MEASURED = 16 * 1024,
@@ -445,6 +446,11 @@ int cg_share(cg_group *g, const cg_call *call, const char *mine, const size_t *b
     for (int p = 0; p < g->n; p++)
         if (bytes[p] > 0) giver = p, givers++;
     uint64_t where = readable(g, mine, own);
+    /* What only one gives is copied by both sides then, also where all could read it. */
+    if (givers == 1 && own >= SPLIT && g->reach_from && !(where & WHERE_ADDRESS)) {
+        uint64_t address = reachable(g, mine);
+        if (address != 0) where = address;
+    }
     /* A rank that gives nothing says where it wants what the only one gives: that one would be idle, and puts the end there. */
     if (givers == 1 && own == 0 && g->reach_from && bytes[giver] >= g->reach_from && into[giver].rows == 1 && into[giver].base != NULL)
         where = reachable(g, into[giver].base);
