@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -305,6 +307,32 @@ def test_large_pieces_are_read_where_they_lie(n: int) -> None:
         assert torch.equal(tp.all_gatherv(piece, 0, rows), torch.cat([torch.full((r, 8), float(i)) for i, r in enumerate(rows)]))  # type: ignore[arg-type]
 
     on(n, body)
+
+
+@pytest.mark.parametrize("deadline", [None, 0.1])
+@pytest.mark.parametrize(("entries", "stays"), [(1000, False), (300_000, True)])
+def test_a_tensor_that_a_late_sender_may_still_fill_stays(entries: int, stays: bool, deadline: float | None) -> None:
+    """A sender that was stopped on its way into the receiver's memory may go on at any time: so that is never anybody else's."""
+
+    def run(world: cg.World) -> tuple[bool, bool] | None:
+        options = cg.CommunicatorOptions(host_timeout=timedelta(seconds=0.3))
+        with world.context(cg.Layout(2, tp=2), name="main", options=options) as ctx:
+            if ctx.tp.is_first_rank:
+                time.sleep(0.6)
+                with pytest.raises(cg.CollectiveError):
+                    ctx.tp.broadcast(torch.ones(entries), 0)
+                return None
+            reaches: bool = ctx.tp.communicator("shm")._group.reaches  # type: ignore[attr-defined]  # the native group
+            x = torch.zeros(entries)
+            ref = weakref.ref(x)
+            with pytest.raises(cg.CollectiveTimeoutError):
+                ctx.tp.broadcast(x, 0, timeout=deadline)
+            del x
+        gc.collect()
+        return ref() is not None, reaches
+
+    found, reaches = spmd(run, 2)[1]
+    assert found == (stays and reaches)
 
 
 def test_every_group_has_room_for_a_line_of_each_rank() -> None:

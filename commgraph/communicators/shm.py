@@ -147,7 +147,7 @@ class ShmCommunicator(Communicator):
             self.barrier(tag=tag, timeout=timeout)
         elif kind < 0:
             pieces = list(torch.empty((self.world_size, *x.shape), dtype=x.dtype))
-            self._share("all_gather", x, [x.nbytes] * self.world_size, [_run(piece) for piece in pieces], tag, timeout)
+            self._share("all_gather", x, [x.nbytes] * self.world_size, [_run(piece) for piece in pieces], pieces, tag, timeout)
             reduce_pieces(pieces, op, out)
         else:
             with self._stops():
@@ -177,14 +177,14 @@ class ShmCommunicator(Communicator):
     def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, timeout: float) -> None:
         landing = out if is_dense(out) else self.new(out.shape, out.dtype, out.device)
         pieces = landing.split(list(sizes), dim)
-        self._share("all_gather", dense(x), [piece.nbytes for piece in pieces], [_block(piece) for piece in pieces], tag, timeout)
+        self._share("all_gather", dense(x), [piece.nbytes for piece in pieces], [_block(piece) for piece in pieces], landing, tag, timeout)
         if landing is not out:
             out.copy_(landing)
 
     def gather(self, x: torch.Tensor, pieces: Sequence[torch.Tensor] | None, dst: int, *, tag: int, timeout: float) -> None:
         landing = None if pieces is None else _Landing(pieces)
         into = [None] * self.world_size if landing is None else landing.blocks
-        self._share("gather", dense(x), [x.nbytes] * self.world_size, into, tag, timeout)
+        self._share("gather", dense(x), [x.nbytes] * self.world_size, into, landing, tag, timeout)
         if landing is not None:
             landing.finish()
 
@@ -192,20 +192,28 @@ class ShmCommunicator(Communicator):
         landing = dense(x) if self.rank_in_group == src else landing_for(x)
         sizes = [landing.nbytes if rank == src else 0 for rank in range(self.world_size)]
         into = [_run(landing) if rank == src else None for rank in range(self.world_size)]
-        self._share("broadcast", landing, sizes, into, tag, timeout)
+        self._share("broadcast", landing, sizes, into, landing, tag, timeout)
         if landing is not x and self.rank_in_group != src:
             x.copy_(landing)
 
     def _share(
-        self, operation: str, x: torch.Tensor, sizes: Sequence[int], into: Sequence[_Block | None], tag: int, timeout: float
+        self,
+        operation: str,
+        x: torch.Tensor,
+        sizes: Sequence[int],
+        into: Sequence[_Block | None],
+        owner: object,
+        tag: int,
+        timeout: float,
     ) -> None:
+        """`owner` keeps the memory of `into`."""
         number = {
             "all_gather": self._native.OP_ALL_GATHER,
             "gather": self._native.OP_GATHER,
             "broadcast": self._native.OP_BROADCAST,
         }[operation]
         with self._stops():
-            self._group.share(number, tag, nanoseconds(timeout), x.data_ptr(), sizes, into)
+            self._group.share(number, tag, nanoseconds(timeout), x.data_ptr(), sizes, into, owner)
 
     def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], *, tag: int, timeout: float) -> None:
         landing = _Landing(receives)

@@ -440,7 +440,7 @@ int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, 
     return two_shot(g, call, from, to, count, size, in_place, kernel, who);
 }
 
-int cg_share(cg_group *g, const cg_call *call, const char *mine, const size_t *bytes, const cg_block *into, int *who) {
+static int share(cg_group *g, const cg_call *call, const char *mine, const size_t *bytes, const cg_block *into, int *who) {
     size_t own = bytes[g->me], staged = 0;
     int any_direct = 0, givers = 0, giver = 0;
     for (int p = 0; p < g->n; p++)
@@ -452,8 +452,10 @@ int cg_share(cg_group *g, const cg_call *call, const char *mine, const size_t *b
         if (address != 0) where = address;
     }
     /* A rank that gives nothing says where it wants what the only one gives: that one would be idle, and puts the end there. */
-    if (givers == 1 && own == 0 && g->reach_from && bytes[giver] >= g->reach_from && into[giver].rows == 1 && into[giver].base != NULL)
+    if (givers == 1 && own == 0 && g->reach_from && bytes[giver] >= g->reach_from && into[giver].rows == 1 && into[giver].base != NULL) {
         where = reachable(g, into[giver].base);
+        g->exposed = where != 0;
+    }
     size_t head = bytes[giver] / (size_t)g->n * (size_t)(g->n - 1) / CG_LINE * CG_LINE, chunk = g->slot_bytes;
     g->bytes_sent += own;
     begin(g, call);
@@ -513,6 +515,12 @@ int cg_share(cg_group *g, const cg_call *call, const char *mine, const size_t *b
         return next_step(g, call, who);
     }
     return CG_OK;
+}
+
+int cg_share(cg_group *g, const cg_call *call, const char *mine, const size_t *bytes, const cg_block *into, int *who) {
+    int result = share(g, call, mine, bytes, into, who);
+    if (result == CG_OK) g->exposed = 0;
+    return result;
 }
 
 uint64_t *cg_pair_row(cg_group *g, int rank, int row) {

@@ -384,6 +384,7 @@ static PyObject *door_broadcast(PyObject *self, PyObject *const *args, Py_ssize_
     cg_call call;
     if (!tag_of(door->group, "broadcast", OP_BROADCAST, args[0], &v, src, args[1], &call) || !begin(door, v.bytes)) return NULL;
     int result = cg_share(&door->group->group, &call, v.data, bytes, into, &who);
+    if (door->group->group.exposed) Py_INCREF(args[0]); /* for ever */
     leave(door->group->team);
     return answer(door, result, who, Py_NewRef(Py_True));
 }

@@ -126,8 +126,8 @@ static PyObject *group_share(PyObject *self, PyObject *args) {
     long long timeout;
     unsigned long long mine;
     int operation;
-    PyObject *sizes, *blocks;
-    if (!PyArg_ParseTuple(args, "ikLKOO", &operation, &tag, &timeout, &mine, &sizes, &blocks)) return NULL;
+    PyObject *sizes, *blocks, *owner;
+    if (!PyArg_ParseTuple(args, "ikLKOOO", &operation, &tag, &timeout, &mine, &sizes, &blocks, &owner)) return NULL;
     int n = group->group.n;
     cg_block into[n];
     size_t bytes[n];
@@ -143,6 +143,7 @@ static PyObject *group_share(PyObject *self, PyObject *args) {
     int who = 0;
     if (!enter(group->team)) return NULL;
     int result = cg_share(&group->group, &call, (char *)(uintptr_t)mine, bytes, into, &who);
+    if (group->group.exposed) Py_INCREF(owner); /* for ever */
     leave(group->team);
     return finished(group, result, who);
 }
@@ -319,7 +320,7 @@ static PyGetSetDef group_getset[] = {
 static PyMethodDef group_methods[] = {
     {"barrier", group_barrier, METH_VARARGS, "barrier(tag, timeout_ns)\n--\n\n"},
     {"all_reduce", group_all_reduce, METH_VARARGS, "all_reduce(tag, timeout_ns, from, to, count, dtype, op, in_place)\n--\n\n"},
-    {"share", group_share, METH_VARARGS, "share(operation, tag, timeout_ns, mine, bytes, into)\n--\n\n"},
+    {"share", group_share, METH_VARARGS, "share(operation, tag, timeout_ns, mine, bytes, into, owner)\n--\n\n"},
     {"trade", group_trade, METH_VARARGS, "trade(tag, timeout_ns, out, into)\n--\n\n"},
     {"reduce_scatter", group_reduce_scatter, METH_VARARGS, "reduce_scatter(tag, timeout_ns, out, to, dtype, op)\n--\n\n"},
     {"ping_pong", group_ping_pong, METH_VARARGS, "ping_pong(tag, timeout_ns, rounds)\n--\n\nNanoseconds, one way."},
