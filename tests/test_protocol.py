@@ -6,21 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.protocol_model import (
-    Bell,
-    Closing,
-    Code,
-    Memory,
-    Model,
-    Report,
-    TooManyStatesError,
-    barrier,
-    equal,
-    explore,
-    flags,
-    handed_back,
-    ring_of_messages,
-)
+from tests.explorer import Code, Memory, Model, Report, TooManyStatesError, explore
+from tests.protocol_model import Bell, Closing, Given, barrier, equal, flags, given, handed_back, ring_of_messages
 
 BELL = Bell()
 both = pytest.mark.parametrize("memory", ["tso", "weak"])
@@ -290,6 +277,26 @@ def test_a_trace_is_a_shortest_story() -> None:
         "  notifier 1, step 1: futex_wake(doorbell[0]): nobody sleeps there",
         "  waiter, step 1: futex_wait(doorbell[0], d): sleeps",
     )
+
+
+# ----------------------------------------------------------------------------------------------------------- parts that are handed over
+
+
+@both
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_just_one_thing_comes_of_a_part_that_is_handed_over(chunks: int, memory: Memory) -> None:
+    right(given(BELL, Given(), chunks), memory)
+
+
+@both
+@pytest.mark.parametrize("mistake", ["accepted_by_swap", "opened_by_swap", "withdrawn", "revoked_chunks_awaited"])
+def test_a_mistake_in_handing_over(mistake: str, memory: Memory) -> None:
+    wrong(given(BELL, Given(**{mistake: False})), memory, "of one mind", *OTHER_DATA, STUCK)
+
+
+def test_a_plain_store_of_what_was_pushed_is_not_enough() -> None:
+    wrong(given(BELL, Given(pushed_released=False)), "weak", *OTHER_DATA)
+    right(given(BELL, Given(pushed_released=False)), "tso")
 
 
 # ------------------------------------------------------------------------------------------------- mistakes with lines, heads and tails

@@ -331,7 +331,9 @@ def test_a_tensor_that_a_late_sender_may_still_fill_stays(entries: int, stays: b
         gc.collect()
         return ref() is not None, reaches
 
-    found, reaches = spmd(run, 2)[1]
+    receiver = spmd(run, 2)[1]
+    assert receiver is not None
+    found, reaches = receiver
     assert found == (stays and reaches)
 
 
