@@ -21,6 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -787,7 +788,64 @@ static void *run_ring(void *arg) {
     return NULL;
 }
 
+/* Memory that this process reads and no other reaches: the kernel's own page for the clock. NULL where there is none. */
+static char *unreachable_page(void) {
+    FILE *maps = fopen("/proc/self/maps", "r");
+    char line[512];
+    char *found = NULL;
+    while (maps != NULL && found == NULL && fgets(line, sizeof line, maps) != NULL) {
+        unsigned long begin;
+        if (strstr(line, "[vvar]") != NULL && sscanf(line, "%lx-", &begin) == 1) found = (char *)begin;
+    }
+    if (maps != NULL) fclose(maps);
+    return found;
+}
+
+static void *run_unreachable(void *arg) {
+    ring_side *s = arg;
+    cg_team team, view;
+    cg_ring ring;
+    char *at = s->memory + SEATS_BYTES, *page = unreachable_page(), there[2 * 64];
+    int who = -1, writes = s->me == 0;
+    CHECK(cg_team_join(&team, (cg_seat *)s->memory, 2, s->me, 2) == 0, "join");
+    CHECK(cg_team_view(&view, &team, cg_ring_bell(at, writes), cg_ring_bell(at, !writes)) == 0, "view");
+    cg_ring_join(&ring, &view, at, 0, 1, 1, 4096);
+    ring.private = 1;
+    ring.handed_from = 64;
+    CHECK(!cg_is_reachable(&team, page) && cg_is_reachable(&team, there), "what is reached");
+    char own[64] = "within reach";
+    cg_part parts[2] = {{own, sizeof own}, {page, 64}};
+    if (writes) {
+        succeeded(cg_ring_put(&ring, 1, 0, parts, 2, soon(), &who), who);
+    } else {
+        succeeded(cg_ring_next(&ring, soon(), &who), who);
+        for (uint32_t i = 0; i < 2; i++) {
+            size_t done = 0;
+            succeeded(cg_ring_read(&ring, i, there + 64 * i, &done, soon(), &who), who);
+        }
+        CHECK(memcmp(there, own, sizeof own) == 0, "the part within reach");
+        cg_ring_finish(&ring);
+    }
+    cg_ring_leave(&ring);
+    cg_team_leave_view(&view, &team);
+    cg_team_leave(&team);
+    return NULL;
+}
+
+static void unreachable(void) {
+    char *page = unreachable_page(), byte;
+    struct iovec here = {&byte, 1}, there = {page, 1};
+    if (page == NULL || process_vm_readv(getpid(), &here, 1, &there, 1, 0) == 1) return; /* another kernel */
+    size_t bytes = SEATS_BYTES + cg_ring_bytes(1, 4096);
+    char *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    CHECK(memory != MAP_FAILED, "mmap");
+    ring_side sides[2] = {{.memory = memory, .me = 0}, {.memory = memory, .me = 1}};
+    run_threads(2, run_unreachable, sides, sizeof *sides);
+    munmap(memory, bytes);
+}
+
 static void rings(dice *d, int64_t until) {
+    unreachable();
     do {
         static const size_t capacities[] = {1024, 1040, 1088, 2000, 4096, 32768};
         int n_readers = chance(d, 50) ? 1 : 3, n = n_readers == 1 ? 2 + (int)below(d, 3) : 4;

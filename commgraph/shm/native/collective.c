@@ -112,12 +112,10 @@ static char *resolve(cg_group *g, int rank, uint64_t where) {
     return region->base + (size_t)rank * region->stride + (where & ((1ull << WHERE_SHIFT) - 1));
 }
 
-/* Memory of this rank's as the others reach it; 0 where the kernel reaches none of it, such as what a device's driver has mapped. It is asked
- * by this rank of itself, since only this one can stage it in place of that. */
+/* Memory of this rank's as the others reach it; 0 where they do not. It is this rank that asks, since only this one can stage it in place of
+ * that. */
 static uint64_t reachable(cg_group *g, const void *data) {
-    char byte;
-    cg_block one = {&byte, 1, 1, 1};
-    return cg_reach(g->team, g->me, &one, (uint64_t)(uintptr_t)data, CG_PULL) ? WHERE_ADDRESS | (uint64_t)(uintptr_t)data : 0;
+    return cg_is_reachable(g->team, data) ? WHERE_ADDRESS | (uint64_t)(uintptr_t)data : 0;
 }
 
 /* Where the others can read these bytes of this rank for themselves, 0 if they are better staged. */

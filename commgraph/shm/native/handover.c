@@ -92,7 +92,8 @@ int cg_handover_give(const cg_side *side, uint64_t number, const void *from, siz
     *who = side->peer;
     int result = cg_wait(side->team, is_opened, &p, side->peer, 0, deadline, who);
     if (result == CG_OK) {
-        result = copy_chunks(&p, (char *)from, atomic_load_explicit(&side->shared->to, memory_order_relaxed), bytes, CG_PUSH);
+        uint64_t to = atomic_load_explicit(&side->shared->to, memory_order_relaxed);
+        if (to != 0) result = copy_chunks(&p, (char *)from, to, bytes, CG_PUSH);
         cg_notify_bell(side->team->theirs);
     }
     if (result == CG_OK) result = cg_wait(side->team, is_settled, &p, side->peer, 0, deadline, who);
@@ -111,7 +112,7 @@ int cg_handover_take(const cg_side *side, uint64_t number, uint64_t from, void *
     cg_handover *shared = side->shared;
     if (*mine == CG_UNOPENED) {
         uint64_t state = look(&shared->state);
-        atomic_store_explicit(&shared->to, (uint64_t)(uintptr_t)to, memory_order_relaxed);
+        atomic_store_explicit(&shared->to, cg_is_reachable(side->team, to) ? (uint64_t)(uintptr_t)to : 0, memory_order_relaxed);
         /* The writer changes it as long as it is not open: to give up. */
         if (state >> SHIFT >= number || !swap(side, &state, number << SHIFT)) return CG_RESTART;
         *mine = 0;

@@ -14,7 +14,7 @@
 typedef struct {
     _Alignas(CG_LINE) _Atomic uint64_t state; /* number << 24 | chunks that were taken, or what has come of it (handover.c) */
     _Atomic uint64_t pushed;                  /* number << 24 | chunks that the writer has copied of it */
-    _Atomic uint64_t to;                      /* address in the process of the reader */
+    _Atomic uint64_t to;                      /* address in the process of the reader; 0 where only he reaches it, and copies all of it */
 } cg_handover;
 
 /* One side of a ring with a view of its own. */

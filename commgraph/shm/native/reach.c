@@ -30,3 +30,9 @@ int cg_reach(const cg_team *team, int seat, const cg_block *block, uint64_t addr
     }
     return 1;
 }
+
+int cg_is_reachable(const cg_team *team, const void *data) {
+    char byte;
+    cg_block one = {&byte, 1, 1, 1};
+    return cg_reach(team, team->me, &one, (uint64_t)(uintptr_t)data, CG_PULL);
+}

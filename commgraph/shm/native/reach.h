@@ -11,5 +11,7 @@
 enum { CG_PULL, CG_PUSH };
 /* The block is filled with what lies at `address` in the process of that seat, or put there. 0 if not all of it could be. */
 int cg_reach(const cg_team *team, int seat, const cg_block *block, uint64_t address, int direction);
+/* Whether others reach memory of this participant's: not such as a device's driver has mapped, for one. It asks the kernel. */
+int cg_is_reachable(const cg_team *team, const void *data);
 
 #endif

@@ -3,6 +3,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "reach.h"
+
 enum {
     UNIT = 16, /* fragments begin at multiples of it */
     FIRST = 1,
@@ -114,7 +116,7 @@ static void publish_head(cg_ring *ring) {
     else cg_notify_all(ring->team);
 }
 
-static int is_handed_over(const cg_ring *ring, const cg_part *part) { return ring->handed_from && part->bytes >= ring->handed_from; }
+static int is_handed_over(const cg_ring *ring, const cg_part *part) { return ring->handing && part->bytes >= ring->handing; }
 
 /* What stands in the record for a part. */
 static cg_part written_part(cg_ring *ring, const cg_part *part, cg_reference *reference) {
@@ -176,6 +178,9 @@ static int write_record(cg_ring *ring, uint32_t kind, uint64_t meta, const cg_pa
 int cg_ring_put(cg_ring *ring, uint32_t kind, uint64_t meta, const cg_part *parts, uint32_t n_parts, int64_t deadline, int *who) {
     if (cg_team_left(ring->team)) return CG_SELF; /* also where nobody needs to be waited for */
     uint64_t number = ring->offered;
+    ring->handing = ring->handed_from;
+    for (uint32_t i = 0; i < n_parts; i++)
+        if (is_handed_over(ring, &parts[i]) && !cg_is_reachable(ring->team, parts[i].data)) ring->handing = 0;
     int result = write_record(ring, kind, meta, parts, n_parts, deadline, who);
     if (result != CG_OK && ring->offered > number) cg_handover_withdraw(&ring->side, ring->offered);
     for (uint32_t i = 0; i < n_parts && result == CG_OK; i++)

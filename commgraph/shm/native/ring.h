@@ -48,6 +48,7 @@ typedef struct {
     uint64_t published;
     /* Large parts of a ring that is private (handover.h): from so many bytes on, 0 for never; and how many were offered. */
     size_t handed_from;
+    size_t handing; /* the same of the record that is being written */
     cg_side side;
     uint64_t offered;
     /* Of a reader: what is being read. */
