@@ -180,6 +180,8 @@ def test_two_ranks_may_write_where_they_have_read(memory: Memory) -> None:
     right(barrier(BELL, 2, 5, turned=every_second_pair), memory)
     # Even at once: what a rank overwrites only it has read.
     right(barrier(BELL, 2, 4, slots=1, turned=lambda step: step & 1), memory)
+    # Of three it is right as well, with two slots, and only not faster: a place has several readers.
+    right(barrier(BELL, 3, 3, turned=every_second_pair), memory)
 
 
 @both
@@ -318,12 +320,6 @@ def test_one_line_is_not_enough(memory: Memory) -> None:
 def test_both_steps_of_a_part_are_awaited(memory: Memory) -> None:
     wrong(handed_back(BELL, 2, 1, parts_awaited=False), memory, *OTHER_DATA)
     wrong(handed_back(BELL, 2, 1, results_awaited=False), memory, *OTHER_DATA)
-
-
-@both
-def test_a_slot_that_others_read_stays_where_it_is(memory: Memory) -> None:
-    # Of three ranks, the one whose place another takes over may not be the only one that has read it.
-    wrong(barrier(BELL, 3, 3, turned=lambda step: step & 1, slots=1), memory, *OTHER_DATA)
 
 
 def test_a_plain_store_of_the_step_is_not_enough() -> None:

@@ -173,8 +173,7 @@ class MessageOperations(TensorOperations):
         def send(seconds: float) -> None:
             self._link.ensure_open(self.name)
             post(seconds)
-            if rest:
-                self._exchange(call, rest, dst, "send", seconds)
+            self._exchange(call, rest, dst, "send", seconds)
 
         return send
 
@@ -213,12 +212,9 @@ class MessageOperations(TensorOperations):
             with self._link.guard(call, "recv_tensor_dict(...)", seconds):
                 raise CallsDiffer(src)
         whole = landings(entries, self.device, {i: x for i, x in carried.items() if not sliced[i]})
-        if len(carried) == len(whole) and group is None:
-            return Received(entries, whole, [])
-        landing = [carried.get(i, plan.slice(x) if cut else x) for i, (x, cut) in enumerate(zip(whole, sliced, strict=True))]
-        if rest := [x for i, x in enumerate(landing) if i not in carried]:
-            self._exchange(call, rest, src, "recv", seconds)
-        return Received(entries, whole, [(x, piece) for x, piece, cut in zip(whole, landing, sliced, strict=True) if cut])
+        pieces = {i: carried[i] if i in carried else plan.slice(whole[i]) for i, cut in enumerate(sliced) if cut}
+        self._exchange(call, [pieces.get(i, x) for i, x in enumerate(whole) if i not in carried], src, "recv", seconds)
+        return Received(entries, whole, [(whole[i], piece) for i, piece in pieces.items()])
 
 
 @attrs.frozen

@@ -514,6 +514,8 @@ class TensorOperations(GroupFacts):
 
     def _exchange(self, call: Call, tensors: Sequence[torch.Tensor], peer: int, operation: str, seconds: float) -> None:
         """Sends or receives tensors, all at once, after everything that was begun before with that peer."""
+        if not tensors:
+            return
         outgoing = operation == "send"
         seconds = self._link.settle((peer, outgoing), call, seconds)
         self._link.ensure_open(self.name)

@@ -54,8 +54,9 @@ class Mailbox:
             ring.handed_from = max(self._pair_bytes, _HANDED_FROM)
 
     def send(self, dst: int, kind: int, meta: int, parts: tuple[Any, ...], timeout: float) -> None:
-        """Puts a record for one rank; returns when the ring has it, which may be before it is read. Parts larger than the ring have been.
+        """Puts a record for one rank.
 
+        It returns when the ring has it, which may be before it is read, and the reader those parts that are handed over.
         A part is a buffer, or (address, bytes) of memory that the caller keeps alive.
         """
         self._outgoing[dst].put(kind, meta, parts, nanoseconds(timeout), 0)

@@ -89,6 +89,7 @@ int cg_group_add_region(cg_group *g, char *base, size_t stride, size_t bytes) {
 static int turned(uint32_t step) { return step >> 1 & 1; }
 
 static char *slot_at(cg_group *g, int place, uint32_t step) { return g->slots + ((size_t)place * 2 + (step & 1)) * g->slot_bytes; }
+static char *shares_of(cg_group *g, int rank) { return g->shares + (size_t)rank * share_bytes(g->slot_bytes); }
 /* What all others read. Of two ranks there is one other. */
 static char *slot_of(cg_group *g, int rank, uint32_t step) { return slot_at(g, g->n == 2 && turned(step) ? 1 - rank : rank, step); }
 /* What only rank `to` reads, in parts of `each` bytes. */
@@ -372,8 +373,8 @@ static int reduce_in_shared(cg_group *g, const cg_call *call, size_t count, size
  * that wrote the parts get them back with the result, ready for their next ones. A line moves once in each direction. */
 static int two_shot(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, size_t size, int in_place, cg_kernel kernel, int *who) {
     uint64_t where = g->n_regions ? find_region(g, from, count * size) : 0;
-    size_t room = share_bytes(g->slot_bytes), chunk = room / size, mine_from, mine_to;
-    char *mine = g->shares + (size_t)g->me * room;
+    size_t chunk = share_bytes(g->slot_bytes) / size, mine_from, mine_to;
+    char *mine = shares_of(g, g->me);
     for (size_t at = 0; at < count; at += chunk) {
         size_t length = smaller(chunk, count - at), block = REDUCE_BLOCK / size;
         share_of(length, size, g->n, g->me, &mine_from, &mine_to);
@@ -406,7 +407,7 @@ static int two_shot(cg_group *g, const cg_call *call, const void *from, void *to
         const void *sources[g->n];
         for (int p = 0; p < g->n; p++) {
             uint64_t there = line_of(g, p, g->step)->where;
-            parts[p] = p == g->me ? (const char *)from + at * size : there ? resolve(g, p, there) + at * size : g->shares + (size_t)p * room;
+            parts[p] = p == g->me ? (const char *)from + at * size : there ? resolve(g, p, there) + at * size : shares_of(g, p);
         }
         char *out = (char *)to + at * size;
         stopwatch reading = start(length * size);
@@ -414,7 +415,7 @@ static int two_shot(cg_group *g, const cg_call *call, const void *from, void *to
             size_t some = smaller(block, mine_to - i);
             for (int p = 0; p < g->n; p++) sources[p] = parts[p] + i * size;
             kernel(out + i * size, sources, g->n, some);
-            for (int k = 1; k < g->n; k++) cg_copy(g->shares + (size_t)((g->me + k) % g->n) * room + i * size, out + i * size, some * size, way);
+            for (int k = 1; k < g->n; k++) cg_copy(shares_of(g, (g->me + k) % g->n) + i * size, out + i * size, some * size, way);
         }
         if (way) cg_stream_fence();
         note_reads(g, length * size, stop(&reading));

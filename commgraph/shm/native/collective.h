@@ -52,7 +52,7 @@ typedef struct {
     uint32_t step;
     cg_choice choices[CG_CLASSES], placings[CG_CLASSES];
     size_t reach_from; /* pieces of so many bytes are read where they lie; 0 where the ranks may not reach each other's memory */
-    int exposed; /* a call has failed that let another process write to its tensor: that may still do so, so the tensor must stay */
+    int exposed; /* another process may write to the tensor of a call; if the call has failed it may still do so, and the tensor must stay */
     int way; /* forced way to write slots: 0 plain, 1 streaming, -1 by measurement */
     cg_region *regions;
     int n_regions;

@@ -1,14 +1,14 @@
 /* A large part of a record, which both sides of a ring copy from one process to the other, where it lies.
  *
  * The writer offers it under a number, and the reader opens the offer by saying where the part is wanted. Then either takes chunks of it, one
- * after the other, and copies them: each could do it alone, two take half as long. The state is changed by compare-and-swap alone, so that
+ * after the other, and copies them: each could do it alone, two are faster. The state is changed by compare-and-swap alone, so that
  * one thing comes of an offer: the reader has all of it, or one side has given up and the other takes no further chunk. */
 #ifndef COMMGRAPH_HANDOVER_H
 #define COMMGRAPH_HANDOVER_H
 
 #include "team.h"
 
-#define CG_HANDOVER_CHUNK (128 * 1024) /* bytes: about 30 us, and less than what the kernel copies while it holds the pages of both sides */
+#define CG_HANDOVER_CHUNK (128 * 1024) /* bytes: less than what the kernel copies while it holds the pages of both sides */
 
 /* In shared memory. */
 typedef struct {

@@ -41,13 +41,21 @@ static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     return (PyObject *)self;
 }
 
+/* Whether what was being read is nobody else's. Otherwise it is never freed: another process may still write to it. */
+static int give_up(Ring *ring) {
+    int unused = 1;
+    if (ring->ring.taken != CG_UNOPENED) {
+        Py_BEGIN_ALLOW_THREADS
+        unused = cg_ring_give_up(&ring->ring);
+        Py_END_ALLOW_THREADS
+    }
+    return unused;
+}
+
 static void ring_dealloc(PyObject *self) {
     Ring *ring = (Ring *)self;
-    int unused;
-    Py_BEGIN_ALLOW_THREADS
-    unused = cg_ring_leave(&ring->ring);
-    Py_END_ALLOW_THREADS
-    if (unused) Py_XDECREF(ring->parts); /* otherwise it is never freed */
+    if (give_up(ring)) Py_XDECREF(ring->parts);
+    cg_ring_leave(&ring->ring);
     Py_XDECREF((PyObject *)ring->team);
     Py_XDECREF((PyObject *)ring->pool);
     free_object(self);
@@ -224,11 +232,7 @@ static PyObject *ring_take(PyObject *self, PyObject *args) {
     }
     if (result == CG_RESTART) Py_RETURN_FALSE;
     if (result != CG_OK) {
-        int unused;
-        Py_BEGIN_ALLOW_THREADS
-        unused = cg_ring_give_up(&ring->ring);
-        Py_END_ALLOW_THREADS
-        if (!unused) Py_INCREF(owner); /* for ever: what another process may still write to is not freed */
+        if (!give_up(ring)) Py_INCREF(owner);
         cg_ring_finish(&ring->ring);
         return raise_stopped(self, result, who);
     }
@@ -248,11 +252,6 @@ static int set_handed_from(PyObject *self, PyObject *value, void *closure) {
     return 0;
 }
 
-static PyObject *get_handed_from(PyObject *self, void *closure) {
-    (void)closure;
-    return PyLong_FromSize_t(((Ring *)self)->ring.handed_from);
-}
-
 static PyObject *ring_leave_out(PyObject *self, PyObject *arg) {
     cg_ring *ring = &((Ring *)self)->ring;
     long reader = PyLong_AsLong(arg);
@@ -269,7 +268,7 @@ static PyMethodDef ring_methods[] = {
     {0}};
 static PyGetSetDef ring_getset[] = {
     {"reading", ring_reading, NULL, "whether a `get` ended halfway: it goes on, and nothing else can", NULL},
-    {"handed_from", get_handed_from, set_handed_from, "bytes from which a part is copied from process to process by both of them; 0: none is", NULL},
+    {"handed_from", NULL, set_handed_from, "bytes from which a part is copied from process to process by both of them; 0: none is", NULL},
     {0}};
 static PyType_Slot ring_slots[] = {
     {Py_tp_doc, "Ring(team, pool, offset, writer, first_reader, n_readers, capacity, collective, private)\n--\n\nRecords from one seat to others; `private`: to "

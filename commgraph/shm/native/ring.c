@@ -45,10 +45,9 @@ cg_bell *cg_ring_bell(void *memory, int writer) {
     return &((cg_mark *)memory)[writer ? 1 : 0].bell;
 }
 
-int cg_ring_leave(cg_ring *ring) {
+void cg_ring_leave(cg_ring *ring) {
     free(ring->sizes);
     ring->sizes = NULL;
-    return cg_ring_give_up(ring);
 }
 
 static int seat_of(const cg_ring *ring, int reader) {
@@ -273,8 +272,7 @@ int cg_ring_next(cg_ring *ring, int64_t deadline, int *who) {
     }
 }
 
-/* A record has ended, or is void. */
-static void end_record(cg_ring *ring) {
+void cg_ring_finish(cg_ring *ring) {
     skip_fragment(ring);
     ring->in_record = 0;
     publish_tail(ring);
@@ -294,7 +292,7 @@ int cg_ring_read(cg_ring *ring, uint32_t part, void *to, size_t *done, int64_t d
     ring->reference_read = 0;
     ring->taken = CG_UNOPENED;
     if (result == CG_OK) *done = bytes;
-    else end_record(ring);
+    else cg_ring_finish(ring);
     return result;
 }
 
@@ -305,5 +303,3 @@ int cg_ring_give_up(cg_ring *ring) {
     ring->reference_read = 0;
     return free_;
 }
-
-void cg_ring_finish(cg_ring *ring) { end_record(ring); }

@@ -67,8 +67,7 @@ size_t cg_ring_bytes(int n_readers, size_t capacity);
 void cg_ring_join(cg_ring *ring, cg_team *team, void *memory, int writer, int first_reader, int n_readers, size_t capacity);
 /* The bells of a ring for one reader: that on which the writer (or the reader) of such a ring sleeps. */
 cg_bell *cg_ring_bell(void *memory, int writer);
-/* 0 if another process may still write to what was to be read: it must stay. */
-int cg_ring_leave(cg_ring *ring);
+void cg_ring_leave(cg_ring *ring);
 
 /* Writer. CG_TIMEOUT: nobody will see any of it. Parts that are handed over have been read when it returns. */
 int cg_ring_put(cg_ring *ring, uint32_t kind, uint64_t meta, const cg_part *parts, uint32_t n_parts, int64_t deadline, int *who);
@@ -81,9 +80,9 @@ static inline size_t cg_ring_size(const cg_ring *ring, uint32_t part) { return (
 /* Reads a part; all before it were read. *done counts its bytes, also where it ends early: go on from there, with the same `to`. CG_RESTART:
  * call cg_ring_next again. */
 int cg_ring_read(cg_ring *ring, uint32_t part, void *to, size_t *done, int64_t deadline, int *who);
-/* Gives up on a part that is being read. 0 if another process may still write to it: it must stay. */
+/* Gives up on a part that is being read, as is to be done before it is freed. 0 if another process may still write to it: it must stay. */
 int cg_ring_give_up(cg_ring *ring);
-/* Ends the record, all of which was read. */
+/* Ends the record, all of which was read, or which is void. */
 void cg_ring_finish(cg_ring *ring);
 
 #endif
