@@ -779,7 +779,7 @@ static void *run_ring(void *arg) {
     ring.private = private;
     /* Half of them hand large parts over, in chunks of any size. */
     ring.handed_from = private && (s->seed & 2) ? 1 + (s->seed >> 8 & 1023) : 0;
-    ring.side.chunk = 1 + (size_t)(s->seed >> 18 & 511);
+    ring.side.chunk = 64 + (size_t)(s->seed >> 18 & 511); /* smaller ones take seconds; `handovers` has them */
     if (writes) write_side(s, &ring, &mine);
     else if (s->n_readers > 1 || s->me == s->first_reader) read_side(s, &ring, &mine);
     cg_ring_leave(&ring);
