@@ -36,9 +36,12 @@ class Peer(Library):
         builder.load().initialize(self.job.world.size, self.job.world.rank)
 
     def call(self, operation: str, buffers: Buffers) -> Callable[[], object] | None:
-        """All-reduce of float32 and bfloat16; with others the operator does nothing and says nothing."""
+        """All-reduce of float32 and bfloat16; with others the operator does nothing and says nothing.
+
+        Its conversion of bfloat16 is written in AVX-512, and ends the process elsewhere.
+        """
         x = buffers.x
-        if x.dtype not in (torch.float32, torch.bfloat16):
+        if x.dtype != torch.float32 and not (x.dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability().startswith("AVX512")):
             return None
         if operation == "all_reduce_":
             return lambda: torch.ops.deepspeed.inference_all_reduce_(x)
