@@ -176,26 +176,37 @@ def barrier(
     lines: int = 2,
     release: bool = True,
     turned: Callable[[int], int] = lambda step: 0,
+    relayed: bool = False,
     closing: Closing | None = None,
 ) -> Model:
     """(2) Collectives: everybody writes his slot, says so, waits for all, and reads all slots. With `closing`, (4).
 
-    In steps that are `turned`, each of two ranks writes to the place of the other, which it has read.
+    In steps that are `turned`, each of two ranks writes to the place of the other, which it has read. `relayed`: a rank writes for the next
+    step while it reads what the others wrote for this one, of which here all comes before.
     """
     codes = []
     for me in range(ranks):
         code = Code(f"rank {me}")
+
+        def places(step: int) -> list[int]:
+            return [ranks - 1 - p if turned(step) else p for p in range(ranks)]
+
+        def write(code: Code, me: int, step: int) -> None:
+            code.store(f"slot[{places(step)[me]}][{step % slots}]", _value(ranks, me, step))
+
         for t in range(1, steps + 1):
             begin_step(code, t, me, bell, closing, range(ranks))
             slot, line = t % slots, t % lines
-            places = [ranks - 1 - p if turned(t) else p for p in range(ranks)]
-            code.store(f"slot[{places[me]}][{slot}]", _value(ranks, me, t))
+            if t == 1 or not relayed:
+                write(code, me, t)
             arrive(code, bell, ranks, me, t, lines, release=release)
             await_all(code, bell, ranks, me, t, lines, closing)
+            if relayed and t < steps:
+                write(code, me, t + 1)
             for p in range(ranks):
                 # Of its own a rank reads what it wrote there from.
                 if p != me:
-                    code.expect(f"slot[{places[p]}][{slot}]", _value(ranks, p, t))
+                    code.expect(f"slot[{places(t)[p]}][{slot}]", _value(ranks, p, t))
                 code.expect(f"tag[{p}][{line}]", t)
         code.label("end")
         codes.append(code)

@@ -185,6 +185,12 @@ def test_two_ranks_may_write_where_they_have_read(memory: Memory) -> None:
 
 
 @both
+def test_two_ranks_may_write_for_the_next_step_while_they_read(memory: Memory) -> None:
+    right(barrier(BELL, 2, 5, relayed=True), memory)
+    right(barrier(BELL, 2, 5, relayed=True, turned=every_second_pair), memory)
+
+
+@both
 @pytest.mark.parametrize(("ranks", "chunks"), [(2, 3), (3, 1)])
 def test_parts_come_back_as_results(ranks: int, chunks: int, memory: Memory) -> None:
     right(handed_back(BELL, ranks, chunks), memory)
@@ -308,6 +314,8 @@ def test_a_plain_store_of_what_was_pushed_is_not_enough() -> None:
 def test_one_slot_is_not_enough(memory: Memory) -> None:
     wrong(barrier(BELL, 2, 2, slots=1), memory, *OTHER_DATA)
     wrong(barrier(BELL, 3, 2, slots=1), memory, *OTHER_DATA)
+    # Changing hands at every step would do where a rank has read before it writes.
+    wrong(barrier(BELL, 2, 3, slots=1, relayed=True, turned=lambda step: step & 1), memory, *OTHER_DATA)
 
 
 @both

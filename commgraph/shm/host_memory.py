@@ -4,7 +4,7 @@
 
     page 0      a number that only this segment has
     seats       one for each rank
-    group       lines, notes and slots of the collectives (native/collective.c)
+    group       lines, notes and slots of the collectives (native/steps.c)
     rings       one from each rank to all others, for what is broadcast; then one for each ordered pair of ranks
 """
 

@@ -408,7 +408,8 @@ static void do_share(const session *s, member *m, dice *ours, dice *mine, size_t
         fill_bytes(own.data, seed, s->me, 0, bytes[s->me]);
     }
     cg_call call = next_call(m, 4);
-    succeeded(cg_share(&m->group, &call, own.data, bytes, into, &who), who);
+    int everywhere = kind == 0 || (kind == 1 && chance(ours, 30));
+    succeeded(cg_share(&m->group, &call, own.data, bytes, into, everywhere, &who), who);
     if (bytes[s->me] > 0) check_bytes(own.data, seed, s->me, 0, bytes[s->me], "the input");
     for (int p = 0; p < n; p++)
         if (into[p].base != NULL) block_bytes(&into[p], seed, p, 0, 1, "a piece");
@@ -586,8 +587,14 @@ static void try_kernel(cg_kernel kernel, const char *set, int dtype, int op) {
                     pointers[p] = sources[p].data;
                 }
                 char *to = into >= 0 ? sources[into].data : out.data;
-                kernel(to, pointers, n, count);
+                /* Two sources, and something else to be copied meanwhile. */
+                int puts = n == 2 && how != 1;
+                buffer put = guarded(puts ? count * unit : 0, how & 1), next = guarded(puts ? count * unit : 0, !(how & 1));
+                if (puts) fill_bytes(next.data, seed, 3, 0, count * unit);
+                kernel(to, pointers, n, count, puts ? put.data : NULL, puts ? next.data : NULL);
                 check_reduction(to, n, dtype, op, seed, 0, count);
+                if (puts) check_bytes(put.data, seed, 3, 0, count * unit, "what was copied meanwhile");
+                give_up(&put), give_up(&next);
                 for (int p = 0; p < n; p++) give_up(&sources[p]);
                 give_up(&out);
             }
@@ -611,7 +618,7 @@ static void bits_by_place(cg_kernel kernel, const char *set, int dtype, int op) 
                 for (size_t i = 0; i < count; i += 3) put(sources[p].data + i * unit, dtype, entry(dtype, 77, p, i) | (dtype == CG_F32 ? 0x7FC00000 : dtype == CG_F64 ? 0x7FF8000000000000 : 0x7FC0));
                 pointers[p] = sources[p].data;
             }
-            kernel(out.data, pointers, n, count);
+            kernel(out.data, pointers, n, count, NULL, NULL);
             if (shift == 0) memcpy(first, out.data, count * unit);
             CHECK(memcmp(first, out.data, count * unit) == 0, "other bits than without the shift");
             for (int p = 0; p < n; p++) give_up(&sources[p]);
@@ -649,7 +656,7 @@ static void kernels(void) {
 #endif
         uint32_t infinity = dtype == CG_BF16 ? 0x7F80 : 0x7C00;
         for (size_t set = 0; set < sizeof sets / sizeof *sets; set++) {
-            sets[set](out, sources, 2, 1 << 16);
+            sets[set](out, sources, 2, 1 << 16, NULL, NULL);
             for (uint32_t i = 0; i < 1 << 16; i++)
                 CHECK(((i & 0x7FFF) > infinity) ? (out[i] & 0x7FFFu) > infinity : out[i] == i, "dtype %d: %#x became %#x", dtype, i, out[i]);
         }

@@ -31,6 +31,8 @@ typedef struct {
 typedef struct {
     float cost[2];
     uint32_t turn;
+    int last;        /* way, which was taken `streak` times more before (cg_choose_landing) */
+    uint32_t streak;
 } cg_choice;
 enum { CG_CLASSES = 3 };
 
@@ -50,7 +52,7 @@ typedef struct {
     uint64_t *pairs;         /* [parity][rank][out, in, where][peer]: bytes of an all_to_all, and where those that go out lie */
     char *notes;             /* [rank][CG_NOTE_BYTES], a step in front */
     uint32_t step;
-    cg_choice choices[CG_CLASSES], placings[CG_CLASSES];
+    cg_choice choices[CG_CLASSES], placings[CG_CLASSES], landings[CG_CLASSES];
     size_t reach_from; /* pieces of so many bytes are read where they lie; 0 where the ranks may not reach each other's memory */
     int exposed; /* another process may write to the tensor of a call; if the call has failed it may still do so, and the tensor must stay */
     int way; /* forced way to write slots: 0 plain, 1 streaming, -1 by measurement */
@@ -79,8 +81,9 @@ int cg_group_reach(cg_group *g, const cg_call *call, int *who);
 int cg_barrier(cg_group *g, const cg_call *call, int *who);
 /* `to` may be `from`; `in_place` says on all ranks alike whether it is. */
 int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, int dtype, int op, int in_place, int *who);
-/* Every rank p gives bytes[p] bytes, this one those at `mine`; `into[p]` (base NULL: not wanted) gets those of rank p. */
-int cg_share(cg_group *g, const cg_call *call, const char *mine, const size_t *bytes, const cg_block *into, int *who);
+/* Every rank p gives bytes[p] bytes, this one those at `mine`; `into[p]` (base NULL: not wanted) gets those of rank p. `everywhere` says on all
+ * ranks alike whether each wants all. */
+int cg_share(cg_group *g, const cg_call *call, const char *mine, const size_t *bytes, const cg_block *into, int everywhere, int *who);
 /* Block out[p] goes to rank p, into[p] comes from rank p. */
 int cg_trade(cg_group *g, const cg_call *call, const cg_block *out, const cg_block *into, int *who);
 /* Block out[p] is reduced by rank p; `to` gets the reduction of this rank's. Sizes are the same on all ranks. */

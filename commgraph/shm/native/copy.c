@@ -38,8 +38,22 @@ void cg_copy(void *to, const void *from, size_t bytes, int streaming) {
     memcpy(to, from, bytes);
 }
 
+void cg_copy_both(void *restrict to, const void *restrict from, void *restrict put, const void *restrict next, size_t bytes, int streaming) {
+    enum { RUN = 256, AHEAD = 1024 };
+    size_t at = 0;
+    for (; at + RUN <= bytes; at += RUN) {
+        for (size_t line = 0; line < RUN; line += 64) __builtin_prefetch((char *)put + at + AHEAD + line, 1);
+        if (streaming) cg_copy((char *)to + at, (const char *)from + at, RUN, 1);
+        else memcpy((char *)to + at, (const char *)from + at, RUN);
+        memcpy((char *)put + at, (const char *)next + at, RUN);
+    }
+    memcpy((char *)to + at, (const char *)from + at, bytes - at);
+    memcpy((char *)put + at, (const char *)next + at, bytes - at);
+}
+
 void cg_pack(void *to, const cg_block *from, size_t at, size_t bytes, int streaming) {
     char *out = to;
+    if (bytes == 0) return; /* of a block of none, whose rows may have no bytes */
     if (from->rows <= 1 || from->pitch == from->row) {
         cg_copy(out, from->base + at, bytes, streaming);
         return;
@@ -53,6 +67,7 @@ void cg_pack(void *to, const cg_block *from, size_t at, size_t bytes, int stream
 
 void cg_unpack(const cg_block *to, const void *from, size_t at, size_t bytes) {
     const char *in = from;
+    if (bytes == 0) return;
     if (to->rows <= 1 || to->pitch == to->row) {
         memcpy(to->base + at, in, bytes);
         return;

@@ -302,7 +302,7 @@ static PyObject *door_all_gather(PyObject *self, PyObject *const *args, Py_ssize
         Py_DECREF(out);
         return NULL;
     }
-    int result = cg_share(&door->group->group, &call, v.data, bytes, into, &who);
+    int result = cg_share(&door->group->group, &call, v.data, bytes, into, 1, &who);
     leave(door->group->team);
     return answer(door, result, who, out);
 }
@@ -383,7 +383,7 @@ static PyObject *door_broadcast(PyObject *self, PyObject *const *args, Py_ssize_
     into[src] = (cg_block){v.data, 1, v.bytes, v.bytes};
     cg_call call;
     if (!tag_of(door->group, "broadcast", OP_BROADCAST, args[0], &v, src, args[1], &call) || !begin(door, v.bytes)) return NULL;
-    int result = cg_share(&door->group->group, &call, v.data, bytes, into, &who);
+    int result = cg_share(&door->group->group, &call, v.data, bytes, into, 0, &who);
     if (door->group->group.exposed) Py_INCREF(args[0]); /* for ever */
     leave(door->group->team);
     return answer(door, result, who, Py_NewRef(Py_True));

@@ -1,12 +1,24 @@
 #include "kernels.h"
 
 #include <stdint.h>
+#include <string.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-enum { BLOCK = 1024 }; /* entries: a block of float32 fills an eighth of a usual first cache */
+enum {
+    BLOCK = 1024, /* entries: a block of float32 fills an eighth of a usual first cache */
+    LINE = 64,
+    RUN = 4 * LINE, /* bytes: of one line alone the compiler makes no vectors */
+    AHEAD = 2048,   /* bytes before they are needed lines are asked for */
+};
+/* Lines that another core has read are its as well: they have to be had back before they can be written. And where computing keeps the
+ * processor from looking far ahead by itself, it is told what will be read. */
+#define SOON(at, write) \
+    for (size_t line = 0; line < RUN; line += LINE) __builtin_prefetch((const char *)(at) + AHEAD + line, write);
+#define SOON_WRITTEN(to) SOON(to, 1)
+#define SOON_READ(from) SOON(from, 0)
 
 #define TARGET
 #if defined(__aarch64__)
@@ -22,26 +34,34 @@ enum { BLOCK = 1024 }; /* entries: a block of float32 fills an eighth of a usual
 /* A wheel must run on any x86-64, so what newer ones can do is compiled beside it and chosen at run time. No fused multiply-add: its
  * results would differ in the last bit from those of the other sets. Max and min of the processor give b where either is not a number:
  * what is left to do is where a is none. */
-#define TARGET __attribute__((target("avx2,f16c")))
+#define TARGET __attribute__((target("avx2,f16c,prfchw")))
 #define NAME(x) x##_avx2
 #define LANES 8
 #define lanes __m256
+TARGET static inline void copy_avx2(uint16_t *to, const uint16_t *from) { _mm256_storeu_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)from)); }
 TARGET static inline lanes larger_avx2(lanes a, lanes b) { return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
 TARGET static inline lanes smaller_avx2(lanes a, lanes b) { return _mm256_blendv_ps(_mm256_min_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
-TARGET static inline lanes bf16_load_avx2(const uint16_t *from) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)), 16));
+/* bfloat16 by pairs: a word of 32 bits holds two, and either is a float32 once the other's bits are gone. Nothing has to change places. */
+TARGET static inline lanes bf16_low_avx2(const uint16_t *from) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i *)from), 16)); }
+TARGET static inline lanes bf16_high_avx2(const uint16_t *from) {
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256((const __m256i *)from), _mm256_set1_epi32((int)0xFFFF0000)));
 }
+/* To nearest even, in the upper half of each word. */
 TARGET static inline __m256i bf16_round_avx2(lanes value) {
     __m256i bits = _mm256_castps_si256(value), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
-    return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q)));
+    return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+}
+TARGET static inline __m256i bf16_quiet_avx2(__m256i rounded, lanes value) {
+    return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC00000), _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q)));
 }
 TARGET static inline void bf16_store_avx2(uint16_t *to, lanes low, lanes high) {
-    /* The instruction packs within each half of a register. */
-    __m256i packed = _mm256_packus_epi32(bf16_round_avx2(low), bf16_round_avx2(high));
-    _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(packed, 0xD8));
+    __m256i below = bf16_round_avx2(low), above = bf16_round_avx2(high);
+    if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(low, high, _CMP_UNORD_Q)), 0)) /* either is not a number */
+        below = bf16_quiet_avx2(below, low), above = bf16_quiet_avx2(above, high);
+    _mm256_storeu_si256((__m256i *)to, _mm256_blend_epi16(_mm256_srli_epi32(below, 16), above, 0xAA));
 }
-TARGET static inline lanes f16_load_avx2(const uint16_t *from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)); }
+TARGET static inline lanes f16_low_avx2(const uint16_t *from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)); }
+TARGET static inline lanes f16_high_avx2(const uint16_t *from) { return f16_low_avx2(from + LANES); }
 TARGET static inline void f16_store_avx2(uint16_t *to, lanes low, lanes high) {
     _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128((__m128i *)(to + LANES), _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT));
@@ -54,18 +74,26 @@ TARGET static inline void f16_store_avx2(uint16_t *to, lanes low, lanes high) {
 
 #if defined(__clang__) || __GNUC__ >= 10 /* which know these instructions */
 /* Twice as wide, with an instruction that rounds to bfloat16. What the memory limits gains nothing from it, bfloat16 half its time. */
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,f16c,prefer-vector-width=512")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,f16c,prfchw,prefer-vector-width=512")))
 #define NAME(x) x##_avx512
 #define LANES 16
 #define lanes __m512
+TARGET static inline void copy_avx512(uint16_t *to, const uint16_t *from) { _mm512_storeu_si512(to, _mm512_loadu_si512(from)); }
 TARGET static inline lanes larger_avx512(lanes a, lanes b) { return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a); }
 TARGET static inline lanes smaller_avx512(lanes a, lanes b) { return _mm512_mask_mov_ps(_mm512_min_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a); }
-TARGET static inline lanes bf16_load_avx512(const uint16_t *from) {
+TARGET static inline lanes bf16_low_avx512(const uint16_t *from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
 }
+TARGET static inline lanes bf16_high_avx512(const uint16_t *from) { return bf16_low_avx512(from + LANES); }
+TARGET static inline __m256i bf16_round_avx512(lanes value) {
+    __m512i bits = _mm512_castps_si512(value), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC00000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
 TARGET __attribute__((noinline)) static void bf16_store_rare_avx512(uint16_t *to, lanes low, lanes high) {
-    bf16_store_avx2(to, _mm512_castps512_ps256(low), _mm512_extractf32x8_ps(low, 1));
-    bf16_store_avx2(to + LANES, _mm512_castps512_ps256(high), _mm512_extractf32x8_ps(high, 1));
+    _mm256_storeu_si256((__m256i *)to, bf16_round_avx512(low));
+    _mm256_storeu_si256((__m256i *)(to + LANES), bf16_round_avx512(high));
 }
 TARGET static inline void bf16_store_avx512(uint16_t *to, lanes low, lanes high) {
     /* The instruction makes zeros of subnormal numbers, and keeps what a NaN carries. */
@@ -75,7 +103,8 @@ TARGET static inline void bf16_store_avx512(uint16_t *to, lanes low, lanes high)
     else
         _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
-TARGET static inline lanes f16_load_avx512(const uint16_t *from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
+TARGET static inline lanes f16_low_avx512(const uint16_t *from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
+TARGET static inline lanes f16_high_avx512(const uint16_t *from) { return f16_low_avx512(from + LANES); }
 TARGET static inline void f16_store_avx512(uint16_t *to, lanes low, lanes high) {
     _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT));
     _mm256_storeu_si256((__m256i *)(to + LANES), _mm512_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT));
@@ -111,6 +140,7 @@ int cg_kernel_weight(int dtype) {
     if (dtype != CG_BF16 && dtype != CG_F16) return 1;
 #if defined(__x86_64__)
     if (has_avx512()) return 2;
+    if (has_avx2()) return 3;
 #endif
     return 8;
 }

@@ -8,15 +8,27 @@
 
 /* Two sources go straight through, more by way of a block that stays in the first cache: `out` may be one that is still to be read. */
 #define DIRECT(name, T, COMBINE, FINISH)                                                             \
-    TARGET static void NAME(name)(void *out_, const void *const *src, int n, size_t count) {         \
-        T *out = out_;                                                                               \
-        const T *first = src[0], *second = src[1];                                                   \
+    TARGET static void NAME(name)(void *out_, const void *const *src, int n, size_t count, void *put_, const void *next_) { \
+        T *out = out_, *put = put_;                                                                  \
+        const T *first = src[0], *second = src[1], *next = next_;                                    \
         if (n == 2) {                                                                                \
+            size_t i = 0, run = RUN / sizeof(T);                                                     \
+            for (; put != NULL && i + run <= count; i += run) {                                      \
+                SOON_WRITTEN(put + i)                                                                \
+                INDEPENDENT                                                                          \
+                for (size_t j = 0; j < RUN / sizeof(T); j++) {                                       \
+                    T a = first[i + j], b = second[i + j];                                           \
+                    a = COMBINE;                                                                     \
+                    out[i + j] = FINISH;                                                             \
+                    put[i + j] = next[i + j];                                                        \
+                }                                                                                    \
+            }                                                                                        \
+            if (put != NULL) memcpy(put + i, next + i, (count - i) * sizeof(T));                     \
             INDEPENDENT                                                                              \
-            for (size_t i = 0; i < count; i++) {                                                     \
-                T a = first[i], b = second[i];                                                       \
+            for (size_t j = i; j < count; j++) {                                                     \
+                T a = first[j], b = second[j];                                                       \
                 a = COMBINE;                                                                         \
-                out[i] = FINISH;                                                                     \
+                out[j] = FINISH;                                                                     \
             }                                                                                        \
             return;                                                                                  \
         }                                                                                            \
@@ -43,8 +55,9 @@
 
 /* The same in float32, for kinds of 16 bits. Two registers at a time where this instruction set has a way to do that. */
 #define WIDENED(name, KIND, COMBINE, WAY, FINISH)                                                    \
-    TARGET static void NAME(name)(void *out_, const void *const *src, int n, size_t count) {         \
-        uint16_t *out = out_;                                                                        \
+    TARGET static void NAME(name)(void *out_, const void *const *src, int n, size_t count, void *put_, const void *next_) { \
+        uint16_t *out = out_, *put = put_;                                                           \
+        const uint16_t *next = next_;                                                                \
         size_t at = 0;                                                                               \
         BY_REGISTERS(KIND, WAY, FINISH)                                                              \
         float block[BLOCK], other[BLOCK];                                                            \
@@ -67,28 +80,42 @@
     }
 
 #if defined(LANES)
-/* This instruction set has `lanes`, LANES float32 in a register, and for each kind of 16 bits a load, and a store of two registers. */
+/* This instruction set has `lanes`, LANES float32 in a register, and for each kind of 16 bits two loads, each of one half of
+ * 2 LANES entries, a store of both, and a copy of so many. */
 #define LANES_LARGER NAME(larger)(a, b)
 #define LANES_SMALLER NAME(smaller)(a, b)
-#define REGISTER(KIND, WAY, COUNT, AT)                                                               \
-    lanes a = NAME(KIND##_load)((const uint16_t *)src[0] + (AT));                                    \
-    for (int k = 1; k < COUNT; k++) {                                                                \
-        lanes b = NAME(KIND##_load)((const uint16_t *)src[k] + (AT));                                \
+#define REGISTERS(KIND, UNTIL, HALF, WAY, FINISH, ALSO)                                              \
+    for (; at + 2 * LANES <= UNTIL; at += 2 * LANES) {                                               \
+        lanes low, high;                                                                             \
+        { HALF(KIND##_low, WAY) low = FINISH; }                                                      \
+        { HALF(KIND##_high, WAY) high = FINISH; }                                                    \
+        NAME(KIND##_store)(out + at, low, high);                                                     \
+        ALSO                                                                                         \
+    }
+#define OF_TWO(LOAD, WAY)                                                                            \
+    lanes a = NAME(LOAD)(first + at), b = NAME(LOAD)(second + at);                                   \
+    a = WAY;
+#define OF_MANY(LOAD, WAY)                                                                           \
+    lanes a = NAME(LOAD)(first + at);                                                                \
+    for (int k = 1; k < n; k++) {                                                                    \
+        lanes b = NAME(LOAD)((const uint16_t *)src[k] + at);                                         \
         a = WAY;                                                                                     \
     }
-#define REGISTERS(KIND, WAY, FINISH, COUNT)                                                          \
-    for (; at + 2 * LANES <= count; at += 2 * LANES) {                                               \
-        lanes low, high;                                                                             \
-        { REGISTER(KIND, WAY, COUNT, at) low = FINISH; }                                             \
-        { REGISTER(KIND, WAY, COUNT, at + LANES) high = FINISH; }                                    \
-        NAME(KIND##_store)(out + at, low, high);                                                     \
-    }
-/* Once more for the commonest number of sources, which the compiler then knows. */
 #define BY_REGISTERS(KIND, WAY, FINISH)                                                              \
-    if (n == 2) REGISTERS(KIND, WAY, FINISH, 2)                                                      \
-    else REGISTERS(KIND, WAY, FINISH, n)
+    const uint16_t *first = src[0], *second = src[1];                                                \
+    while (put != NULL && at + RUN / sizeof *put <= count) {                                         \
+        size_t until = at + RUN / sizeof *put;                                                       \
+        SOON_READ(first + at)                                                                        \
+        SOON_READ(second + at)                                                                       \
+        SOON_WRITTEN(put + at)                                                                       \
+        REGISTERS(KIND, until, OF_TWO, WAY, FINISH, NAME(copy)(put + at, next + at);)                \
+    }                                                                                                \
+    if (put != NULL) memcpy(put + at, next + at, (count - at) * sizeof *put);                        \
+    if (n == 2) REGISTERS(KIND, count, OF_TWO, WAY, FINISH, )                                        \
+    else REGISTERS(KIND, count, OF_MANY, WAY, FINISH, )
 #else
-#define BY_REGISTERS(KIND, WAY, FINISH)
+#define BY_REGISTERS(KIND, WAY, FINISH)                                                              \
+    if (put != NULL) memcpy(put, next, count * sizeof *put);
 #endif
 
 TARGET static void NAME(bf16_widen)(float *to, const uint16_t *from, size_t count) {
@@ -211,7 +238,8 @@ static const cg_kernel NAME(table)[CG_DTYPES][CG_OPS] = {
 #undef WIDENED
 #undef BY_REGISTERS
 #undef REGISTERS
-#undef REGISTER
+#undef OF_TWO
+#undef OF_MANY
 #undef LANES_LARGER
 #undef LANES_SMALLER
 #undef ADD

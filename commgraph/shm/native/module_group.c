@@ -142,7 +142,7 @@ static PyObject *group_share(PyObject *self, PyObject *args) {
     cg_call call = {(uint32_t)tag, call_word(group, operation), deadline_after(timeout)};
     int who = 0;
     if (!enter(group->team)) return NULL;
-    int result = cg_share(&group->group, &call, (char *)(uintptr_t)mine, bytes, into, &who);
+    int result = cg_share(&group->group, &call, (char *)(uintptr_t)mine, bytes, into, operation == OP_ALL_GATHER, &who);
     if (group->group.exposed) Py_INCREF(owner); /* for ever */
     leave(group->team);
     return finished(group, result, who);

@@ -1,0 +1,214 @@
+#include "relay.h"
+#include "steps.h"
+#include "stores.h"
+
+#include <string.h>
+
+enum {
+    /* Bytes that all ranks together reduce in one step, each everything: beyond, each reduces its share in a step of its own. */
+    ONE_SHOT = 512 * 1024,
+    /* Larger ones of two ranks are reduced where they are, if both can reach them. */
+    IN_SHARED = 16 * 1024,
+    /* Reduced at once, so that it is still in the first cache where it is copied on. */
+    REDUCE_BLOCK = 16 * 1024,
+};
+
+/* Everybody reduces everything. */
+static int one_shot(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, size_t size, cg_kernel kernel, int *who) {
+    size_t bytes = count * size;
+    int way = cg_choose_way(g, bytes);
+    cg_stopwatch writing = cg_start(bytes);
+    cg_copy(cg_slot_of(g, g->me, g->step), from, bytes, way);
+    if (way) cg_stream_fence();
+    cg_note_write(g, bytes, way, cg_stop(&writing));
+    cg_announce(g, call, bytes, 0, 1, way);
+    int result = cg_agree(g, call, who);
+    if (result != CG_OK) return result;
+    const void *sources[g->n];
+    for (int p = 0; p < g->n; p++) sources[p] = p == g->me ? from : cg_slot_of(g, p, g->step);
+    cg_stopwatch reading = cg_start(bytes);
+    kernel(to, sources, g->n, count, NULL, NULL);
+    cg_note_reads(g, bytes, cg_stop(&reading));
+    return CG_OK;
+}
+
+/* Entries [begin, end) of `count` that rank r reduces; whole cache lines, as evenly as these allow. */
+static void share_of(size_t count, size_t size, int n, int r, size_t *begin_, size_t *end) {
+    size_t unit = CG_LINE / size, each = cg_round_up((count + (size_t)n - 1) / (size_t)n, unit);
+    *begin_ = cg_smaller((size_t)r * each, count);
+    *end = cg_smaller(*begin_ + each, count);
+}
+
+/* Tensors that all ranks can reach are reduced where they are, and the results written to all of them. */
+static int reduce_in_shared(cg_group *g, const cg_call *call, size_t count, size_t size, cg_kernel kernel, int *who) {
+    char *tensors[g->n];
+    const void *sources[g->n];
+    for (int p = 0; p < g->n; p++) tensors[p] = cg_resolve(g, p, cg_line_of(g, p, g->step)->where);
+    size_t at, end, block = REDUCE_BLOCK / size;
+    share_of(count, size, g->n, g->me, &at, &end);
+    for (; at < end; at += block) {
+        size_t length = cg_smaller(block, end - at);
+        for (int p = 0; p < g->n; p++) sources[p] = tensors[p] + at * size;
+        kernel(tensors[g->me] + at * size, sources, g->n, length, NULL, NULL);
+        for (int i = 1; i < g->n; i++) cg_copy(tensors[(g->me + i) % g->n] + at * size, tensors[g->me] + at * size, length * size, 0);
+    }
+    g->step++;
+    return cg_next_step(g, call, who);
+}
+
+/* Each rank reduces a share, chunk by chunk, and puts the result back where it found the parts: the cache lines came with them, and the ranks
+ * that wrote the parts get them back with the result, ready for their next ones. A line moves once in each direction. */
+static int two_shot(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, size_t size, int in_place, cg_kernel kernel, int *who) {
+    uint64_t where = g->n_regions ? cg_find_region(g, from, count * size) : 0;
+    size_t chunk = cg_share_bytes(g->slot_bytes) / size, mine_from, mine_to;
+    char *mine = cg_shares_of(g, g->me);
+    for (size_t at = 0; at < count; at += chunk) {
+        size_t length = cg_smaller(chunk, count - at), block = REDUCE_BLOCK / size;
+        share_of(length, size, g->n, g->me, &mine_from, &mine_to);
+        int way = cg_choose_way(g, length * size);
+        if (at > 0) g->step++;
+        if (where == 0) {
+            /* Each part to its place, but for this rank's own share, which nobody else reads. */
+            const char *part = (const char *)from + at * size;
+            cg_stopwatch writing = cg_start(length * size);
+            cg_copy(mine, part, mine_from * size, way);
+            cg_copy(mine + mine_to * size, part + mine_to * size, (length - mine_to) * size, way);
+            if (way) cg_stream_fence();
+            cg_note_write(g, length * size, way, cg_stop(&writing));
+        }
+        int result;
+        if (at == 0) {
+            cg_announce(g, call, count * size, where, 1, way);
+            result = cg_agree(g, call, who);
+            if (result != CG_OK) return result;
+            int direct = in_place;
+            for (int p = 0; p < g->n; p++) direct = direct && cg_line_of(g, p, g->step)->where != 0;
+            if (direct) return reduce_in_shared(g, call, count, size, kernel, who);
+        } else {
+            cg_line_of(g, g->me, g->step)->where = where;
+            cg_line_of(g, g->me, g->step)->streamed = (uint32_t)way;
+            result = cg_next_step(g, call, who);
+            if (result != CG_OK) return result;
+        }
+        const char *parts[g->n];
+        const void *sources[g->n];
+        for (int p = 0; p < g->n; p++) {
+            uint64_t there = cg_line_of(g, p, g->step)->where;
+            parts[p] = p == g->me ? (const char *)from + at * size : there ? cg_resolve(g, p, there) + at * size : cg_shares_of(g, p);
+        }
+        char *out = (char *)to + at * size;
+        cg_stopwatch reading = cg_start(length * size);
+        for (size_t i = mine_from; i < mine_to; i += block) {
+            size_t some = cg_smaller(block, mine_to - i);
+            for (int p = 0; p < g->n; p++) sources[p] = parts[p] + i * size;
+            kernel(out + i * size, sources, g->n, some, NULL, NULL);
+            for (int k = 1; k < g->n; k++) cg_copy(cg_shares_of(g, (g->me + k) % g->n) + i * size, out + i * size, some * size, way);
+        }
+        if (way) cg_stream_fence();
+        cg_note_reads(g, length * size, cg_stop(&reading));
+        g->step++;
+        result = cg_next_step(g, call, who);
+        if (result != CG_OK) return result;
+        memcpy(out, mine, mine_from * size);
+        memcpy(out + mine_to * size, mine + mine_to * size, (length - mine_to) * size);
+    }
+    return CG_OK;
+}
+
+static int all_reduce_of_two(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, size_t size, int in_place, cg_kernel kernel, int *who) {
+    size_t bytes = count * size, chunk = cg_relay_chunk(g, bytes);
+    uint64_t where = in_place && g->n_regions && bytes > IN_SHARED ? cg_find_region(g, from, bytes) : 0;
+    cg_block give = {(char *)from, 1, bytes, bytes};
+    cg_offer(g, call, &give, chunk, where);
+    int result = cg_meet(g, call, &give, chunk, &where, who);
+    if (result != CG_OK) return result;
+    if (where != 0) return reduce_in_shared(g, call, count, size, kernel, who);
+    return cg_relay_reduced(g, call, &give, from, to, bytes, chunk, size, kernel, who);
+}
+
+int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, int dtype, int op, int in_place, int *who) {
+    size_t size = cg_dtype_bytes(dtype), bytes = count * size;
+    cg_kernel kernel = cg_find_kernel(dtype, op);
+    cg_begin(g, call);
+    g->bytes_sent += bytes;
+    if (g->n == 2) return all_reduce_of_two(g, call, from, to, count, size, in_place, kernel, who);
+    /* Where reducing takes several times as long as copying, sharing the work pays early. */
+    if (bytes <= g->slot_bytes && bytes * (size_t)g->n * (size_t)cg_kernel_weight(dtype) <= ONE_SHOT)
+        return one_shot(g, call, from, to, count, size, kernel, who);
+    return two_shot(g, call, from, to, count, size, in_place, kernel, who);
+}
+
+int cg_reduce_scatter(cg_group *g, const cg_call *call, const cg_block *out, void *to, int dtype, int op, int *who) {
+    int n = g->n;
+    size_t size = cg_dtype_bytes(dtype), most = 0, own = cg_block_bytes(&out[g->me]);
+    cg_kernel kernel = cg_find_kernel(dtype, op);
+    int flat = out[g->me].rows <= 1, runs = 1;
+    for (int p = 0; p < n; p++) {
+        if (cg_block_bytes(&out[p]) > most) most = cg_block_bytes(&out[p]);
+        if (p != g->me) g->bytes_sent += cg_block_bytes(&out[p]);
+    }
+    /* Whole tensors in shared memory are read where they are, if their pieces are runs. */
+    size_t total = 0;
+    for (int p = 0; p < n; p++) total += cg_block_bytes(&out[p]), runs = runs && out[p].rows <= 1;
+    uint64_t where = g->n_regions && runs && most > CG_MEASURED ? cg_find_region(g, out[0].base, total) : 0;
+    cg_begin(g, call);
+    if (n == 2 && runs) {
+        const cg_block *give = &out[1 - g->me];
+        size_t chunk = cg_relay_chunk(g, most);
+        cg_offer(g, call, give, chunk, where);
+        int result = cg_meet(g, call, give, chunk, &where, who);
+        if (result != CG_OK) return result;
+        if (where == 0) return cg_relay_reduced(g, call, give, out[g->me].base, to, own, chunk, size, kernel, who);
+        const void *sources[2];
+        sources[g->me] = out[g->me].base;
+        sources[1 - g->me] = cg_resolve(g, 1 - g->me, where) + (out[g->me].base - out[0].base);
+        kernel(to, sources, 2, own / size, NULL, NULL);
+        g->step++;
+        return cg_next_step(g, call, who);
+    }
+    size_t chunk = g->slot_bytes / (size_t)n / CG_LINE * CG_LINE, rounds = most ? (most + chunk - 1) / chunk : 1;
+    int any_direct = 0;
+    for (size_t k = 0; k < rounds; k++) {
+        size_t at = k * chunk, staged = 0;
+        if (k > 0) g->step++;
+        for (int p = 0; p < n; p++) staged += at < cg_block_bytes(&out[p]) ? cg_smaller(chunk, cg_block_bytes(&out[p]) - at) : 0;
+        int way = cg_choose_way(g, staged);
+        if (where == 0) {
+            cg_stopwatch writing = cg_start(staged);
+            for (int i = 1; i <= n; i++) {
+                int p = (g->me + i) % n;
+                size_t whole = cg_block_bytes(&out[p]);
+                if (at < whole && !(p == g->me && flat))
+                    cg_pack(cg_part_of(g, g->me, p, chunk, g->step), &out[p], at, cg_smaller(chunk, whole - at), p == g->me ? 0 : way);
+            }
+            if (way) cg_stream_fence();
+            cg_note_write(g, staged, way, cg_stop(&writing));
+        }
+        int result;
+        if (k == 0) {
+            cg_announce(g, call, most, where, (uint32_t)rounds, way);
+            result = cg_agree(g, call, who);
+            for (int p = 0; result == CG_OK && p < n; p++) any_direct |= cg_line_of(g, p, g->step)->where != 0;
+        } else {
+            cg_line_of(g, g->me, g->step)->where = where;
+            cg_line_of(g, g->me, g->step)->streamed = (uint32_t)way;
+            result = cg_next_step(g, call, who);
+        }
+        if (result != CG_OK) return result;
+        if (at >= own) continue;
+        size_t part = cg_smaller(chunk, own - at), offset = (size_t)(out[g->me].base - out[0].base);
+        const void *sources[n];
+        for (int p = 0; p < n; p++) {
+            uint64_t there = cg_line_of(g, p, g->step)->where;
+            sources[p] = p == g->me && flat ? out[p].base + at : there ? cg_resolve(g, p, there) + offset + at : cg_part_of(g, p, g->me, chunk, g->step);
+        }
+        cg_stopwatch reading = cg_start(part);
+        kernel((char *)to + at, sources, n, part / size, NULL, NULL);
+        cg_note_reads(g, part, cg_stop(&reading));
+    }
+    if (any_direct) {
+        g->step++;
+        return cg_next_step(g, call, who);
+    }
+    return CG_OK;
+}
