@@ -38,7 +38,7 @@ void cg_copy(void *to, const void *from, size_t bytes, int streaming) {
     memcpy(to, from, bytes);
 }
 
-void cg_copy_both(void *restrict to, const void *restrict from, void *restrict put, const void *restrict next, size_t bytes, int streaming) {
+void cg_copy_both(void *to, const void *from, void *put, const void *next, size_t bytes, int streaming) {
     enum { RUN = 256, AHEAD = 1024 };
     size_t at = 0;
     for (; at + RUN <= bytes; at += RUN) {

@@ -14,7 +14,7 @@ typedef struct {
 static inline size_t cg_block_bytes(const cg_block *block) { return block->rows * block->row; }
 
 /* Two copies line by line: while the processor waits for lines that another core wrote it has the time to write those that this one reads
- * after. No two of the four overlap. `streaming`: how `to` is written. */
+ * after. No two of the four overlap, but `put` may be `from`. `streaming`: how `to` is written. */
 void cg_copy_both(void *to, const void *from, void *put, const void *next, size_t bytes, int streaming);
 
 /* Streaming stores go past the caches; whoever publishes what they wrote calls cg_stream_fence first. */

@@ -56,12 +56,22 @@ static int reduce_in_shared(cg_group *g, const cg_call *call, size_t count, size
     return cg_next_step(g, call, who);
 }
 
+/* In bytes [begin, end) of what changes hands: takes the result of the chunk before, if there is one, and puts a part of the next in its place. */
+static void turn_over(char *mine, char *before, const char *part, size_t begin, size_t end, int way) {
+    if (before != NULL && way == 0) {
+        cg_copy_both(before + begin, mine + begin, mine + begin, part + begin, end - begin, 0);
+        return;
+    }
+    if (before != NULL) memcpy(before + begin, mine + begin, end - begin);
+    cg_copy(mine + begin, part + begin, end - begin, way);
+}
+
 /* Each rank reduces a share, chunk by chunk, and puts the result back where it found the parts: the cache lines came with them, and the ranks
  * that wrote the parts get them back with the result, ready for their next ones. A line moves once in each direction. */
 static int two_shot(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, size_t size, int in_place, cg_kernel kernel, int *who) {
     uint64_t where = g->n_regions ? cg_find_region(g, from, count * size) : 0;
     size_t chunk = cg_share_bytes(g->slot_bytes) / size, mine_from, mine_to;
-    char *mine = cg_shares_of(g, g->me);
+    char *mine = cg_shares_of(g, g->me), *before = NULL;
     for (size_t at = 0; at < count; at += chunk) {
         size_t length = cg_smaller(chunk, count - at), block = REDUCE_BLOCK / size;
         share_of(length, size, g->n, g->me, &mine_from, &mine_to);
@@ -71,8 +81,8 @@ static int two_shot(cg_group *g, const cg_call *call, const void *from, void *to
             /* Each part to its place, but for this rank's own share, which nobody else reads. */
             const char *part = (const char *)from + at * size;
             cg_stopwatch writing = cg_start(length * size);
-            cg_copy(mine, part, mine_from * size, way);
-            cg_copy(mine + mine_to * size, part + mine_to * size, (length - mine_to) * size, way);
+            turn_over(mine, before, part, 0, mine_from * size, way);
+            turn_over(mine, before, part, mine_to * size, length * size, way);
             if (way) cg_stream_fence();
             cg_note_write(g, length * size, way, cg_stop(&writing));
         }
@@ -109,6 +119,9 @@ static int two_shot(cg_group *g, const cg_call *call, const void *from, void *to
         g->step++;
         result = cg_next_step(g, call, who);
         if (result != CG_OK) return result;
+        /* The next chunk's parts go where its results lie, if both are cut alike. */
+        before = where == 0 && at + 2 * chunk <= count ? out : NULL;
+        if (before != NULL) continue;
         memcpy(out, mine, mine_from * size);
         memcpy(out + mine_to * size, mine + mine_to * size, (length - mine_to) * size);
     }
