@@ -31,7 +31,7 @@ _LONGEST = 10 * 365 * 86400.0
 _OURS = (str(Path(__file__).parent.parent), contextlib.__file__)
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, slots=False)  # frozen slots are filled one by one by object.__setattr__, in twice the time
 class Call:
     """Who called what. Its methods check arguments and raise errors that say so.
 

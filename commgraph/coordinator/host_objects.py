@@ -7,8 +7,8 @@ each host tensor. What arrives lies in memory of its own, writable, and is not t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -16,7 +16,7 @@ import torch
 
 from commgraph.communicators.base import CallsDiffer, Communicator
 from commgraph.communicators.memory import is_dense
-from commgraph.communicators.signature import COLLECTIVE, make_tag
+from commgraph.communicators.signature import COLLECTIVE, digest, make_tag, tagged
 from commgraph.coordinator.call import Call
 from commgraph.coordinator.link import GroupLink
 from commgraph.coordinator.objects import ObjectPath, nothing_yet, refuse_object
@@ -41,6 +41,7 @@ class HostObjects:
         self._link = link
         self._strategy = strategy
         self._mailbox = mailbox
+        self._digests: dict[tuple[str, int | None], int] = {}
 
     def send(self, call: Call, obj: object, dst: int, timeout: float) -> None:
         """Sends `obj` to one rank."""
@@ -57,9 +58,9 @@ class HostObjects:
     def broadcast(self, call: Call, obj: object, src: int, timeout: float) -> Any:
         """`obj` of `src`, on every rank. On `src` the object itself."""
         if call.rank_in_group == src:
-            self._put(call, OBJECT, f"src={src}", lambda: self._dumps(call, obj), timeout)
+            self._put(call, OBJECT, lambda: self._dumps(call, obj), timeout)
             return obj
-        parts = self._get(call, src, OBJECT, f"src={src}", timeout)
+        parts = self._get(call, src, OBJECT, timeout)
         return loads(parts[0], parts[1:])
 
     def all_gather(self, call: Call, obj: object, timeout: float) -> list[Any]:
@@ -69,7 +70,7 @@ class HostObjects:
         """
         deadline = time.monotonic() + timeout
         n, me = call.world_size, call.rank_in_group
-        meta, posted = self._number(call, "")
+        meta, posted = self._number(call, None)
         parts = self._dumps(call, obj)
         sizes = [memoryview(part).nbytes for part in parts]
         fits = sum(sizes) <= self._mailbox.room
@@ -135,9 +136,9 @@ class HostObjects:
     ) -> tuple[list[Entry], dict[int, torch.Tensor]]:
         """The same from one rank to all; `entries` and `tensors` are its own on `src`, and of no interest elsewhere."""
         if call.rank_in_group == src and entries is not None:
-            self._put(call, DICT, f"src={src}", lambda: self._dict_parts(call, entries, tensors)[1], timeout)
+            self._put(call, DICT, lambda: self._dict_parts(call, entries, tensors)[1], timeout)
             return list(entries), {i: x for i, x in enumerate(tensors) if x.device.type == "cpu"}
-        return _join(self._get(call, src, DICT, f"src={src}", timeout))
+        return _join(self._get(call, src, DICT, timeout))
 
     def _dict_parts(self, call: Call, entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
         carried = tuple(i for i, x in enumerate(tensors) if x.device.type == "cpu")
@@ -151,8 +152,8 @@ class HostObjects:
 
     # The ways of a record to all.
 
-    def _put(self, call: Call, kind: int, signature: str, make: Any, timeout: float) -> None:
-        meta, posted = self._number(call, signature)
+    def _put(self, call: Call, kind: int, make: Any, timeout: float) -> None:
+        meta, posted = self._number(call, call.rank_in_group)
         try:
             parts = make()
         except BaseException:
@@ -166,8 +167,8 @@ class HostObjects:
             self._take_back()
             raise
 
-    def _get(self, call: Call, src: int, kind: int, signature: str, timeout: float) -> list[Any]:
-        meta, posted = self._number(call, signature)
+    def _get(self, call: Call, src: int, kind: int, timeout: float) -> list[Any]:
+        meta, posted = self._number(call, src)
         try:
             with self._stops(call, timeout, awaited=src):
                 return self._checked(src, kind, meta, self._mailbox.receive_broadcast(src, timeout, posted))
@@ -181,10 +182,13 @@ class HostObjects:
             self._link.uncount_collective()
             self._mailbox.team.unpost()
 
-    @staticmethod
-    def _number(call: Call, signature: str) -> tuple[int, int]:
-        """What the record is known by, and what the seat says while this rank waits (native/team.h)."""
-        tag = make_tag(COLLECTIVE, call.sequence, f"{call.operation}({signature})")
+    def _number(self, call: Call, src: int | None) -> tuple[int, int]:
+        """What the record is known by, and what the seat says while this rank waits (native/team.h). `src`: who gives it, if it is one."""
+        key = call.operation, src
+        found = self._digests.get(key)
+        if found is None:
+            found = self._digests[key] = digest(f"{call.operation}({'' if src is None else f'src={src}'})")
+        tag = tagged(COLLECTIVE, call.sequence, found)
         # Operations of objects are numbered from 128, apart from those of the native module.
         return call.sequence << 32 | tag, call.sequence + 1 << 8 | 128 | (tag & 127)
 
@@ -202,28 +206,43 @@ class HostObjects:
         except Exception as error:
             raise refuse_object(call, obj, error) from error
 
-    @contextmanager
-    def _stops(self, call: Call, timeout: float, *, awaited: int | None = None) -> Iterator[None]:
+    def _stops(self, call: Call, timeout: float, *, awaited: int | None = None) -> _Stops:
         """`awaited`: the rank whose record is waited for, so that a deadline is no failure of the group."""
-        try:
-            with self._link.guard(call, f"{call.operation}(...)", timeout):
-                try:
-                    yield
-                except Stopped as stopped:
-                    if awaited is not None and stopped.code == TIMEOUT:
-                        raise _NothingYet from None
-                    raise self._strategy.translate(stopped) from None
-        except _NothingYet:
-            assert awaited is not None
-            raise nothing_yet(self._link, call, awaited, timeout) from None
+        return _Stops(self._link, self._strategy, call, timeout, awaited)
 
     def join(self, timeout: float) -> None:
         """After the group was closed. There is no thread to be waited for; the memory of the rings goes with their last reference."""
         self.__dict__.pop("_mailbox", None)
 
 
-class _NothingYet(Exception):  # noqa: N818 - never leaves this module
-    """The deadline of a receive passed before a whole record was there."""
+class _Stops:
+    """Turns what stops a record into the public error. Not a generator, whose turns took as long as the record of a small object."""
+
+    __slots__ = ("_awaited", "_call", "_link", "_strategy", "_timeout")
+
+    def __init__(self, link: GroupLink, strategy: Communicator, call: Call, timeout: float, awaited: int | None) -> None:
+        self._link = link
+        self._strategy = strategy
+        self._call = call
+        self._timeout = timeout
+        self._awaited = awaited
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            return
+        call = self._call
+        try:
+            if isinstance(error, Stopped) and self._awaited is not None and error.code == TIMEOUT:
+                raise nothing_yet(self._link, call, self._awaited, self._timeout) from None
+            with self._link.guard(call, f"{call.operation}(...)", self._timeout):
+                if isinstance(error, Stopped):
+                    raise self._strategy.translate(error) from None
+                raise error
+        finally:
+            del error  # whose traceback holds this frame
 
 
 def _padded(nbytes: int) -> int:

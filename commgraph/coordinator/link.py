@@ -211,8 +211,9 @@ class GroupLink:
     def begin(self, name: str) -> int:
         """Counts one collective, the failed ones too, so that ranks that raised stay level with each other and with nobody else."""
         self.ensure_open(name)
-        self.sequence += 1
-        return self.sequence - 1
+        number = self.sequence
+        self.sequence = number + 1
+        return number
 
     def ensure_open(self, name: str) -> None:
         if self._closed or name not in self._open:

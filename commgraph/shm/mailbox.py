@@ -166,4 +166,4 @@ def memory_at(address: int, nbytes: int) -> memoryview:
 
 
 def _nbytes(parts: Sequence[Any]) -> int:
-    return sum(part[1] if type(part) is tuple else memoryview(part).nbytes for part in parts)
+    return sum([len(part) if type(part) is bytes else part[1] if type(part) is tuple else memoryview(part).nbytes for part in parts])
