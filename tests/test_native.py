@@ -12,10 +12,9 @@ import pytest
 
 HERE = Path(__file__).parent
 CORE = HERE.parent / "commgraph" / "shm" / "native"
-# The harness takes in kernels.c, to reach the kernels of every instruction set; module*.c and door.c are Python's side.
+# The core. The harness takes in kernels.c itself, to reach the kernels of every instruction set; module*.c and door.c are Python's side.
 SOURCES = (
     HERE / "native" / "harness.c",
-    # What knows nothing of Python; the harness takes in kernels.c itself.
     *(path for path in sorted(CORE.glob("*.c")) if not path.stem.startswith(("door", "module", "kernels"))),
 )
 

@@ -244,7 +244,7 @@ def test_sizes_around_every_threshold(n: int) -> None:
 
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_sizes_around_the_end_of_one_step(n: int) -> None:
-    """512 KiB are reduced in one step by all ranks together; a slot of the usual size ends at 1 MiB."""
+    """512 KiB are reduced in one step by three ranks and more together; a slot of the usual size ends at 1 MiB."""
     one_step = 512 * 1024 // n // 4
 
     def body(group: GroupCoordinator) -> None:
@@ -398,17 +398,18 @@ def test_shared_tensors_serve_every_operation(n: int, entries: int) -> None:
     on(n, body, shm_bytes=SMALLEST)
 
 
+@pytest.mark.parametrize("n", [2, 3])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_shared_tensors_that_are_cut_and_joined(mixed: bool) -> None:
+def test_shared_tensors_that_are_cut_and_joined(mixed: bool, n: int) -> None:
     """Reduce-scatter, exchange and gather of shared tensors, from them and into them, in place too."""
-    n, entries = 3, 20_000
+    entries = 20_000
 
     def body(group: GroupCoordinator) -> None:
         me = group.rank
         all_ = [whole(group, rank, n * entries) for rank in range(n)]
         total = sum(all_[1:], all_[0])
         x, out = shared(group, n * entries), shared(group, n * entries)
-        if mixed and me == 2:
+        if mixed and me == n - 1:
             x, out = x.clone(), out.clone()
         mine = slice(me * entries, (me + 1) * entries)
         assert torch.equal(group.reduce_scatter(x), total[mine])
@@ -416,7 +417,8 @@ def test_shared_tensors_that_are_cut_and_joined(mixed: bool) -> None:
         piece = out[:entries]
         assert group.reduce_scatter(x, out=piece) is piece
         assert torch.equal(piece, total[mine])
-        assert torch.equal(group.reduce_scatterv(x, 0, [5, 0, n * entries - 5]), total.split([5, 0, n * entries - 5])[me])
+        sizes = [5, n * entries - 5] if n == 2 else [5, 0, n * entries - 5]
+        assert torch.equal(group.reduce_scatterv(x, 0, sizes), total.split(sizes)[me])
         # Into this rank's own place of the very tensor that is read.
         y = x if not mixed else x.clone()
         assert torch.equal(group.reduce_scatter(y, out=y[mine]), total[mine])
@@ -436,6 +438,39 @@ def test_shared_tensors_that_are_cut_and_joined(mixed: bool) -> None:
         )
 
     on(n, body, shm_bytes=SMALLEST)
+
+
+@pytest.mark.parametrize("sharing", [(), (0,), (1,), (0, 1)])
+def test_sizes_that_do_not_fit_together_are_told_wherever_the_tensors_lie(sharing: tuple[int, ...]) -> None:
+    """Each of the two believes what crosses to be something else, and both read it before anything has crossed."""
+
+    def body(group: GroupCoordinator) -> None:
+        x = shared(group, 60_000)
+        if group.rank not in sharing:
+            x = x.clone()
+        out = torch.zeros([40_000, 70_000][group.rank], dtype=x.dtype)
+        with pytest.raises(cg.CollectiveMismatchError):
+            group.all_to_all(x, input_sizes=[20_000, 40_000], output_sizes=[[20_000, 20_000], [30_000, 40_000]][group.rank], out=out)
+        theirs = out[20_000:] if group.rank == 0 else out[:30_000]
+        assert not theirs.any()
+
+    on(2, body)
+
+
+@pytest.mark.parametrize("mebibytes", [1, 5])
+def test_large_results_are_right_by_both_ways_of_writing_them(mebibytes: int) -> None:
+    """Each way is tried several times before one is chosen."""
+
+    def body(group: GroupCoordinator) -> None:
+        entries, me = mebibytes << 18, group.rank
+        for call in range(12):
+            mine, theirs = (torch.arange(entries, dtype=torch.float32) + 1000 * rank + call for rank in (me, 1 - me))
+            assert torch.equal(group.all_gather(mine), torch.cat([mine, theirs] if me == 0 else [theirs, mine]))
+            both = torch.cat([mine, mine + 0.5])
+            crossed = [mine, theirs] if me == 0 else [theirs + 0.5, mine + 0.5]
+            assert torch.equal(group.all_to_all(both), torch.cat(crossed))
+
+    on(2, body)
 
 
 def test_shared_tensors_of_every_kind() -> None:

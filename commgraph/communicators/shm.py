@@ -59,7 +59,7 @@ class ShmCommunicator(Communicator):
     Small reductions take one step, in which each rank reads what all others staged; large ones take two for each chunk, a
     reduce-scatter and a gather (native/reduce.c). Two ranks read and write a chunk at once (native/relay.c). Sums are taken in the order of
     the ranks, small floats in float32, so that every rank gets the same bits. Each call carries a header, and ranks whose headers differ
-    raise. Tensors made by `empty` are not staged.
+    raise. Large tensors made by `empty` are not staged, if those of all ranks are.
     """
 
     name: ClassVar[str] = "shm"

@@ -154,7 +154,7 @@ class GroupCoordinator(ExpertOperations):
             communicator.prepare(model)
 
     def empty(self, size: Sequence[int] | int, dtype: torch.dtype, *, timeout: Timeout = None) -> torch.Tensor:
-        """A tensor in memory that the ranks share until the group is closed, so that collectives on it need no staging copy. Collective.
+        """A tensor in memory that the ranks share until the group is closed: large ones need no staging copy in collectives. Collective.
 
         Where the ranks do not share memory it is a tensor like any other. It may be used after the group was closed, as any tensor.
 

@@ -215,6 +215,10 @@ class HostObjects:
         self.__dict__.pop("_mailbox", None)
 
 
+class _NothingYet(Exception):  # noqa: N818 - never leaves this module
+    """The deadline of a receive passed before a whole record was there."""
+
+
 class _Stops:
     """Turns what stops a record into the public error. Not a generator, whose turns took as long as the record of a small object."""
 
@@ -235,12 +239,15 @@ class _Stops:
             return
         call = self._call
         try:
-            if isinstance(error, Stopped) and self._awaited is not None and error.code == TIMEOUT:
-                raise nothing_yet(self._link, call, self._awaited, self._timeout) from None
             with self._link.guard(call, f"{call.operation}(...)", self._timeout):
-                if isinstance(error, Stopped):
-                    raise self._strategy.translate(error) from None
-                raise error
+                if not isinstance(error, Stopped):
+                    raise error
+                if self._awaited is not None and error.code == TIMEOUT:
+                    raise _NothingYet from None
+                raise self._strategy.translate(error) from None
+        except _NothingYet:
+            assert self._awaited is not None
+            raise nothing_yet(self._link, call, self._awaited, self._timeout) from None
         finally:
             del error  # whose traceback holds this frame
 

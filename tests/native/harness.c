@@ -418,7 +418,7 @@ static void do_share(const session *s, member *m, dice *ours, dice *mine, size_t
 }
 
 static void do_trade(const session *s, member *m, dice *ours, dice *mine, size_t given_bytes) {
-    int n = s->place->n, who = -1;
+    int n = s->place->n, who = -1, in_use = 0;
     uint64_t seed = roll(ours);
     size_t crossing[MOST][MOST], span;
     cg_block out[MOST], into[MOST];
@@ -428,7 +428,7 @@ static void do_trade(const session *s, member *m, dice *ours, dice *mine, size_t
     snprintf(doing, sizeof doing, "rank %d: trade, %zu to the next", s->me, crossing[s->me][(s->me + 1) % n]);
     for (int p = 0; p < n; p++) {
         out[p] = block_of(mine, crossing[s->me][p], 1, &span);
-        outs[p] = s->guards ? guarded(span, chance(mine, 50)) : private(span, below(mine, 9));
+        outs[p] = tensor_of(s, mine, span, 1, &in_use);
         out[p].base = outs[p].data;
         block_bytes(&out[p], seed + (uint64_t)p, s->me, 0, 0, "");
         into[p] = block_of(mine, crossing[p][s->me], 1, &span);
@@ -546,6 +546,16 @@ static void guarded_copies(void) {
             cg_copy(to.data, from.data, bytes, how & 1);
             cg_stream_fence();
             check_bytes(to.data, 7, 0, 0, bytes, "a copy");
+            /* Two copies at once, the second to memory of its own or to where the first was read. */
+            for (int same = 0; same < 2; same++) {
+                buffer first = guarded(bytes, how >> 1 & 1), copied = guarded(bytes, how >> 2), put = guarded(bytes, how >> 2);
+                fill_bytes(first.data, 8, 0, 0, bytes);
+                cg_copy_both(copied.data, first.data, same ? first.data : put.data, from.data, bytes, how & 1);
+                cg_stream_fence();
+                check_bytes(copied.data, 8, 0, 0, bytes, "the first copy");
+                check_bytes(same ? first.data : put.data, 7, 0, 0, bytes, "the second copy");
+                give_up(&first), give_up(&copied), give_up(&put);
+            }
             /* Rows of these bytes, three of them, to packed memory and back; whole, and from the middle of one row to that of another. */
             for (size_t gap = 0; gap < 2; gap++) {
                 size_t span = 3 * bytes + 2 * gap, at = bytes / 2, part = 2 * bytes;

@@ -81,7 +81,8 @@ static int share_of_two(cg_group *g, const cg_call *call, const char *mine, cons
     cg_begin(g, call);
     cg_offer(g, call, &give, chunk, where);
     if (keep != NULL) cg_unpack(keep, mine, 0, cg_smaller(own, chunk));
-    int result = cg_meet(g, call, &give, chunk, &where, who);
+    int result = cg_agree(g, call, who);
+    if (result == CG_OK) result = cg_meet(g, call, &give, chunk, &where, who);
     return result == CG_OK ? exchange(g, call, &give, &into[1 - g->me], keep, chunk, where, who) : result;
 }
 
@@ -207,8 +208,9 @@ static int trade_of_two(cg_group *g, const cg_call *call, const cg_block *out, c
     uint64_t where = g->n_regions && given > CG_MEASURED && give->rows <= 1 ? cg_find_region(g, give->base, given) : 0;
     cg_offer(g, call, give, chunk, where);
     keep_own(g, &into[g->me], &out[g->me]);
-    int result = cg_meet(g, call, give, chunk, &where, who);
+    int result = cg_agree(g, call, who);
     if (result == CG_OK) result = agree_on_sizes(g, who);
+    if (result == CG_OK) result = cg_meet(g, call, give, chunk, &where, who);
     return result == CG_OK ? exchange(g, call, give, take, NULL, chunk, where, who) : result;
 }
 

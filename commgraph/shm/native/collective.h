@@ -3,7 +3,8 @@
  * A call is a sequence of steps, numbered through the life of the group. In step t a rank writes its data to a slot t & 1, then its line
  * t & 1 with a header, then the number of the step into the line (release), and waits until the lines of all others show t (acquire).
  * Two slots are enough: who has reached step t + 1 has read everything of step t, and slots t & 1 are overwritten in step t + 2, after all
- * have reached t + 1. For the same reason it does not matter which rank writes which of them.
+ * have reached t + 1. For the same reason it does not matter which rank writes which of them, and in step t a rank may write for t + 1 while
+ * others still read what was written for t (relay.h): all are in step t, so they have read what was written for t - 1.
  */
 #ifndef COMMGRAPH_COLLECTIVE_H
 #define COMMGRAPH_COLLECTIVE_H
@@ -21,7 +22,7 @@ typedef struct {
     _Alignas(CG_LINE) _Atomic uint32_t step;
     uint32_t tag;      /* of the call: what all ranks must have in common */
     uint64_t bytes;    /* that this rank gives */
-    uint64_t where;    /* where they lie for all to read (collective.c), 0: staged in the slot */
+    uint64_t where;    /* where they lie for all to read (steps.h), 0: staged in the slot */
     uint32_t rounds;   /* that this rank needs */
     uint32_t streamed; /* whether the slot was written past the caches */
     uint64_t call;     /* number << 8 | operation, for whoever wants to tell what was called */
@@ -30,7 +31,7 @@ typedef struct {
 /* How two ways to write a slot compare, for one class of sizes: nanoseconds per KiB, of the writer and of the slowest reader together. */
 typedef struct {
     float cost[2];
-    uint32_t turn;
+    uint32_t turn, read; /* so many were written, and read */
     int last;        /* way, which was taken `streak` times more before (cg_choose_landing) */
     uint32_t streak;
 } cg_choice;
@@ -47,7 +48,7 @@ typedef struct {
     size_t slot_bytes;
     cg_line *lines;          /* [rank][parity] */
     char *slots;             /* [place][parity][slot_bytes] */
-    char *shares;            /* [rank][share_bytes()] */
+    char *shares;            /* [rank][cg_share_bytes()], of three ranks and more */
     _Atomic uint32_t *costs; /* [reader][writer][class][way]: ns per KiB as a reader measured it, in 1/256 */
     uint64_t *pairs;         /* [parity][rank][out, in, where][peer]: bytes of an all_to_all, and where those that go out lie */
     char *notes;             /* [rank][CG_NOTE_BYTES], a step in front */
@@ -55,7 +56,7 @@ typedef struct {
     cg_choice choices[CG_CLASSES], placings[CG_CLASSES], landings[CG_CLASSES];
     size_t reach_from; /* pieces of so many bytes are read where they lie; 0 where the ranks may not reach each other's memory */
     int exposed; /* another process may write to the tensor of a call; if the call has failed it may still do so, and the tensor must stay */
-    int way; /* forced way to write slots: 0 plain, 1 streaming, -1 by measurement */
+    int way; /* how slots are written, but for those of a relay: 0 plain, 1 streaming, -1 by measurement */
     cg_region *regions;
     int n_regions;
     uint64_t bytes_sent;

@@ -315,7 +315,7 @@ static PyGetSetDef group_getset[] = {
     {"held", get_held, set_held, "whether the short way waits for calls that were begun before", NULL},
     {"bytes_sent", get_bytes_sent, set_bytes_sent, "bytes given to the others", NULL},
     {"reaches", get_reaches, NULL, "whether the ranks may read each other's memory", NULL},
-    {"way", get_way, set_way, "how slots are written: 0 plain, 1 streaming, -1 by measurement", NULL},
+    {"way", get_way, set_way, "how slots are written, but for those that two ranks relay: 0 plain, 1 streaming, -1 by measurement", NULL},
     {0}};
 static PyMethodDef group_methods[] = {
     {"barrier", group_barrier, METH_VARARGS, "barrier(tag, timeout_ns)\n--\n\n"},

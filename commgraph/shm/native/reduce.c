@@ -7,8 +7,8 @@
 enum {
     /* Bytes that all ranks together reduce in one step, each everything: beyond, each reduces its share in a step of its own. */
     ONE_SHOT = 512 * 1024,
-    /* Larger ones of two ranks are reduced where they are, if both can reach them. */
-    IN_SHARED = 16 * 1024,
+    /* Larger ones of two ranks are read where they lie, if both can reach them. */
+    READ_THERE = 16 * 1024,
     /* Reduced at once, so that it is still in the first cache where it is copied on. */
     REDUCE_BLOCK = 16 * 1024,
 };
@@ -128,14 +128,25 @@ static int two_shot(cg_group *g, const cg_call *call, const void *from, void *to
     return CG_OK;
 }
 
+/* Of two ranks what lies in shared memory is read there, and nobody leaves before. */
+static int reduce_there(cg_group *g, const cg_call *call, const void *mine, const void *theirs, void *to, size_t count, cg_kernel kernel, int *who) {
+    const void *sources[2];
+    sources[g->me] = mine, sources[1 - g->me] = theirs;
+    kernel(to, sources, 2, count, NULL, NULL);
+    g->step++;
+    return cg_next_step(g, call, who);
+}
+
 static int all_reduce_of_two(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, size_t size, int in_place, cg_kernel kernel, int *who) {
     size_t bytes = count * size, chunk = cg_relay_chunk(g, bytes);
-    uint64_t where = in_place && g->n_regions && bytes > IN_SHARED ? cg_find_region(g, from, bytes) : 0;
+    uint64_t where = g->n_regions && bytes > READ_THERE ? cg_find_region(g, from, bytes) : 0;
     cg_block give = {(char *)from, 1, bytes, bytes};
     cg_offer(g, call, &give, chunk, where);
-    int result = cg_meet(g, call, &give, chunk, &where, who);
+    int result = cg_agree(g, call, who);
+    if (result == CG_OK) result = cg_meet(g, call, &give, chunk, &where, who);
     if (result != CG_OK) return result;
-    if (where != 0) return reduce_in_shared(g, call, count, size, kernel, who);
+    if (where != 0 && in_place) return reduce_in_shared(g, call, count, size, kernel, who);
+    if (where != 0) return reduce_there(g, call, from, cg_resolve(g, 1 - g->me, where), to, count, kernel, who);
     return cg_relay_reduced(g, call, &give, from, to, bytes, chunk, size, kernel, who);
 }
 
@@ -169,15 +180,12 @@ int cg_reduce_scatter(cg_group *g, const cg_call *call, const cg_block *out, voi
         const cg_block *give = &out[1 - g->me];
         size_t chunk = cg_relay_chunk(g, most);
         cg_offer(g, call, give, chunk, where);
-        int result = cg_meet(g, call, give, chunk, &where, who);
+        int result = cg_agree(g, call, who);
+        if (result == CG_OK) result = cg_meet(g, call, give, chunk, &where, who);
         if (result != CG_OK) return result;
         if (where == 0) return cg_relay_reduced(g, call, give, out[g->me].base, to, own, chunk, size, kernel, who);
-        const void *sources[2];
-        sources[g->me] = out[g->me].base;
-        sources[1 - g->me] = cg_resolve(g, 1 - g->me, where) + (out[g->me].base - out[0].base);
-        kernel(to, sources, 2, own / size, NULL, NULL);
-        g->step++;
-        return cg_next_step(g, call, who);
+        const char *theirs = cg_resolve(g, 1 - g->me, where) + (out[g->me].base - out[0].base);
+        return reduce_there(g, call, out[g->me].base, theirs, to, own / size, kernel, who);
     }
     size_t chunk = g->slot_bytes / (size_t)n / CG_LINE * CG_LINE, rounds = most ? (most + chunk - 1) / chunk : 1;
     int any_direct = 0;

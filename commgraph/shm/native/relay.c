@@ -30,10 +30,7 @@ void cg_offer(cg_group *g, const cg_call *call, const cg_block *give, size_t chu
 }
 
 int cg_meet(cg_group *g, const cg_call *call, const cg_block *give, size_t chunk, uint64_t *where, int *who) {
-    uint64_t mine = *where;
-    int result = cg_agree(g, call, who);
-    if (result != CG_OK) return result;
-    uint64_t theirs = cg_line_of(g, 1 - g->me, g->step)->where;
+    uint64_t mine = *where, theirs = cg_line_of(g, 1 - g->me, g->step)->where;
     *where = mine != 0 ? theirs : 0;
     if ((mine != 0) == (theirs != 0)) return CG_OK;
     g->step++;
@@ -45,14 +42,17 @@ int cg_relay_reduced(cg_group *g, const cg_call *call, const cg_block *give, con
     size_t given = cg_block_bytes(give);
     for (size_t at = 0;; at += chunk) {
         size_t length = chunk_at(at, own, chunk), next = chunk_at(at + chunk, given, chunk), both = cg_smaller(length, next);
-        const char *theirs = cg_slot_of(g, 1 - g->me, g->step), *following = give->base + at + chunk;
-        char *put = cg_slot_of(g, g->me, g->step + 1);
+        char *theirs = cg_slot_of(g, 1 - g->me, g->step), *put = cg_slot_of(g, g->me, g->step + 1);
         const void *sources[2];
-        sources[g->me] = mine + at, sources[1 - g->me] = theirs;
-        if (both > 0) kernel(to + at, sources, 2, both / size, put, following);
-        sources[g->me] = mine + at + both, sources[1 - g->me] = theirs + both;
-        if (length > both) kernel(to + at + both, sources, 2, (length - both) / size, NULL, NULL);
-        if (next > both) memcpy(put + both, following + both, next - both);
+        if (both > 0) {
+            sources[g->me] = mine + at, sources[1 - g->me] = theirs;
+            kernel(to + at, sources, 2, both / size, put, give->base + at + chunk);
+        }
+        if (length > both) {
+            sources[g->me] = mine + at + both, sources[1 - g->me] = theirs + both;
+            kernel(to + at + both, sources, 2, (length - both) / size, NULL, NULL);
+        }
+        if (next > both) memcpy(put + both, give->base + at + chunk + both, next - both);
         if (at + chunk >= own && at + chunk >= given) return CG_OK;
         g->step++;
         int result = cg_next_step(g, call, who);
@@ -84,6 +84,6 @@ int cg_relay(cg_group *g, const cg_call *call, const cg_block *give, const cg_bl
         if (result != CG_OK) return result;
     }
     if (way) cg_stream_fence();
-    cg_note_landing(g->landings, into, cg_stop(&landing));
+    cg_note_landing(g, g->landings, into, cg_stop(&landing));
     return CG_OK;
 }

@@ -51,7 +51,7 @@ void cg_note_write(cg_group *g, size_t bytes, int way, int64_t ns) {
 }
 
 void cg_note_read(cg_group *g, int writer, size_t bytes, int way, int64_t ns) {
-    if (bytes < CG_MEASURED || g->choices[class_of(bytes)].turn <= UNTOUCHED) return;
+    if (bytes < CG_MEASURED || ++g->choices[class_of(bytes)].read <= UNTOUCHED) return;
     _Atomic uint32_t *cell = cost_cell(g, g->me, writer, class_of(bytes), way);
     float old = (float)atomic_load_explicit(cell, memory_order_relaxed) / 256;
     float now = blend(old, (float)ns * 1024 / (float)bytes);
@@ -78,9 +78,9 @@ int cg_choose_landing(cg_group *g, cg_choice *choices, const cg_block *into) {
     return way;
 }
 
-void cg_note_landing(cg_choice *choices, const cg_block *into, int64_t ns) {
+void cg_note_landing(cg_group *g, cg_choice *choices, const cg_block *into, int64_t ns) {
     size_t bytes = cg_block_bytes(into);
-    if (bytes < PLACED || into->rows > 1) return;
+    if (bytes < PLACED || into->rows > 1 || g->way >= 0) return;
     cg_choice *c = &choices[class_of(bytes / 16)];
     if (c->turn > UNTOUCHED && c->streak >= IN_A_ROW / 2) c->cost[c->last] = blend(c->cost[c->last], (float)ns * 1024 / (float)bytes);
 }
@@ -91,5 +91,5 @@ void cg_place(cg_group *g, const cg_block *into, const char *mine, size_t bytes)
     if (way == 0) cg_unpack(into, mine, 0, bytes);
     else cg_copy(into->base, mine, bytes, way);
     if (way) cg_stream_fence();
-    cg_note_landing(g->placings, into, cg_stop(&placing));
+    cg_note_landing(g, g->placings, into, cg_stop(&placing));
 }

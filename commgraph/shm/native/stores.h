@@ -20,7 +20,7 @@ void cg_note_reads(cg_group *g, size_t bytes, int64_t ns);
 
 /* How a large result is written: where it does not fit into a cache, streaming stores may halve the time. */
 int cg_choose_landing(cg_group *g, cg_choice *choices, const cg_block *into);
-void cg_note_landing(cg_choice *choices, const cg_block *into, int64_t ns);
+void cg_note_landing(cg_group *g, cg_choice *choices, const cg_block *into, int64_t ns);
 /* A rank's own piece, to where it belongs. */
 void cg_place(cg_group *g, const cg_block *into, const char *mine, size_t bytes);
 
