@@ -42,7 +42,7 @@ int cg_group_reach(cg_group *g, const cg_call *call, int *who) {
     volatile uint64_t words[2] = {(uint64_t)cg_clock_ns() ^ (uint64_t)(uintptr_t)g << 20 ^ (uint64_t)g->me, 0};
     cg_begin(g, call);
     *(uint64_t *)(void *)cg_slot_of(g, g->me, g->step) = words[0];
-    cg_announce(g, call, sizeof words, CG_WHERE_ADDRESS | (uint64_t)(uintptr_t)words, 1, 0);
+    cg_announce(g, call, CG_WHERE_ADDRESS | (uint64_t)(uintptr_t)words, 1, 0);
     int result = cg_agree(g, call, who), fine = 1;
     for (int i = 1; result == CG_OK && i < g->n; i++) {
         int p = (g->me + i) % g->n;
@@ -117,7 +117,7 @@ static int share(cg_group *g, const cg_call *call, const char *mine, const size_
         }
         int result;
         if (k == 0) {
-            cg_announce(g, call, own, where, 1, way);
+            cg_announce(g, call, where, 1, way);
             /* Its own piece while the others arrive. It may lie where it belongs already. */
             if (into[g->me].base != NULL && into[g->me].base != mine) cg_place(g, &into[g->me], mine, own);
             result = cg_agree(g, call, who);
@@ -249,7 +249,7 @@ int cg_trade(cg_group *g, const cg_call *call, const cg_block *out, const cg_blo
         cg_note_write(g, staged, way, cg_stop(&writing));
         int result;
         if (k == 0) {
-            cg_announce(g, call, most, 0, (uint32_t)rounds, way);
+            cg_announce(g, call, 0, (uint32_t)rounds, way);
             keep_own(g, &into[g->me], &out[g->me]);
             result = cg_agree(g, call, who);
             for (int p = 0; result == CG_OK && p < n; p++) {

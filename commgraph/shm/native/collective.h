@@ -21,11 +21,9 @@ enum { CG_OUT, CG_IN, CG_WHERE, CG_PAIR_ROWS };
 typedef struct {
     _Alignas(CG_LINE) _Atomic uint32_t step;
     uint32_t tag;      /* of the call: what all ranks must have in common */
-    uint64_t bytes;    /* that this rank gives */
     uint64_t where;    /* where they lie for all to read (steps.h), 0: staged in the slot */
     uint32_t rounds;   /* that this rank needs */
     uint32_t streamed; /* whether the slot was written past the caches */
-    uint64_t call;     /* number << 8 | operation, for whoever wants to tell what was called */
 } cg_line;
 
 /* How two ways to write a slot compare, for one class of sizes: nanoseconds per KiB, of the writer and of the slowest reader together. */

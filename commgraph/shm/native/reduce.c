@@ -21,7 +21,7 @@ static int one_shot(cg_group *g, const cg_call *call, const void *from, void *to
     cg_copy(cg_slot_of(g, g->me, g->step), from, bytes, way);
     if (way) cg_stream_fence();
     cg_note_write(g, bytes, way, cg_stop(&writing));
-    cg_announce(g, call, bytes, 0, 1, way);
+    cg_announce(g, call, 0, 1, way);
     int result = cg_agree(g, call, who);
     if (result != CG_OK) return result;
     const void *sources[g->n];
@@ -88,7 +88,7 @@ static int two_shot(cg_group *g, const cg_call *call, const void *from, void *to
         }
         int result;
         if (at == 0) {
-            cg_announce(g, call, count * size, where, 1, way);
+            cg_announce(g, call, where, 1, way);
             result = cg_agree(g, call, who);
             if (result != CG_OK) return result;
             int direct = in_place;
@@ -207,7 +207,7 @@ int cg_reduce_scatter(cg_group *g, const cg_call *call, const cg_block *out, voi
         }
         int result;
         if (k == 0) {
-            cg_announce(g, call, most, where, (uint32_t)rounds, way);
+            cg_announce(g, call, where, (uint32_t)rounds, way);
             result = cg_agree(g, call, who);
             for (int p = 0; result == CG_OK && p < n; p++) any_direct |= cg_line_of(g, p, g->step)->where != 0;
         } else {

@@ -26,7 +26,7 @@ static void stage(cg_group *g, const cg_block *give, size_t chunk) {
 
 void cg_offer(cg_group *g, const cg_call *call, const cg_block *give, size_t chunk, uint64_t where) {
     if (where == 0) stage(g, give, chunk);
-    cg_announce(g, call, cg_block_bytes(give), where, 1, 0);
+    cg_announce(g, call, where, 1, 0);
 }
 
 int cg_meet(cg_group *g, const cg_call *call, const cg_block *give, size_t chunk, uint64_t *where, int *who) {

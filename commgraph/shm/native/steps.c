@@ -105,14 +105,12 @@ void cg_begin(cg_group *g, const cg_call *call) {
         atomic_store_explicit(posted, call->call + 256, memory_order_release);
 }
 
-void cg_announce(cg_group *g, const cg_call *call, uint64_t bytes, uint64_t where, uint32_t rounds, int streamed) {
+void cg_announce(cg_group *g, const cg_call *call, uint64_t where, uint32_t rounds, int streamed) {
     cg_line *line = cg_line_of(g, g->me, g->step);
     line->tag = call->tag;
-    line->bytes = bytes;
     line->where = where;
     line->rounds = rounds;
     line->streamed = (uint32_t)streamed;
-    line->call = call->call;
     arrive(g);
 }
 
@@ -141,7 +139,7 @@ int cg_next_step(cg_group *g, const cg_call *call, int *who) {
 
 int cg_barrier(cg_group *g, const cg_call *call, int *who) {
     cg_begin(g, call);
-    cg_announce(g, call, 0, 0, 1, 0);
+    cg_announce(g, call, 0, 1, 0);
     return cg_agree(g, call, who);
 }
 

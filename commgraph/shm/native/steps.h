@@ -36,7 +36,7 @@ char *cg_resolve(cg_group *g, int rank, uint64_t where);
 /* The next step, which is the first of a call. */
 void cg_begin(cg_group *g, const cg_call *call);
 /* Arrives there; the line says what is called. */
-void cg_announce(cg_group *g, const cg_call *call, uint64_t bytes, uint64_t where, uint32_t rounds, int streamed);
+void cg_announce(cg_group *g, const cg_call *call, uint64_t where, uint32_t rounds, int streamed);
 /* Waits until the others are there as well, and compares. */
 int cg_agree(cg_group *g, const cg_call *call, int *who);
 /* Arrives at a later step, and waits until the others are there as well. */
