@@ -106,7 +106,7 @@ class CommunicatorOptions:
         shm: let the ranks of one host go through shared memory.
         message_queue: let their objects, messages and tensor dicts do so.
         shm_bytes: what a rank can stage there at once (it has two such slots; ranks of large groups get less); larger tensors go through in
-            pieces. Two ranks take pieces of 128 KiB at most.
+            pieces. What two ranks exchange goes in pieces of 128 KiB at most.
         queue_bytes: of the ring from one rank to all others; that to a single one has half. Larger objects go through in pieces, or are
             copied from process to process by both sides.
         custom_all_reduce: let kernels that read the peers' memory serve small tensors of accelerators: by the table that is shipped

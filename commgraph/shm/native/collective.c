@@ -18,7 +18,7 @@ static uint64_t reachable(cg_group *g, const void *data) {
 
 /* Where the others can read these bytes of this rank for themselves, 0 if they are better staged. */
 static uint64_t readable(cg_group *g, const void *data, size_t bytes) {
-    uint64_t where = g->n_regions && bytes > CG_MEASURED ? cg_find_region(g, data, bytes) : 0;
+    uint64_t where = cg_find_region(g, data, bytes);
     return where == 0 && g->reach_from && bytes >= g->reach_from ? reachable(g, data) : where;
 }
 
@@ -76,7 +76,7 @@ static int share_of_two(cg_group *g, const cg_call *call, const char *mine, cons
     size_t own = bytes[g->me], theirs = bytes[1 - g->me], chunk = cg_relay_chunk(g, own > theirs ? own : theirs);
     cg_block give = {(char *)mine, 1, own, own};
     const cg_block *keep = own > 0 && into[g->me].base != mine ? &into[g->me] : NULL; /* it may lie where it belongs already */
-    uint64_t where = g->n_regions && own > CG_MEASURED ? cg_find_region(g, mine, own) : 0;
+    uint64_t where = cg_find_region(g, mine, own);
     g->bytes_sent += own;
     cg_begin(g, call);
     cg_offer(g, call, &give, chunk, where);
@@ -205,7 +205,7 @@ static void keep_own(cg_group *g, const cg_block *into, const cg_block *out) {
 static int trade_of_two(cg_group *g, const cg_call *call, const cg_block *out, const cg_block *into, int *who) {
     const cg_block *give = &out[1 - g->me], *take = &into[1 - g->me];
     size_t given = cg_block_bytes(give), taken = cg_block_bytes(take), chunk = cg_relay_chunk(g, given > taken ? given : taken);
-    uint64_t where = g->n_regions && given > CG_MEASURED && give->rows <= 1 ? cg_find_region(g, give->base, given) : 0;
+    uint64_t where = give->rows <= 1 ? cg_find_region(g, give->base, given) : 0;
     cg_offer(g, call, give, chunk, where);
     keep_own(g, &into[g->me], &out[g->me]);
     int result = cg_agree(g, call, who);

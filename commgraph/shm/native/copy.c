@@ -39,13 +39,12 @@ void cg_copy(void *to, const void *from, size_t bytes, int streaming) {
 }
 
 void cg_copy_both(void *to, const void *from, void *put, const void *next, size_t bytes, int streaming) {
-    enum { RUN = 256, AHEAD = 1024 };
     size_t at = 0;
-    for (; at + RUN <= bytes; at += RUN) {
-        for (size_t line = 0; line < RUN; line += 64) __builtin_prefetch((char *)put + at + AHEAD + line, 1);
-        if (streaming) cg_copy((char *)to + at, (const char *)from + at, RUN, 1);
-        else memcpy((char *)to + at, (const char *)from + at, RUN);
-        memcpy((char *)put + at, (const char *)next + at, RUN);
+    for (; at + CG_RUN <= bytes; at += CG_RUN) {
+        CG_SOON((char *)put + at, 1)
+        if (streaming) cg_copy((char *)to + at, (const char *)from + at, CG_RUN, 1);
+        else memcpy((char *)to + at, (const char *)from + at, CG_RUN);
+        memcpy((char *)put + at, (const char *)next + at, CG_RUN);
     }
     memcpy((char *)to + at, (const char *)from + at, bytes - at);
     memcpy((char *)put + at, (const char *)next + at, bytes - at);

@@ -5,6 +5,15 @@
 #include <stddef.h>
 #include <stdint.h>
 
+enum {
+    CG_RUN = 256,    /* bytes, whole lines: where two things are done at once each is done for so many; of one line the compiler makes no vectors */
+    CG_AHEAD = 1024, /* bytes before they are needed lines are asked for */
+};
+/* Lines that another core has read are its as well: they have to be had back before they can be written. And where computing keeps the
+ * processor from looking far ahead by itself, it is told what will be read. */
+#define CG_SOON(at, write) \
+    for (size_t line = 0; line < CG_RUN; line += 64) __builtin_prefetch((const char *)(at) + CG_AHEAD + line, write);
+
 /* A piece of a contiguous tensor: `rows` runs of `row` bytes, `pitch` bytes apart. Flat positions count its bytes row by row. */
 typedef struct {
     char *base;

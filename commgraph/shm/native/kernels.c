@@ -1,5 +1,7 @@
 #include "kernels.h"
 
+#include "copy.h"
+
 #include <stdint.h>
 #include <string.h>
 
@@ -7,18 +9,7 @@
 #include <immintrin.h>
 #endif
 
-enum {
-    BLOCK = 1024, /* entries: a block of float32 fills an eighth of a usual first cache */
-    LINE = 64,
-    RUN = 4 * LINE, /* bytes: of one line alone the compiler makes no vectors */
-    AHEAD = 2048,   /* bytes before they are needed lines are asked for */
-};
-/* Lines that another core has read are its as well: they have to be had back before they can be written. And where computing keeps the
- * processor from looking far ahead by itself, it is told what will be read. */
-#define SOON(at, write) \
-    for (size_t line = 0; line < RUN; line += LINE) __builtin_prefetch((const char *)(at) + AHEAD + line, write);
-#define SOON_WRITTEN(to) SOON(to, 1)
-#define SOON_READ(from) SOON(from, 0)
+enum { BLOCK = 1024 }; /* entries: a block of float32 fills an eighth of a usual first cache */
 
 #define TARGET
 #if defined(__aarch64__)

@@ -12,11 +12,11 @@
         T *out = out_, *put = put_;                                                                  \
         const T *first = src[0], *second = src[1], *next = next_;                                    \
         if (n == 2) {                                                                                \
-            size_t i = 0, run = RUN / sizeof(T);                                                     \
-            for (; put != NULL && i + run <= count; i += run) {                                      \
-                SOON_WRITTEN(put + i)                                                                \
+            size_t i = 0;                                                                            \
+            for (; put != NULL && i + CG_RUN / sizeof(T) <= count; i += CG_RUN / sizeof(T)) {        \
+                CG_SOON(put + i, 1)                                                                  \
                 INDEPENDENT                                                                          \
-                for (size_t j = 0; j < RUN / sizeof(T); j++) {                                       \
+                for (size_t j = 0; j < CG_RUN / sizeof(T); j++) {                                    \
                     T a = first[i + j], b = second[i + j];                                           \
                     a = COMBINE;                                                                     \
                     out[i + j] = FINISH;                                                             \
@@ -103,11 +103,11 @@
     }
 #define BY_REGISTERS(KIND, WAY, FINISH)                                                              \
     const uint16_t *first = src[0], *second = src[1];                                                \
-    while (put != NULL && at + RUN / sizeof *put <= count) {                                         \
-        size_t until = at + RUN / sizeof *put;                                                       \
-        SOON_READ(first + at)                                                                        \
-        SOON_READ(second + at)                                                                       \
-        SOON_WRITTEN(put + at)                                                                       \
+    while (put != NULL && at + CG_RUN / sizeof *put <= count) {                                      \
+        size_t until = at + CG_RUN / sizeof *put;                                                    \
+        CG_SOON(first + at, 0)                                                                       \
+        CG_SOON(second + at, 0)                                                                      \
+        CG_SOON(put + at, 1)                                                                         \
         REGISTERS(KIND, until, OF_TWO, WAY, FINISH, NAME(copy)(put + at, next + at);)                \
     }                                                                                                \
     if (put != NULL) memcpy(put + at, next + at, (count - at) * sizeof *put);                        \

@@ -7,8 +7,6 @@
 enum {
     /* Bytes that all ranks together reduce in one step, each everything: beyond, each reduces its share in a step of its own. */
     ONE_SHOT = 512 * 1024,
-    /* Larger ones of two ranks are read where they lie, if both can reach them. */
-    READ_THERE = 16 * 1024,
     /* Reduced at once, so that it is still in the first cache where it is copied on. */
     REDUCE_BLOCK = 16 * 1024,
 };
@@ -69,7 +67,7 @@ static void turn_over(char *mine, char *before, const char *part, size_t begin, 
 /* Each rank reduces a share, chunk by chunk, and puts the result back where it found the parts: the cache lines came with them, and the ranks
  * that wrote the parts get them back with the result, ready for their next ones. A line moves once in each direction. */
 static int two_shot(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, size_t size, int in_place, cg_kernel kernel, int *who) {
-    uint64_t where = g->n_regions ? cg_find_region(g, from, count * size) : 0;
+    uint64_t where = cg_find_region(g, from, count * size);
     size_t chunk = cg_share_bytes(g->slot_bytes) / size, mine_from, mine_to;
     char *mine = cg_shares_of(g, g->me), *before = NULL;
     for (size_t at = 0; at < count; at += chunk) {
@@ -139,7 +137,7 @@ static int reduce_there(cg_group *g, const cg_call *call, const void *mine, cons
 
 static int all_reduce_of_two(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, size_t size, int in_place, cg_kernel kernel, int *who) {
     size_t bytes = count * size, chunk = cg_relay_chunk(g, bytes);
-    uint64_t where = g->n_regions && bytes > READ_THERE ? cg_find_region(g, from, bytes) : 0;
+    uint64_t where = cg_find_region(g, from, bytes);
     cg_block give = {(char *)from, 1, bytes, bytes};
     cg_offer(g, call, &give, chunk, where);
     int result = cg_agree(g, call, who);
@@ -164,17 +162,17 @@ int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, 
 
 int cg_reduce_scatter(cg_group *g, const cg_call *call, const cg_block *out, void *to, int dtype, int op, int *who) {
     int n = g->n;
-    size_t size = cg_dtype_bytes(dtype), most = 0, own = cg_block_bytes(&out[g->me]);
+    size_t size = cg_dtype_bytes(dtype), most = 0, total = 0, own = cg_block_bytes(&out[g->me]);
     cg_kernel kernel = cg_find_kernel(dtype, op);
     int flat = out[g->me].rows <= 1, runs = 1;
     for (int p = 0; p < n; p++) {
-        if (cg_block_bytes(&out[p]) > most) most = cg_block_bytes(&out[p]);
-        if (p != g->me) g->bytes_sent += cg_block_bytes(&out[p]);
+        size_t bytes = cg_block_bytes(&out[p]);
+        if (bytes > most) most = bytes;
+        total += bytes, runs = runs && out[p].rows <= 1;
     }
+    g->bytes_sent += total - own;
     /* Whole tensors in shared memory are read where they are, if their pieces are runs. */
-    size_t total = 0;
-    for (int p = 0; p < n; p++) total += cg_block_bytes(&out[p]), runs = runs && out[p].rows <= 1;
-    uint64_t where = g->n_regions && runs && most > CG_MEASURED ? cg_find_region(g, out[0].base, total) : 0;
+    uint64_t where = runs ? cg_find_region(g, out[0].base, total) : 0;
     cg_begin(g, call);
     if (n == 2 && runs) {
         const cg_block *give = &out[1 - g->me];

@@ -29,7 +29,7 @@ static inline char *cg_part_of(cg_group *g, int from, int to, size_t each, uint3
 }
 static inline cg_line *cg_line_of(cg_group *g, int rank, uint32_t step) { return &g->lines[rank * 2 + (step & 1)]; }
 
-/* Where these bytes of this rank lie in a shared region, 0 if they do not. */
+/* Where these bytes of this rank lie in a shared region, 0 if they do not, or are so few that staging them is faster. */
 uint64_t cg_find_region(cg_group *g, const void *data, size_t bytes);
 char *cg_resolve(cg_group *g, int rank, uint64_t where);
 

@@ -63,12 +63,17 @@ void cg_note_reads(cg_group *g, size_t bytes, int64_t ns) {
         if (p != g->me) cg_note_read(g, p, bytes, (int)cg_line_of(g, p, g->step)->streamed, ns / (g->n - 1));
 }
 
+/* NULL where nothing is compared, and results are written plainly. */
+static cg_choice *landing_choice(cg_group *g, cg_choice *choices, const cg_block *into) {
+    size_t bytes = cg_block_bytes(into);
+    return bytes < PLACED || into->rows > 1 || g->way >= 0 ? NULL : &choices[class_of(bytes / 16)]; /* up to 4 MiB, and more */
+}
+
 /* What the other way left in the caches is in the way of this one at first: each is tried several times in a row, and the first ones do not
  * count. */
 int cg_choose_landing(cg_group *g, cg_choice *choices, const cg_block *into) {
-    size_t bytes = cg_block_bytes(into);
-    if (bytes < PLACED || into->rows > 1 || g->way >= 0) return 0;
-    cg_choice *c = &choices[class_of(bytes / 16)]; /* up to 4 MiB, and more */
+    cg_choice *c = landing_choice(g, choices, into);
+    if (c == NULL) return 0;
     int best = c->cost[1] < c->cost[0], way = best;
     if (c->turn < 2 * TRIALS) way = c->turn / IN_A_ROW & 1;
     else if (c->turn % (IN_A_ROW * EXPLORE) < IN_A_ROW) way = !best;
@@ -79,10 +84,9 @@ int cg_choose_landing(cg_group *g, cg_choice *choices, const cg_block *into) {
 }
 
 void cg_note_landing(cg_group *g, cg_choice *choices, const cg_block *into, int64_t ns) {
-    size_t bytes = cg_block_bytes(into);
-    if (bytes < PLACED || into->rows > 1 || g->way >= 0) return;
-    cg_choice *c = &choices[class_of(bytes / 16)];
-    if (c->turn > UNTOUCHED && c->streak >= IN_A_ROW / 2) c->cost[c->last] = blend(c->cost[c->last], (float)ns * 1024 / (float)bytes);
+    cg_choice *c = landing_choice(g, choices, into);
+    if (c == NULL || c->turn <= UNTOUCHED || c->streak < IN_A_ROW / 2) return;
+    c->cost[c->last] = blend(c->cost[c->last], (float)ns * 1024 / (float)cg_block_bytes(into));
 }
 
 void cg_place(cg_group *g, const cg_block *into, const char *mine, size_t bytes) {
