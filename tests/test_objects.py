@@ -459,6 +459,29 @@ def test_a_receive_left_behind_leaves_no_thread_after_close(check: bool, shm: bo
     assert not commgraph_threads(beside=before)
 
 
+def test_receives_left_behind_end_though_every_other_rank_left_before() -> None:
+    """Ranks 0 and 2 wait for each other when 1 and 3 have gone: what closes their connections must not stop at one that is closed."""
+    gone = threading.Barrier(4)
+
+    def body(group: GroupCoordinator) -> None:
+        if group.rank % 2:
+            gone.wait(20)
+            group.close()
+            gone.wait(20)
+            return
+        with pytest.raises(cg.CollectiveTimeoutError):
+            group.recv_object((group.rank + 2) % 4, timeout=0.02)
+        gone.wait(20)
+        gone.wait(20)
+
+    before = threading.enumerate()
+    on(4, body, isolate=True, shm=False)
+    deadline = time.monotonic() + 5
+    while commgraph_threads(beside=before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not commgraph_threads(beside=before)
+
+
 def test_a_peer_that_leaves_ends_a_receive() -> None:
     def body(group: GroupCoordinator) -> None:
         if group.rank == 0:

@@ -14,7 +14,6 @@ What was seen of gloo (torch 2.13) and is relied upon:
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
 import time
@@ -145,9 +144,16 @@ class GlooTransport:
             if self._aborted or backend is None:
                 return
             self._aborted = True
-            other = (self.rank_in_group + 1) % self.world_size
-            with contextlib.suppress(RuntimeError):
-                backend.recv([torch.empty(1, dtype=torch.uint8)], other, _NEVER_SENT).wait(timedelta(milliseconds=1))
+            for distance in range(1, self.world_size):
+                try:
+                    receive = backend.recv(
+                        [torch.empty(1, dtype=torch.uint8)], (self.rank_in_group + distance) % self.world_size, _NEVER_SENT
+                    )
+                    receive.wait(timedelta(milliseconds=1))
+                except RuntimeError as error:
+                    if _RAN_OUT in str(error):
+                        return
+                    # This peer has left already: there was nothing to wait for, and only a wait that runs out closes the other connections.
 
     def close(self) -> None:
         """Drops the group. Nothing is sent."""
