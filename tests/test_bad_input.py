@@ -550,7 +550,7 @@ def test_row_2_in_shared_memory_a_mismatch_raises_without_check(kind: str) -> No
         # Whoever only puts an object waits for nobody, and learns of it in the next call.
         with pytest.raises(cg.CollectiveMismatchError):
             group.all_gather_object(1)
-        assert time.monotonic() - started < 3  # far from any deadline
+        assert time.monotonic() - started < 10  # far from any deadline
         assert said is not None or objects
         return said
 

@@ -39,6 +39,7 @@ from commgraph.shm.message_queue import QueueHandle
 from commgraph.shm.remote import OBJECT, READY, Entrance, Secret
 from commgraph.wire import WireError
 from tests.programs.queue_stress import checksum, stress
+from tests.timing import again_if_late, within
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("fork")
@@ -357,13 +358,13 @@ def test_a_full_queue_makes_the_writer_wait_and_a_deadline_sends_nothing(options
 
 
 @both
+@again_if_late
 def test_a_dequeue_that_was_late_loses_nothing(options: dict[str, Any]) -> None:
     with pair(1, **options) as (queue, (reader,)):
-        started = time.monotonic()
-        for _ in range(3):
-            with pytest.raises(cg.CollectiveTimeoutError, match=r"nothing came from the writer within 0.05 s. Nothing is lost"):
-                reader.dequeue(0.05)
-        assert time.monotonic() - started < 2
+        with within(2):
+            for _ in range(3):
+                with pytest.raises(cg.CollectiveTimeoutError, match=r"nothing came from the writer within 0.05 s. Nothing is lost"):
+                    reader.dequeue(0.05)
         queue.enqueue("here")
         assert reader.dequeue(20) == "here"
         with pytest.raises(cg.CollectiveTimeoutError):
@@ -527,22 +528,19 @@ def test_what_was_sent_before_the_writer_closed_arrives(child: Callable[..., Chi
 
 
 @both
+@again_if_late
 def test_closing_wakes_readers_and_writer_at_once(options: dict[str, Any]) -> None:
     with pair(1, **options) as (_, (reader,)):
         thread = later(reader.close, seconds=0.2)
-        started = time.monotonic()
-        with pytest.raises(cg.ContextClosedError, match="dequeue on message queue"):
+        with within(0.7), pytest.raises(cg.ContextClosedError, match="dequeue on message queue"):
             reader.dequeue()
-        assert time.monotonic() - started < 0.7
         thread.join()
     with pair(1, chunk_bytes=1024, chunks=4, **options) as (queue, (reader,)):
         with pytest.raises(cg.CollectiveTimeoutError):
             send_on(queue, bytes(100_000), 0.1)
         thread = later(lambda: queue.close(0), seconds=0.2)
-        started = time.monotonic()
-        with pytest.raises(cg.ContextClosedError, match="enqueue on message queue"):
+        with within(0.7), pytest.raises(cg.ContextClosedError, match="enqueue on message queue"):
             send_on(queue, bytes(100_000))  # the kernel may take some more
-        assert time.monotonic() - started < 0.7
         thread.join()
         assert queue.closed
         with pytest.raises(cg.ContextClosedError):
@@ -558,40 +556,39 @@ def test_closing_wakes_readers_and_writer_at_once(options: dict[str, Any]) -> No
 
 
 @both
+@again_if_late
 def test_closing_a_side_ends_the_waits_of_the_others(options: dict[str, Any]) -> None:
     with pair(2, **options) as (queue, readers):
         thread = later(readers[1].close, seconds=0.2)
-        started = time.monotonic()
-        with pytest.raises(cg.PeerLostError, match="reader 1 is lost") as caught:
-            readers[0].dequeue()
-        assert caught.value.rank == 1
-        with pytest.raises(cg.PeerLostError, match="reader 1 is lost") as caught:
-            send_on(queue, 1)
-        assert caught.value.rank == 1
-        assert time.monotonic() - started < 1.2
+        with within(1.2):
+            with pytest.raises(cg.PeerLostError, match="reader 1 is lost") as caught:
+                readers[0].dequeue()
+            assert caught.value.rank == 1
+            with pytest.raises(cg.PeerLostError, match="reader 1 is lost") as caught:
+                send_on(queue, 1)
+            assert caught.value.rank == 1
         thread.join()
     with pair(2, **options) as (queue, readers):
         thread = later(queue.close, seconds=0.2)
-        started = time.monotonic()
-        for reader in readers:
-            with pytest.raises(cg.PeerLostError, match="the writer is lost: it closed") as caught:
-                reader.dequeue()
-            assert caught.value.rank is None
-            assert caught.value.operation == "dequeue"
-        assert time.monotonic() - started < 1.2
+        with within(1.2):
+            for reader in readers:
+                with pytest.raises(cg.PeerLostError, match="the writer is lost: it closed") as caught:
+                    reader.dequeue()
+                assert caught.value.rank is None
+                assert caught.value.operation == "dequeue"
         thread.join()
 
 
+@again_if_late
 def test_closing_ends_the_wait_for_readers() -> None:
     queue = cg.MessageQueue.create(2, n_local_readers=1)
     reader = cg.MessageQueue.attach(queue.handle, 0)
     thread = later(queue.close, seconds=0.2)
-    started = time.monotonic()
-    with pytest.raises(cg.ContextClosedError):
-        queue.enqueue(1)
-    with pytest.raises(cg.PeerLostError):
-        reader.dequeue()
-    assert time.monotonic() - started < 0.7
+    with within(0.7):
+        with pytest.raises(cg.ContextClosedError):
+            queue.enqueue(1)
+        with pytest.raises(cg.PeerLostError):
+            reader.dequeue()
     thread.join()
     reader.close()
 
@@ -721,32 +718,30 @@ def stay(pipe: Connection, handle: QueueHandle) -> None:
 
 
 @needs_memory
+@again_if_late
 def test_row_4_a_killed_reader_ends_the_wait_of_a_blocked_writer(child: Callable[..., Child]) -> None:
     with cg.MessageQueue.create(1, chunk_bytes=1024, chunks=4) as queue:
         reader = child(stay, queue.handle)
         queue.wait_until_ready(20)
         assert reader.receive() == "there"
         thread = later(reader.kill, seconds=0.3)
-        started = time.monotonic()
-        with pytest.raises(cg.PeerLostError, match="reader 0 is lost: its process died") as caught:
+        with within(2.3), pytest.raises(cg.PeerLostError, match="reader 0 is lost: its process died") as caught:
             send_on(queue, bytes(2000))
         assert caught.value.rank == 0
-        assert time.monotonic() - started < 2.3
         thread.join()
         with pytest.raises(cg.PeerLostError):
             queue.enqueue(1)
 
 
 @needs_memory
+@again_if_late
 def test_row_4_a_reader_that_dies_before_the_others_came(child: Callable[..., Child]) -> None:
     with cg.MessageQueue.create(2) as queue:
         reader = child(stay, queue.handle)
         assert reader.receive() == "there"
         reader.kill()
-        started = time.monotonic()
-        with pytest.raises(cg.PeerLostError, match="reader 0 is lost"):
+        with within(2), pytest.raises(cg.PeerLostError, match="reader 0 is lost"):
             queue.wait_until_ready(10)
-        assert time.monotonic() - started < 2
 
 
 @needs_memory
@@ -931,6 +926,7 @@ def test_the_authkey_is_not_in_the_handle(monkeypatch: pytest.MonkeyPatch) -> No
             assert (a.dequeue(20).x, b.dequeue(20).x) == (1, 1)
 
 
+@again_if_late
 def test_strangers_neither_disturb_nor_block() -> None:
     with cg.MessageQueue.create(2, n_local_readers=0) as queue:
         handle = queue.handle
@@ -944,12 +940,11 @@ def test_strangers_neither_disturb_nor_block() -> None:
         gone = socket.create_connection(handle.address)
         gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         gone.close()
-        started = time.monotonic()
-        with pytest.raises(cg.CollectiveTimeoutError):
-            queue.wait_until_ready(0.2)
-        readers = [cg.MessageQueue.attach(handle, i) for i in range(2)]
-        queue.wait_until_ready(20)
-        assert time.monotonic() - started < 3
+        with within(3):
+            with pytest.raises(cg.CollectiveTimeoutError):
+                queue.wait_until_ready(0.2)
+            readers = [cg.MessageQueue.attach(handle, i) for i in range(2)]
+            queue.wait_until_ready(20)
         queue.enqueue("fine")
         assert [reader.dequeue(20) for reader in readers] == ["fine"] * 2
         # Row 13: the port was bound when it was announced, and nobody listens there any longer than needed.

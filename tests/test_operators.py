@@ -411,7 +411,7 @@ def test_processes_compile_the_same_code(tmp_path: Path) -> None:
                     "2",
                     str(tmp_path / f"meet{attempt}"),
                     str(tmp_path / f"cache{attempt}{rank}"),
-                    *(["no checks"] * attempt),
+                    *(["briefly"] * attempt),
                 ],
                 stdout=subprocess.PIPE,
                 text=True,

@@ -1,6 +1,7 @@
-"""One of several ranks that compile: ``compiled.py RANK SIZE FILE CACHE [no checks]``.
+"""One of several ranks that compile: ``compiled.py RANK SIZE FILE CACHE [briefly]``.
 
-Its last line is a digest of all code that inductor wrote. With checks it also has torch look at the operators.
+Its last line is a digest of the code that inductor wrote for the target. Briefly means without a draft and without torch's own checks of
+the operators.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import hashlib
 import os
 import re
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -29,8 +31,8 @@ from commgraph.nn import ColumnParallelLinear, RowParallelLinear  # noqa: E402
 CONFIG = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8)
 
 
-def block(ctx: cg.ParallelContext, codes: list[str]) -> None:
-    """A decoder layer of the demo's Llama, compiled, equals itself in eager."""
+def block(ctx: cg.ParallelContext) -> Callable[[], None]:
+    """What compares a decoder layer of the demo's Llama, compiled, with itself in eager."""
     torch.manual_seed(0)
     layer = ShardedLlama(CONFIG, ctx=ctx, dtype=torch.float32).model.layers["0"].requires_grad_(False)
     x = torch.randn(1, 5, CONFIG.hidden_size)
@@ -40,18 +42,20 @@ def block(ctx: cg.ParallelContext, codes: list[str]) -> None:
         y: torch.Tensor = layer(x, cos, sin, None, cache)
         return y
 
-    eager = run(x, KVCache())
-    got, written = run_and_get_code(torch.compile(run, fullgraph=True), x, KVCache())
-    torch.testing.assert_close(got, eager)
-    codes += written
+    eager, compiled = run(x, KVCache()), torch.compile(run, fullgraph=True)
+
+    def compare() -> None:
+        torch.testing.assert_close(compiled(x, KVCache()), eager)
+
+    return compare
 
 
 def _step(call: Any, x: torch.Tensor) -> None:
     call(x).backward()
 
 
-def training(ctx: cg.ParallelContext, codes: list[str]) -> None:
-    """A step of two parallel layers, forward and backward, equals the same in eager."""
+def training(ctx: cg.ParallelContext) -> list[str]:
+    """A step of two parallel layers, forward and backward, equals the same in eager: its code."""
     torch.manual_seed(1)
     model = nn.Sequential(ColumnParallelLinear(8, 12, ctx=ctx), nn.GELU(), RowParallelLinear(12, 8, ctx=ctx))
     x = torch.randn(4, 8, requires_grad=True)
@@ -60,7 +64,7 @@ def training(ctx: cg.ParallelContext, codes: list[str]) -> None:
         y: torch.Tensor = (model(x) ** 2).sum()
         return y
 
-    results = []
+    results, codes = [], []
     for call in (run, torch.compile(run, fullgraph=True)):
         model.zero_grad()
         x.grad = None
@@ -69,6 +73,7 @@ def training(ctx: cg.ParallelContext, codes: list[str]) -> None:
         codes += written
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager)
+    return codes
 
 
 def operators(tp: cg.GroupCoordinator) -> None:
@@ -97,13 +102,17 @@ def operators(tp: cg.GroupCoordinator) -> None:
 
 with cg.World.connect(f"file://{file}", rank=rank, world_size=size, local_rank=rank) as world:
     target = world.context(cg.Layout(size, tp=size), name="target")
-    draft = world.context(cg.Layout(size, tp=1, dp=size), name="draft")
-    codes: list[str] = []
-    for ctx in (target, draft, target):
-        block(ctx, codes)
-    training(target, codes)
+    compare = block(target)
+    _, codes = run_and_get_code(compare)
     if not sys.argv[5:]:
+        compare_draft = block(world.context(cg.Layout(size, tp=1, dp=size), name="draft"))
+        compare_draft()
+        # The same function with another context is compiled for it, once, and neither takes the other's groups.
+        with torch.compiler.set_stance("fail_on_recompile"):
+            compare()
+            compare_draft()
         operators(target.tp)
+    codes += training(target)
 text = "\n".join(codes)
 assert "commgraph" in text
 # Paths of files that hold the kernels, which are in comments.
