@@ -20,6 +20,8 @@
 /* team->watch[seat] where it is no descriptor. */
 enum { WATCH_UNKNOWN = -1, WATCH_MYSELF = -2, WATCH_BY_PROC = -3 };
 
+#define SPIN_NS 10000        /* about the time of a small message there and back */
+#define PAUSES 16            /* between two looks at the clock */
 #define YIELD_NS 200000      /* of yielding at most: on a busy machine one may take a time slice, and nobody looks at the deadline meanwhile */
 #define CREW_YIELDS 400
 #define SLICE_NS 50000000ull /* of a sleep, after which the others are looked after: a death is noticed within it */
@@ -66,7 +68,7 @@ int cg_team_join(cg_team *team, cg_seat *seats, int n, int me, int crowd) {
     cpu_set_t allowed;
     int cores = sched_getaffinity(0, sizeof allowed, &allowed) == 0 ? CPU_COUNT(&allowed) : 1;
     /* A spin is lost time where the one that is waited for has no core of its own. */
-    team->spins = crowd <= cores ? 100 : 0;
+    team->spin_ns = crowd <= cores ? SPIN_NS : 0;
     team->yields = crowd <= cores ? 200 : 20;
     int32_t nobody = 0;
     if (!atomic_compare_exchange_strong(&seats[me].pid, &nobody, getpid())) return EBUSY;
@@ -225,12 +227,15 @@ static int someone_elsewhere(cg_team *team, int watched) {
 
 static int wait_on(cg_team *team, cg_condition ready, void *arg, int watched, int collective, int64_t deadline, int *who) {
     cg_bell *mine = team->bell;
-    for (int i = 0; i < team->spins; i++) {
-        if (ready(arg)) return CG_OK;
-        cg_pause();
-    }
     int64_t looked = cg_clock_ns();
-    const int64_t patience = looked + YIELD_NS;
+    const int64_t patience = looked + YIELD_NS, spun = looked + team->spin_ns;
+    /* Not by number: a pause takes three times as long on one processor as on another. */
+    for (; looked < spun; looked = cg_clock_ns()) {
+        for (int i = 0; i < PAUSES; i++) {
+            if (ready(arg)) return CG_OK;
+            cg_pause();
+        }
+    }
     if (deadline < 0) deadline = looked - deadline;
     /* Threads of one process have to take turns with the interpreter, which is longer than a few yields and shorter than a sleep. */
     const int yields = cg_team_is_crew(team) ? CREW_YIELDS : team->yields;

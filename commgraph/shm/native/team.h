@@ -49,7 +49,8 @@ typedef struct {
 typedef struct cg_team {
     cg_seat *seats;
     int n, me;
-    int spins, yields;
+    int64_t spin_ns;
+    int yields;
     int crew; /* whether others here are threads of this very process: 1 yes, 0 no, -1 not everybody has come */
     int *watch; /* pidfd of each process; WATCH_* */
     /* Called around a wait that does not end at once; may be NULL. */
