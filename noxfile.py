@@ -108,9 +108,7 @@ def compile(session: nox.Session) -> None:  # noqa: A001 - what the session does
 
 
 # What knows nothing of Python; without kernels.c, which the harness takes in whole, to reach the kernels of every instruction set.
-CORE = tuple(
-    str(path) for path in sorted(Path("commgraph/shm/native").glob("*.c")) if not path.stem.startswith(("door", "module", "kernels"))
-)
+CORE = tuple(str(path) for path in sorted(Path("commgraph/shm/native").glob("*.c")) if not path.stem.startswith(("module", "kernels")))
 HARNESS = (
     "tests/native/harness.c",
     *CORE,

@@ -12,10 +12,10 @@ import pytest
 
 HERE = Path(__file__).parent
 CORE = HERE.parent / "commgraph" / "shm" / "native"
-# The core. The harness takes in kernels.c itself, to reach the kernels of every instruction set; module*.c and door.c are Python's side.
+# The core. The harness takes in kernels.c itself, to reach the kernels of every instruction set; module*.c are Python's side.
 SOURCES = (
     HERE / "native" / "harness.c",
-    *(path for path in sorted(CORE.glob("*.c")) if not path.stem.startswith(("door", "module", "kernels"))),
+    *(path for path in sorted(CORE.glob("*.c")) if not path.stem.startswith(("module", "kernels"))),
 )
 
 

@@ -189,7 +189,7 @@ class Communicator(abc.ABC):
     # What a strategy that compares calls has beside that.
 
     def door(self) -> Any:
-        """A short way for plain calls, past the coordinator's checks, as native/door.c has it; None where there is none."""
+        """A short way for plain calls, past the coordinator's checks, as native/module_door.c has it; None where there is none."""
         return None
 
     def hold(self, held: bool) -> None:

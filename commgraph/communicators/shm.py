@@ -23,7 +23,7 @@ from commgraph.shm.mailbox import TENSORS, Mailbox, nanoseconds
 from commgraph.shm.pickling import tensor_over
 from commgraph.shm.stopped import GONE, LOST, MISMATCH, TIMEOUT, Busy, Stopped
 
-__all__ = ["ShmCommunicator", "make_door", "teller"]
+__all__ = ["ShmCommunicator", "make_door", "teller", "tensors_of"]
 
 # Bytes of what a rank tells the others while the memory is made.
 _WORD_BYTES = 1024
@@ -115,7 +115,7 @@ class ShmCommunicator(Communicator):
         return device.type == "cpu"
 
     def door(self) -> Any:
-        """The short way of one coordinator (native/door.c)."""
+        """The short way of one coordinator (native/module_door.c)."""
         return make_door(self._native, self._group)
 
     def hold(self, held: bool) -> None:
@@ -413,8 +413,13 @@ def teller(gloo: GlooCommunicator, name: str, timeout: float) -> Callable[[bytes
 
 def make_door(native: Any, group: Any) -> Any:
     """The short way of a coordinator; `group` is None for one rank."""
-    return native.Door(
-        group, torch.Tensor, compat.dlpack_exchange(), torch.is_inference_mode_enabled, compat.count_modes(), compat.mark_written()
+    return native.Door(group, tensors_of(native))
+
+
+def tensors_of(native: Any) -> Any:
+    """How the native module looks at tensors, and makes them (native/module_tensors.h)."""
+    return native.Tensors(
+        torch.Tensor, compat.dlpack_exchange(), torch.is_inference_mode_enabled, compat.count_modes(), compat.mark_written()
     )
 
 

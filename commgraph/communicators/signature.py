@@ -20,6 +20,7 @@ __all__ = [
     "digest",
     "gathered",
     "make_tag",
+    "message",
     "messages",
     "plain",
     "reduced",
@@ -42,7 +43,7 @@ def digest(text: str) -> int:
 def make_tag(kind: int, sequence: int, signature: str = "") -> int:
     """31 bits that two messages share only if they belong together: kind, and a hash of the count and of what all sides know.
 
-    The native module makes the same for collectives (native/door.c): the multiplier is odd, so the tags of 2**28 equal calls differ.
+    The native module makes the same for collectives (native/module_door.c): the multiplier is odd, so the tags of 2**28 equal calls differ.
     """
     return tagged(kind, sequence, digest(signature))
 
@@ -59,7 +60,12 @@ def describe(x: torch.Tensor) -> str:
 
 def messages(*tensors: torch.Tensor) -> str:
     """Of tensors from one rank to another, which may give them another shape."""
-    return " ".join(f"{x.dtype} {x.numel()}" for x in tensors)
+    return " ".join(message(x.dtype, x.numel()) for x in tensors)
+
+
+def message(dtype: torch.dtype, numel: int) -> str:
+    """Of one of them."""
+    return f"{dtype} {numel}"
 
 
 def reduced(op: str, x: torch.Tensor) -> str:
@@ -83,7 +89,7 @@ def all_to_all(x: torch.Tensor, shared: Sequence[int], scatter_dim: int, gather_
 
 
 def plain(world_size: int, operation: str, x: Any, argument: Any) -> int:
-    """The digest of a call that took the short way (native/door.c): the same as of one that took the long way.
+    """The digest of a call that took the short way (native/module_door.c): the same as of one that took the long way.
 
     Args:
         world_size: ranks in the group.

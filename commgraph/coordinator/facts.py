@@ -36,7 +36,7 @@ class GroupFacts(compat.OpaqueBase):  # type: ignore[misc]  # torch gives the ba
     device: torch.device
     _link: GroupLink = attrs.field(alias="link")
     _objects: ObjectPath | HostObjects = attrs.field(alias="objects")
-    # The short way for plain calls (native/door.c), None where there is none; it answers None to whatever is not plain.
+    # The short way for plain calls (native/module_door.c), None where there is none; it answers None to whatever is not plain.
     _door: Any = attrs.field(alias="door")
     # Operators that must keep their order say that they change it; of one world's groups all have the same.
     _token: torch.Tensor = attrs.field(alias="token")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 import torch
@@ -20,12 +20,19 @@ from commgraph.communicators.signature import COLLECTIVE, digest, make_tag, tagg
 from commgraph.coordinator.call import Call
 from commgraph.coordinator.link import GroupLink
 from commgraph.coordinator.objects import ObjectPath, nothing_yet, refuse_object
-from commgraph.coordinator.tensor_dict import Entry
-from commgraph.shm.mailbox import DICT, OBJECT, SIZES, Mailbox
+from commgraph.coordinator.tensor_dict import Entry, split_dict
+from commgraph.shm.mailbox import DICT, OBJECT, SIZES, Mailbox, nanoseconds
 from commgraph.shm.pickling import buffer_of, loads, tensor_over
 from commgraph.shm.stopped import TIMEOUT, Stopped
 
-__all__ = ["HostObjects", "objects_of"]
+if TYPE_CHECKING:
+    from commgraph.coordinator.facts import GroupFacts
+
+__all__ = ["HostObjects", "Left", "objects_of"]
+
+
+class Left:
+    """The answer of a short way that has left it to the long one."""
 
 
 def objects_of(link: GroupLink) -> HostObjects | ObjectPath:
@@ -42,6 +49,7 @@ class HostObjects:
         self._strategy = strategy
         self._mailbox = mailbox
         self._digests: dict[tuple[str, int | None], int] = {}
+        self._patience = nanoseconds(link.host_timeout)
 
     def send(self, call: Call, obj: object, dst: int, timeout: float) -> None:
         """Sends `obj` to one rank."""
@@ -129,16 +137,22 @@ class HostObjects:
         """The description, and the tensors that came with it as 1-D tensors, by their place among all."""
         with self._stops(call, timeout, awaited=src):
             _, parts = self._mailbox.receive(src, DICT, timeout)
-        return _join(parts)
+        tree = self._mailbox.unpack(parts)
+        if tree is None:
+            return _join(parts)
+        entries, tensors = split_dict(tree)
+        return entries, {i: x.view(-1) for i, x in enumerate(tensors)}
 
     def broadcast_dict(
         self, call: Call, entries: Sequence[Entry] | None, tensors: Sequence[torch.Tensor], src: int, timeout: float
-    ) -> tuple[list[Entry], dict[int, torch.Tensor]]:
-        """The same from one rank to all; `entries` and `tensors` are its own on `src`, and of no interest elsewhere."""
+    ) -> tuple[list[Entry], dict[int, torch.Tensor]] | dict[str, torch.Tensor]:
+        """The same from one rank to all, or the very dict, if it is plain; `entries` and `tensors` are its own on `src` alone."""
         if call.rank_in_group == src and entries is not None:
             self._put(call, DICT, lambda: self._dict_parts(call, entries, tensors)[1], timeout)
             return list(entries), {i: x for i, x in enumerate(tensors) if x.device.type == "cpu"}
-        return _join(self._get(call, src, DICT, timeout))
+        parts = self._get(call, src, DICT, timeout)
+        tree = self._mailbox.unpack(parts)
+        return _join(parts) if tree is None else tree
 
     def _dict_parts(self, call: Call, entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
         carried = tuple(i for i, x in enumerate(tensors) if x.device.type == "cpu")
@@ -149,6 +163,119 @@ class HostObjects:
             *described,
             *((x.data_ptr(), x.nbytes) if is_dense(x) else buffer_of(x) for x in map(tensors.__getitem__, carried)),
         )
+
+    # The short ways, for calls without a deadline of their own, and where nothing is under way for which they would have to wait. What they
+    # do not do is left to the long ones, before anything was sent or lost, and so are the words for what is wrong.
+
+    def send_shortly(self, group: GroupFacts, obj: object, dst: Any) -> bool:
+        """`send`, and whether it was done."""
+        if not self._is_free(group, dst, outgoing=True):
+            return False
+        try:
+            parts = self._mailbox.pickler.dumps(obj)
+        except Exception:
+            return False
+        try:
+            self._mailbox.put(dst, OBJECT, parts, self._patience)
+        except BaseException as error:
+            self._stop(group, "send_object", error)
+        return True
+
+    def recv_shortly(self, group: GroupFacts, src: Any) -> Any:
+        """`recv`, or `Left`."""
+        parts = self._recv_parts(group, src, OBJECT, "recv_object")
+        return Left if parts is None else loads(parts[0], parts[1:])
+
+    def send_dict_shortly(self, group: GroupFacts, tensors: object, dst: Any) -> bool:
+        """`pack_dict` and what sends it, of a dict that holds nothing but plain tensors; and whether it was done."""
+        if not self._is_free(group, dst, outgoing=True) or (post := self._mailbox.post) is None:
+            return False
+        try:
+            return post.put_dict(self._mailbox.outgoing[dst], tensors, 0, self._patience, 0) is True
+        except BaseException as error:
+            self._stop(group, "send_tensor_dict", error)
+
+    def recv_dict_shortly(self, group: GroupFacts, src: Any) -> dict[Any, Any] | None:
+        """The dict that came, if it was sent that way; else None, and it is still to be received."""
+        parts = self._recv_parts(group, src, DICT, "recv_tensor_dict")
+        tree = None if parts is None else self._mailbox.unpack(parts)
+        if parts is not None and tree is None:
+            self._mailbox.lay_aside(src, DICT, 0, parts)
+        return tree
+
+    def broadcast_shortly(self, group: GroupFacts, obj: object, src: Any) -> Any:
+        """`broadcast`, or `Left`."""
+        link = self._link
+        if type(src) is not int or not 0 <= src < link.world_size or not link.is_idle(None):
+            return Left
+        sequence, mailbox = self._begin(group), self._mailbox
+        mine = src == link.rank_in_group
+        try:
+            record = mailbox.pickler.dumps(obj) if mine else ()
+        except Exception:
+            link.uncount_collective()
+            return Left
+        meta, posted = self._numbered("broadcast_object", sequence, src)
+        try:
+            if mine:
+                mailbox.put_for_all(OBJECT, meta, record, self._patience, posted)
+                return obj
+            parts = self._checked(src, OBJECT, meta, mailbox.get_for_all(src, self._patience, posted))
+        except BaseException as error:
+            self._stop(group, "broadcast_object", error, sequence, awaited=None if mine else src)
+        return loads(parts[0], parts[1:])
+
+    def broadcast_dict_shortly(self, group: GroupFacts, tensors: object, src: Any) -> bool:
+        """What `src` does of `broadcast_dict`, with a dict that holds nothing but plain tensors; and whether it was done."""
+        link = self._link
+        if type(src) is not int or src != link.rank_in_group or not link.is_idle(None):
+            return False
+        sequence, post = self._begin(group), self._mailbox.post
+        meta, posted = self._numbered("broadcast_tensor_dict", sequence, src)
+        try:
+            if post is not None and post.put_dict(self._mailbox.mine, tensors, meta, self._patience, posted):
+                return True
+        except BaseException as error:
+            self._stop(group, "broadcast_tensor_dict", error, sequence)
+        link.uncount_collective()
+        return False
+
+    def _begin(self, group: GroupFacts) -> int:
+        """Counts a collective, as the coordinator does."""
+        self._link.follow(None)
+        return self._link.begin(group.name)
+
+    def _is_free(self, group: GroupFacts, peer: Any, *, outgoing: bool) -> bool:
+        """Whether that is a peer with whom nothing is under way."""
+        self._link.ensure_open(group.name)
+        return type(peer) is int and peer in self._mailbox.outgoing and self._link.is_idle((peer, outgoing))
+
+    def _recv_parts(self, group: GroupFacts, src: Any, kind: int, operation: str) -> list[Any] | None:
+        """The parts of the next record from `src`, if it is of that kind."""
+        if not self._is_free(group, src, outgoing=False) or self._mailbox.has_aside(src, kind):
+            return None
+        try:
+            found, meta, parts = self._mailbox.get(src, self._patience)
+        except BaseException as error:
+            self._stop(group, operation, error, awaited=src)
+        if found == kind:
+            return parts
+        self._mailbox.lay_aside(src, found, meta, parts)
+        return None
+
+    def _stop(
+        self, group: GroupFacts, operation: str, error: BaseException, sequence: int | None = None, *, awaited: int | None = None
+    ) -> NoReturn:
+        """The error that the long way raises; `sequence` of a collective, which is taken back as it does."""
+        try:
+            call, seconds = group._message(operation, None) if sequence is None else group._describe(operation, sequence, None)
+            with self._stops(call, seconds, awaited=awaited):
+                raise error
+        finally:
+            if sequence is not None:
+                self._take_back()
+            del error  # whose traceback holds this frame
+        raise AssertionError("it was an error")
 
     # The ways of a record to all.
 
@@ -183,14 +310,17 @@ class HostObjects:
             self._mailbox.team.unpost()
 
     def _number(self, call: Call, src: int | None) -> tuple[int, int]:
+        return self._numbered(call.operation, call.sequence, src)
+
+    def _numbered(self, operation: str, sequence: int, src: int | None) -> tuple[int, int]:
         """What the record is known by, and what the seat says while this rank waits (native/team.h). `src`: who gives it, if it is one."""
-        key = call.operation, src
+        key = operation, src
         found = self._digests.get(key)
         if found is None:
-            found = self._digests[key] = digest(f"{call.operation}({'' if src is None else f'src={src}'})")
-        tag = tagged(COLLECTIVE, call.sequence, found)
+            found = self._digests[key] = digest(f"{operation}({'' if src is None else f'src={src}'})")
+        tag = tagged(COLLECTIVE, sequence, found)
         # Operations of objects are numbered from 128, apart from those of the native module.
-        return call.sequence << 32 | tag, call.sequence + 1 << 8 | 128 | (tag & 127)
+        return sequence << 32 | tag, sequence + 1 << 8 | 128 | (tag & 127)
 
     @staticmethod
     def _checked(src: int, kind: int, meta: int, record: tuple[int, int, list[Any]]) -> list[Any]:

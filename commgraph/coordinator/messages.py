@@ -11,6 +11,7 @@ import torch
 
 from commgraph.communicators.base import CallsDiffer
 from commgraph.coordinator.call import Call, Timeout
+from commgraph.coordinator.host_objects import HostObjects, Left
 from commgraph.coordinator.tensor_dict import Entry, Plan, join_dict, landings, split_dict
 from commgraph.coordinator.tensors import TensorOperations
 from commgraph.errors import UnsupportedTensorError
@@ -44,6 +45,11 @@ class MessageOperations(TensorOperations):
         Raises:
             TypeError: if `obj` cannot be sent; nothing was.
         """
+        objects = self._objects
+        if timeout is None and type(objects) is HostObjects:
+            received = objects.broadcast_shortly(self, obj, src)
+            if received is not Left:
+                return received  # type: ignore[no-any-return]  # what src has sent
         call, seconds = self._begin("broadcast_object", timeout)
         src = call.peer(src, "src")
         return obj if self.world_size == 1 else self._objects.broadcast(call, obj, src, seconds)  # type: ignore[return-value]  # None only where obj is
@@ -77,6 +83,9 @@ class MessageOperations(TensorOperations):
 
     def send_object(self, obj: Any, dst: int, *, timeout: Timeout = None) -> None:
         """Sends an object to one rank in the group; which objects: as for `broadcast_object`."""
+        objects = self._objects
+        if timeout is None and type(objects) is HostObjects and objects.send_shortly(self, obj, dst):
+            return
         call, seconds = self._message("send_object", timeout)
         dst = call.peer(dst, "dst", other=True)
         seconds = self._link.settle((dst, True), call, seconds)
@@ -84,6 +93,11 @@ class MessageOperations(TensorOperations):
 
     def recv_object(self, src: int, *, timeout: Timeout = None) -> Any:
         """The next object from one rank in the group. A deadline that passes before anything arrived loses nothing: call again."""
+        objects = self._objects
+        if timeout is None and type(objects) is HostObjects:
+            received = objects.recv_shortly(self, src)
+            if received is not Left:
+                return received
         call, seconds = self._message("recv_object", timeout)
         src = call.peer(src, "src", other=True)
         seconds = self._link.settle((src, False), call, seconds)
@@ -103,11 +117,17 @@ class MessageOperations(TensorOperations):
             On `src` and in a group of one rank the dict itself; elsewhere a new one, its tensors on the host if they were there, else on
             the group's device.
         """
+        objects = self._objects
+        if timeout is None and type(objects) is HostObjects and objects.broadcast_dict_shortly(self, tensor_dict, src):
+            return tensor_dict  # type: ignore[return-value]  # a dict, as was seen
         call, seconds = self._message("broadcast_tensor_dict", timeout)
         src = call.peer(src, "src")
         if self.rank_in_group != src:
             call, seconds = self._begin("broadcast_tensor_dict", timeout)
-            entries, carried = self._objects.broadcast_dict(call, None, (), src, seconds)
+            received = objects.broadcast_dict(call, None, (), src, seconds)
+            if isinstance(received, dict):
+                return received
+            entries, carried = received
             whole = landings(entries, self.device, carried)
             for i, x in enumerate(whole):
                 if i not in carried:
@@ -119,9 +139,10 @@ class MessageOperations(TensorOperations):
         if self.world_size > 1:
             # Counted only now: of what was refused above the others know nothing, and go on waiting.
             call, seconds = self._begin("broadcast_tensor_dict", timeout)
-            _, carried = self._objects.broadcast_dict(call, entries, tensors, src, seconds)
+            sent = objects.broadcast_dict(call, entries, tensors, src, seconds)
+            assert not isinstance(sent, dict)  # but the parts of what this rank gave
             for i, x in enumerate(tensors):
-                if i not in carried:
+                if i not in sent[1]:
                     # On this side it is only read, and may lie in memory in any way.
                     self._broadcast_part(x, src, timeout)
         return tensor_dict
@@ -150,8 +171,12 @@ class MessageOperations(TensorOperations):
                 already differs between the ranks (sequence parallelism) must not be sliced.
             timeout: deadline of each part.
         """
+        objects, plain = self._objects, timeout is None and all_gather_group is None and all_gather_tensors is None
+        to = self.next_in_group if dst is None else dst
+        if plain and type(objects) is HostObjects and objects.send_dict_shortly(self, tensor_dict, to):
+            return
         call, seconds = self._message("send_tensor_dict", timeout)
-        dst = call.peer(self.next_in_group if dst is None else dst, "dst", other=True)
+        dst = call.peer(to, "dst", other=True)
         seconds = self._link.settle((dst, True), call, seconds)
         self._pack_dict(call, tensor_dict, dst, all_gather_group, all_gather_tensors)(seconds)
 
@@ -196,6 +221,11 @@ class MessageOperations(TensorOperations):
         Returns:
             A new dict; its tensors on the host if they were there, else on the group's device.
         """
+        objects, plain = self._objects, timeout is None and all_gather_group is None and all_gather_tensors is None
+        if plain and type(objects) is HostObjects:
+            tree = objects.recv_dict_shortly(self, self.prev_in_group if src is None else src)
+            if tree is not None:
+                return tree
         call, seconds = self._message("recv_tensor_dict", timeout)
         src = call.peer(self.prev_in_group if src is None else src, "src", other=True)
         seconds = self._link.settle((src, False), call, seconds)

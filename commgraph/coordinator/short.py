@@ -6,14 +6,15 @@ different ones.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
 
-from commgraph import compat
 from commgraph.communicators.base import Communicator
-from commgraph.communicators.signature import MESSAGE, digest, messages, tagged
-from commgraph.shm.mailbox import Mailbox, nanoseconds
+from commgraph.communicators.shm import tensors_of
+from commgraph.communicators.signature import MESSAGE, digest, message, messages
+from commgraph.shm.mailbox import TENSORS, Mailbox, nanoseconds
 from commgraph.shm.stopped import Busy, Stopped
 
 if TYPE_CHECKING:
@@ -22,8 +23,26 @@ if TYPE_CHECKING:
 
 __all__ = ["ShortMessages"]
 
-# Kinds of tensors whose digests are kept.
-_KEPT = 1024
+# What the native module calls a dtype: DLPack's code and bits, in a byte each.
+_INT, _UINT, _FLOAT, _BFLOAT, _BOOL = 0, 1, 2, 4, 6
+_KINDS: Final = MappingProxyType(
+    {
+        torch.bool: _BOOL << 8 | 8,
+        torch.bfloat16: _BFLOAT << 8 | 16,
+        torch.float16: _FLOAT << 8 | 16,
+        torch.float32: _FLOAT << 8 | 32,
+        torch.float64: _FLOAT << 8 | 64,
+        torch.int8: _INT << 8 | 8,
+        torch.int16: _INT << 8 | 16,
+        torch.int32: _INT << 8 | 32,
+        torch.int64: _INT << 8 | 64,
+        torch.uint8: _UINT << 8 | 8,
+        torch.uint16: _UINT << 8 | 16,
+        torch.uint32: _UINT << 8 | 32,
+        torch.uint64: _UINT << 8 | 64,
+    }
+)
+_DTYPES: Final = MappingProxyType({kind: dtype for dtype, kind in _KINDS.items()})
 
 
 class ShortMessages:
@@ -33,89 +52,51 @@ class ShortMessages:
         self._link = link
         self._strategy = strategy
         self._mailbox = mailbox
-        self._modes = compat.count_modes()
-        self._mark_written = compat.mark_written()
+        self._post = mailbox.open_post(tensors_of, _digest)
         self._patience = nanoseconds(link.host_timeout)
-        self._digests: dict[tuple[torch.dtype, int], int] = {}
 
     def send(self, group: GroupFacts, x: Any, dst: Any) -> bool:
         """Sends x, if it and all around it is plain."""
         link = self._link
-        if not self._is_plain(x, dst):
+        ring = self._mailbox.outgoing.get(dst) if type(dst) is int else None
+        if ring is None:
             return False
         link.ensure_open(group.name)
         if not link.is_idle((dst, True)):
             return False
-        tag = tagged(MESSAGE, link.count(MESSAGE, dst, outgoing=True), self._digest(x))
+        number = link.count(MESSAGE, dst, outgoing=True)
         try:
-            self._mailbox.send_memory(dst, tag, x.data_ptr(), x.nbytes, self._patience)
+            if self._post.send(ring, x, number, self._patience):
+                return True
         except BaseException as error:
             self._end(group, "send", x, dst, error)
-        return True
+        link.uncount(MESSAGE, dst, outgoing=True)
+        return False
 
     def receive(self, group: GroupFacts, size: Any, dtype: Any, src: Any, out: Any) -> torch.Tensor | None:
         """The tensor that came, `out` if that is given, where it and all around it is plain; else None, and nothing was read."""
         link = self._link
-        shape = (size,) if type(size) is int else size
-        if out is None:
-            if group.device.type != "cpu" or type(shape) not in (tuple, torch.Size) or type(dtype) is not torch.dtype:
-                return None
-            try:
-                out = self._strategy.new(shape, dtype, group.device)
-            except (TypeError, RuntimeError, ValueError):
-                return None  # what is wrong with it the long way says
-        elif type(out) is not torch.Tensor or out.shape != shape or out.dtype != dtype:
-            return None
-        if not self._is_plain(out, src):
-            return None
-        marks = not out.is_inference()
-        if not marks and not torch.is_inference_mode_enabled():
+        kind = _KINDS.get(dtype) if type(dtype) is torch.dtype else None
+        ring = self._mailbox.incoming.get(src) if type(src) is int else None
+        if kind is None or ring is None or (out is None and group.device.type != "cpu"):
             return None
         link.ensure_open(group.name)
-        if not link.is_idle((src, False)):
+        if not link.is_idle((src, False)) or self._mailbox.has_aside(src, TENSORS):
             return None
-        tag = tagged(MESSAGE, link.count(MESSAGE, src, outgoing=False), self._digest(out))
+        number = link.count(MESSAGE, src, outgoing=False)
         try:
-            if self._mailbox.receive_memory(src, tag, out.data_ptr(), out.nbytes, out, self._patience):
-                if marks:
-                    self._mark_written((out,))
-                return out  # type: ignore[no-any-return]  # a tensor, as was seen
+            result = self._post.recv(ring, size, kind, out, number, self._patience)
         except BaseException as error:
-            self._end(group, "recv", out, src, error)
-        # Something else lies there, for the long way to see to.
-        link.uncount(MESSAGE, src, outgoing=False)
-        return None
-
-    def _is_plain(self, x: Any, peer: Any) -> bool:
-        link = self._link
-        return (
-            type(x) is torch.Tensor
-            and type(peer) is int
-            and 0 <= peer < link.world_size
-            and peer != link.rank_in_group
-            and self._modes() == 0
-            and x.is_cpu
-            and not x.requires_grad
-            and x.layout is torch.strided
-            and not x.is_quantized
-            and x.is_contiguous()
-            and x.numel() > 0
-            and not x.is_neg()
-            and not x.is_conj()
-        )
-
-    def _digest(self, x: torch.Tensor) -> int:
-        key = (x.dtype, x.numel())
-        found = self._digests.get(key)
-        if found is None:
-            if len(self._digests) >= _KEPT:
-                self._digests.clear()
-            found = self._digests[key] = digest(messages(x))
-        return found
+            self._end(group, "recv", torch.empty(size, dtype=dtype, device="meta"), src, error)
+        if result is None:
+            # Something else is asked for, or lies there, for the long way to see to.
+            link.uncount(MESSAGE, src, outgoing=False)
+        return result  # type: ignore[no-any-return]  # as native/module_post.c has it
 
     def _end(self, group: GroupFacts, operation: str, x: torch.Tensor, peer: int, error: BaseException) -> NoReturn:
         """As the long way would have it: the error of the group, which is broken by a message half sent."""
         if isinstance(error, Busy):
+            self._link.uncount(MESSAGE, peer, outgoing=operation == "send")
             raise error
         if not isinstance(error, Stopped):
             self._strategy.abort()  # a signal's handler has raised: the peer must not wait for the rest
@@ -124,3 +105,7 @@ class ShortMessages:
         with self._link.guard(call, f"{operation}({messages(x)}, {peer})", seconds):
             raise self._strategy.translate(error)
         raise AssertionError("guard always raises")
+
+
+def _digest(kind: int, numel: int) -> int:
+    return digest(message(_DTYPES[kind], numel))

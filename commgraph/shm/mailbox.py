@@ -7,12 +7,15 @@ order; one of another kind than is asked for is laid aside.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from commgraph.shm.host_memory import HostMemory
 from commgraph.shm.pickling import Pickler
 from commgraph.shm.stopped import TIMEOUT, Stopped
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["DICT", "OBJECT", "SIZES", "TENSORS", "Mailbox"]
 
@@ -41,15 +44,28 @@ class Mailbox:
         self._whole = memory.sizes.pair_bytes // 4 - 1024
         self.take = memory.pool.take
         self._broadcast = [memory.broadcast_ring(src) for src in range(n)]
-        self._mine = self._broadcast[me]
-        self._outgoing = {peer: memory.pair_ring(me, peer) for peer in range(n) if peer != me}
-        self._incoming = {peer: memory.pair_ring(peer, me) for peer in range(n) if peer != me}
+        self.mine = self._broadcast[me]
+        self.outgoing = {peer: memory.pair_ring(me, peer) for peer in range(n) if peer != me}
+        self.incoming = {peer: memory.pair_ring(peer, me) for peer in range(n) if peer != me}
         self._aside: dict[tuple[int, int], deque[tuple[int, list[Any]]]] = {}
+        self._native = memory.native
+        # The short way of plain tensors and dicts of them (native/module_post.c), once it is open.
+        self.post: Any = None
         self._pair_bytes = memory.sizes.pair_bytes
+
+    def open_post(self, tensors_of: Callable[[Any], Any], digest: Callable[[int, int], int]) -> Any:
+        """Opens that.
+
+        Args:
+            tensors_of: gives what the native module needs to look at tensors.
+            digest: of a message, by its kind (DLPack's code and bits, in a byte each) and its number of entries.
+        """
+        self.post = self._native.Post(tensors_of(self._native), digest)
+        return self.post
 
     def hand_over(self) -> None:
         """From now on both sides copy large parts where they lie: the ranks reach each other's memory."""
-        for ring in self._outgoing.values():
+        for ring in self.outgoing.values():
             # What a ring holds at once is sent without its reader.
             ring.handed_from = max(self._pair_bytes, _HANDED_FROM)
 
@@ -59,7 +75,11 @@ class Mailbox:
         It returns when the ring has it, which may be before it is read, and the reader those parts that are handed over.
         A part is a buffer, or (address, bytes) of memory that the caller keeps alive.
         """
-        self._outgoing[dst].put(kind, meta, parts, nanoseconds(timeout), 0)
+        self.put(dst, kind, parts, nanoseconds(timeout), meta)
+
+    def put(self, dst: int, kind: int, parts: tuple[Any, ...], timeout_ns: int, meta: int = 0) -> None:
+        """The same with a timeout in nanoseconds."""
+        self.outgoing[dst].put(kind, meta, parts, timeout_ns, 0)
         self._sent[dst] += _nbytes(parts)
 
     def offer(self, dst: int, kind: int, meta: int, parts: tuple[Any, ...]) -> bool:
@@ -80,10 +100,14 @@ class Mailbox:
         if aside:
             return aside.popleft()
         while True:
-            found, meta, parts = self._incoming[src].get(nanoseconds(timeout), 0)
+            found, meta, parts = self.get(src, nanoseconds(timeout))
             if found == kind:
                 return meta, parts
-            self._lay_aside(src, found, meta, parts)
+            self.lay_aside(src, found, meta, parts)
+
+    def get(self, src: int, timeout_ns: int) -> tuple[int, int, list[Any]]:
+        """Kind, meta and parts of the next record of any kind."""
+        return self.incoming[src].get(timeout_ns, 0)  # type: ignore[no-any-return]  # as native/module_ring.c has it
 
     def receive_into(self, src: int, meta: int, targets: Sequence[tuple[int, int]], owner: object, timeout: float) -> bool:
         """Reads the next record of tensors to memory of the caller's.
@@ -99,7 +123,7 @@ class Mailbox:
             Whether it was that one; if not nothing was written.
         """
         aside = self._aside.get((src, TENSORS))
-        ring = self._incoming[src]
+        ring = self.incoming[src]
         while not aside:
             # One that another receive has begun to lay aside is laid aside to its end.
             kind, number, sizes = (0, 0, ()) if ring.reading else ring.peek(nanoseconds(timeout), 0)
@@ -110,7 +134,7 @@ class Mailbox:
                     return True
                 continue  # the writer gave it up
             kind, number, parts = ring.get(nanoseconds(timeout), 0)
-            self._lay_aside(src, kind, number, parts)
+            self.lay_aside(src, kind, number, parts)
             aside = self._aside.get((src, TENSORS))
         number, parts = aside[0]
         if number != meta or [len(part) for part in parts] != [nbytes for _, nbytes in targets]:
@@ -120,36 +144,38 @@ class Mailbox:
             memory_at(address, nbytes)[:] = part
         return True
 
-    def send_memory(self, dst: int, meta: int, address: int, nbytes: int, patience: int) -> None:
-        """`send` of one tensor; `patience` in nanoseconds."""
-        self._outgoing[dst].put(TENSORS, meta, ((address, nbytes),), patience, 0)
-        self._sent[dst] += nbytes
+    def has_aside(self, src: int, kind: int) -> bool:
+        """Whether a record of that kind was laid aside, which comes before those in the ring."""
+        return bool(self._aside) and bool(self._aside.get((src, kind)))
 
-    def receive_memory(self, src: int, meta: int, address: int, nbytes: int, owner: object, patience: int) -> bool:
-        """`receive_into` of one tensor, False also where its turn is not the next in the ring; `patience` in nanoseconds."""
-        ring = self._incoming[src]
-        if ring.reading or self._aside.get((src, TENSORS)):
-            return False
-        if ring.peek(patience, 0) != (TENSORS, meta, (nbytes,)):
-            return False
-        return bool(ring.take(patience, ((address, nbytes),), owner))
+    def unpack(self, parts: list[Any]) -> dict[str, torch.Tensor] | None:
+        """The dict of tensors that went the short way; None for a record that did not."""
+        return None if self.post is None else self.post.unpack(parts)
 
     def broadcast(self, kind: int, meta: int, parts: tuple[Any, ...], timeout: float, posted: int) -> None:
         """Puts a record for all others."""
-        self._mine.put(kind, meta, parts, nanoseconds(timeout), posted)
+        self.put_for_all(kind, meta, parts, nanoseconds(timeout), posted)
+
+    def put_for_all(self, kind: int, meta: int, parts: tuple[Any, ...], timeout_ns: int, posted: int) -> None:
+        """The same with a timeout in nanoseconds."""
+        self.mine.put(kind, meta, parts, timeout_ns, posted)
         self._sent[self._me] += _nbytes(parts)
 
     @property
     def bytes_sent(self) -> int:
         """Bytes put so far."""
-        return sum(self._sent)
+        return sum(self._sent) + (0 if self.post is None else self.post.bytes_sent)
 
     def receive_broadcast(self, src: int, timeout: float, posted: int) -> tuple[int, int, list[Any]]:
         """Kind, meta and parts of the next record that `src` put for all."""
-        kind, meta, parts = self._broadcast[src].get(nanoseconds(timeout), posted)
-        return kind, meta, parts
+        return self.get_for_all(src, nanoseconds(timeout), posted)
 
-    def _lay_aside(self, src: int, kind: int, meta: int, parts: list[Any]) -> None:
+    def get_for_all(self, src: int, timeout_ns: int, posted: int) -> tuple[int, int, list[Any]]:
+        """The same with a timeout in nanoseconds."""
+        return self._broadcast[src].get(timeout_ns, posted)  # type: ignore[no-any-return]  # as native/module_ring.c has it
+
+    def lay_aside(self, src: int, kind: int, meta: int, parts: list[Any]) -> None:
+        """Keeps a record for whoever asks for its kind."""
         self._aside.setdefault((src, kind), deque()).append((meta, parts))
 
 
@@ -166,4 +192,6 @@ def memory_at(address: int, nbytes: int) -> memoryview:
 
 
 def _nbytes(parts: Sequence[Any]) -> int:
+    if len(parts) == 1 and type(parts[0]) is bytes:
+        return len(parts[0])
     return sum([len(part) if type(part) is bytes else part[1] if type(part) is tuple else memoryview(part).nbytes for part in parts])

@@ -68,9 +68,9 @@ int enter(Team *team) {
     return 1;
 }
 
-int enter_briefly(Team *team) {
+int enter_for(Team *team, size_t bytes) {
     /* Among threads of one process nobody's call is over before another had the interpreter: they copy and reduce meanwhile. */
-    if (cg_team_is_crew(&team->team)) return enter(team);
+    if (bytes > BRIEF || cg_team_is_crew(&team->team)) return enter(team);
     if (!claim(team)) return 0;
     team->brief = 1;
     return 1;
@@ -360,7 +360,8 @@ static int module_exec(PyObject *module) {
     if (add_type(module, &state->segment, &segment_spec) < 0 || add_type(module, &state->pool, &pool_spec) < 0 ||
         add_type(module, &state->block, &block_spec) < 0 || add_type(module, &state->team, &team_spec) < 0 ||
         add_type(module, &state->group, &group_spec) < 0 || add_type(module, &state->ring, &ring_spec) < 0 ||
-        add_type(module, &state->door, &door_spec) < 0)
+        add_type(module, &state->tensors, &tensors_spec) < 0 || add_type(module, &state->door, &door_spec) < 0 ||
+        add_type(module, &state->post, &post_spec) < 0)
         return -1;
     state->requires_grad = PyUnicode_InternFromString("requires_grad");
     state->is_neg = PyUnicode_InternFromString("is_neg");
@@ -387,7 +388,9 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg) {
     Py_VISIT(state->team);
     Py_VISIT(state->group);
     Py_VISIT(state->ring);
+    Py_VISIT(state->tensors);
     Py_VISIT(state->door);
+    Py_VISIT(state->post);
     return 0;
 }
 

@@ -12,7 +12,7 @@
 
 typedef struct {
     PyObject *stopped, *busy; /* exceptions */
-    PyTypeObject *segment, *pool, *block, *team, *group, *ring, *door;
+    PyTypeObject *segment, *pool, *block, *team, *group, *ring, *tensors, *door, *post;
     PyObject *requires_grad, *is_neg, *is_inference; /* names, interned */
     _Atomic uintptr_t turn; /* which thread has the interpreter after a wait, 0 for none */
 } module_state;
@@ -75,13 +75,24 @@ typedef struct {
     cached_call cache[CACHED];
 } Group;
 
-extern PyType_Spec group_spec, ring_spec, door_spec;
+typedef struct {
+    PyObject_HEAD
+    cg_ring ring;
+    Team *team;
+    Pool *pool;
+    PyObject *parts; /* of the record that is being read, a list; and how far the last of them is */
+    size_t done;
+} Ring;
+
+extern PyType_Spec group_spec, ring_spec, tensors_spec, door_spec, post_spec;
 
 module_state *state_of(PyObject *self);
 /* Begins and ends a call on a team, during which other threads of Python run. 0 if the team is in use. */
 int enter(Team *team);
-/* The same for a call that is over sooner than the interpreter could be handed to another thread, unless it has to wait. */
-int enter_briefly(Team *team);
+/* The same for a call that copies so many bytes: one that is over sooner than the interpreter could be handed to another thread, unless it has to
+ * wait, keeps it. */
+enum { BRIEF = 8 * 1024 };
+int enter_for(Team *team, size_t bytes);
 void leave(Team *team);
 /* The exception for a result other than CG_OK. */
 PyObject *raise_stopped(PyObject *self, int code, int who);
@@ -93,5 +104,9 @@ Block *take_block(PyObject *self, Pool *pool, size_t bytes);
 /* A further view of a seat, for a ring between two. */
 Team *new_view(module_state *state, Team *of, cg_bell *bell, cg_bell *theirs);
 uint64_t call_word(const Group *group, int operation);
+/* The seat says which call it is in. */
+void say_posted(Ring *ring, uint64_t posted);
+/* Whether what was being read is nobody else's. Otherwise it is never freed: another process may still write to it. */
+int give_up(Ring *ring);
 
 #endif

@@ -3,15 +3,6 @@
 
 #include <string.h>
 
-typedef struct {
-    PyObject_HEAD
-    cg_ring ring;
-    Team *team;
-    Pool *pool;
-    PyObject *parts; /* of the record that is being read, a list; and how far the last of them is */
-    size_t done;
-} Ring;
-
 static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     (void)kwargs;
     PyObject *team, *pool;
@@ -41,8 +32,7 @@ static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     return (PyObject *)self;
 }
 
-/* Whether what was being read is nobody else's. Otherwise it is never freed: another process may still write to it. */
-static int give_up(Ring *ring) {
+int give_up(Ring *ring) {
     int unused = 1;
     if (ring->ring.taken != CG_UNOPENED) {
         Py_BEGIN_ALLOW_THREADS
@@ -59,6 +49,10 @@ static void ring_dealloc(PyObject *self) {
     Py_XDECREF((PyObject *)ring->team);
     Py_XDECREF((PyObject *)ring->pool);
     free_object(self);
+}
+
+void say_posted(Ring *ring, uint64_t posted) {
+    atomic_store_explicit(&ring->team->team.seats[ring->team->team.me].posted, posted, memory_order_release);
 }
 
 enum { FEW_PARTS = 8 };
@@ -80,6 +74,7 @@ static PyObject *ring_put(PyObject *self, PyObject *const *args, Py_ssize_t narg
         views = PyMem_Malloc(sizeof *views * (size_t)n);
     }
     Py_ssize_t held = 0;
+    size_t bytes = 0;
     int who = 0, result = CG_NOMEM, entered = 0;
     if (parts != NULL && views != NULL) {
         for (; held < n; held++) {
@@ -96,9 +91,10 @@ static PyObject *ring_put(PyObject *self, PyObject *const *args, Py_ssize_t narg
             if (PyObject_GetBuffer(item, &views[held], PyBUF_SIMPLE) < 0) break;
             parts[held] = (cg_part){views[held].buf, (size_t)views[held].len};
         }
-        if (held == n && enter(ring->team)) {
+        for (Py_ssize_t i = 0; i < held; i++) bytes += parts[i].bytes;
+        if (held == n && enter_for(ring->team, bytes)) {
             entered = 1;
-            if (posted) atomic_store_explicit(&ring->team->team.seats[ring->team->team.me].posted, posted, memory_order_release);
+            if (posted) say_posted(ring, posted);
             result = cg_ring_put(&ring->ring, (uint32_t)kind, meta, parts, (uint32_t)n, deadline_after(timeout), &who);
             leave(ring->team);
         }
@@ -114,7 +110,7 @@ static PyObject *ring_put(PyObject *self, PyObject *const *args, Py_ssize_t narg
 
 /* Waits for a record; (kind, meta, sizes). */
 static int wait_next(Ring *ring, int64_t deadline, unsigned long long posted, int *who) {
-    if (posted) atomic_store_explicit(&ring->team->team.seats[ring->team->team.me].posted, posted, memory_order_release);
+    if (posted) say_posted(ring, posted);
     return cg_ring_next(&ring->ring, deadline, who);
 }
 
@@ -124,7 +120,7 @@ static PyObject *ring_peek(PyObject *self, PyObject *args) {
     unsigned long long posted;
     if (!PyArg_ParseTuple(args, "LK", &timeout, &posted)) return NULL;
     int who = 0;
-    if (!enter(ring->team)) return NULL;
+    if (!enter_for(ring->team, 0)) return NULL;
     int result = wait_next(ring, deadline_after(timeout), posted, &who);
     leave(ring->team);
     if (result != CG_OK) return raise_stopped(self, result, who);
@@ -161,7 +157,7 @@ static PyObject *ring_get(PyObject *self, PyObject *const *args, Py_ssize_t narg
     int who = 0;
     for (;;) {
         if (ring->parts == NULL) {
-            if (!enter(ring->team)) return NULL;
+            if (!enter_for(ring->team, 0)) return NULL;
             int result = wait_next(ring, deadline, posted, &who);
             leave(ring->team);
             if (result != CG_OK) return raise_stopped(self, result, who);
@@ -186,7 +182,7 @@ static PyObject *ring_get(PyObject *self, PyObject *const *args, Py_ssize_t narg
             } else {
                 memory = have == 1 ? PyBytes_AsString(part) : ((Block *)part)->base;
             }
-            if (!enter(ring->team)) return NULL;
+            if (!enter_for(ring->team, cg_ring_size(&ring->ring, (uint32_t)(have - 1)))) return NULL;
             result = cg_ring_read(&ring->ring, (uint32_t)(have - 1), memory, &ring->done, deadline, &who);
             leave(ring->team);
         }

@@ -3,105 +3,17 @@
  * Every method answers None, with nothing sent, for whatever is not plain: another kind of tensor or argument, a closed or broken group.
  * The coordinator then takes the long way, which knows every case and every error. Both ways count alike and tag alike, so that ranks may
  * take different ones. */
-#include "module.h"
-
-#include "dlpack.h"
+#include "module_tensors.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_DIMS = 8, ANY_DTYPE = -1 };
-enum { BRIEF = 8 * 1024 }; /* bytes that are copied in less time than it takes to let another thread run */
-
 typedef struct {
     PyObject_HEAD
     Group *group; /* NULL: a group of one rank */
-    PyTypeObject *tensor_type;
-    const dl_exchange *exchange;
-    PyObject *inference_mode; /* tells whether it is on */
-    PyObject *modes; /* tells how many modes look at every operator, and so have to see this one */
-    PyObject *mark_written; /* called with a tuple of tensors that are going to be filled */
+    Tensors *tensors;
     int open; /* a door that was closed may have no group any more */
 } Door;
-
-/* A contiguous host tensor. */
-typedef struct {
-    char *data;
-    int ndim, dtype;
-    int64_t shape[MAX_DIMS];
-    size_t size, bytes;
-    dl_dtype kind;
-    int is_bool;
-} view;
-
-static int dtype_of(dl_dtype kind) {
-    static const signed char ints[4] = {CG_I8, CG_I16, CG_I32, CG_I64}, uints[4] = {CG_U8, CG_U16, CG_U32, CG_U64};
-    int log = kind.bits == 8 ? 0 : kind.bits == 16 ? 1 : kind.bits == 32 ? 2 : kind.bits == 64 ? 3 : -1;
-    if (log < 0 || kind.lanes != 1) return ANY_DTYPE;
-    if (kind.code == DL_INT) return ints[log];
-    if (kind.code == DL_UINT) return uints[log];
-    if (kind.code == DL_FLOAT) return log == 1 ? CG_F16 : log == 2 ? CG_F32 : log == 3 ? CG_F64 : ANY_DTYPE;
-    if (kind.code == DL_BFLOAT) return log == 1 ? CG_BF16 : ANY_DTYPE;
-    return ANY_DTYPE;
-}
-
-/* A flag of a tensor; -1 with an error set. */
-static int flag(PyObject *x, PyObject *name, int call) {
-    PyObject *value = call ? PyObject_CallMethodObjArgs(x, name, NULL) : PyObject_GetAttr(x, name);
-    if (value == NULL) return -1;
-    int set = PyObject_IsTrue(value);
-    Py_DECREF(value);
-    return set;
-}
-
-/* 1 if x is plain, 0 if not, -1 with an error set. `written`: it is going to be filled. */
-static int look(Door *door, PyObject *x, view *v, int written) {
-    if (Py_TYPE(x) != door->tensor_type || door->exchange == NULL) return 0;
-    dl_tensor t;
-    if (door->exchange->view_of_object(x, &t) != 0) {
-        PyErr_Clear(); /* a sparse one, say */
-        return 0;
-    }
-    if (t.device.type != DL_CPU || t.ndim > MAX_DIMS || t.dtype.bits % 8 || t.dtype.lanes != 1) return 0;
-    int64_t count = 1;
-    for (int i = t.ndim - 1; i >= 0; i--) {
-        v->shape[i] = t.shape[i];
-        if (t.strides[i] != count) return 0;
-        count *= t.shape[i];
-    }
-    if (count == 0) return 0;
-    /* Complex memory may be lazily conjugated, and that of floats lazily negated (the imaginary part of such a tensor, restrided). */
-    if (t.dtype.code > DL_BFLOAT && t.dtype.code != DL_BOOL) return 0;
-    module_state *state = state_of((PyObject *)door);
-    int set = flag(x, state->requires_grad, 0);
-    if (set == 0) set = flag(x, state->is_neg, 1);
-    if (set != 0) return set < 0 ? -1 : 0;
-    if (written) {
-        /* One of inference mode has no version, and may be filled in that mode only. */
-        set = flag(x, state->is_inference, 1);
-        if (set > 0) {
-            PyObject *on = PyObject_CallFunctionObjArgs(door->inference_mode, NULL);
-            if (on == NULL) return -1;
-            set = PyObject_IsTrue(on) ? 0 : 1;
-            Py_DECREF(on);
-        } else if (set == 0) {
-            /* Tells autograd that values are changed which it may have saved. */
-            PyObject *tensors = PyTuple_Pack(1, x), *done = tensors == NULL ? NULL : PyObject_CallFunctionObjArgs(door->mark_written, tensors, NULL);
-            Py_XDECREF(tensors);
-            if (done == NULL) return -1;
-            Py_DECREF(done);
-        }
-        if (set != 0) return set < 0 ? -1 : 0;
-    }
-    v->data = (char *)t.data + t.byte_offset;
-    v->ndim = t.ndim;
-    v->kind = t.dtype;
-    v->dtype = dtype_of(t.dtype);
-    v->is_bool = t.dtype.code == DL_BOOL;
-    v->size = t.dtype.bits / 8;
-    v->bytes = (size_t)count * v->size;
-    return 1;
-}
 
 static int parse_op(PyObject *name) {
     static const char *const names[CG_OPS] = {"sum", "avg", "max", "min", "product"};
@@ -149,50 +61,13 @@ static int tag_of(Group *group, const char *name, int operation, PyObject *x, co
     return 1;
 }
 
-/* A tensor over memory of the pool. */
-
-typedef struct {
-    dl_managed managed;
-    int64_t dims[2 * MAX_DIMS];
-} owned;
-
-static void give_back(dl_managed *managed) {
-    cg_pool_give(managed->context);
-    free(managed);
-}
-
-static PyObject *new_tensor(Door *door, dl_dtype kind, int ndim, const int64_t *shape, size_t bytes, char **data) {
-    owned *o = malloc(sizeof *o);
-    void *memory = o == NULL ? NULL : cg_pool_take(door->group->pool->pool, bytes);
-    if (memory == NULL) {
-        free(o);
-        return PyErr_NoMemory();
-    }
-    int64_t stride = 1;
-    for (int i = ndim - 1; i >= 0; i--) {
-        o->dims[i] = shape[i];
-        o->dims[MAX_DIMS + i] = stride;
-        stride *= shape[i];
-    }
-    o->managed = (dl_managed){.version = {1, 0}, .context = memory, .deleter = give_back,
-                              .tensor = {.data = memory, .device = {DL_CPU, 0}, .ndim = ndim, .dtype = kind,
-                                         .shape = o->dims, .strides = o->dims + MAX_DIMS}};
-    void *tensor = NULL;
-    if (door->exchange->object_from_managed(&o->managed, &tensor) != 0) {
-        give_back(&o->managed);
-        return NULL;
-    }
-    *data = memory;
-    return tensor;
-}
-
 /* The result: the caller's if it fits and lies apart from x, a new one if there is none; NULL, with or without an error. */
 static PyObject *result_for(Door *door, PyObject *given, const view *x, const int64_t *shape, char **data) {
     size_t bytes = x->size;
     for (int i = 0; i < x->ndim; i++) bytes *= (size_t)shape[i];
-    if (given == Py_None) return new_tensor(door, x->kind, x->ndim, shape, bytes, data);
+    if (given == Py_None) return new_tensor(door->tensors, door->group->pool, x->kind, x->ndim, shape, bytes, data);
     view out;
-    if (look(door, given, &out, 1) <= 0) return NULL;
+    if (look(door->tensors, given, &out, 1) <= 0) return NULL;
     if (out.ndim != x->ndim || memcmp(&out.kind, &x->kind, sizeof out.kind) || memcmp(out.shape, shape, sizeof *shape * (size_t)x->ndim) ||
         (out.data < x->data + x->bytes && x->data < out.data + out.bytes))
         return NULL;
@@ -211,17 +86,14 @@ static PyObject *answer(Door *door, int result, int who, PyObject *value) {
 }
 
 static int begin(Door *door, size_t bytes) {
-    if (bytes <= BRIEF ? enter_briefly(door->group->team) : enter(door->group->team)) return 1;
+    if (enter_for(door->group->team, bytes)) return 1;
     door->group->sequence--; /* refused, and so not begun */
     return 0;
 }
 
 static int is_open(const Door *door) {
     if (!door->open || (door->group != NULL && (!door->group->enabled || door->group->held))) return 0;
-    PyObject *modes = PyObject_CallNoArgs(door->modes);
-    int none = modes != NULL && PyLong_AsLong(modes) == 0;
-    Py_XDECREF(modes);
-    return none;
+    return is_unwatched(door->tensors) > 0;
 }
 
 /* A dimension, counted from the front; -1 if it is none. */
@@ -247,7 +119,7 @@ static PyObject *door_all_reduce_(PyObject *self, PyObject *const *args, Py_ssiz
     if (nargs != 2) return PyErr_Format(PyExc_TypeError, "all_reduce_(x, op)");
     view v;
     int dtype, op = parse_op(args[1]), given = op, who = 0;
-    if (!is_open(door) || look(door, args[0], &v, 1) <= 0 || !reduces(&v, &dtype, &op)) return no_answer();
+    if (!is_open(door) || look(door->tensors, args[0], &v, 1) <= 0 || !reduces(&v, &dtype, &op)) return no_answer();
     if (door->group == NULL) return Py_NewRef(Py_True);
     cg_call call;
     if (!tag_of(door->group, "all_reduce_", OP_ALL_REDUCE_, args[0], &v, given, args[1], &call)) return NULL;
@@ -262,10 +134,10 @@ static PyObject *door_all_reduce(PyObject *self, PyObject *const *args, Py_ssize
     if (nargs != 2) return PyErr_Format(PyExc_TypeError, "all_reduce(x, op)");
     view v;
     int dtype, op = parse_op(args[1]), given = op, who = 0;
-    if (!is_open(door) || look(door, args[0], &v, 0) <= 0 || !reduces(&v, &dtype, &op)) return no_answer();
+    if (!is_open(door) || look(door->tensors, args[0], &v, 0) <= 0 || !reduces(&v, &dtype, &op)) return no_answer();
     if (door->group == NULL) return Py_NewRef(args[0]);
     char *out;
-    PyObject *tensor = new_tensor(door, v.kind, v.ndim, v.shape, v.bytes, &out);
+    PyObject *tensor = new_tensor(door->tensors, door->group->pool, v.kind, v.ndim, v.shape, v.bytes, &out);
     if (tensor == NULL) return NULL;
     cg_call call;
     if (!tag_of(door->group, "all_reduce", OP_ALL_REDUCE, args[0], &v, given, args[1], &call) || !begin(door, v.bytes)) {
@@ -282,7 +154,7 @@ static PyObject *door_all_gather(PyObject *self, PyObject *const *args, Py_ssize
     if (nargs != 3) return PyErr_Format(PyExc_TypeError, "all_gather(x, dim, out)");
     view v;
     int dim, who = 0;
-    if (!is_open(door) || door->group == NULL || look(door, args[0], &v, 0) <= 0 || (dim = dim_of(args[1], &v)) < 0) return no_answer();
+    if (!is_open(door) || door->group == NULL || look(door->tensors, args[0], &v, 0) <= 0 || (dim = dim_of(args[1], &v)) < 0) return no_answer();
     int n = door->group->group.n;
     int64_t shape[MAX_DIMS];
     memcpy(shape, v.shape, sizeof shape);
@@ -312,7 +184,7 @@ static PyObject *door_reduce_scatter(PyObject *self, PyObject *const *args, Py_s
     if (nargs != 4) return PyErr_Format(PyExc_TypeError, "reduce_scatter(x, dim, op, out)");
     view v;
     int dim, dtype, op = parse_op(args[2]), given = op, who = 0;
-    if (!is_open(door) || door->group == NULL || look(door, args[0], &v, 0) <= 0 || (dim = dim_of(args[1], &v)) < 0 || !reduces(&v, &dtype, &op))
+    if (!is_open(door) || door->group == NULL || look(door->tensors, args[0], &v, 0) <= 0 || (dim = dim_of(args[1], &v)) < 0 || !reduces(&v, &dtype, &op))
         return no_answer();
     int n = door->group->group.n;
     if (v.shape[dim] % n) return no_answer();
@@ -342,7 +214,7 @@ static PyObject *door_all_to_all(PyObject *self, PyObject *const *args, Py_ssize
     if (nargs != 4) return PyErr_Format(PyExc_TypeError, "all_to_all(x, scatter_dim, gather_dim, out)");
     view v;
     int dim, who = 0;
-    if (!is_open(door) || door->group == NULL || look(door, args[0], &v, 0) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
+    if (!is_open(door) || door->group == NULL || look(door->tensors, args[0], &v, 0) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
         dim_of(args[2], &v) != dim)
         return no_answer();
     int n = door->group->group.n;
@@ -371,7 +243,7 @@ static PyObject *door_broadcast(PyObject *self, PyObject *const *args, Py_ssize_
     if (nargs != 2) return PyErr_Format(PyExc_TypeError, "broadcast(x, src)");
     view v;
     int who = 0;
-    if (!is_open(door) || door->group == NULL || !PyLong_CheckExact(args[1]) || look(door, args[0], &v, 1) <= 0) return no_answer();
+    if (!is_open(door) || door->group == NULL || !PyLong_CheckExact(args[1]) || look(door->tensors, args[0], &v, 1) <= 0) return no_answer();
     int n = door->group->group.n, overflow;
     long src = PyLong_AsLongAndOverflow(args[1], &overflow);
     if (overflow || src < 0 || src >= n) return no_answer();
@@ -414,36 +286,23 @@ static PyObject *door_close(PyObject *self, PyObject *unused) {
 
 static PyObject *door_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     (void)kwargs;
-    PyObject *group, *tensor_type, *exchange, *inference_mode, *modes, *mark_written;
-    if (!PyArg_ParseTuple(args, "OOOOOO", &group, &tensor_type, &exchange, &inference_mode, &modes, &mark_written)) return NULL;
+    PyObject *group, *tensors;
+    if (!PyArg_ParseTuple(args, "OO", &group, &tensors)) return NULL;
     module_state *state = PyType_GetModuleState(type);
-    if (state == NULL || (group != Py_None && !PyObject_TypeCheck(group, state->group)) || !PyType_Check(tensor_type))
-        return PyErr_Format(PyExc_TypeError, "Door(group, tensor_type, exchange, inference_mode, modes, mark_written)");
-    const dl_exchange *api = NULL;
-    if (exchange != Py_None && (api = PyCapsule_GetPointer(exchange, "dlpack_exchange_api")) == NULL) return NULL;
-    if (api != NULL && (api->version.major != 1 || api->view_of_object == NULL)) api = NULL;
-    Door *self = (Door *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
+    if (state == NULL || (group != Py_None && !PyObject_TypeCheck(group, state->group)) || !PyObject_TypeCheck(tensors, state->tensors))
+        return PyErr_Format(PyExc_TypeError, "Door(group, tensors)");
+    Door *self = (Door *)allocate(type);
     if (self == NULL) return NULL;
     self->group = group == Py_None ? NULL : (Group *)Py_NewRef(group);
-    self->tensor_type = (PyTypeObject *)Py_NewRef(tensor_type);
-    self->exchange = api;
-    self->inference_mode = Py_NewRef(inference_mode);
-    self->modes = Py_NewRef(modes);
-    self->mark_written = Py_NewRef(mark_written);
+    self->tensors = (Tensors *)Py_NewRef(tensors);
     self->open = 1;
     return (PyObject *)self;
 }
 
 static void door_dealloc(PyObject *self) {
-    Door *door = (Door *)self;
-    PyTypeObject *type = Py_TYPE(self);
-    Py_XDECREF((PyObject *)door->group);
-    Py_XDECREF((PyObject *)door->tensor_type);
-    Py_XDECREF(door->inference_mode);
-    Py_XDECREF(door->modes);
-    Py_XDECREF(door->mark_written);
-    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
-    Py_DECREF(type);
+    Py_XDECREF((PyObject *)((Door *)self)->group);
+    Py_XDECREF((PyObject *)((Door *)self)->tensors);
+    free_object(self);
 }
 
 #define FAST(name, doc) {#name, (PyCFunction)(void (*)(void))door_##name, METH_FASTCALL, doc}
@@ -458,6 +317,6 @@ static PyMethodDef door_methods[] = {
     {"close", door_close, METH_NOARGS, "close()\n--\n\nFrom now on every answer is None."},
     {0}};
 static PyType_Slot door_slots[] = {
-    {Py_tp_doc, "Door(group, tensor_type, exchange, inference_mode, modes, mark_written)\n--\n\nThe short way of one coordinator; `group` is None for one rank."},
+    {Py_tp_doc, "Door(group, tensors)\n--\n\nThe short way of one coordinator; `group` is None for one rank."},
     {Py_tp_new, door_new}, {Py_tp_dealloc, door_dealloc}, {Py_tp_methods, door_methods}, {0}};
 PyType_Spec door_spec = {"commgraph.shm._native.Door", sizeof(Door), 0, Py_TPFLAGS_DEFAULT, door_slots};

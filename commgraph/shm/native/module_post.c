@@ -1,0 +1,292 @@
+/* The short way of messages between the ranks of a host: plain tensors, and dicts of them, checked here and not in Python.
+ *
+ * As the door (module_door.c) it answers None, with nothing sent or read, for whatever is not plain. Both ways tag alike, so that the two ranks of a
+ * message may take different ones. */
+#include "module_tensors.h"
+
+#include <string.h>
+
+enum { TENSORS = 1, DICT = 3 }; /* kinds of records, as in commgraph/shm/mailbox.py */
+enum { MESSAGE = 1 };           /* as in commgraph/communicators/signature.py */
+enum { FEW_TENSORS = 32, DESCRIPTION = 4096 };
+/* The first byte of the description of a plain dict, where a pickle has 0x80. */
+enum { PLAIN = 1 };
+
+/* In the description of a dict, for each tensor; its shape and its key follow. */
+typedef struct {
+    dl_dtype kind;
+    uint32_t ndim, key_bytes;
+} entry;
+
+typedef struct {
+    int kind;
+    int64_t count;
+    uint32_t digest;
+} known_kind;
+
+typedef struct {
+    PyObject_HEAD
+    Tensors *tensors;
+    PyObject *digest; /* called with a kind and a count: as commgraph.communicators.signature.message has it */
+    uint64_t sent;    /* bytes */
+    known_kind known[CACHED];
+} Post;
+
+static PyObject *no_answer(void) { return PyErr_Occurred() ? NULL : Py_NewRef(Py_None); }
+
+/* NULL with an error set. */
+static Ring *ring_of(PyObject *self, PyObject *ring) {
+    if (PyObject_TypeCheck(ring, state_of(self)->ring)) return (Ring *)ring;
+    PyErr_SetString(PyExc_TypeError, "a Ring is needed");
+    return NULL;
+}
+
+static int code_of(dl_dtype kind) { return kind.code << 8 | kind.bits; }
+
+/* The tag of message `number`: as commgraph.communicators.signature.tagged. 0 with an error set. */
+static int tag_of(Post *post, dl_dtype kind, int64_t count, uint64_t number, uint64_t *tag) {
+    int code = code_of(kind);
+    known_kind *cell = &post->known[((uint64_t)count ^ (uint64_t)code << 32) * 0x9E3779B97F4A7C15ull >> 58];
+    if (cell->kind != code || cell->count != count) {
+        PyObject *answer = PyObject_CallFunction(post->digest, "iL", code, (long long)count);
+        uint32_t digest = answer == NULL ? 0 : (uint32_t)PyLong_AsUnsignedLong(answer);
+        Py_XDECREF(answer);
+        if (PyErr_Occurred()) return 0;
+        *cell = (known_kind){code, count, digest};
+    }
+    *tag = (uint64_t)MESSAGE << 28 | ((cell->digest ^ (uint32_t)number * 0x9E3779B1u) & 0xFFFFFFF);
+    return 1;
+}
+
+static PyObject *post_send(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    Post *post = (Post *)self;
+    if (nargs != 4) return PyErr_Format(PyExc_TypeError, "send(ring, x, number, timeout_ns)");
+    view v;
+    Ring *ring = ring_of(self, args[0]);
+    if (ring == NULL || is_unwatched(post->tensors) <= 0 || look(post->tensors, args[1], &v, 0) <= 0) return no_answer();
+    uint64_t number = PyLong_AsUnsignedLongLong(args[2]), tag;
+    int64_t timeout = PyLong_AsLongLong(args[3]);
+    if (PyErr_Occurred() || !tag_of(post, v.kind, (int64_t)(v.bytes / v.size), number, &tag) || !enter_for(ring->team, v.bytes)) return NULL;
+    cg_part part = {v.data, v.bytes};
+    int who = 0, result = cg_ring_put(&ring->ring, TENSORS, tag, &part, 1, deadline_after(timeout), &who);
+    leave(ring->team);
+    if (result != CG_OK) return raise_stopped(self, result, who);
+    post->sent += v.bytes;
+    return Py_NewRef(Py_True);
+}
+
+/* The shape that is asked for; 0 if it is none with entries, or not plain. */
+static int parse_shape(PyObject *size, view *v) {
+    Py_ssize_t ndim = PyTuple_Check(size) ? PyTuple_Size(size) : 1;
+    if (ndim > MAX_DIMS) return 0;
+    int64_t count = 1;
+    for (Py_ssize_t i = 0; i < ndim; i++) {
+        PyObject *extent = PyTuple_Check(size) ? PyTuple_GetItem(size, i) : size;
+        int overflow;
+        if (!PyLong_CheckExact(extent)) return 0;
+        v->shape[i] = PyLong_AsLongLongAndOverflow(extent, &overflow);
+        /* What is larger than any memory the long way refuses. */
+        if (overflow || v->shape[i] <= 0 || v->shape[i] > ((int64_t)1 << 56) / count) return 0;
+        count *= v->shape[i];
+    }
+    v->ndim = (int)ndim;
+    v->bytes = (size_t)count * v->size;
+    return 1;
+}
+
+/* Reads the tensor that comes next to `memory`, if it is the one that is meant: 1. 0 if it is not, and nothing was read. -1 with an error set, and
+ * `*kept` if another process may still write there. */
+static int read_tensor(Ring *ring, uint64_t tag, void *memory, size_t bytes, int64_t deadline, int *kept) {
+    *kept = 0;
+    if (!enter_for(ring->team, bytes)) return -1;
+    int who = 0, mine = 0, result = cg_ring_next(&ring->ring, deadline, &who);
+    if (result == CG_OK) {
+        const cg_record *record = &ring->ring.record;
+        mine = record->kind == TENSORS && record->meta == tag && record->n_parts == 1 && cg_ring_size(&ring->ring, 0) == bytes;
+        size_t done = 0;
+        if (mine) result = cg_ring_read(&ring->ring, 0, memory, &done, deadline, &who);
+    }
+    if (mine && result != CG_RESTART) {
+        if (result != CG_OK) *kept = !cg_ring_give_up(&ring->ring);
+        cg_ring_finish(&ring->ring);
+    }
+    leave(ring->team);
+    if (result == CG_OK) return mine;
+    if (result == CG_RESTART) return 0; /* its writer gave it up */
+    raise_stopped((PyObject *)ring, result, who);
+    return -1;
+}
+
+static PyObject *post_recv(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    Post *post = (Post *)self;
+    if (nargs != 6) return PyErr_Format(PyExc_TypeError, "recv(ring, size, kind, out, number, timeout_ns)");
+    Ring *ring = ring_of(self, args[0]);
+    if (ring == NULL || ring->parts != NULL || post->tensors->exchange == NULL || is_unwatched(post->tensors) <= 0) return no_answer();
+    long kind = PyLong_AsLong(args[2]);
+    uint64_t number = PyLong_AsUnsignedLongLong(args[4]), tag;
+    int64_t deadline = deadline_after(PyLong_AsLongLong(args[5]));
+    if (PyErr_Occurred()) return NULL;
+    view v = {.kind = {(uint8_t)(kind >> 8), (uint8_t)kind, 1}, .size = (size_t)(kind & 0xFF) / 8}, out;
+    PyObject *given = args[3] == Py_None ? NULL : args[3];
+    if (!parse_shape(args[1], &v)) return no_answer();
+    if (given != NULL && (look(post->tensors, given, &out, 1) <= 0 || code_of(out.kind) != kind || out.ndim != v.ndim ||
+                          memcmp(out.shape, v.shape, sizeof *v.shape * (size_t)v.ndim)))
+        return no_answer();
+    if (!tag_of(post, v.kind, (int64_t)(v.bytes / v.size), number, &tag)) return NULL;
+    void *memory = given != NULL ? out.data : cg_pool_take(ring->pool->pool, v.bytes);
+    if (memory == NULL) return PyErr_NoMemory();
+    int kept, came = read_tensor(ring, tag, memory, v.bytes, deadline, &kept);
+    if (came > 0) return given != NULL ? Py_NewRef(given) : tensor_over(post->tensors, memory, v.kind, v.ndim, v.shape);
+    if (given == NULL && !kept) cg_pool_give(memory);
+    if (given != NULL && kept) Py_INCREF(given); /* for ever */
+    return came < 0 ? NULL : no_answer();
+}
+
+/* Dicts of plain tensors: one record, of a description and the memory of each. */
+
+static int put(char *description, size_t *at, const void *data, size_t bytes) {
+    if (bytes > DESCRIPTION - *at) return 0;
+    memcpy(description + *at, data, bytes);
+    *at += bytes;
+    return 1;
+}
+
+/* Describes a dict and lists what is in it, with a reference to each tensor. The number of tensors; -1 if it is not plain, or with an error set. */
+static Py_ssize_t describe(Post *post, PyObject *dict, char *description, size_t *length, PyObject **held, cg_part *parts) {
+    description[0] = PLAIN;
+    *length = 1;
+    PyObject *key, *value;
+    Py_ssize_t n = 0, position = 0;
+    while (PyDict_Next(dict, &position, &key, &value)) {
+        view v;
+        if (n == FEW_TENSORS || !PyUnicode_CheckExact(key) || look(post->tensors, value, &v, 0) <= 0) return -1;
+        Py_ssize_t key_bytes;
+        const char *text = PyUnicode_AsUTF8AndSize(key, &key_bytes);
+        if (text == NULL) {
+            PyErr_Clear(); /* half of a surrogate pair: the pickle can have it */
+            return -1;
+        }
+        entry e = {v.kind, (uint32_t)v.ndim, (uint32_t)key_bytes};
+        if (key_bytes > DESCRIPTION || !put(description, length, &e, sizeof e) || !put(description, length, v.shape, sizeof *v.shape * (size_t)v.ndim) ||
+            !put(description, length, text, (size_t)key_bytes))
+            return -1;
+        held[n] = value;
+        parts[n++] = (cg_part){v.data, v.bytes};
+    }
+    for (Py_ssize_t i = 0; i < n; i++) Py_INCREF(held[i]); /* another thread may change the dict while this one waits */
+    return n;
+}
+
+static PyObject *post_put_dict(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    Post *post = (Post *)self;
+    if (nargs != 5) return PyErr_Format(PyExc_TypeError, "put_dict(ring, tensors, meta, timeout_ns, posted)");
+    uint64_t meta = PyLong_AsUnsignedLongLong(args[2]), posted = PyLong_AsUnsignedLongLong(args[4]);
+    int64_t timeout = PyLong_AsLongLong(args[3]);
+    if (PyErr_Occurred()) return NULL;
+    Ring *ring = ring_of(self, args[0]);
+    if (ring == NULL || !PyDict_CheckExact(args[1]) || is_unwatched(post->tensors) <= 0) return no_answer();
+    char description[DESCRIPTION];
+    PyObject *held[FEW_TENSORS];
+    cg_part parts[1 + FEW_TENSORS];
+    size_t length, bytes = 0;
+    Py_ssize_t n = describe(post, args[1], description, &length, held, parts + 1);
+    if (n < 0) return no_answer();
+    parts[0] = (cg_part){description, length};
+    for (Py_ssize_t i = 0; i <= n; i++) bytes += parts[i].bytes;
+    int who = 0, result = CG_OK, begun = enter_for(ring->team, bytes);
+    if (begun) {
+        if (posted) say_posted(ring, posted);
+        result = cg_ring_put(&ring->ring, DICT, meta, parts, 1 + (uint32_t)n, deadline_after(timeout), &who);
+        leave(ring->team);
+        if (result == CG_OK) post->sent += bytes;
+    }
+    for (Py_ssize_t i = 0; i < n; i++) Py_DECREF(held[i]);
+    if (!begun) return NULL;
+    return result == CG_OK ? Py_NewRef(Py_True) : raise_stopped(self, result, who);
+}
+
+static int get(const char *description, size_t length, size_t *at, void *to, size_t bytes) {
+    if (bytes > length - *at) return 0;
+    memcpy(to, description + *at, bytes);
+    *at += bytes;
+    return 1;
+}
+
+/* The next tensor of a dict over its block. 0 with an error set. */
+static int add_tensor(Post *post, PyObject *dict, const char *description, size_t length, size_t *at, PyObject *part) {
+    entry e;
+    int64_t shape[MAX_DIMS];
+    size_t bytes;
+    int sound = get(description, length, at, &e, sizeof e) && e.ndim <= MAX_DIMS && get(description, length, at, shape, sizeof *shape * e.ndim) &&
+                e.key_bytes <= length - *at && PyObject_TypeCheck(part, state_of((PyObject *)post)->block) && ((Block *)part)->base != NULL;
+    if (sound) {
+        bytes = e.kind.bits / 8;
+        for (uint32_t i = 0; i < e.ndim; i++) bytes *= (size_t)shape[i];
+        sound = bytes == (size_t)((Block *)part)->bytes;
+    }
+    if (!sound) {
+        PyErr_SetString(PyExc_ValueError, "the description of a dict of tensors does not fit what came with it");
+        return 0;
+    }
+    PyObject *key = PyUnicode_DecodeUTF8(description + *at, (Py_ssize_t)e.key_bytes, "strict");
+    *at += e.key_bytes;
+    if (key == NULL) return 0;
+    void *memory = ((Block *)part)->base;
+    ((Block *)part)->base = NULL; /* it is the tensor's now */
+    PyObject *tensor = tensor_over(post->tensors, memory, e.kind, (int)e.ndim, shape);
+    int added = tensor != NULL && PyDict_SetItem(dict, key, tensor) == 0;
+    Py_DECREF(key);
+    Py_XDECREF(tensor);
+    return added;
+}
+
+/* The dict of a record, None if it is not a plain one. */
+static PyObject *post_unpack(PyObject *self, PyObject *parts) {
+    char *description;
+    Py_ssize_t length, n = PyList_Size(parts);
+    PyObject *first = n > 0 ? PyList_GetItem(parts, 0) : NULL;
+    if (first == NULL || PyBytes_AsStringAndSize(first, &description, &length) < 0) return no_answer();
+    if (length == 0 || description[0] != PLAIN || ((Post *)self)->tensors->exchange == NULL) Py_RETURN_NONE;
+    PyObject *dict = PyDict_New();
+    size_t at = 1;
+    for (Py_ssize_t i = 1; dict != NULL && i < n; i++)
+        if (!add_tensor((Post *)self, dict, description, (size_t)length, &at, PyList_GetItem(parts, i))) Py_CLEAR(dict);
+    return dict;
+}
+
+static PyObject *post_sent(PyObject *self, void *closure) {
+    (void)closure;
+    return PyLong_FromUnsignedLongLong(((Post *)self)->sent);
+}
+
+static PyObject *post_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    (void)kwargs;
+    PyObject *tensors, *digest;
+    if (!PyArg_ParseTuple(args, "OO", &tensors, &digest)) return NULL;
+    module_state *state = PyType_GetModuleState(type);
+    if (state == NULL || !PyObject_TypeCheck(tensors, state->tensors)) return PyErr_Format(PyExc_TypeError, "Post(tensors, digest)");
+    Post *self = (Post *)allocate(type);
+    if (self == NULL) return NULL;
+    self->tensors = (Tensors *)Py_NewRef(tensors);
+    self->digest = Py_NewRef(digest);
+    return (PyObject *)self;
+}
+
+static void post_dealloc(PyObject *self) {
+    Py_XDECREF((PyObject *)((Post *)self)->tensors);
+    Py_XDECREF(((Post *)self)->digest);
+    free_object(self);
+}
+
+#define FAST(name, doc) {#name, (PyCFunction)(void (*)(void))post_##name, METH_FASTCALL, doc}
+static PyMethodDef post_methods[] = {
+    FAST(send, "send(ring, x, number, timeout_ns)\n--\n\nTrue, or None."),
+    FAST(recv, "recv(ring, size, kind, out, number, timeout_ns)\n--\n\nThe tensor, or None."),
+    FAST(put_dict, "put_dict(ring, tensors, meta, timeout_ns, posted)\n--\n\nTrue, or None."),
+    {"unpack", post_unpack, METH_O, "unpack(parts)\n--\n\nThe plain dict of a record, or None."},
+    {0}};
+static PyGetSetDef post_getset[] = {{"bytes_sent", post_sent, NULL, "bytes that went this way", NULL}, {0}};
+static PyType_Slot post_slots[] = {
+    {Py_tp_doc, "Post(tensors, digest)\n--\n\nThe short way of messages through rings."},
+    {Py_tp_new, post_new}, {Py_tp_dealloc, post_dealloc}, {Py_tp_methods, post_methods}, {Py_tp_getset, post_getset}, {0}};
+PyType_Spec post_spec = {"commgraph.shm._native.Post", sizeof(Post), 0, Py_TPFLAGS_DEFAULT, post_slots};

@@ -1,0 +1,151 @@
+#include "module_tensors.h"
+
+#include <stdlib.h>
+
+int is_unwatched(const Tensors *tensors) {
+    PyObject *modes = PyObject_CallNoArgs(tensors->modes);
+    if (modes == NULL) return -1;
+    int none = PyLong_AsLong(modes) == 0;
+    Py_DECREF(modes);
+    return PyErr_Occurred() ? -1 : none;
+}
+
+static int dtype_of(dl_dtype kind) {
+    static const signed char ints[4] = {CG_I8, CG_I16, CG_I32, CG_I64}, uints[4] = {CG_U8, CG_U16, CG_U32, CG_U64};
+    int log = kind.bits == 8 ? 0 : kind.bits == 16 ? 1 : kind.bits == 32 ? 2 : kind.bits == 64 ? 3 : -1;
+    if (log < 0 || kind.lanes != 1) return ANY_DTYPE;
+    if (kind.code == DL_INT) return ints[log];
+    if (kind.code == DL_UINT) return uints[log];
+    if (kind.code == DL_FLOAT) return log == 1 ? CG_F16 : log == 2 ? CG_F32 : log == 3 ? CG_F64 : ANY_DTYPE;
+    if (kind.code == DL_BFLOAT) return log == 1 ? CG_BF16 : ANY_DTYPE;
+    return ANY_DTYPE;
+}
+
+/* A flag of a tensor; -1 with an error set. */
+static int flag(PyObject *x, PyObject *name, int call) {
+    PyObject *value = call ? PyObject_CallMethodObjArgs(x, name, NULL) : PyObject_GetAttr(x, name);
+    if (value == NULL) return -1;
+    int set = PyObject_IsTrue(value);
+    Py_DECREF(value);
+    return set;
+}
+
+int look(const Tensors *tensors, PyObject *x, view *v, int written) {
+    if (Py_TYPE(x) != tensors->tensor_type || tensors->exchange == NULL) return 0;
+    dl_tensor t;
+    if (tensors->exchange->view_of_object(x, &t) != 0) {
+        PyErr_Clear(); /* a sparse one, say */
+        return 0;
+    }
+    if (t.device.type != DL_CPU || t.ndim > MAX_DIMS || t.dtype.bits % 8 || t.dtype.lanes != 1) return 0;
+    int64_t count = 1;
+    for (int i = t.ndim - 1; i >= 0; i--) {
+        v->shape[i] = t.shape[i];
+        if (t.strides[i] != count) return 0;
+        count *= t.shape[i];
+    }
+    if (count == 0) return 0;
+    /* Complex memory may be lazily conjugated, and that of floats lazily negated (the imaginary part of such a tensor, restrided). */
+    if (t.dtype.code > DL_BFLOAT && t.dtype.code != DL_BOOL) return 0;
+    module_state *state = state_of((PyObject *)tensors);
+    int set = flag(x, state->requires_grad, 0);
+    if (set == 0) set = flag(x, state->is_neg, 1);
+    if (set != 0) return set < 0 ? -1 : 0;
+    if (written) {
+        /* One of inference mode has no version, and may be filled in that mode only. */
+        set = flag(x, state->is_inference, 1);
+        if (set > 0) {
+            PyObject *on = PyObject_CallNoArgs(tensors->inference_mode);
+            if (on == NULL) return -1;
+            set = PyObject_IsTrue(on) ? 0 : 1;
+            Py_DECREF(on);
+        } else if (set == 0) {
+            /* Tells autograd that values are changed which it may have saved. */
+            PyObject *all = PyTuple_Pack(1, x), *done = all == NULL ? NULL : PyObject_CallFunctionObjArgs(tensors->mark_written, all, NULL);
+            Py_XDECREF(all);
+            if (done == NULL) return -1;
+            Py_DECREF(done);
+        }
+        if (set != 0) return set < 0 ? -1 : 0;
+    }
+    v->data = (char *)t.data + t.byte_offset;
+    v->ndim = t.ndim;
+    v->kind = t.dtype;
+    v->dtype = dtype_of(t.dtype);
+    v->is_bool = t.dtype.code == DL_BOOL;
+    v->size = t.dtype.bits / 8;
+    v->bytes = (size_t)count * v->size;
+    return 1;
+}
+
+typedef struct {
+    dl_managed managed;
+    int64_t dims[2 * MAX_DIMS];
+} owned;
+
+static void give_back(dl_managed *managed) {
+    cg_pool_give(managed->context);
+    free(managed);
+}
+
+PyObject *tensor_over(const Tensors *tensors, void *memory, dl_dtype kind, int ndim, const int64_t *shape) {
+    owned *o = malloc(sizeof *o);
+    if (o == NULL) {
+        cg_pool_give(memory);
+        return PyErr_NoMemory();
+    }
+    int64_t stride = 1;
+    for (int i = ndim - 1; i >= 0; i--) {
+        o->dims[i] = shape[i];
+        o->dims[MAX_DIMS + i] = stride;
+        stride *= shape[i];
+    }
+    o->managed = (dl_managed){.version = {1, 0}, .context = memory, .deleter = give_back,
+                              .tensor = {.data = memory, .device = {DL_CPU, 0}, .ndim = ndim, .dtype = kind,
+                                         .shape = o->dims, .strides = o->dims + MAX_DIMS}};
+    void *tensor = NULL;
+    if (tensors->exchange->object_from_managed(&o->managed, &tensor) != 0) {
+        give_back(&o->managed);
+        return NULL;
+    }
+    return tensor;
+}
+
+PyObject *new_tensor(const Tensors *tensors, Pool *pool, dl_dtype kind, int ndim, const int64_t *shape, size_t bytes, char **data) {
+    void *memory = cg_pool_take(pool->pool, bytes);
+    if (memory == NULL) return PyErr_NoMemory();
+    *data = memory;
+    return tensor_over(tensors, memory, kind, ndim, shape);
+}
+
+static PyObject *tensors_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    (void)kwargs;
+    PyObject *tensor_type, *exchange, *inference_mode, *modes, *mark_written;
+    if (!PyArg_ParseTuple(args, "OOOOO", &tensor_type, &exchange, &inference_mode, &modes, &mark_written)) return NULL;
+    if (!PyType_Check(tensor_type)) return PyErr_Format(PyExc_TypeError, "Tensors(tensor_type, exchange, inference_mode, modes, mark_written)");
+    const dl_exchange *api = NULL;
+    if (exchange != Py_None && (api = PyCapsule_GetPointer(exchange, "dlpack_exchange_api")) == NULL) return NULL;
+    if (api != NULL && (api->version.major != 1 || api->view_of_object == NULL)) api = NULL;
+    Tensors *self = (Tensors *)allocate(type);
+    if (self == NULL) return NULL;
+    self->tensor_type = (PyTypeObject *)Py_NewRef(tensor_type);
+    self->exchange = api;
+    self->inference_mode = Py_NewRef(inference_mode);
+    self->modes = Py_NewRef(modes);
+    self->mark_written = Py_NewRef(mark_written);
+    return (PyObject *)self;
+}
+
+static void tensors_dealloc(PyObject *self) {
+    Tensors *tensors = (Tensors *)self;
+    Py_XDECREF((PyObject *)tensors->tensor_type);
+    Py_XDECREF(tensors->inference_mode);
+    Py_XDECREF(tensors->modes);
+    Py_XDECREF(tensors->mark_written);
+    free_object(self);
+}
+
+static PyType_Slot tensors_slots[] = {
+    {Py_tp_doc, "Tensors(tensor_type, exchange, inference_mode, modes, mark_written)\n--\n\nHow plain tensors are looked at and made."},
+    {Py_tp_new, tensors_new}, {Py_tp_dealloc, tensors_dealloc}, {0}};
+PyType_Spec tensors_spec = {"commgraph.shm._native.Tensors", sizeof(Tensors), 0, Py_TPFLAGS_DEFAULT, tensors_slots};
