@@ -297,6 +297,19 @@ def ring_of_messages(
     return Model(f"ring, {readers} readers, {messages} messages", tuple(codes))
 
 
+def be_of_one_mind(code: Code, mine: str, theirs: str) -> None:
+    """From "result 1" and "result 2", it came or did not, to the end; of two fences one comes second, and its process sees both."""
+    for result in (1, 2):
+        code.label(f"result {result}")
+        code.store(mine, result)
+        code.fence()
+        code.branch(theirs, equal(3 - result), "contradiction")
+        code.goto("end")
+    code.label("contradiction")
+    code.fail("and the other are not of one mind")
+    code.label("end")
+
+
 @attrs.frozen
 class Given:
     """How a part is handed over from a writer to a reader, who both copy it. The defaults are the protocol, the rest mistakes."""
@@ -350,18 +363,6 @@ def given(bell: Bell, how: Given, chunks: int = 2) -> Model:
             code.label(over)
         code.goto(f"give up {suffix}")
 
-    def end(code: Code, mine: str, theirs: str) -> None:
-        """Whether it came is 1 or 2; of two fences one comes second, and its process sees both."""
-        for result in (1, 2):
-            code.label(f"result {result}")
-            code.store(mine, result)
-            code.fence()
-            code.branch(theirs, equal(3 - result), "contradiction")
-            code.goto("end")
-        code.label("contradiction")
-        code.fail("and the other are not of one mind")
-        code.label("end")
-
     writer, reader = Code("writer"), Code("reader")
 
     on = writer.fresh()
@@ -391,7 +392,7 @@ def given(bell: Bell, how: Given, chunks: int = 2) -> Model:
     else:
         writer.label("give up w")
         writer.goto("result 2")
-    end(writer, "gave", "took")
+    be_of_one_mind(writer, "gave", "took")
 
     on = reader.fresh()
     if how.opened_by_swap:
@@ -444,5 +445,52 @@ def given(bell: Bell, how: Given, chunks: int = 2) -> Model:
             reader.goto("result 2")
 
         give_up(reader, str(mine), "result 2", revoke)
-    end(reader, "took", "gave")
+    be_of_one_mind(reader, "took", "gave")
     return Model(f"part handed over in {chunks} chunks", (writer, reader))
+
+
+def given_one_by_one(bell: Bell, parts: int, *, goes_back: bool = False) -> Model:
+    """(7) The parts of one record, by the same word: the reader opens each after he has the one before, and goes on by himself.
+
+    What the writer gives up may be behind the reader by then. `goes_back`: he does not look whether it is.
+    """
+    opened, everything, nothing = 0, 1, 2
+
+    def word(part: int, what: int) -> int:
+        return 4 * part + what
+
+    writer, reader = Code("writer"), Code("reader")
+    for part in range(1, parts + 1):
+        before = word(part - 1, everything) if part > 1 else 0
+        has, beyond = equal(word(part, everything)), at_least(word(part + 1, opened))
+        then = f"part {part + 1}" if part < parts else "result 1"
+
+        writer.label(f"part {part}")
+        on = writer.fresh()
+        writer.choose(on)
+        writer.goto(f"give up {part}")
+        writer.label(on)
+        wait_until(writer, bell, 0, all_of(("state", at_least(word(part, everything)))))
+        writer.label(f"give up {part}")
+        writer.branch("state", has, then)
+        writer.branch("state", beyond, then)
+        writer.label(f"again {part}")
+        writer.branch("state", has, then)
+        if not goes_back:
+            writer.branch("state", beyond, then)
+        behind = [word(later, what) for later in range(part + 1, parts + 1) for what in (opened, everything)]
+        for state in (before, word(part, opened), *(behind if goes_back else ())):
+            over = writer.fresh()
+            writer.swap("state", state, word(part, nothing), over)
+            notify(writer, bell, 1)
+            writer.goto("result 2")
+            writer.label(over)
+        writer.goto(f"again {part}")
+
+        reader.swap("state", before, word(part, opened), "result 2")
+        reader.swap("state", word(part, opened), word(part, everything), "result 2")
+        notify(reader, bell, 0)
+    reader.goto("result 1")
+    be_of_one_mind(writer, "gave", "took")
+    be_of_one_mind(reader, "took", "gave")
+    return Model(f"{parts} parts handed over", (writer, reader))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.explorer import Code, Memory, Model, Report, TooManyStatesError, explore
-from tests.protocol_model import Bell, Closing, Given, barrier, equal, flags, given, handed_back, ring_of_messages
+from tests.protocol_model import Bell, Closing, Given, barrier, equal, flags, given, given_one_by_one, handed_back, ring_of_messages
 
 BELL = Bell()
 both = pytest.mark.parametrize("memory", ["tso", "weak"])
@@ -300,6 +300,13 @@ def test_just_one_thing_comes_of_a_part_that_is_handed_over(chunks: int, memory:
 @pytest.mark.parametrize("mistake", ["accepted_by_swap", "opened_by_swap", "withdrawn", "revoked_chunks_awaited"])
 def test_a_mistake_in_handing_over(mistake: str, memory: Memory) -> None:
     wrong(given(BELL, Given(**{mistake: False})), memory, "of one mind", *OTHER_DATA, STUCK)
+
+
+@both
+def test_who_gives_up_a_part_does_not_take_back_those_behind_it(memory: Memory) -> None:
+    for parts in (1, 2, 3):
+        right(given_one_by_one(BELL, parts), memory)
+    wrong(given_one_by_one(BELL, 2, goes_back=True), memory, "of one mind", STUCK)
 
 
 def test_a_plain_store_of_what_was_pushed_is_not_enough() -> None:

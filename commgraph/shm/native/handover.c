@@ -81,6 +81,7 @@ static int why_gone(const cg_side *side, int *who) {
 int cg_handover_withdraw(const cg_side *side, uint64_t number) {
     uint64_t state = look(&side->shared->state);
     do {
+        if (state >> SHIFT > number) return 0; /* the reader has it, and went on to the next of the same record */
         if (state >> SHIFT == number && (state & COUNT) >= NONE) return (state & COUNT) == NONE;
     } while (!swap(side, &state, number << SHIFT | NONE));
     cg_notify_bell(side->team->theirs);
