@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import commgraph as cg
+from commgraph import compat
 from commgraph.coordinator import GroupCoordinator
 from commgraph.coordinator.host_objects import HostObjects
 from commgraph.shm import native_module
@@ -369,5 +370,97 @@ def test_bad_peers_and_other_threads() -> None:
         else:
             assert group.recv(1, torch.float32, 0) == 1
         group.barrier()
+
+    on(2, body)
+
+
+FILLS: dict[str, Callable[[GroupCoordinator, torch.Tensor, float | None], Any]] = {
+    "all_reduce_": lambda group, x, timeout: group.all_reduce_(x, timeout=timeout),
+    "broadcast": lambda group, x, timeout: group.broadcast(x, 0, timeout=timeout),
+    "all_gather": lambda group, x, timeout: group.all_gather(torch.ones(4), 0, out=x, timeout=timeout),
+    "reduce_scatter": lambda group, x, timeout: group.reduce_scatter(torch.ones(16), 0, out=x, timeout=timeout),
+    "all_to_all": lambda group, x, timeout: group.all_to_all(torch.ones(8), out=x, timeout=timeout),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"shm": False}, {"check": True}], ids=["shm", "gloo", "check"])
+@pytest.mark.parametrize("timeout", [None, 20.0])
+def test_autograd_learns_that_memory_was_filled(options: dict[str, Any], timeout: float | None) -> None:
+    """What it has saved of a tensor for a derivative must not change unnoticed, whichever way a call takes."""
+
+    def body(group: GroupCoordinator) -> None:
+        calls = dict(FILLS)
+        if group.rank == 0:
+            calls["recv"] = lambda group, x, timeout: group.send(torch.ones(8), 1, timeout=timeout)
+        else:
+            calls["recv"] = lambda group, x, timeout: group.recv(8, torch.float32, 0, out=x, timeout=timeout)
+        for name, call in calls.items():
+            x, weight = torch.ones(8), torch.ones(8, requires_grad=True)
+            loss = (weight * x).sum()
+            call(group, x, timeout)
+            if (name, group.rank) == ("recv", 0):
+                continue  # has sent another one
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+            # What is refused changes nothing.
+            x = torch.ones(7)
+            before = x._version
+            if name not in ("all_reduce_", "broadcast"):
+                with pytest.raises(cg.UnsupportedTensorError, match="out is"):
+                    call(group, x, timeout)
+                assert x._version == before
+        group.barrier()
+
+    on(2, body, **options)
+
+
+def test_what_no_memory_holds_is_refused_and_the_group_goes_on() -> None:
+    def body(group: GroupCoordinator) -> None:
+        for power in (44, 48, 49, 52, 56, 57, 62, 63):
+            with pytest.raises((RuntimeError, MemoryError, ValueError, TypeError)):
+                group.recv((1 << power,), torch.float64, 1 - group.rank)
+        assert int(group.all_reduce(torch.tensor(1))) == 2
+
+    on(2, body)
+
+
+class Interrupts:
+    def __reduce__(self) -> Any:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_it_is_pickled_counts_nothing() -> None:
+    def body(group: GroupCoordinator) -> None:
+        if group.rank == 0:
+            for call in (partial(group.broadcast_object, Interrupts()), partial(group.send_object, Interrupts(), 1)):
+                with pytest.raises(KeyboardInterrupt):
+                    call()
+            group.broadcast_object("x")
+            group.send_object("y", 1)
+        else:
+            assert group.broadcast_object("") == "x"
+            assert group.recv_object(0) == "y"
+        group.barrier()
+
+    on(2, body)
+
+
+def test_without_dlpack_everything_takes_the_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with torch 2.11."""
+    monkeypatch.setattr(compat, "dlpack_exchange", lambda: None)
+    tree = {"x": torch.arange(5), "y": torch.ones(2, 2)}
+
+    def body(group: GroupCoordinator) -> None:
+        if group.rank == 0:
+            for sent in ({}, tree):
+                group.send_tensor_dict(sent, 1)
+                group.broadcast_tensor_dict(sent)
+            group.send(tree["x"], 1)
+        else:
+            for sent in ({}, tree):
+                assert same(sent, group.recv_tensor_dict(0))
+                assert same(sent, group.broadcast_tensor_dict())
+            assert torch.equal(group.recv(5, torch.int64, 0), tree["x"])
+        assert mailbox(group).post is None
 
     on(2, body)

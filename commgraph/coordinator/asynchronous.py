@@ -211,6 +211,9 @@ class AsynchronousOperations(MessageOperations):
                 raise call.unsupported(f"{what} is a {type(message).__name__}, a commgraph.Send or a commgraph.Recv is needed")
             lanes.setdefault((peer, isinstance(message, Send)), []).append(x)
             filled.append(x if isinstance(message, Recv) else None)
+        for out in filled:
+            if out is not None:
+                call.filling(out)
         return self._under_way(call, lanes, seconds, filled)
 
     def _under_way(self, call: Call, lanes: Mapping[MessageKey, Sequence[torch.Tensor]], seconds: float, result: T) -> Work[T]:

@@ -15,6 +15,7 @@ from typing import Any, SupportsIndex, TypeVar
 import attrs
 import torch
 
+from commgraph import compat
 from commgraph.communicators.reduction import REDUCE_OPS, refuse_reduction
 from commgraph.errors import UnsupportedTensorError
 from commgraph.work import LaneThread
@@ -106,6 +107,12 @@ class Call:
             raise self.unsupported(f"{name} was made in inference mode, where alone torch lets it be filled")
         return x
 
+    def filling(self, x: torch.Tensor) -> torch.Tensor:
+        """`x`, of which autograd is told that its values change, which it may have saved: its memory is filled past torch."""
+        if not x.is_inference():
+            compat.mark_written()((x,))
+        return x
+
     def dim(self, x: torch.Tensor, dim: int, name: str = "dim") -> int:
         """`dim` counted from the front."""
         index = self._index(dim, name)
@@ -179,7 +186,7 @@ class Call:
             raise self.unsupported(
                 f"out is {out.dtype} {tuple(out.shape)} on {out.device}, the result is {like.dtype} {tuple(shape)} on {like.device}"
             )
-        return out
+        return self.filling(out)
 
     def like(self, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
         """An empty tensor of the dtype and device of one to receive."""

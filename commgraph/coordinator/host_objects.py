@@ -135,9 +135,10 @@ class HostObjects:
 
     def recv_dict(self, call: Call, src: int, timeout: float) -> tuple[list[Entry], dict[int, torch.Tensor]]:
         """The description, and the tensors that came with it as 1-D tensors, by their place among all."""
+        mailbox = self._mailbox  # which is gone when another thread has closed the group
         with self._stops(call, timeout, awaited=src):
-            _, parts = self._mailbox.receive(src, DICT, timeout)
-        tree = self._mailbox.unpack(parts)
+            _, parts = mailbox.receive(src, DICT, timeout)
+        tree = mailbox.unpack(parts)
         if tree is None:
             return _join(parts)
         entries, tensors = split_dict(tree)
@@ -150,8 +151,9 @@ class HostObjects:
         if call.rank_in_group == src and entries is not None:
             self._put(call, DICT, lambda: self._dict_parts(call, entries, tensors)[1], timeout)
             return list(entries), {i: x for i, x in enumerate(tensors) if x.device.type == "cpu"}
+        mailbox = self._mailbox
         parts = self._get(call, src, DICT, timeout)
-        tree = self._mailbox.unpack(parts)
+        tree = mailbox.unpack(parts)
         return _join(parts) if tree is None else tree
 
     def _dict_parts(self, call: Call, entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
@@ -169,52 +171,58 @@ class HostObjects:
 
     def send_shortly(self, group: GroupFacts, obj: object, dst: Any) -> bool:
         """`send`, and whether it was done."""
-        if not self._is_free(group, dst, outgoing=True):
+        mailbox = self._open(group)
+        if not self._is_free(mailbox, dst, outgoing=True):
             return False
         try:
-            parts = self._mailbox.pickler.dumps(obj)
+            parts = mailbox.pickler.dumps(obj)
         except Exception:
             return False
         try:
-            self._mailbox.put(dst, OBJECT, parts, self._patience)
+            mailbox.put(dst, OBJECT, parts, self._patience)
         except BaseException as error:
             self._stop(group, "send_object", error)
         return True
 
     def recv_shortly(self, group: GroupFacts, src: Any) -> Any:
         """`recv`, or `Left`."""
-        parts = self._recv_parts(group, src, OBJECT, "recv_object")
+        parts = self._recv_parts(group, self._open(group), src, OBJECT, "recv_object")
         return Left if parts is None else loads(parts[0], parts[1:])
 
     def send_dict_shortly(self, group: GroupFacts, tensors: object, dst: Any) -> bool:
         """`pack_dict` and what sends it, of a dict that holds nothing but plain tensors; and whether it was done."""
-        if not self._is_free(group, dst, outgoing=True) or (post := self._mailbox.post) is None:
+        mailbox = self._open(group)
+        if mailbox.post is None or not self._is_free(mailbox, dst, outgoing=True):
             return False
         try:
-            return post.put_dict(self._mailbox.outgoing[dst], tensors, 0, self._patience, 0) is True
+            return mailbox.post.put_dict(mailbox.outgoing[dst], tensors, 0, self._patience, 0) is True
         except BaseException as error:
             self._stop(group, "send_tensor_dict", error)
 
     def recv_dict_shortly(self, group: GroupFacts, src: Any) -> dict[Any, Any] | None:
         """The dict that came, if it was sent that way; else None, and it is still to be received."""
-        parts = self._recv_parts(group, src, DICT, "recv_tensor_dict")
-        tree = None if parts is None else self._mailbox.unpack(parts)
+        mailbox = self._open(group)
+        parts = self._recv_parts(group, mailbox, src, DICT, "recv_tensor_dict")
+        tree = None if parts is None else mailbox.unpack(parts)
         if parts is not None and tree is None:
-            self._mailbox.lay_aside(src, DICT, 0, parts)
+            mailbox.lay_aside(src, DICT, 0, parts)
         return tree
 
     def broadcast_shortly(self, group: GroupFacts, obj: object, src: Any) -> Any:
         """`broadcast`, or `Left`."""
-        link = self._link
+        link, mailbox = self._link, self._open(group)
         if type(src) is not int or not 0 <= src < link.world_size or not link.is_idle(None):
             return Left
-        sequence, mailbox = self._begin(group), self._mailbox
+        sequence = self._begin(group)
         mine = src == link.rank_in_group
         try:
             record = mailbox.pickler.dumps(obj) if mine else ()
-        except Exception:
+        except BaseException as error:
+            # The others wait for this call's object: the next one is theirs.
             link.uncount_collective()
-            return Left
+            if isinstance(error, Exception):
+                return Left
+            raise
         meta, posted = self._numbered("broadcast_object", sequence, src)
         try:
             if mine:
@@ -227,55 +235,64 @@ class HostObjects:
 
     def broadcast_dict_shortly(self, group: GroupFacts, tensors: object, src: Any) -> bool:
         """What `src` does of `broadcast_dict`, with a dict that holds nothing but plain tensors; and whether it was done."""
-        link = self._link
-        if type(src) is not int or src != link.rank_in_group or not link.is_idle(None):
+        link, mailbox = self._link, self._open(group)
+        if mailbox.post is None or type(src) is not int or src != link.rank_in_group or not link.is_idle(None):
             return False
-        sequence, post = self._begin(group), self._mailbox.post
+        sequence = self._begin(group)
         meta, posted = self._numbered("broadcast_tensor_dict", sequence, src)
         try:
-            if post is not None and post.put_dict(self._mailbox.mine, tensors, meta, self._patience, posted):
+            if mailbox.post.put_dict(mailbox.mine, tensors, meta, self._patience, posted):
                 return True
         except BaseException as error:
             self._stop(group, "broadcast_tensor_dict", error, sequence)
         link.uncount_collective()
         return False
 
+    def _open(self, group: GroupFacts) -> Mailbox:
+        """The mailbox of a group that is open. Another thread may close it at any moment: then a call that waits ends."""
+        mailbox: Mailbox | None = self.__dict__.get("_mailbox")
+        self._link.ensure_open(group.name)
+        assert mailbox is not None  # it goes after the group was closed
+        return mailbox
+
     def _begin(self, group: GroupFacts) -> int:
         """Counts a collective, as the coordinator does."""
         self._link.follow(None)
         return self._link.begin(group.name)
 
-    def _is_free(self, group: GroupFacts, peer: Any, *, outgoing: bool) -> bool:
+    def _is_free(self, mailbox: Mailbox, peer: Any, *, outgoing: bool) -> bool:
         """Whether that is a peer with whom nothing is under way."""
-        self._link.ensure_open(group.name)
-        return type(peer) is int and peer in self._mailbox.outgoing and self._link.is_idle((peer, outgoing))
+        return type(peer) is int and peer in mailbox.outgoing and self._link.is_idle((peer, outgoing))
 
-    def _recv_parts(self, group: GroupFacts, src: Any, kind: int, operation: str) -> list[Any] | None:
+    def _recv_parts(self, group: GroupFacts, mailbox: Mailbox, src: Any, kind: int, operation: str) -> list[Any] | None:
         """The parts of the next record from `src`, if it is of that kind."""
-        if not self._is_free(group, src, outgoing=False) or self._mailbox.has_aside(src, kind):
+        if not self._is_free(mailbox, src, outgoing=False) or mailbox.has_aside(src, kind):
             return None
         try:
-            found, meta, parts = self._mailbox.get(src, self._patience)
+            found, meta, parts = mailbox.get(src, self._patience)
         except BaseException as error:
             self._stop(group, operation, error, awaited=src)
         if found == kind:
             return parts
-        self._mailbox.lay_aside(src, found, meta, parts)
+        mailbox.lay_aside(src, found, meta, parts)
         return None
 
     def _stop(
         self, group: GroupFacts, operation: str, error: BaseException, sequence: int | None = None, *, awaited: int | None = None
     ) -> NoReturn:
         """The error that the long way raises; `sequence` of a collective, which is taken back as it does."""
+        link = self._link
         try:
-            call, seconds = group._message(operation, None) if sequence is None else group._describe(operation, sequence, None)
+            # A group that was closed meanwhile counts no more.
+            number = (0 if link.is_closed else link.sequence) if sequence is None else sequence
+            call, seconds = group._describe(operation, number, None)
             with self._stops(call, seconds, awaited=awaited):
                 raise error
+            raise AssertionError("it was an error")
         finally:
             if sequence is not None:
                 self._take_back()
             del error  # whose traceback holds this frame
-        raise AssertionError("it was an error")
 
     # The ways of a record to all.
 

@@ -150,7 +150,9 @@ class GroupLink:
         # One thread at a time finds out what broke the group.
         self._failing = threading.Lock()
         strategy = self._first_on_host()
-        self.messages = None if strategy is None or self.mailbox is None else ShortMessages(self, strategy, self.mailbox)
+        self.messages = None
+        if strategy is not None and self.mailbox is not None and compat.dlpack_exchange() is not None:
+            self.messages = ShortMessages(self, strategy, self.mailbox)
         # Of what was begun and not waited for: one for the collectives, and one for the messages to each peer and from each.
         self._lanes: dict[LaneKey, Lane] = {}
 

@@ -69,7 +69,7 @@ class ShortMessages:
             if self._post.send(ring, x, number, self._patience):
                 return True
         except BaseException as error:
-            self._end(group, "send", x, dst, error)
+            self._end(group, "send", messages(x), dst, error)
         link.uncount(MESSAGE, dst, outgoing=True)
         return False
 
@@ -87,24 +87,27 @@ class ShortMessages:
         try:
             result = self._post.recv(ring, size, kind, out, number, self._patience)
         except BaseException as error:
-            self._end(group, "recv", torch.empty(size, dtype=dtype, device="meta"), src, error)
+            self._end(group, "recv", message(dtype, torch.Size([size] if type(size) is int else size).numel()), src, error)
         if result is None:
             # Something else is asked for, or lies there, for the long way to see to.
             link.uncount(MESSAGE, src, outgoing=False)
         return result  # type: ignore[no-any-return]  # as native/module_post.c has it
 
-    def _end(self, group: GroupFacts, operation: str, x: torch.Tensor, peer: int, error: BaseException) -> NoReturn:
+    def _end(self, group: GroupFacts, operation: str, what: str, peer: int, error: BaseException) -> NoReturn:
         """As the long way would have it: the error of the group, which is broken by a message half sent."""
-        if isinstance(error, Busy):
-            self._link.uncount(MESSAGE, peer, outgoing=operation == "send")
-            raise error
-        if not isinstance(error, Stopped):
-            self._strategy.abort()  # a signal's handler has raised: the peer must not wait for the rest
-            raise error
-        call, seconds = group._message(operation, None)
-        with self._link.guard(call, f"{operation}({messages(x)}, {peer})", seconds):
-            raise self._strategy.translate(error)
-        raise AssertionError("guard always raises")
+        try:
+            if isinstance(error, Busy):
+                self._link.uncount(MESSAGE, peer, outgoing=operation == "send")
+                raise error
+            if not isinstance(error, Stopped):
+                self._strategy.abort()  # a signal's handler has raised: the peer must not wait for the rest
+                raise error
+            call, seconds = group._message(operation, None)
+            with self._link.guard(call, f"{operation}({what}, {peer})", seconds):
+                raise self._strategy.translate(error)
+            raise AssertionError("guard always raises")
+        finally:
+            del error  # whose traceback holds this frame
 
 
 def _digest(kind: int, numel: int) -> int:

@@ -75,6 +75,7 @@ class TensorOperations(GroupFacts):
         call.op(op, x.dtype)
         if self.world_size == 1:
             return x
+        call.filling(x)
         strategy = self._link.route("all_reduce", x.shape, x.dtype, x.device)
         return self._link.run(
             call, signature.reduced(op, x), seconds, lambda tag, left: strategy.all_reduce_(x, op, tag=tag, timeout=left), strategy=strategy
@@ -396,7 +397,8 @@ class TensorOperations(GroupFacts):
             return traced.broadcast(self, x, src)
         call, seconds = self._begin("broadcast", timeout)
         x = call.written(call.tensor(x, differentiable=True))
-        return self._broadcast(call, x, call.peer(src, "src"), seconds)
+        src = call.peer(src, "src")
+        return self._broadcast(call, x if self.world_size == 1 else call.filling(x), src, seconds)
 
     def _broadcast(self, call: Call, x: torch.Tensor, src: int, seconds: float) -> torch.Tensor:
         if self.world_size > 1:

@@ -61,15 +61,18 @@ static int tag_of(Group *group, const char *name, int operation, PyObject *x, co
     return 1;
 }
 
+/* 1 if x may be filled, and autograd knows of it; 0, with or without an error. */
+static int begin_filling(Door *door, PyObject *x) { return is_fillable(door->tensors, x) > 0 && mark(door->tensors, x); }
+
 /* The result: the caller's if it fits and lies apart from x, a new one if there is none; NULL, with or without an error. */
 static PyObject *result_for(Door *door, PyObject *given, const view *x, const int64_t *shape, char **data) {
     size_t bytes = x->size;
     for (int i = 0; i < x->ndim; i++) bytes *= (size_t)shape[i];
     if (given == Py_None) return new_tensor(door->tensors, door->group->pool, x->kind, x->ndim, shape, bytes, data);
     view out;
-    if (look(door->tensors, given, &out, 1) <= 0) return NULL;
+    if (look(door->tensors, given, &out) <= 0) return NULL;
     if (out.ndim != x->ndim || memcmp(&out.kind, &x->kind, sizeof out.kind) || memcmp(out.shape, shape, sizeof *shape * (size_t)x->ndim) ||
-        (out.data < x->data + x->bytes && x->data < out.data + out.bytes))
+        (out.data < x->data + x->bytes && x->data < out.data + out.bytes) || !begin_filling(door, given))
         return NULL;
     *data = out.data;
     return Py_NewRef(given);
@@ -119,7 +122,7 @@ static PyObject *door_all_reduce_(PyObject *self, PyObject *const *args, Py_ssiz
     if (nargs != 2) return PyErr_Format(PyExc_TypeError, "all_reduce_(x, op)");
     view v;
     int dtype, op = parse_op(args[1]), given = op, who = 0;
-    if (!is_open(door) || look(door->tensors, args[0], &v, 1) <= 0 || !reduces(&v, &dtype, &op)) return no_answer();
+    if (!is_open(door) || look(door->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) || !begin_filling(door, args[0])) return no_answer();
     if (door->group == NULL) return Py_NewRef(Py_True);
     cg_call call;
     if (!tag_of(door->group, "all_reduce_", OP_ALL_REDUCE_, args[0], &v, given, args[1], &call)) return NULL;
@@ -134,7 +137,7 @@ static PyObject *door_all_reduce(PyObject *self, PyObject *const *args, Py_ssize
     if (nargs != 2) return PyErr_Format(PyExc_TypeError, "all_reduce(x, op)");
     view v;
     int dtype, op = parse_op(args[1]), given = op, who = 0;
-    if (!is_open(door) || look(door->tensors, args[0], &v, 0) <= 0 || !reduces(&v, &dtype, &op)) return no_answer();
+    if (!is_open(door) || look(door->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op)) return no_answer();
     if (door->group == NULL) return Py_NewRef(args[0]);
     char *out;
     PyObject *tensor = new_tensor(door->tensors, door->group->pool, v.kind, v.ndim, v.shape, v.bytes, &out);
@@ -154,7 +157,7 @@ static PyObject *door_all_gather(PyObject *self, PyObject *const *args, Py_ssize
     if (nargs != 3) return PyErr_Format(PyExc_TypeError, "all_gather(x, dim, out)");
     view v;
     int dim, who = 0;
-    if (!is_open(door) || door->group == NULL || look(door->tensors, args[0], &v, 0) <= 0 || (dim = dim_of(args[1], &v)) < 0) return no_answer();
+    if (!is_open(door) || door->group == NULL || look(door->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0) return no_answer();
     int n = door->group->group.n;
     int64_t shape[MAX_DIMS];
     memcpy(shape, v.shape, sizeof shape);
@@ -184,7 +187,7 @@ static PyObject *door_reduce_scatter(PyObject *self, PyObject *const *args, Py_s
     if (nargs != 4) return PyErr_Format(PyExc_TypeError, "reduce_scatter(x, dim, op, out)");
     view v;
     int dim, dtype, op = parse_op(args[2]), given = op, who = 0;
-    if (!is_open(door) || door->group == NULL || look(door->tensors, args[0], &v, 0) <= 0 || (dim = dim_of(args[1], &v)) < 0 || !reduces(&v, &dtype, &op))
+    if (!is_open(door) || door->group == NULL || look(door->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 || !reduces(&v, &dtype, &op))
         return no_answer();
     int n = door->group->group.n;
     if (v.shape[dim] % n) return no_answer();
@@ -214,7 +217,7 @@ static PyObject *door_all_to_all(PyObject *self, PyObject *const *args, Py_ssize
     if (nargs != 4) return PyErr_Format(PyExc_TypeError, "all_to_all(x, scatter_dim, gather_dim, out)");
     view v;
     int dim, who = 0;
-    if (!is_open(door) || door->group == NULL || look(door->tensors, args[0], &v, 0) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
+    if (!is_open(door) || door->group == NULL || look(door->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
         dim_of(args[2], &v) != dim)
         return no_answer();
     int n = door->group->group.n;
@@ -243,10 +246,10 @@ static PyObject *door_broadcast(PyObject *self, PyObject *const *args, Py_ssize_
     if (nargs != 2) return PyErr_Format(PyExc_TypeError, "broadcast(x, src)");
     view v;
     int who = 0;
-    if (!is_open(door) || door->group == NULL || !PyLong_CheckExact(args[1]) || look(door->tensors, args[0], &v, 1) <= 0) return no_answer();
+    if (!is_open(door) || door->group == NULL || !PyLong_CheckExact(args[1]) || look(door->tensors, args[0], &v) <= 0) return no_answer();
     int n = door->group->group.n, overflow;
     long src = PyLong_AsLongAndOverflow(args[1], &overflow);
-    if (overflow || src < 0 || src >= n) return no_answer();
+    if (overflow || src < 0 || src >= n || !begin_filling(door, args[0])) return no_answer();
     cg_block into[n];
     size_t bytes[n];
     memset(into, 0, sizeof into);

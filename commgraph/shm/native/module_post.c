@@ -63,7 +63,7 @@ static PyObject *post_send(PyObject *self, PyObject *const *args, Py_ssize_t nar
     if (nargs != 4) return PyErr_Format(PyExc_TypeError, "send(ring, x, number, timeout_ns)");
     view v;
     Ring *ring = ring_of(self, args[0]);
-    if (ring == NULL || is_unwatched(post->tensors) <= 0 || look(post->tensors, args[1], &v, 0) <= 0) return no_answer();
+    if (ring == NULL || is_unwatched(post->tensors) <= 0 || look(post->tensors, args[1], &v) <= 0) return no_answer();
     uint64_t number = PyLong_AsUnsignedLongLong(args[2]), tag;
     int64_t timeout = PyLong_AsLongLong(args[3]);
     if (PyErr_Occurred() || !tag_of(post, v.kind, (int64_t)(v.bytes / v.size), number, &tag) || !enter_for(ring->team, v.bytes)) return NULL;
@@ -85,8 +85,7 @@ static int parse_shape(PyObject *size, view *v) {
         int overflow;
         if (!PyLong_CheckExact(extent)) return 0;
         v->shape[i] = PyLong_AsLongLongAndOverflow(extent, &overflow);
-        /* What is larger than any memory the long way refuses. */
-        if (overflow || v->shape[i] <= 0 || v->shape[i] > ((int64_t)1 << 56) / count) return 0;
+        if (overflow || v->shape[i] <= 0 || v->shape[i] > INT64_MAX / (int64_t)v->size / count) return 0;
         count *= v->shape[i];
     }
     v->ndim = (int)ndim;
@@ -129,14 +128,15 @@ static PyObject *post_recv(PyObject *self, PyObject *const *args, Py_ssize_t nar
     view v = {.kind = {(uint8_t)(kind >> 8), (uint8_t)kind, 1}, .size = (size_t)(kind & 0xFF) / 8}, out;
     PyObject *given = args[3] == Py_None ? NULL : args[3];
     if (!parse_shape(args[1], &v)) return no_answer();
-    if (given != NULL && (look(post->tensors, given, &out, 1) <= 0 || code_of(out.kind) != kind || out.ndim != v.ndim ||
-                          memcmp(out.shape, v.shape, sizeof *v.shape * (size_t)v.ndim)))
+    if (given != NULL && (look(post->tensors, given, &out) <= 0 || code_of(out.kind) != kind || out.ndim != v.ndim ||
+                          memcmp(out.shape, v.shape, sizeof *v.shape * (size_t)v.ndim) || is_fillable(post->tensors, given) <= 0))
         return no_answer();
     if (!tag_of(post, v.kind, (int64_t)(v.bytes / v.size), number, &tag)) return NULL;
     void *memory = given != NULL ? out.data : cg_pool_take(ring->pool->pool, v.bytes);
-    if (memory == NULL) return PyErr_NoMemory();
+    if (memory == NULL) Py_RETURN_NONE; /* the long way says so, and the group goes on */
     int kept, came = read_tensor(ring, tag, memory, v.bytes, deadline, &kept);
-    if (came > 0) return given != NULL ? Py_NewRef(given) : tensor_over(post->tensors, memory, v.kind, v.ndim, v.shape);
+    if (came > 0 && given == NULL) return tensor_over(post->tensors, memory, v.kind, v.ndim, v.shape);
+    if (came > 0) return mark(post->tensors, given) ? Py_NewRef(given) : NULL;
     if (given == NULL && !kept) cg_pool_give(memory);
     if (given != NULL && kept) Py_INCREF(given); /* for ever */
     return came < 0 ? NULL : no_answer();
@@ -151,30 +151,31 @@ static int put(char *description, size_t *at, const void *data, size_t bytes) {
     return 1;
 }
 
-/* Describes a dict and lists what is in it, with a reference to each tensor. The number of tensors; -1 if it is not plain, or with an error set. */
-static Py_ssize_t describe(Post *post, PyObject *dict, char *description, size_t *length, PyObject **held, cg_part *parts) {
-    description[0] = PLAIN;
-    *length = 1;
-    PyObject *key, *value;
-    Py_ssize_t n = 0, position = 0;
-    while (PyDict_Next(dict, &position, &key, &value)) {
-        view v;
-        if (n == FEW_TENSORS || !PyUnicode_CheckExact(key) || look(post->tensors, value, &v, 0) <= 0) return -1;
-        Py_ssize_t key_bytes;
-        const char *text = PyUnicode_AsUTF8AndSize(key, &key_bytes);
-        if (text == NULL) {
-            PyErr_Clear(); /* half of a surrogate pair: the pickle can have it */
-            return -1;
-        }
-        entry e = {v.kind, (uint32_t)v.ndim, (uint32_t)key_bytes};
-        if (key_bytes > DESCRIPTION || !put(description, length, &e, sizeof e) || !put(description, length, v.shape, sizeof *v.shape * (size_t)v.ndim) ||
-            !put(description, length, text, (size_t)key_bytes))
-            return -1;
-        held[n] = value;
-        parts[n++] = (cg_part){v.data, v.bytes};
+/* What is going to be sent of a dict. */
+typedef struct {
+    char description[DESCRIPTION];
+    size_t length;
+    PyObject *held[FEW_TENSORS]; /* another thread may change the dict meanwhile */
+    cg_part parts[1 + FEW_TENSORS];
+    Py_ssize_t n;
+} packed;
+
+/* Adds a tensor. 0, with or without an error, if it is not plain. */
+static int pack(Post *post, packed *p, PyObject *key, PyObject *value) {
+    view v;
+    if (p->n == FEW_TENSORS || !PyUnicode_CheckExact(key)) return 0;
+    p->held[p->n++] = Py_NewRef(value);
+    if (look(post->tensors, value, &v) <= 0) return 0;
+    Py_ssize_t key_bytes;
+    const char *text = PyUnicode_AsUTF8AndSize(key, &key_bytes);
+    if (text == NULL) {
+        PyErr_Clear(); /* half of a surrogate pair: the pickle can have it */
+        return 0;
     }
-    for (Py_ssize_t i = 0; i < n; i++) Py_INCREF(held[i]); /* another thread may change the dict while this one waits */
-    return n;
+    entry e = {v.kind, (uint32_t)v.ndim, (uint32_t)key_bytes};
+    p->parts[p->n] = (cg_part){v.data, v.bytes};
+    return key_bytes <= DESCRIPTION && put(p->description, &p->length, &e, sizeof e) &&
+           put(p->description, &p->length, v.shape, sizeof *v.shape * (size_t)v.ndim) && put(p->description, &p->length, text, (size_t)key_bytes);
 }
 
 static PyObject *post_put_dict(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
@@ -184,25 +185,30 @@ static PyObject *post_put_dict(PyObject *self, PyObject *const *args, Py_ssize_t
     int64_t timeout = PyLong_AsLongLong(args[3]);
     if (PyErr_Occurred()) return NULL;
     Ring *ring = ring_of(self, args[0]);
-    if (ring == NULL || !PyDict_CheckExact(args[1]) || is_unwatched(post->tensors) <= 0) return no_answer();
-    char description[DESCRIPTION];
-    PyObject *held[FEW_TENSORS];
-    cg_part parts[1 + FEW_TENSORS];
-    size_t length, bytes = 0;
-    Py_ssize_t n = describe(post, args[1], description, &length, held, parts + 1);
-    if (n < 0) return no_answer();
-    parts[0] = (cg_part){description, length};
-    for (Py_ssize_t i = 0; i <= n; i++) bytes += parts[i].bytes;
-    int who = 0, result = CG_OK, begun = enter_for(ring->team, bytes);
-    if (begun) {
-        if (posted) say_posted(ring, posted);
-        result = cg_ring_put(&ring->ring, DICT, meta, parts, 1 + (uint32_t)n, deadline_after(timeout), &who);
-        leave(ring->team);
-        if (result == CG_OK) post->sent += bytes;
+    /* Without the means to read one nobody sends one. */
+    if (ring == NULL || !PyDict_CheckExact(args[1]) || post->tensors->exchange == NULL || is_unwatched(post->tensors) <= 0) return no_answer();
+    packed p;
+    p.description[0] = PLAIN;
+    p.length = 1;
+    p.n = 0;
+    PyObject *key, *value, *sent = NULL;
+    int plain = 1;
+    for (Py_ssize_t position = 0; plain && PyDict_Next(args[1], &position, &key, &value);) plain = pack(post, &p, key, value);
+    if (!plain) sent = no_answer();
+    else {
+        p.parts[0] = (cg_part){p.description, p.length};
+        size_t bytes = 0;
+        for (Py_ssize_t i = 0; i <= p.n; i++) bytes += p.parts[i].bytes;
+        if (enter_for(ring->team, bytes)) {
+            if (posted) say_posted(ring, posted);
+            int who = 0, result = cg_ring_put(&ring->ring, DICT, meta, p.parts, 1 + (uint32_t)p.n, deadline_after(timeout), &who);
+            leave(ring->team);
+            sent = result == CG_OK ? Py_NewRef(Py_True) : raise_stopped(self, result, who);
+            if (result == CG_OK) post->sent += bytes;
+        }
     }
-    for (Py_ssize_t i = 0; i < n; i++) Py_DECREF(held[i]);
-    if (!begun) return NULL;
-    return result == CG_OK ? Py_NewRef(Py_True) : raise_stopped(self, result, who);
+    for (Py_ssize_t i = 0; i < p.n; i++) Py_DECREF(p.held[i]);
+    return sent;
 }
 
 static int get(const char *description, size_t length, size_t *at, void *to, size_t bytes) {

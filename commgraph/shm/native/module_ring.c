@@ -74,7 +74,7 @@ static PyObject *ring_put(PyObject *self, PyObject *const *args, Py_ssize_t narg
         views = PyMem_Malloc(sizeof *views * (size_t)n);
     }
     Py_ssize_t held = 0;
-    size_t bytes = 0;
+    size_t total = 0;
     int who = 0, result = CG_NOMEM, entered = 0;
     if (parts != NULL && views != NULL) {
         for (; held < n; held++) {
@@ -91,8 +91,8 @@ static PyObject *ring_put(PyObject *self, PyObject *const *args, Py_ssize_t narg
             if (PyObject_GetBuffer(item, &views[held], PyBUF_SIMPLE) < 0) break;
             parts[held] = (cg_part){views[held].buf, (size_t)views[held].len};
         }
-        for (Py_ssize_t i = 0; i < held; i++) bytes += parts[i].bytes;
-        if (held == n && enter_for(ring->team, bytes)) {
+        for (Py_ssize_t i = 0; i < held; i++) total += parts[i].bytes;
+        if (held == n && enter_for(ring->team, total)) {
             entered = 1;
             if (posted) say_posted(ring, posted);
             result = cg_ring_put(&ring->ring, (uint32_t)kind, meta, parts, (uint32_t)n, deadline_after(timeout), &who);
@@ -222,7 +222,7 @@ static PyObject *ring_take(PyObject *self, PyObject *args) {
         if (!fine) return NULL;
         if ((size_t)bytes != cg_ring_size(&ring->ring, (uint32_t)i)) return PyErr_Format(PyExc_ValueError, "part %zd has another size", i);
         size_t done = 0;
-        if (!enter(ring->team)) return NULL;
+        if (!enter_for(ring->team, (size_t)bytes)) return NULL;
         result = cg_ring_read(&ring->ring, (uint32_t)i, (void *)(uintptr_t)address, &done, deadline, &who);
         leave(ring->team);
     }

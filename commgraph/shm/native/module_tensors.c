@@ -30,14 +30,14 @@ static int flag(PyObject *x, PyObject *name, int call) {
     return set;
 }
 
-int look(const Tensors *tensors, PyObject *x, view *v, int written) {
+int look(const Tensors *tensors, PyObject *x, view *v) {
     if (Py_TYPE(x) != tensors->tensor_type || tensors->exchange == NULL) return 0;
     dl_tensor t;
     if (tensors->exchange->view_of_object(x, &t) != 0) {
         PyErr_Clear(); /* a sparse one, say */
         return 0;
     }
-    if (t.device.type != DL_CPU || t.ndim > MAX_DIMS || t.dtype.bits % 8 || t.dtype.lanes != 1) return 0;
+    if (t.device.type != DL_CPU || t.data == NULL || t.ndim > MAX_DIMS || t.dtype.bits % 8 || t.dtype.lanes != 1) return 0;
     int64_t count = 1;
     for (int i = t.ndim - 1; i >= 0; i--) {
         v->shape[i] = t.shape[i];
@@ -51,23 +51,6 @@ int look(const Tensors *tensors, PyObject *x, view *v, int written) {
     int set = flag(x, state->requires_grad, 0);
     if (set == 0) set = flag(x, state->is_neg, 1);
     if (set != 0) return set < 0 ? -1 : 0;
-    if (written) {
-        /* One of inference mode has no version, and may be filled in that mode only. */
-        set = flag(x, state->is_inference, 1);
-        if (set > 0) {
-            PyObject *on = PyObject_CallNoArgs(tensors->inference_mode);
-            if (on == NULL) return -1;
-            set = PyObject_IsTrue(on) ? 0 : 1;
-            Py_DECREF(on);
-        } else if (set == 0) {
-            /* Tells autograd that values are changed which it may have saved. */
-            PyObject *all = PyTuple_Pack(1, x), *done = all == NULL ? NULL : PyObject_CallFunctionObjArgs(tensors->mark_written, all, NULL);
-            Py_XDECREF(all);
-            if (done == NULL) return -1;
-            Py_DECREF(done);
-        }
-        if (set != 0) return set < 0 ? -1 : 0;
-    }
     v->data = (char *)t.data + t.byte_offset;
     v->ndim = t.ndim;
     v->kind = t.dtype;
@@ -76,6 +59,26 @@ int look(const Tensors *tensors, PyObject *x, view *v, int written) {
     v->size = t.dtype.bits / 8;
     v->bytes = (size_t)count * v->size;
     return 1;
+}
+
+int is_fillable(const Tensors *tensors, PyObject *x) {
+    /* One of inference mode may be filled in that mode only. */
+    int set = flag(x, state_of((PyObject *)tensors)->is_inference, 1);
+    if (set <= 0) return set < 0 ? -1 : 1;
+    PyObject *on = PyObject_CallNoArgs(tensors->inference_mode);
+    if (on == NULL) return -1;
+    set = PyObject_IsTrue(on);
+    Py_DECREF(on);
+    return set;
+}
+
+int mark(const Tensors *tensors, PyObject *x) {
+    int set = flag(x, state_of((PyObject *)tensors)->is_inference, 1);
+    if (set != 0) return set > 0; /* one of inference mode has no version */
+    PyObject *all = PyTuple_Pack(1, x), *done = all == NULL ? NULL : PyObject_CallFunctionObjArgs(tensors->mark_written, all, NULL);
+    Py_XDECREF(all);
+    Py_XDECREF(done);
+    return done != NULL;
 }
 
 typedef struct {

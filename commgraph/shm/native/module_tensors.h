@@ -30,8 +30,12 @@ typedef struct {
 
 /* 1 if nothing looks at operators, 0 if something does, -1 with an error set. */
 int is_unwatched(const Tensors *tensors);
-/* 1 if x is plain, 0 if not, -1 with an error set. `written`: it is going to be filled. */
-int look(const Tensors *tensors, PyObject *x, view *v, int written);
+/* 1 if x is plain, 0 if not, -1 with an error set. */
+int look(const Tensors *tensors, PyObject *x, view *v);
+/* 1 if x may be filled here and now, 0 if not, -1 with an error set. */
+int is_fillable(const Tensors *tensors, PyObject *x);
+/* Tells autograd that the values of such a tensor are changed, which it may have saved. 0 with an error set. */
+int mark(const Tensors *tensors, PyObject *x);
 /* A tensor over memory of the pool, which it gives back; also where there is none, with an error set. */
 PyObject *tensor_over(const Tensors *tensors, void *memory, dl_dtype kind, int ndim, const int64_t *shape);
 /* A new tensor, and where it lies. */

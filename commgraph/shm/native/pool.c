@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 
 enum { CLASSES = 4 * 44, HEAD = 64 };
+#define MOST ((size_t)1 << 50) /* bytes; no machine has so many, and there is a class for each size below */
 
 /* In front of every block. */
 typedef struct block {
@@ -63,6 +64,7 @@ cg_pool *cg_pool_new(size_t keep) {
 
 void *cg_pool_take(cg_pool *pool, size_t bytes) {
     size_t rounded;
+    if (bytes > MOST) return NULL;
     int class_ = class_of(bytes + HEAD, &rounded);
     pthread_mutex_lock(&pool->lock);
     block *b = pool->free_[class_];
