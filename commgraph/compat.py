@@ -43,6 +43,7 @@ __all__ = [
     "gloo_available",
     "gloo_device",
     "is_traced",
+    "is_without_memory",
     "keep_order",
     "known_to_modes",
     "leave_tables",
@@ -266,6 +267,11 @@ def default_store() -> dist.Store:
 def dlpack_exchange() -> Any:
     """The capsule of DLPack's C functions, None in a torch that has none (it came after 2.11): then tensors are read by their addresses."""
     return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+
+
+def is_without_memory(x: torch.Tensor) -> bool:
+    """Whether x is one of the zeros that autograd makes without memory. Privately `Tensor._is_zerotensor`."""
+    return x._is_zerotensor()
 
 
 def mark_written() -> Any:

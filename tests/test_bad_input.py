@@ -92,6 +92,7 @@ BAD_TENSORS: dict[str, tuple[Callable[[], Any], str]] = {
     "None": (lambda: None, "NoneType"),
     "meta": (lambda: torch.ones(4, 6, device="meta"), "meta"),
     "sparse": (lambda: x46().to_sparse(), "sparse_coo"),
+    "without memory": (lambda: torch._efficientzerotensor(3), "no memory"),
     "nested": (nested, "nested"),
     "subclass": (lambda: torch.Tensor._make_subclass(Marked, x46()), "Marked"),
     "gradient": (lambda: x46().requires_grad_(), "commgraph.nn.functional"),

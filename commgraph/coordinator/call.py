@@ -83,6 +83,8 @@ class Call:
             raise self.unsupported(f"{name} has layout {x.layout}; send a strided tensor, e.g. {name}.to_dense() or its indices and values")
         if x.is_quantized:
             raise self.unsupported(f"{name} is quantized ({x.dtype}); send {name}.int_repr() and its scales")
+        if compat.is_without_memory(x):
+            raise self.unsupported(f"{name} is a zero that has no memory, as forward-mode derivatives make them; send {name}.clone()")
         if x.device.type not in ("cpu", self.device.type):
             hint = "a meta tensor has no data" if x.is_meta else f"move it to {self.device} or to the host first"
             raise self.unsupported(f"{name} is on {x.device}, the group serves cpu and {self.device.type}: {hint}")
