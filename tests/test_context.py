@@ -347,8 +347,10 @@ def test_a_rank_that_never_comes_is_named_within_the_timeout(absent: int) -> Non
     for thread in threads:
         thread.join(40)
     present = [results[rank] for rank in range(3) if rank != absent]
-    # Rank 0 answers at its deadline; where it is the one that is missing, the others give it five seconds more.
-    assert all(1.5 <= seconds < (10 if absent == 0 else 5) for seconds, _ in present), present
+    # Rank 0 answers at its deadline, also those who began to wait after it; where it is the one that is missing, the others give it five
+    # seconds more.
+    assert present[0][0] >= 1.5, present
+    assert all(seconds < (10 if absent == 0 else 5) for seconds, _ in present), present
 
 
 def test_a_strategy_that_only_one_rank_has_is_found_at_build() -> None:
