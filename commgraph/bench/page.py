@@ -73,8 +73,10 @@ def markdown(runs: Sequence[Run]) -> str:
     """A page on some runs of one machine."""
     parts = [_PAGE + "\n".join(f"| {key} | {value} |" for key, value in [("", ""), ("---", "---"), *runs[0].machine.items()]) + "\n"]
     for run in runs:
-        parts.append(f"## {run.how['ranks']} ranks ({run.how['started']})\n\nSampling: {run.how['sampling']}.\n")
         operations = dict.fromkeys(row.operation for row in run.rows)
+        # Not twice the same heading: nothing could be linked to below the second.
+        of = ", objects" if all(operation.startswith("object_") for operation in operations) else ""
+        parts.append(f"## {run.how['ranks']} ranks ({run.how['started']}){of}\n\nSampling: {run.how['sampling']}.\n")
         parts += [_section(operation, [row for row in run.rows if row.operation == operation]) for operation in operations]
         if run.notes:
             parts.append("Not measured here:\n\n" + "\n".join(f"- {note}" for note in run.notes) + "\n")
