@@ -54,7 +54,7 @@ class Mailbox:
         self._pair_bytes = memory.sizes.pair_bytes
 
     def open_post(self, tensors_of: Callable[[Any], Any], digest: Callable[[int, int], int]) -> Any:
-        """Opens that.
+        """Opens `post`, the short way, and gives it.
 
         Args:
             tensors_of: gives what the native module needs to look at tensors.

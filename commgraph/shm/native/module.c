@@ -17,6 +17,10 @@ int64_t deadline_after(int64_t timeout_ns) {
 
 uint64_t call_word(const Group *group, int operation) { return (group->sequence ? group->sequence - 1 : 0) << 8 | (uint64_t)operation; }
 
+PyObject *no_answer(void) { return PyErr_Occurred() ? NULL : Py_NewRef(Py_None); }
+
+uint32_t tagged(uint32_t kind, uint64_t number, uint32_t digest) { return kind << 28 | ((digest ^ (uint32_t)number * 0x9E3779B1u) & 0xFFFFFFF); }
+
 /* Threads that wake up together would all ask for the interpreter, and be handed it by one futex after the other, each of which takes
  * longer than what most of them want to do. So those of one process take turns: who has come back from a wait keeps the turn until its next one,
  * and the others yield. Whoever has it may be long about something else, so patience is short. */

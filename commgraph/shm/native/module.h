@@ -106,7 +106,9 @@ Team *new_view(module_state *state, Team *of, cg_bell *bell, cg_bell *theirs);
 uint64_t call_word(const Group *group, int operation);
 /* The seat says which call it is in. */
 void say_posted(Ring *ring, uint64_t posted);
-/* Whether what was being read is nobody else's. Otherwise it is never freed: another process may still write to it. */
-int give_up(Ring *ring);
+/* The answer of a short way: None, or NULL with the error that is set. */
+PyObject *no_answer(void);
+/* As commgraph.communicators.signature.tagged. */
+uint32_t tagged(uint32_t kind, uint64_t number, uint32_t digest);
 
 #endif

@@ -54,7 +54,7 @@ static int tag_of(Group *group, const char *name, int operation, PyObject *x, co
         }
     }
     group->sequence++;
-    call->tag = (digest ^ (uint32_t)(group->sequence - 1) * 0x9E3779B1u) & 0xFFFFFFF;
+    call->tag = tagged(0, group->sequence - 1, digest); /* 0: a collective */
     call->call = call_word(group, operation);
     /* One of a single step waits once, and need not look at the clock before. */
     call->deadline = v->bytes <= BRIEF ? -group->timeout_ns : deadline_after(group->timeout_ns);
@@ -62,7 +62,10 @@ static int tag_of(Group *group, const char *name, int operation, PyObject *x, co
 }
 
 /* 1 if x may be filled, and autograd knows of it; 0, with or without an error. */
-static int begin_filling(Door *door, PyObject *x) { return is_fillable(door->tensors, x) > 0 && mark(door->tensors, x); }
+static int begin_filling(Door *door, PyObject *x) {
+    int filling = may_fill(door->tensors, x);
+    return filling == UNMARKED || (filling > 0 && mark(door->tensors, x));
+}
 
 /* The result: the caller's if it fits and lies apart from x, a new one if there is none; NULL, with or without an error. */
 static PyObject *result_for(Door *door, PyObject *given, const view *x, const int64_t *shape, char **data) {
@@ -77,8 +80,6 @@ static PyObject *result_for(Door *door, PyObject *given, const view *x, const in
     *data = out.data;
     return Py_NewRef(given);
 }
-
-static PyObject *no_answer(void) { return PyErr_Occurred() ? NULL : Py_NewRef(Py_None); }
 
 /* What becomes of a call: its answer, or the exception. */
 static PyObject *answer(Door *door, int result, int who, PyObject *value) {

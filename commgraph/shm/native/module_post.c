@@ -32,8 +32,6 @@ typedef struct {
     known_kind known[CACHED];
 } Post;
 
-static PyObject *no_answer(void) { return PyErr_Occurred() ? NULL : Py_NewRef(Py_None); }
-
 /* NULL with an error set. */
 static Ring *ring_of(PyObject *self, PyObject *ring) {
     if (PyObject_TypeCheck(ring, state_of(self)->ring)) return (Ring *)ring;
@@ -43,7 +41,7 @@ static Ring *ring_of(PyObject *self, PyObject *ring) {
 
 static int code_of(dl_dtype kind) { return kind.code << 8 | kind.bits; }
 
-/* The tag of message `number`: as commgraph.communicators.signature.tagged. 0 with an error set. */
+/* The tag of message `number`. 0 with an error set. */
 static int tag_of(Post *post, dl_dtype kind, int64_t count, uint64_t number, uint64_t *tag) {
     int code = code_of(kind);
     known_kind *cell = &post->known[((uint64_t)count ^ (uint64_t)code << 32) * 0x9E3779B97F4A7C15ull >> 58];
@@ -54,7 +52,7 @@ static int tag_of(Post *post, dl_dtype kind, int64_t count, uint64_t number, uin
         if (PyErr_Occurred()) return 0;
         *cell = (known_kind){code, count, digest};
     }
-    *tag = (uint64_t)MESSAGE << 28 | ((cell->digest ^ (uint32_t)number * 0x9E3779B1u) & 0xFFFFFFF);
+    *tag = tagged(MESSAGE, number, cell->digest);
     return 1;
 }
 
@@ -127,16 +125,17 @@ static PyObject *post_recv(PyObject *self, PyObject *const *args, Py_ssize_t nar
     if (PyErr_Occurred()) return NULL;
     view v = {.kind = {(uint8_t)(kind >> 8), (uint8_t)kind, 1}, .size = (size_t)(kind & 0xFF) / 8}, out;
     PyObject *given = args[3] == Py_None ? NULL : args[3];
+    int filling = 0;
     if (!parse_shape(args[1], &v)) return no_answer();
     if (given != NULL && (look(post->tensors, given, &out) <= 0 || code_of(out.kind) != kind || out.ndim != v.ndim ||
-                          memcmp(out.shape, v.shape, sizeof *v.shape * (size_t)v.ndim) || is_fillable(post->tensors, given) <= 0))
+                          memcmp(out.shape, v.shape, sizeof *v.shape * (size_t)v.ndim) || (filling = may_fill(post->tensors, given)) <= 0))
         return no_answer();
     if (!tag_of(post, v.kind, (int64_t)(v.bytes / v.size), number, &tag)) return NULL;
     void *memory = given != NULL ? out.data : cg_pool_take(ring->pool->pool, v.bytes);
     if (memory == NULL) Py_RETURN_NONE; /* the long way says so, and the group goes on */
     int kept, came = read_tensor(ring, tag, memory, v.bytes, deadline, &kept);
     if (came > 0 && given == NULL) return tensor_over(post->tensors, memory, v.kind, v.ndim, v.shape);
-    if (came > 0) return mark(post->tensors, given) ? Py_NewRef(given) : NULL;
+    if (came > 0) return filling == UNMARKED || mark(post->tensors, given) ? Py_NewRef(given) : NULL;
     if (given == NULL && !kept) cg_pool_give(memory);
     if (given != NULL && kept) Py_INCREF(given); /* for ever */
     return came < 0 ? NULL : no_answer();

@@ -32,7 +32,8 @@ static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     return (PyObject *)self;
 }
 
-int give_up(Ring *ring) {
+/* Whether what was being read is nobody else's. Otherwise it is never freed: another process may still write to it. */
+static int give_up(Ring *ring) {
     int unused = 1;
     if (ring->ring.taken != CG_UNOPENED) {
         Py_BEGIN_ALLOW_THREADS

@@ -61,20 +61,18 @@ int look(const Tensors *tensors, PyObject *x, view *v) {
     return 1;
 }
 
-int is_fillable(const Tensors *tensors, PyObject *x) {
-    /* One of inference mode may be filled in that mode only. */
+int may_fill(const Tensors *tensors, PyObject *x) {
     int set = flag(x, state_of((PyObject *)tensors)->is_inference, 1);
-    if (set <= 0) return set < 0 ? -1 : 1;
+    if (set <= 0) return set < 0 ? -1 : MARKED;
+    /* One of inference mode may be filled in that mode only. */
     PyObject *on = PyObject_CallNoArgs(tensors->inference_mode);
     if (on == NULL) return -1;
     set = PyObject_IsTrue(on);
     Py_DECREF(on);
-    return set;
+    return set > 0 ? UNMARKED : set;
 }
 
 int mark(const Tensors *tensors, PyObject *x) {
-    int set = flag(x, state_of((PyObject *)tensors)->is_inference, 1);
-    if (set != 0) return set > 0; /* one of inference mode has no version */
     PyObject *all = PyTuple_Pack(1, x), *done = all == NULL ? NULL : PyObject_CallFunctionObjArgs(tensors->mark_written, all, NULL);
     Py_XDECREF(all);
     Py_XDECREF(done);

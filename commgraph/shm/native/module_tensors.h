@@ -32,8 +32,9 @@ typedef struct {
 int is_unwatched(const Tensors *tensors);
 /* 1 if x is plain, 0 if not, -1 with an error set. */
 int look(const Tensors *tensors, PyObject *x, view *v);
-/* 1 if x may be filled here and now, 0 if not, -1 with an error set. */
-int is_fillable(const Tensors *tensors, PyObject *x);
+/* Whether x may be filled here and now: 0 if not, -1 with an error set. UNMARKED: made in inference mode, it has no version to be marked. */
+enum { MARKED = 1, UNMARKED = 2 };
+int may_fill(const Tensors *tensors, PyObject *x);
 /* Tells autograd that the values of such a tensor are changed, which it may have saved. 0 with an error set. */
 int mark(const Tensors *tensors, PyObject *x);
 /* A tensor over memory of the pool, which it gives back; also where there is none, with an error set. */
