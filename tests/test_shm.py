@@ -337,6 +337,58 @@ def test_a_tensor_that_a_late_sender_may_still_fill_stays(entries: int, stays: b
     assert found == (stays and reaches)
 
 
+@pytest.mark.parametrize("deadline", [None, 0.1])
+@pytest.mark.parametrize("operation", ["all_reduce", "all_reduce_", "reduce_scatter"])
+def test_a_tensor_that_a_late_thread_may_still_read_stays(operation: str, deadline: float | None) -> None:
+    """Threads reduce where their tensors lie: who comes late may read one whose owner has given up, and learns that nobody has a result."""
+
+    def run(world: cg.World) -> list[bool]:
+        options = cg.CommunicatorOptions(host_timeout=timedelta(seconds=0.3))
+        with world.context(cg.Layout(3, tp=3), name="main", options=options) as ctx:
+            small, large = torch.zeros(6), torch.zeros(300_000)
+            refs = [weakref.ref(small), weakref.ref(large)]
+            if ctx.tp.is_first_rank:
+                time.sleep(0.6)
+            with pytest.raises(cg.CollectiveError):
+                getattr(ctx.tp, operation)(large, timeout=deadline)
+            del small, large
+        gc.collect()
+        return [ref() is not None for ref in refs]
+
+    first, *others = spmd(run, 3)
+    assert others == [[False, True]] * 2
+    assert not first[0]
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_threads_reduce_where_their_tensors_lie(n: int) -> None:
+    """In place and not, around the sizes from which they do so and those of its pieces; the tensors are free for other use at once."""
+
+    def body(tp: GroupCoordinator) -> None:
+        me = tp.rank_in_group
+        for entries in (8 * 1024 - 1, 8 * 1024, 64 * 1024, 64 * 1024 + 1, 256 * 1024, 256 * 1024 + 17, 700_000 // n * n):
+            whole = torch.arange(entries) % 1000
+            expected = whole * sum(range(1, n + 1))
+            for dtype in (torch.float32, torch.int64):
+                x = (whole * (me + 1)).to(dtype)
+                strided = torch.stack([x, x], 1)[:, 0]
+                total = tp.all_reduce(x)
+                assert torch.equal(x, (whole * (me + 1)).to(dtype))
+                assert torch.equal(tp.all_reduce(strided), total)
+                assert torch.equal(total, expected.to(dtype))
+                assert tp.all_reduce_(x) is x
+                assert torch.equal(x, total)
+                x.fill_(me)
+                assert tp.all_reduce_(x, op="max").eq(n - 1).all()
+                if entries % n == 0:
+                    x = (whole * (me + 1)).to(dtype)
+                    assert torch.equal(tp.reduce_scatter(x, 0), expected.chunk(n)[me].to(dtype))
+                    x.zero_()
+                    assert torch.equal(tp.reduce_scatter(strided.view(n, -1), 0)[0], expected.chunk(n)[me].to(dtype))
+
+    on(n, body)
+
+
 def test_every_group_has_room_for_a_line_of_each_rank() -> None:
     """A slot is cut among the ranks, in whole lines of 64 bytes: of none there would be nothing to send."""
     for n, shm_bytes in itertools.product((2, 3, 64, 255, 257, 363, 400, 1000), (SMALLEST, 1 << 20, 1 << 30)):

@@ -152,7 +152,8 @@ class ShmCommunicator(Communicator):
             reduce_pieces(pieces, op, out)
         else:
             with self._stops():
-                self._group.all_reduce(tag, nanoseconds(timeout), x.data_ptr(), out.data_ptr(), x.numel() * width, kind, number, in_place)
+                where = x.data_ptr(), out.data_ptr(), x.numel() * width
+                self._group.all_reduce(tag, nanoseconds(timeout), *where, kind, number, in_place, (x, out))
         return out
 
     def reduce_scatter(
@@ -169,7 +170,7 @@ class ShmCommunicator(Communicator):
         landing = out if is_dense(out) else self.new(out.shape, out.dtype, out.device)
         blocks = [_block(piece) or (piece.data_ptr(), 0, 0, 0) for piece in pieces]
         with self._stops():
-            self._group.reduce_scatter(tag, nanoseconds(timeout), blocks, landing.data_ptr(), kind, number)
+            self._group.reduce_scatter(tag, nanoseconds(timeout), blocks, landing.data_ptr(), kind, number, (x, landing))
         if landing is not out:
             out.copy_(landing)
 

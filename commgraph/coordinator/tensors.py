@@ -36,9 +36,9 @@ class TensorOperations(GroupFacts):
         if is_dynamo_compiling():
             traced.plain(timeout)
             return traced.all_reduce(self, x, op)
-        if timeout is None and self._door is not None:
+        if timeout is None and (door := self._door) is not None:
             try:
-                if (y := self._door.all_reduce(x, op)) is not None:
+                if (y := door.all_reduce(x, op)) is not None:
                     return y  # type: ignore[no-any-return]  # the native module has no types
             except BaseException as error:
                 self._broken_off("all_reduce", lambda: signature.reduced(op, x), error)
@@ -60,9 +60,9 @@ class TensorOperations(GroupFacts):
         if is_dynamo_compiling():
             traced.plain(timeout)
             return traced.all_reduce_(self, x, op)
-        if timeout is None and self._door is not None:
+        if timeout is None and (door := self._door) is not None:
             try:
-                if self._door.all_reduce_(x, op):
+                if door.all_reduce_(x, op):
                     return x
             except BaseException as error:
                 self._broken_off("all_reduce_", lambda: signature.reduced(op, x), error)
@@ -99,9 +99,9 @@ class TensorOperations(GroupFacts):
         if is_dynamo_compiling():
             traced.plain(timeout)
             return traced.reduce_scatter(self, x, dim, op, out)
-        if timeout is None and self._door is not None:
+        if timeout is None and (door := self._door) is not None:
             try:
-                if (y := self._door.reduce_scatter(x, dim, op, out)) is not None:
+                if (y := door.reduce_scatter(x, dim, op, out)) is not None:
                     return y  # type: ignore[no-any-return]  # the native module has no types
             except BaseException as error:
                 self._broken_off("reduce_scatter", lambda: f"{op} {signature.describe(x)} dim={dim}", error)
@@ -177,9 +177,9 @@ class TensorOperations(GroupFacts):
         if is_dynamo_compiling():
             traced.plain(timeout)
             return traced.all_gather(self, x, dim, out)
-        if timeout is None and self._door is not None:
+        if timeout is None and (door := self._door) is not None:
             try:
-                if (y := self._door.all_gather(x, dim, out)) is not None:
+                if (y := door.all_gather(x, dim, out)) is not None:
                     return y  # type: ignore[no-any-return]  # the native module has no types
             except BaseException as error:
                 self._broken_off("all_gather", lambda: f"{signature.describe(x)} dim={dim}", error)
@@ -322,9 +322,9 @@ class TensorOperations(GroupFacts):
         if is_dynamo_compiling():
             traced.plain(timeout)
             return traced.all_to_all(self, x, scatter_dim, gather_dim, input_sizes, output_sizes, out)
-        if timeout is None and self._door is not None and input_sizes is None and output_sizes is None:
+        if timeout is None and (door := self._door) is not None and input_sizes is None and output_sizes is None:
             try:
-                if (y := self._door.all_to_all(x, scatter_dim, gather_dim, out)) is not None:
+                if (y := door.all_to_all(x, scatter_dim, gather_dim, out)) is not None:
                     return y  # type: ignore[no-any-return]  # the native module has no types
             except BaseException as error:
                 self._broken_off("all_to_all", lambda: f"{signature.describe(x)} dim={scatter_dim}", error)
@@ -385,9 +385,9 @@ class TensorOperations(GroupFacts):
         if is_dynamo_compiling():
             traced.plain(timeout)
             return traced.broadcast(self, x, src)
-        if timeout is None and self._door is not None:
+        if timeout is None and (door := self._door) is not None:
             try:
-                if self._door.broadcast(x, src):
+                if door.broadcast(x, src):
                     return x
             except BaseException as error:
                 self._broken_off("broadcast", lambda: f"src={src} {signature.describe(x)}", error)
@@ -418,9 +418,9 @@ class TensorOperations(GroupFacts):
             traced.plain(timeout)
             traced.barrier(self)
             return
-        if timeout is None and self._door is not None:
+        if timeout is None and (door := self._door) is not None:
             try:
-                if self._door.barrier():
+                if door.barrier():
                     return
             except BaseException as error:
                 self._broken_off("barrier", str, error)

@@ -297,7 +297,7 @@ static void leave_place(member *m) {
 
 static cg_call next_call(member *m, int operation) {
     uint64_t number = m->calls++;
-    return (cg_call){(uint32_t)(0x1234567 ^ (uint32_t)number * 0x9E3779B1u) & 0xFFFFFFF, number << 8 | (uint64_t)operation, soon()};
+    return (cg_call){.tag = (uint32_t)(0x1234567 ^ (uint32_t)number * 0x9E3779B1u) & 0xFFFFFFF, .call = number << 8 | (uint64_t)operation, .deadline = soon()};
 }
 
 static void succeeded(int result, int who) { CHECK(result == CG_OK, "ended with %d, about %d", result, who); }
@@ -483,11 +483,12 @@ static void *run_session(void *arg) {
     int nobody = -1;
     cg_call first = next_call(&m, 1);
     succeeded(cg_group_reach(&m.group, &first, &nobody), nobody);
-    const int reaches = m.group.reach_from != 0;
+    const int reaches = m.group.reach_from != 0, threads = m.group.among_from != 0;
     for (size_t step = 0; step < s->steps; step++) {
         int who = -1;
         m.group.way = (int)below(&mine, 3) - 1;
         m.group.reach_from = !reaches ? 0 : below(&mine, 2) ? 1 : SIZE_MAX;
+        m.group.among_from = threads && below(&ours, 2); /* any size, or none */
         pause_a_little(&mine);
         size_t bytes = s->sizes ? s->sizes[step % s->steps] : 0;
         switch (below(&ours, 9)) {

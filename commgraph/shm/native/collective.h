@@ -53,7 +53,8 @@ typedef struct {
     uint32_t step;
     cg_choice choices[CG_CLASSES], placings[CG_CLASSES], landings[CG_CLASSES];
     size_t reach_from; /* pieces of so many bytes are read where they lie; 0 where the ranks may not reach each other's memory */
-    int exposed; /* another process may write to the tensor of a call; if the call has failed it may still do so, and the tensor must stay */
+    size_t among_from; /* tensors of so many bytes are reduced where they lie; 0 where not all ranks are threads of this process */
+    int exposed; /* others may read or write the tensors of a call where they lie; if it has failed they may still do so, and they must stay */
     int way; /* how slots are written, but for those of a relay: 0 plain, 1 streaming, -1 by measurement */
     cg_region *regions;
     int n_regions;
@@ -65,6 +66,8 @@ typedef struct {
     uint32_t tag;
     uint64_t call;
     int64_t deadline;
+    void (*meanwhile)(void *); /* what may as well be done while the others come; may be NULL */
+    void *of;
 } cg_call;
 
 size_t cg_group_bytes(int n, size_t slot_bytes);

@@ -23,27 +23,29 @@ uint32_t tagged(uint32_t kind, uint64_t number, uint32_t digest) { return kind <
 
 /* Threads that wake up together would all ask for the interpreter, and be handed it by one futex after the other, each of which takes
  * longer than what most of them want to do. So those of one process take turns: who has come back from a wait keeps the turn until its next one,
- * and the others yield. Whoever has it may be long about something else, so patience is short. */
+ * and the others wait, those on its own core by letting it run. It may be long about something else, so patience is short. */
 #define TURN_NS 50000
 
 static void take_turn(Team *self) {
     if (!cg_team_is_crew(&self->team)) return;
     uintptr_t me = (uintptr_t)pthread_self(), nobody = 0;
     const int64_t patience = cg_clock_ns() + TURN_NS;
-    while (!atomic_compare_exchange_weak_explicit(self->turn, &nobody, me, memory_order_relaxed, memory_order_relaxed)) {
+    while (!atomic_compare_exchange_weak_explicit(&self->turn->thread, &nobody, me, memory_order_relaxed, memory_order_relaxed)) {
         if (nobody != 0 && cg_clock_ns() > patience) {
-            atomic_store_explicit(self->turn, me, memory_order_relaxed);
-            return;
+            atomic_store_explicit(&self->turn->thread, me, memory_order_relaxed);
+            break;
         }
         nobody = 0;
-        sched_yield();
+        if (atomic_load_explicit(&self->turn->core, memory_order_relaxed) == sched_getcpu()) sched_yield();
+        else for (int i = 0; i < 10; i++) cg_pause();
     }
+    atomic_store_explicit(&self->turn->core, sched_getcpu(), memory_order_relaxed);
 }
 
 static void let_go(Team *self) {
     self->saved = PyEval_SaveThread();
     uintptr_t me = (uintptr_t)pthread_self();
-    atomic_compare_exchange_strong_explicit(self->turn, &me, 0, memory_order_relaxed, memory_order_relaxed);
+    atomic_compare_exchange_strong_explicit(&self->turn->thread, &me, 0, memory_order_relaxed, memory_order_relaxed);
 }
 
 static void take_back(Team *self) {
@@ -65,20 +67,19 @@ static int claim(Team *team) {
     return 0;
 }
 
-int enter(Team *team) {
+int enter_keeping(Team *team, int keep) {
     if (!claim(team)) return 0;
-    team->brief = 0;
-    let_go(team);
+    team->brief = keep;
+    if (!keep) let_go(team);
     return 1;
 }
 
-int enter_for(Team *team, size_t bytes) {
-    /* Among threads of one process nobody's call is over before another had the interpreter: they copy and reduce meanwhile. */
-    if (bytes > BRIEF || cg_team_is_crew(&team->team)) return enter(team);
-    if (!claim(team)) return 0;
-    team->brief = 1;
-    return 1;
-}
+int enter(Team *team) { return enter_keeping(team, 0); }
+
+/* Among threads of one process nobody's call is over before another had the interpreter: they copy and reduce meanwhile. */
+int keeps_interpreter(Team *team, size_t bytes) { return bytes <= BRIEF && !cg_team_is_crew(&team->team); }
+
+int enter_for(Team *team, size_t bytes) { return enter_keeping(team, keeps_interpreter(team, bytes)); }
 
 void leave(Team *team) {
     if (!team->brief) take_back(team);
@@ -369,7 +370,7 @@ static int module_exec(PyObject *module) {
         return -1;
     state->requires_grad = PyUnicode_InternFromString("requires_grad");
     state->is_neg = PyUnicode_InternFromString("is_neg");
-    state->is_inference = PyUnicode_InternFromString("is_inference");
+    state->version = PyUnicode_InternFromString("_version");
     static const struct {
         const char *name;
         int value;

@@ -10,11 +10,17 @@
 #include "pool.h"
 #include "ring.h"
 
+/* Which thread has the interpreter after a wait, 0 for none, and on which core it began to. */
+typedef struct {
+    _Atomic uintptr_t thread;
+    _Atomic int core;
+} turn;
+
 typedef struct {
     PyObject *stopped, *busy; /* exceptions */
     PyTypeObject *segment, *pool, *block, *team, *group, *ring, *tensors, *door, *post;
-    PyObject *requires_grad, *is_neg, *is_inference; /* names, interned */
-    _Atomic uintptr_t turn; /* which thread has the interpreter after a wait, 0 for none */
+    PyObject *requires_grad, *is_neg, *version; /* names, interned */
+    turn turn;
 } module_state;
 
 typedef struct {
@@ -40,7 +46,7 @@ typedef struct Team {
     cg_team team;
     Segment *segment;
     struct Team *of; /* of a view that a ring has for itself: the seat's first one */
-    _Atomic uintptr_t *turn;
+    turn *turn;
     PyThreadState *saved; /* of the thread that is in a call, while others may run */
     int busy;
     int brief; /* the call lets others run only while it waits */
@@ -93,6 +99,8 @@ int enter(Team *team);
  * wait, keeps it. */
 enum { BRIEF = 8 * 1024 };
 int enter_for(Team *team, size_t bytes);
+int keeps_interpreter(Team *team, size_t bytes);
+int enter_keeping(Team *team, int keep);
 void leave(Team *team);
 /* The exception for a result other than CG_OK. */
 PyObject *raise_stopped(PyObject *self, int code, int who);

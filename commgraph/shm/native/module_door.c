@@ -12,6 +12,7 @@ typedef struct {
     PyObject_HEAD
     Group *group; /* NULL: a group of one rank */
     Tensors *tensors;
+    PyObject *x, *filled; /* by the call that runs; NULL where that is a new tensor */
     int open; /* a door that was closed may have no group any more */
 } Door;
 
@@ -57,14 +58,9 @@ static int tag_of(Group *group, const char *name, int operation, PyObject *x, co
     call->tag = tagged(0, group->sequence - 1, digest); /* 0: a collective */
     call->call = call_word(group, operation);
     /* One of a single step waits once, and need not look at the clock before. */
+    call->meanwhile = NULL;
     call->deadline = v->bytes <= BRIEF ? -group->timeout_ns : deadline_after(group->timeout_ns);
     return 1;
-}
-
-/* 1 if x may be filled, and autograd knows of it; 0, with or without an error. */
-static int begin_filling(Door *door, PyObject *x) {
-    int filling = may_fill(door->tensors, x);
-    return filling == UNMARKED || (filling > 0 && mark(door->tensors, x));
 }
 
 /* The result: the caller's if it fits and lies apart from x, a new one if there is none; NULL, with or without an error. */
@@ -75,7 +71,7 @@ static PyObject *result_for(Door *door, PyObject *given, const view *x, const in
     view out;
     if (look(door->tensors, given, &out) <= 0) return NULL;
     if (out.ndim != x->ndim || memcmp(&out.kind, &x->kind, sizeof out.kind) || memcmp(out.shape, shape, sizeof *shape * (size_t)x->ndim) ||
-        (out.data < x->data + x->bytes && x->data < out.data + out.bytes) || !begin_filling(door, given))
+        (out.data < x->data + x->bytes && x->data < out.data + out.bytes) || may_fill(door->tensors, given) <= 0)
         return NULL;
     *data = out.data;
     return Py_NewRef(given);
@@ -84,13 +80,27 @@ static PyObject *result_for(Door *door, PyObject *given, const view *x, const in
 /* What becomes of a call: its answer, or the exception. */
 static PyObject *answer(Door *door, int result, int who, PyObject *value) {
     if (result == CG_OK) return value;
-    Py_DECREF(value);
+    /* Others may still be at his tensors: those stay for ever. */
+    if (door->group->group.exposed) Py_INCREF(door->x);
+    else Py_DECREF(value);
     door->group->enabled = 0;
     return raise_stopped((PyObject *)door, result, who);
 }
 
-static int begin(Door *door, size_t bytes) {
-    if (enter_for(door->group->team, bytes)) return 1;
+static void mark_filled(void *of) {
+    Door *door = of;
+    if (!mark(door->tensors, door->filled)) PyErr_WriteUnraisable(door->filled);
+}
+
+/* Enters the group. What is filled is marked while the others come, if this thread keeps the interpreter. */
+static int begin(Door *door, cg_call *call, PyObject *x, PyObject *filled, size_t bytes) {
+    Team *team = door->group->team;
+    int keep = keeps_interpreter(team, bytes);
+    if ((filled == NULL || keep || mark(door->tensors, filled)) && enter_keeping(team, keep)) {
+        door->x = x, door->filled = filled;
+        if (filled != NULL && keep) call->meanwhile = mark_filled, call->of = door;
+        return 1;
+    }
     door->group->sequence--; /* refused, and so not begun */
     return 0;
 }
@@ -123,11 +133,11 @@ static PyObject *door_all_reduce_(PyObject *self, PyObject *const *args, Py_ssiz
     if (nargs != 2) return PyErr_Format(PyExc_TypeError, "all_reduce_(x, op)");
     view v;
     int dtype, op = parse_op(args[1]), given = op, who = 0;
-    if (!is_open(door) || look(door->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) || !begin_filling(door, args[0])) return no_answer();
+    if (!is_open(door) || look(door->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) || may_fill(door->tensors, args[0]) <= 0) return no_answer();
     if (door->group == NULL) return Py_NewRef(Py_True);
     cg_call call;
     if (!tag_of(door->group, "all_reduce_", OP_ALL_REDUCE_, args[0], &v, given, args[1], &call)) return NULL;
-    if (!begin(door, v.bytes)) return NULL;
+    if (!begin(door, &call, args[0], args[0], v.bytes)) return NULL;
     int result = cg_all_reduce(&door->group->group, &call, v.data, v.data, v.bytes / v.size, dtype, op, 1, &who);
     leave(door->group->team);
     return answer(door, result, who, Py_NewRef(Py_True));
@@ -144,7 +154,7 @@ static PyObject *door_all_reduce(PyObject *self, PyObject *const *args, Py_ssize
     PyObject *tensor = new_tensor(door->tensors, door->group->pool, v.kind, v.ndim, v.shape, v.bytes, &out);
     if (tensor == NULL) return NULL;
     cg_call call;
-    if (!tag_of(door->group, "all_reduce", OP_ALL_REDUCE, args[0], &v, given, args[1], &call) || !begin(door, v.bytes)) {
+    if (!tag_of(door->group, "all_reduce", OP_ALL_REDUCE, args[0], &v, given, args[1], &call) || !begin(door, &call, args[0], NULL, v.bytes)) {
         Py_DECREF(tensor);
         return NULL;
     }
@@ -174,7 +184,7 @@ static PyObject *door_all_gather(PyObject *self, PyObject *const *args, Py_ssize
     PyObject *number = PyLong_FromLong(dim);
     int begun = number != NULL && tag_of(door->group, "all_gather", OP_ALL_GATHER, args[0], &v, dim, number, &call);
     Py_XDECREF(number);
-    if (!begun || !begin(door, v.bytes)) {
+    if (!begun || !begin(door, &call, args[0], args[2] == Py_None ? NULL : out, v.bytes)) {
         Py_DECREF(out);
         return NULL;
     }
@@ -204,7 +214,7 @@ static PyObject *door_reduce_scatter(PyObject *self, PyObject *const *args, Py_s
     PyObject *argument = Py_BuildValue("(iO)", dim, args[2]);
     int begun = argument != NULL && tag_of(door->group, "reduce_scatter", OP_REDUCE_SCATTER, args[0], &v, dim * CG_OPS + given, argument, &call);
     Py_XDECREF(argument);
-    if (!begun || !begin(door, v.bytes)) {
+    if (!begun || !begin(door, &call, args[0], args[3] == Py_None ? NULL : out, v.bytes)) {
         Py_DECREF(out);
         return NULL;
     }
@@ -233,7 +243,7 @@ static PyObject *door_all_to_all(PyObject *self, PyObject *const *args, Py_ssize
     PyObject *number = PyLong_FromLong(dim);
     int begun = number != NULL && tag_of(door->group, "all_to_all", OP_ALL_TO_ALL, args[0], &v, dim, number, &call);
     Py_XDECREF(number);
-    if (!begun || !begin(door, v.bytes)) {
+    if (!begun || !begin(door, &call, args[0], args[3] == Py_None ? NULL : out, v.bytes)) {
         Py_DECREF(out);
         return NULL;
     }
@@ -250,7 +260,7 @@ static PyObject *door_broadcast(PyObject *self, PyObject *const *args, Py_ssize_
     if (!is_open(door) || door->group == NULL || !PyLong_CheckExact(args[1]) || look(door->tensors, args[0], &v) <= 0) return no_answer();
     int n = door->group->group.n, overflow;
     long src = PyLong_AsLongAndOverflow(args[1], &overflow);
-    if (overflow || src < 0 || src >= n || !begin_filling(door, args[0])) return no_answer();
+    if (overflow || src < 0 || src >= n || may_fill(door->tensors, args[0]) <= 0) return no_answer();
     cg_block into[n];
     size_t bytes[n];
     memset(into, 0, sizeof into);
@@ -258,9 +268,8 @@ static PyObject *door_broadcast(PyObject *self, PyObject *const *args, Py_ssize_
     bytes[src] = v.bytes;
     into[src] = (cg_block){v.data, 1, v.bytes, v.bytes};
     cg_call call;
-    if (!tag_of(door->group, "broadcast", OP_BROADCAST, args[0], &v, src, args[1], &call) || !begin(door, v.bytes)) return NULL;
+    if (!tag_of(door->group, "broadcast", OP_BROADCAST, args[0], &v, src, args[1], &call) || !begin(door, &call, args[0], args[0], v.bytes)) return NULL;
     int result = cg_share(&door->group->group, &call, v.data, bytes, into, 0, &who);
-    if (door->group->group.exposed) Py_INCREF(args[0]); /* for ever */
     leave(door->group->team);
     return answer(door, result, who, Py_NewRef(Py_True));
 }
@@ -273,7 +282,7 @@ static PyObject *door_barrier(PyObject *self, PyObject *unused) {
     view nothing = {.ndim = 0, .bytes = 0};
     cg_call call;
     int who = 0;
-    if (!tag_of(door->group, "barrier", OP_BARRIER, Py_None, &nothing, 0, Py_None, &call) || !begin(door, 0)) return NULL;
+    if (!tag_of(door->group, "barrier", OP_BARRIER, Py_None, &nothing, 0, Py_None, &call) || !begin(door, &call, NULL, NULL, 0)) return NULL;
     int result = cg_barrier(&door->group->group, &call, &who);
     leave(door->group->team);
     return answer(door, result, who, Py_NewRef(Py_True));

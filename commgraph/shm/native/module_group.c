@@ -63,8 +63,10 @@ static void group_dealloc(PyObject *self) {
     free_object(self);
 }
 
-static PyObject *finished(Group *group, int result, int who) {
+/* `owner`: of the tensors, NULL where there are none. */
+static PyObject *finished(Group *group, int result, int who, PyObject *owner) {
     if (result == CG_OK) return Py_NewRef(Py_None);
+    if (group->group.exposed) Py_XINCREF(owner); /* for ever: others may still be at them */
     group->enabled = 0;
     return raise_stopped((PyObject *)group, result, who);
 }
@@ -74,12 +76,12 @@ static PyObject *group_barrier(PyObject *self, PyObject *args) {
     unsigned long tag;
     long long timeout;
     if (!PyArg_ParseTuple(args, "kL", &tag, &timeout)) return NULL;
-    cg_call call = {(uint32_t)tag, call_word(group, OP_BARRIER), deadline_after(timeout)};
+    cg_call call = {.tag = (uint32_t)tag, .call = call_word(group, OP_BARRIER), .deadline = deadline_after(timeout)};
     int who = 0;
     if (!enter(group->team)) return NULL;
     int result = cg_barrier(&group->group, &call, &who);
     leave(group->team);
-    return finished(group, result, who);
+    return finished(group, result, who, NULL);
 }
 
 static PyObject *group_all_reduce(PyObject *self, PyObject *args) {
@@ -89,15 +91,16 @@ static PyObject *group_all_reduce(PyObject *self, PyObject *args) {
     unsigned long long from, to;
     Py_ssize_t count;
     int dtype, op, in_place;
-    if (!PyArg_ParseTuple(args, "kLKKniip", &tag, &timeout, &from, &to, &count, &dtype, &op, &in_place)) return NULL;
+    PyObject *owner;
+    if (!PyArg_ParseTuple(args, "kLKKniipO", &tag, &timeout, &from, &to, &count, &dtype, &op, &in_place, &owner)) return NULL;
     if (dtype < 0 || dtype >= CG_DTYPES || op < 0 || op >= CG_OPS || cg_find_kernel(dtype, op) == NULL)
         return PyErr_Format(PyExc_ValueError, "no kernel for dtype %d and op %d", dtype, op);
-    cg_call call = {(uint32_t)tag, call_word(group, in_place ? OP_ALL_REDUCE_ : OP_ALL_REDUCE), deadline_after(timeout)};
+    cg_call call = {.tag = (uint32_t)tag, .call = call_word(group, in_place ? OP_ALL_REDUCE_ : OP_ALL_REDUCE), .deadline = deadline_after(timeout)};
     int who = 0;
     if (!enter(group->team)) return NULL;
     int result = cg_all_reduce(&group->group, &call, (void *)(uintptr_t)from, (void *)(uintptr_t)to, (size_t)count, dtype, op, in_place, &who);
     leave(group->team);
-    return finished(group, result, who);
+    return finished(group, result, who, owner);
 }
 
 /* A sequence of n blocks (address, rows, row, pitch); None for one that is not wanted. */
@@ -139,13 +142,12 @@ static PyObject *group_share(PyObject *self, PyObject *args) {
         Py_XDECREF(item);
         if (PyErr_Occurred()) return NULL;
     }
-    cg_call call = {(uint32_t)tag, call_word(group, operation), deadline_after(timeout)};
+    cg_call call = {.tag = (uint32_t)tag, .call = call_word(group, operation), .deadline = deadline_after(timeout)};
     int who = 0;
     if (!enter(group->team)) return NULL;
     int result = cg_share(&group->group, &call, (char *)(uintptr_t)mine, bytes, into, operation == OP_ALL_GATHER, &who);
-    if (group->group.exposed) Py_INCREF(owner); /* for ever */
     leave(group->team);
-    return finished(group, result, who);
+    return finished(group, result, who, owner);
 }
 
 static PyObject *group_trade(PyObject *self, PyObject *args) {
@@ -157,32 +159,32 @@ static PyObject *group_trade(PyObject *self, PyObject *args) {
     int n = group->group.n;
     cg_block out[n], into[n];
     if (!parse_blocks(sends, out, n) || !parse_blocks(receives, into, n)) return NULL;
-    cg_call call = {(uint32_t)tag, call_word(group, OP_ALL_TO_ALL), deadline_after(timeout)};
+    cg_call call = {.tag = (uint32_t)tag, .call = call_word(group, OP_ALL_TO_ALL), .deadline = deadline_after(timeout)};
     int who = 0;
     if (!enter(group->team)) return NULL;
     int result = cg_trade(&group->group, &call, out, into, &who);
     leave(group->team);
-    return finished(group, result, who);
+    return finished(group, result, who, NULL);
 }
 
 static PyObject *group_reduce_scatter(PyObject *self, PyObject *args) {
     Group *group = (Group *)self;
     unsigned long tag;
     long long timeout;
-    PyObject *sends;
+    PyObject *sends, *owner;
     unsigned long long to;
     int dtype, op;
-    if (!PyArg_ParseTuple(args, "kLOKii", &tag, &timeout, &sends, &to, &dtype, &op)) return NULL;
+    if (!PyArg_ParseTuple(args, "kLOKiiO", &tag, &timeout, &sends, &to, &dtype, &op, &owner)) return NULL;
     if (dtype < 0 || dtype >= CG_DTYPES || op < 0 || op >= CG_OPS || cg_find_kernel(dtype, op) == NULL)
         return PyErr_Format(PyExc_ValueError, "no kernel for dtype %d and op %d", dtype, op);
     cg_block out[group->group.n];
     if (!parse_blocks(sends, out, group->group.n)) return NULL;
-    cg_call call = {(uint32_t)tag, call_word(group, OP_REDUCE_SCATTER), deadline_after(timeout)};
+    cg_call call = {.tag = (uint32_t)tag, .call = call_word(group, OP_REDUCE_SCATTER), .deadline = deadline_after(timeout)};
     int who = 0;
     if (!enter(group->team)) return NULL;
     int result = cg_reduce_scatter(&group->group, &call, out, (void *)(uintptr_t)to, dtype, op, &who);
     leave(group->team);
-    return finished(group, result, who);
+    return finished(group, result, who, owner);
 }
 
 static PyObject *group_ping_pong(PyObject *self, PyObject *args) {
@@ -191,14 +193,14 @@ static PyObject *group_ping_pong(PyObject *self, PyObject *args) {
     long long timeout;
     int rounds;
     if (!PyArg_ParseTuple(args, "kLi", &tag, &timeout, &rounds)) return NULL;
-    cg_call call = {(uint32_t)tag, call_word(group, OP_BARRIER), deadline_after(timeout)};
+    cg_call call = {.tag = (uint32_t)tag, .call = call_word(group, OP_BARRIER), .deadline = deadline_after(timeout)};
     int who = 0;
     double ns = 0;
     if (!enter(group->team)) return NULL;
     int result = cg_ping_pong(&group->group, &call, rounds, &ns, &who);
     leave(group->team);
     if (result == CG_OK) return PyFloat_FromDouble(ns);
-    return finished(group, result, who);
+    return finished(group, result, who, NULL);
 }
 
 static PyObject *group_reach(PyObject *self, PyObject *args) {
@@ -206,12 +208,12 @@ static PyObject *group_reach(PyObject *self, PyObject *args) {
     unsigned long tag;
     long long timeout;
     if (!PyArg_ParseTuple(args, "kL", &tag, &timeout)) return NULL;
-    cg_call call = {(uint32_t)tag, call_word(group, OP_BARRIER), deadline_after(timeout)};
+    cg_call call = {.tag = (uint32_t)tag, .call = call_word(group, OP_BARRIER), .deadline = deadline_after(timeout)};
     int who = 0;
     if (!enter(group->team)) return NULL;
     int result = cg_group_reach(&group->group, &call, &who);
     leave(group->team);
-    return finished(group, result, who);
+    return finished(group, result, who, NULL);
 }
 
 static PyObject *get_reaches(PyObject *self, void *closure) {
@@ -319,10 +321,10 @@ static PyGetSetDef group_getset[] = {
     {0}};
 static PyMethodDef group_methods[] = {
     {"barrier", group_barrier, METH_VARARGS, "barrier(tag, timeout_ns)\n--\n\n"},
-    {"all_reduce", group_all_reduce, METH_VARARGS, "all_reduce(tag, timeout_ns, from, to, count, dtype, op, in_place)\n--\n\n"},
+    {"all_reduce", group_all_reduce, METH_VARARGS, "all_reduce(tag, timeout_ns, from, to, count, dtype, op, in_place, owner)\n--\n\n"},
     {"share", group_share, METH_VARARGS, "share(operation, tag, timeout_ns, mine, bytes, into, owner)\n--\n\n"},
     {"trade", group_trade, METH_VARARGS, "trade(tag, timeout_ns, out, into)\n--\n\n"},
-    {"reduce_scatter", group_reduce_scatter, METH_VARARGS, "reduce_scatter(tag, timeout_ns, out, to, dtype, op)\n--\n\n"},
+    {"reduce_scatter", group_reduce_scatter, METH_VARARGS, "reduce_scatter(tag, timeout_ns, out, to, dtype, op, owner)\n--\n\n"},
     {"ping_pong", group_ping_pong, METH_VARARGS, "ping_pong(tag, timeout_ns, rounds)\n--\n\nNanoseconds, one way."},
     {"add_region", group_add_region, METH_VARARGS, "add_region(segment, offset, stride, bytes)\n--\n\n"},
     {"post_note", group_post_note, METH_O, "post_note(text)\n--\n\n"},

@@ -125,17 +125,16 @@ static PyObject *post_recv(PyObject *self, PyObject *const *args, Py_ssize_t nar
     if (PyErr_Occurred()) return NULL;
     view v = {.kind = {(uint8_t)(kind >> 8), (uint8_t)kind, 1}, .size = (size_t)(kind & 0xFF) / 8}, out;
     PyObject *given = args[3] == Py_None ? NULL : args[3];
-    int filling = 0;
     if (!parse_shape(args[1], &v)) return no_answer();
     if (given != NULL && (look(post->tensors, given, &out) <= 0 || code_of(out.kind) != kind || out.ndim != v.ndim ||
-                          memcmp(out.shape, v.shape, sizeof *v.shape * (size_t)v.ndim) || (filling = may_fill(post->tensors, given)) <= 0))
+                          memcmp(out.shape, v.shape, sizeof *v.shape * (size_t)v.ndim) || may_fill(post->tensors, given) <= 0))
         return no_answer();
     if (!tag_of(post, v.kind, (int64_t)(v.bytes / v.size), number, &tag)) return NULL;
     void *memory = given != NULL ? out.data : cg_pool_take(ring->pool->pool, v.bytes);
     if (memory == NULL) Py_RETURN_NONE; /* the long way says so, and the group goes on */
     int kept, came = read_tensor(ring, tag, memory, v.bytes, deadline, &kept);
     if (came > 0 && given == NULL) return tensor_over(post->tensors, memory, v.kind, v.ndim, v.shape);
-    if (came > 0) return filling == UNMARKED || mark(post->tensors, given) ? Py_NewRef(given) : NULL;
+    if (came > 0) return mark(post->tensors, given) ? Py_NewRef(given) : NULL;
     if (given == NULL && !kept) cg_pool_give(memory);
     if (given != NULL && kept) Py_INCREF(given); /* for ever */
     return came < 0 ? NULL : no_answer();

@@ -62,14 +62,16 @@ int look(const Tensors *tensors, PyObject *x, view *v) {
 }
 
 int may_fill(const Tensors *tensors, PyObject *x) {
-    int set = flag(x, state_of((PyObject *)tensors)->is_inference, 1);
-    if (set <= 0) return set < 0 ? -1 : MARKED;
-    /* One of inference mode may be filled in that mode only. */
     PyObject *on = PyObject_CallNoArgs(tensors->inference_mode);
     if (on == NULL) return -1;
-    set = PyObject_IsTrue(on);
+    int may = PyObject_IsTrue(on);
     Py_DECREF(on);
-    return set > 0 ? UNMARKED : set;
+    if (may != 0) return may;
+    /* One that was made in inference mode may be filled in that mode only. It has no version, and is_inference() takes twice as long. */
+    PyObject *version = PyObject_GetAttr(x, state_of((PyObject *)tensors)->version);
+    if (version == NULL) PyErr_Clear();
+    Py_XDECREF(version);
+    return version != NULL;
 }
 
 int mark(const Tensors *tensors, PyObject *x) {

@@ -32,10 +32,9 @@ typedef struct {
 int is_unwatched(const Tensors *tensors);
 /* 1 if x is plain, 0 if not, -1 with an error set. */
 int look(const Tensors *tensors, PyObject *x, view *v);
-/* Whether x may be filled here and now: 0 if not, -1 with an error set. UNMARKED: made in inference mode, it has no version to be marked. */
-enum { MARKED = 1, UNMARKED = 2 };
+/* Whether x may be filled here and now: 0 if not, -1 with an error set. */
 int may_fill(const Tensors *tensors, PyObject *x);
-/* Tells autograd that the values of such a tensor are changed, which it may have saved. 0 with an error set. */
+/* Tells autograd that the values of such a tensor are changed, which it may have saved; nothing where it has no version. 0 with an error set. */
 int mark(const Tensors *tensors, PyObject *x);
 /* A tensor over memory of the pool, which it gives back; also where there is none, with an error set. */
 PyObject *tensor_over(const Tensors *tensors, void *memory, dl_dtype kind, int ndim, const int64_t *shape);

@@ -9,6 +9,7 @@ enum {
     ONE_SHOT = 512 * 1024,
     /* Reduced at once, so that it is still in the first cache where it is copied on. */
     REDUCE_BLOCK = 16 * 1024,
+    THREADS_CHUNK = 1024 * 1024, /* of a tensor: what is reduced is still in the caches when the others copy it */
 };
 
 /* Everybody reduces everything. */
@@ -126,6 +127,55 @@ static int two_shot(cg_group *g, const cg_call *call, const void *from, void *to
     return CG_OK;
 }
 
+static int are_among_threads(const cg_group *g, size_t bytes) { return g->among_from && bytes >= g->among_from; }
+
+/* Nobody leaves while his tensors are still read. */
+static int leave_together(cg_group *g, const cg_call *call, int *who) {
+    g->step++;
+    int result = cg_next_step(g, call, who);
+    if (result == CG_OK) g->exposed = 0;
+    return result;
+}
+
+/* Threads of one process read each other's tensors where they lie: the parts of a share, then the results of the others. Nobody writes to what
+ * is another's, so that whoever has given up on a call may use his tensors for something else. */
+static int reduce_among_threads(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, size_t size, cg_kernel kernel, int *who) {
+    const char *parts[g->n];
+    const void *sources[g->n];
+    size_t chunk = THREADS_CHUNK / size, begin, end;
+    g->exposed = 1;
+    cg_announce(g, call, CG_WHERE_ADDRESS | (uint64_t)(uintptr_t)from, 1, 0);
+    int result = cg_agree(g, call, who);
+    for (int p = 0; result == CG_OK && p < g->n; p++) parts[p] = cg_there(g, p);
+    for (size_t at = 0; result == CG_OK && at < count; at += chunk) {
+        size_t length = cg_smaller(chunk, count - at);
+        share_of(length, size, g->n, g->me, &begin, &end);
+        for (int p = 0; p < g->n; p++) sources[p] = parts[p] + (at + begin) * size;
+        if (begin < end) kernel((char *)to + (at + begin) * size, sources, g->n, end - begin, NULL, NULL);
+        g->step++;
+        cg_line_of(g, g->me, g->step)->where = CG_WHERE_ADDRESS | (uint64_t)(uintptr_t)to;
+        result = cg_next_step(g, call, who);
+        for (int i = 1; result == CG_OK && i < g->n; i++) {
+            int p = (g->me + i) % g->n;
+            share_of(length, size, g->n, p, &begin, &end);
+            cg_copy((char *)to + (at + begin) * size, cg_there(g, p) + (at + begin) * size, (end - begin) * size, 0);
+        }
+    }
+    return result == CG_OK ? leave_together(g, call, who) : result;
+}
+
+static int reduce_scatter_among_threads(cg_group *g, const cg_call *call, const cg_block *out, void *to, size_t count, cg_kernel kernel, int *who) {
+    const void *sources[g->n];
+    g->exposed = 1;
+    for (int p = 0; p < g->n; p++) cg_pair_row(g, g->me, CG_WHERE)[p] = (uint64_t)(uintptr_t)out[p].base;
+    cg_announce(g, call, 0, 1, 0);
+    int result = cg_agree(g, call, who);
+    if (result != CG_OK) return result;
+    for (int p = 0; p < g->n; p++) sources[p] = (const void *)(uintptr_t)cg_pair_row(g, p, CG_WHERE)[g->me];
+    if (count > 0) kernel(to, sources, g->n, count, NULL, NULL);
+    return leave_together(g, call, who);
+}
+
 /* Of two ranks what lies in shared memory is read there, and nobody leaves before. */
 static int reduce_there(cg_group *g, const cg_call *call, const void *mine, const void *theirs, void *to, size_t count, cg_kernel kernel, int *who) {
     const void *sources[2];
@@ -153,6 +203,7 @@ int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, 
     cg_kernel kernel = cg_find_kernel(dtype, op);
     cg_begin(g, call);
     g->bytes_sent += bytes;
+    if (are_among_threads(g, bytes)) return reduce_among_threads(g, call, from, to, count, size, kernel, who);
     if (g->n == 2) return all_reduce_of_two(g, call, from, to, count, size, in_place, kernel, who);
     /* Where reducing takes several times as long as copying, sharing the work pays early. */
     if (bytes <= g->slot_bytes && bytes * (size_t)g->n * (size_t)cg_kernel_weight(dtype) <= ONE_SHOT)
@@ -174,6 +225,7 @@ int cg_reduce_scatter(cg_group *g, const cg_call *call, const cg_block *out, voi
     /* Whole tensors in shared memory are read where they are, if their pieces are runs. */
     uint64_t where = runs ? cg_find_region(g, out[0].base, total) : 0;
     cg_begin(g, call);
+    if (runs && are_among_threads(g, total)) return reduce_scatter_among_threads(g, call, out, to, own / size, kernel, who);
     if (n == 2 && runs) {
         const cg_block *give = &out[1 - g->me];
         size_t chunk = cg_relay_chunk(g, most);

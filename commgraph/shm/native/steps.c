@@ -98,7 +98,12 @@ static int await(cg_group *g, const cg_call *call, int *who) {
     arrival a = {g, g->step, 0};
     int result = cg_wait(g->team, all_arrived, &a, CG_EVERYONE, 1, call->deadline, who);
     if (result == CG_TIMEOUT) *who = a.next;
-    return result;
+    if (result != CG_OK) return result;
+    /* One that was here, and gave up before the last had come, has no result: then nobody has. What was read of its tensors may be of later. */
+    int failed = cg_team_failed(g->team);
+    if (failed < 0) return CG_OK;
+    *who = failed;
+    return CG_GONE;
 }
 
 void cg_begin(cg_group *g, const cg_call *call) {
@@ -116,17 +121,12 @@ void cg_announce(cg_group *g, const cg_call *call, uint64_t where, uint32_t roun
     line->rounds = rounds;
     line->streamed = (uint32_t)streamed;
     arrive(g);
+    if (call->meanwhile != NULL) call->meanwhile(call->of);
 }
 
 int cg_agree(cg_group *g, const cg_call *call, int *who) {
     int result = await(g, call, who);
     if (result != CG_OK) return result;
-    /* One that was here, and gave up before the last had come, has no result: then nobody has. */
-    int failed = cg_team_failed(g->team);
-    if (failed >= 0) {
-        *who = failed;
-        return CG_GONE;
-    }
     for (int p = 0; p < g->n; p++) {
         if (cg_line_of(g, p, g->step)->tag != call->tag) {
             *who = p;

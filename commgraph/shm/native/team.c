@@ -118,6 +118,12 @@ int cg_team_is_crew(cg_team *team) {
     return team->crew = 0;
 }
 
+int cg_team_is_of_threads(const cg_team *team) {
+    for (int i = 0; i < team->n; i++)
+        if (team->seats[i].pid != team->seats[team->me].pid) return 0;
+    return 1;
+}
+
 static void ring(cg_bell *bell) {
     atomic_fetch_add_explicit(&bell->doorbell, 1, memory_order_seq_cst);
     syscall(SYS_futex, &bell->doorbell, FUTEX_WAKE, INT32_MAX, NULL, NULL, 0);
@@ -130,8 +136,11 @@ static int has_left(const cg_team *team, int seat) {
 int cg_team_left(const cg_team *team) { return has_left(team, team->me); }
 
 int cg_team_failed(const cg_team *team) {
-    for (int i = 0; i < team->n; i++)
-        if (i != team->me && atomic_load_explicit(&team->seats[i].state, memory_order_acquire) == CG_FAILED) return i;
+    uint64_t mine = atomic_load_explicit(&team->seats[team->me].posted, memory_order_relaxed);
+    for (int i = 0; i < team->n; i++) {
+        if (i == team->me || atomic_load_explicit(&team->seats[i].state, memory_order_acquire) != CG_FAILED) continue;
+        if (atomic_load_explicit(&team->seats[i].posted, memory_order_relaxed) >> 8 <= mine >> 8) return i;
+    }
     return -1;
 }
 
@@ -304,7 +313,11 @@ static int wait_on(cg_team *team, cg_condition ready, void *arg, int watched, in
 }
 
 int cg_wait(cg_team *team, cg_condition ready, void *arg, int watched, int collective, int64_t deadline, int *who) {
-    if (ready(arg)) return CG_OK;
+    /* Who is about to come is not worth the pause. */
+    for (int i = 0; i < (team->spin_ns ? PAUSES : 1); i++) {
+        if (ready(arg)) return CG_OK;
+        cg_pause();
+    }
     if (team->pause != NULL) team->pause(team);
     int result = wait_on(team, ready, arg, watched, collective, deadline, who);
     if (team->resume != NULL) team->resume(team);

@@ -77,11 +77,12 @@ void cg_team_close(cg_team *team, int failed);
 int cg_team_lost(cg_team *team, int *who);
 /* Says that nobody will sit there. 0 if somebody does. */
 int cg_team_leave_out(cg_team *team, int seat);
-/* Whether others are threads of this process. */
+/* Whether others are threads of this process; whether all are. */
 int cg_team_is_crew(cg_team *team);
+int cg_team_is_of_threads(const cg_team *team);
 /* Whether this side was closed. */
 int cg_team_left(const cg_team *team);
-/* Who has failed, -1 for nobody. */
+/* Who has failed in the call that this side is in, or before; -1 for nobody. */
 int cg_team_failed(const cg_team *team);
 
 typedef int (*cg_condition)(void *);
