@@ -255,6 +255,42 @@ def handed_back(
     return Model(f"parts handed back, {ranks} ranks, {chunks} chunks", tuple(codes), apart=1)
 
 
+def read_where_it_lies(
+    bell: Bell, ranks: int, calls: int, chunks: int, *, parts_awaited: bool = True, results_awaited: bool = True, left_together: bool = True
+) -> Model:
+    """(8) Threads that reduce in place: everybody reads his share of all tensors, and then the shares of the others in theirs."""
+    codes = []
+    for me in range(ranks):
+        code = Code(f"rank {me}")
+        others = [p for p in range(ranks) if p != me]
+
+        def step(code: Code, me: int, *, awaited: bool) -> None:
+            code.step += 1
+            arrive(code, bell, ranks, me, code.step)
+            if awaited:
+                await_all(code, bell, ranks, me, code.step)
+
+        for call in range(calls):
+            part, result = 2 * call + 1, 2 * call + 2
+            for chunk in range(chunks):
+                for share in range(ranks):
+                    code.store(f"tensor[{me}][{chunk}][{share}]", part)
+            step(code, me, awaited=parts_awaited)
+            for chunk in range(chunks):
+                for p in others:
+                    code.expect(f"tensor[{p}][{chunk}][{me}]", part)
+                code.store(f"tensor[{me}][{chunk}][{me}]", result)
+                step(code, me, awaited=results_awaited)
+                for p in others:
+                    code.expect(f"tensor[{p}][{chunk}][{p}]", result)
+                    code.store(f"tensor[{me}][{chunk}][{p}]", result)
+            if left_together:
+                step(code, me, awaited=True)
+        code.label("end")
+        codes.append(code)
+    return Model(f"read where it lies, {ranks} ranks, {calls} calls, {chunks} chunks", tuple(codes), apart=1)
+
+
 def _value(ranks: int, rank: int, step: int) -> int:
     return ranks * (step - 1) + rank + 1
 

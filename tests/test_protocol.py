@@ -7,7 +7,19 @@ from collections.abc import Callable
 import pytest
 
 from tests.explorer import Code, Memory, Model, Report, TooManyStatesError, explore
-from tests.protocol_model import Bell, Closing, Given, barrier, equal, flags, given, given_one_by_one, handed_back, ring_of_messages
+from tests.protocol_model import (
+    Bell,
+    Closing,
+    Given,
+    barrier,
+    equal,
+    flags,
+    given,
+    given_one_by_one,
+    handed_back,
+    read_where_it_lies,
+    ring_of_messages,
+)
 
 BELL = Bell()
 both = pytest.mark.parametrize("memory", ["tso", "weak"])
@@ -197,6 +209,12 @@ def test_parts_come_back_as_results(ranks: int, chunks: int, memory: Memory) -> 
 
 
 @both
+@pytest.mark.parametrize(("ranks", "calls", "chunks"), [(2, 2, 2), (3, 1, 1)])
+def test_threads_read_where_it_lies(ranks: int, calls: int, chunks: int, memory: Memory) -> None:
+    right(read_where_it_lies(BELL, ranks, calls, chunks), memory)
+
+
+@both
 @pytest.mark.parametrize(("readers", "messages"), [(1, 4), (2, 4)])
 def test_a_ring_brings_every_message_to_every_reader(readers: int, messages: int, memory: Memory) -> None:
     right(ring_of_messages(BELL, readers, messages), memory)
@@ -335,6 +353,13 @@ def test_one_line_is_not_enough(memory: Memory) -> None:
 def test_both_steps_of_a_part_are_awaited(memory: Memory) -> None:
     wrong(handed_back(BELL, 2, 1, parts_awaited=False), memory, *OTHER_DATA)
     wrong(handed_back(BELL, 2, 1, results_awaited=False), memory, *OTHER_DATA)
+
+
+@both
+def test_who_reads_where_it_lies_awaits_every_step(memory: Memory) -> None:
+    wrong(read_where_it_lies(BELL, 2, 1, 1, parts_awaited=False), memory, *OTHER_DATA)
+    wrong(read_where_it_lies(BELL, 2, 1, 1, results_awaited=False), memory, *OTHER_DATA)
+    wrong(read_where_it_lies(BELL, 2, 2, 1, left_together=False), memory, *OTHER_DATA)
 
 
 def test_a_plain_store_of_the_step_is_not_enough() -> None:
