@@ -84,6 +84,7 @@ def bench(session: nox.Session) -> None:
         "--op tensors --dtype float32 bfloat16 --compare gloo mpi deepspeed",
         "--op objects --compare gloo mpi pipe zmq",
         "--ranks 4 --op all_reduce_ barrier object_readers --sizes 4Ki,64Ki,1Mi --compare gloo pipe queue zmq",
+        "--ranks 4 --threads --op all_reduce_ barrier --sizes 4Ki,64Ki,1Mi --compare gloo",
     )
     files = [str(Path(session.create_tmp()) / f"{number}.json") for number in range(len(runs))]
     for arguments, file in zip(runs, files, strict=True):
@@ -120,7 +121,7 @@ HARNESS = (
     "-lpthread",
     "-lm",
 )
-PARTS = ("guards", "kernels", "collectives", "rings", "handovers", "pool", "endings")
+PARTS = ("guards", "kernels", "collectives", "rings", "handovers", "pool", "endings", "withdrawals")
 
 
 @nox.session(venv_backend="none", default=False)

@@ -229,7 +229,10 @@ def await_all(code: Code, bell: Bell, ranks: int, me: int, step: int, lines: int
 def handed_back(
     bell: Bell, ranks: int, chunks: int, *, parts_awaited: bool = True, results_awaited: bool = True, release: bool = True
 ) -> Model:
-    """(5) Large reductions: everybody writes a part for each other rank, which reduces it and puts the result in its place."""
+    """(5) Large reductions: everybody writes a part for each other rank, which reduces it and puts the result in its place.
+
+    Of processes in memory that they share, chunk by chunk; of threads in their tensors.
+    """
     codes = []
     for me in range(ranks):
         code = Code(f"rank {me}")
@@ -253,42 +256,6 @@ def handed_back(
         code.label("end")
         codes.append(code)
     return Model(f"parts handed back, {ranks} ranks, {chunks} chunks", tuple(codes), apart=1)
-
-
-def read_where_it_lies(
-    bell: Bell, ranks: int, calls: int, chunks: int, *, parts_awaited: bool = True, results_awaited: bool = True, left_together: bool = True
-) -> Model:
-    """(8) Threads that reduce in place: everybody reads his share of all tensors, and then the shares of the others in theirs."""
-    codes = []
-    for me in range(ranks):
-        code = Code(f"rank {me}")
-        others = [p for p in range(ranks) if p != me]
-
-        def step(code: Code, me: int, *, awaited: bool) -> None:
-            code.step += 1
-            arrive(code, bell, ranks, me, code.step)
-            if awaited:
-                await_all(code, bell, ranks, me, code.step)
-
-        for call in range(calls):
-            part, result = 2 * call + 1, 2 * call + 2
-            for chunk in range(chunks):
-                for share in range(ranks):
-                    code.store(f"tensor[{me}][{chunk}][{share}]", part)
-            step(code, me, awaited=parts_awaited)
-            for chunk in range(chunks):
-                for p in others:
-                    code.expect(f"tensor[{p}][{chunk}][{me}]", part)
-                code.store(f"tensor[{me}][{chunk}][{me}]", result)
-                step(code, me, awaited=results_awaited)
-                for p in others:
-                    code.expect(f"tensor[{p}][{chunk}][{p}]", result)
-                    code.store(f"tensor[{me}][{chunk}][{p}]", result)
-            if left_together:
-                step(code, me, awaited=True)
-        code.label("end")
-        codes.append(code)
-    return Model(f"read where it lies, {ranks} ranks, {calls} calls, {chunks} chunks", tuple(codes), apart=1)
 
 
 def _value(ranks: int, rank: int, step: int) -> int:
@@ -530,3 +497,54 @@ def given_one_by_one(bell: Bell, parts: int, *, goes_back: bool = False) -> Mode
     be_of_one_mind(writer, "gave", "took")
     be_of_one_mind(reader, "took", "gave")
     return Model(f"{parts} parts handed over", (writer, reader))
+
+
+@attrs.frozen
+class Withdrawn:
+    """How a thread takes its tensor back from a call. The defaults are the protocol, the rest mistakes."""
+
+    says_so: bool = True
+    fenced: bool = True
+    looks: bool = True
+    fenced_before_the_look: bool = True
+    awaited: bool = True
+    off_released: bool = True
+
+
+def withdrawn(how: Withdrawn) -> Model:
+    """(8) Threads that reduce where their tensors lie: one has arrived and gives up, while the other may begin to write to its tensor.
+
+    What its owner writes there afterwards stays.
+    """
+    part, result, other = 1, 2, 3
+    quitter, worker = Code("quitter"), Code("worker")
+    quitter.store("tensor", part)
+    quitter.store("line[0]", 1, release=True)
+    if how.says_so:
+        quitter.store("failed", 1)
+    if how.fenced:
+        quitter.fence()
+    quitter.branch("line[1]", equal(0), "its own")
+    if how.awaited:
+        again = quitter.fresh()
+        quitter.label(again)
+        quitter.branch("off", equal(0), again)
+    quitter.label("its own")
+    quitter.store("tensor", other)
+    quitter.fence()
+    quitter.expect("tensor", other)
+    quitter.label("end")
+
+    worker.store("line[1]", 1, release=True)
+    if how.fenced_before_the_look:
+        worker.fence()
+    again = worker.fresh()
+    worker.label(again)
+    worker.branch("line[0]", equal(0), again)
+    if how.looks:
+        worker.branch("failed", equal(1), "off")
+    worker.store("tensor", result)
+    worker.label("off")
+    worker.store("off", 1, release=how.off_released)
+    worker.label("end")
+    return Model("a tensor taken back", (quitter, worker))

@@ -35,7 +35,7 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow  # the compiler takes ten seconds
-@pytest.mark.parametrize("part", ["guards", "kernels", "collectives", "rings", "handovers", "pool", "endings", "processes"])
+@pytest.mark.parametrize("part", ["guards", "kernels", "collectives", "rings", "handovers", "pool", "endings", "withdrawals", "processes"])
 def test_the_core(harness: Path, part: str) -> None:
     """Random operations from a seed that differs from run to run, and is told when something is wrong."""
     seed = str(random.randrange(1 << 32))

@@ -11,14 +11,15 @@ from tests.protocol_model import (
     Bell,
     Closing,
     Given,
+    Withdrawn,
     barrier,
     equal,
     flags,
     given,
     given_one_by_one,
     handed_back,
-    read_where_it_lies,
     ring_of_messages,
+    withdrawn,
 )
 
 BELL = Bell()
@@ -209,9 +210,8 @@ def test_parts_come_back_as_results(ranks: int, chunks: int, memory: Memory) -> 
 
 
 @both
-@pytest.mark.parametrize(("ranks", "calls", "chunks"), [(2, 2, 2), (3, 1, 1)])
-def test_threads_read_where_it_lies(ranks: int, calls: int, chunks: int, memory: Memory) -> None:
-    right(read_where_it_lies(BELL, ranks, calls, chunks), memory)
+def test_a_tensor_taken_back_is_its_owners_own(memory: Memory) -> None:
+    right(withdrawn(Withdrawn()), memory)
 
 
 @both
@@ -356,10 +356,19 @@ def test_both_steps_of_a_part_are_awaited(memory: Memory) -> None:
 
 
 @both
-def test_who_reads_where_it_lies_awaits_every_step(memory: Memory) -> None:
-    wrong(read_where_it_lies(BELL, 2, 1, 1, parts_awaited=False), memory, *OTHER_DATA)
-    wrong(read_where_it_lies(BELL, 2, 1, 1, results_awaited=False), memory, *OTHER_DATA)
-    wrong(read_where_it_lies(BELL, 2, 2, 1, left_together=False), memory, *OTHER_DATA)
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        Withdrawn(says_so=False),
+        Withdrawn(fenced=False),
+        Withdrawn(looks=False),
+        Withdrawn(fenced_before_the_look=False),
+        Withdrawn(awaited=False),
+    ],
+    ids=str,
+)
+def test_who_takes_a_tensor_back_says_so_and_waits(mistake: Withdrawn, memory: Memory) -> None:
+    wrong(withdrawn(mistake), memory, *OTHER_DATA)
 
 
 def test_a_plain_store_of_the_step_is_not_enough() -> None:
@@ -367,6 +376,11 @@ def test_a_plain_store_of_the_step_is_not_enough() -> None:
     right(barrier(BELL, 2, 4, release=False), "tso")
     wrong(handed_back(BELL, 2, 1, release=False), "weak", *OTHER_DATA)
     right(handed_back(BELL, 2, 2, release=False), "tso")
+
+
+def test_a_plain_store_of_hands_off_is_not_enough() -> None:
+    wrong(withdrawn(Withdrawn(off_released=False)), "weak", *OTHER_DATA)
+    right(withdrawn(Withdrawn(off_released=False)), "tso")
 
 
 def test_a_plain_store_of_the_head_is_not_enough() -> None:

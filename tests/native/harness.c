@@ -1136,6 +1136,83 @@ static void endings(dice *d, int rounds) {
     }
 }
 
+/* Withdrawals: threads reduce where their tensors lie, until one is closed at some moment, or runs out of patience. Its tensors are its own at once. */
+
+typedef struct {
+    const place *place;
+    member *members;
+    int me, quitter;
+    uint64_t seed;
+    int64_t patience; /* of the quitter */
+    int failed;
+    _Atomic int begun;
+} withdrawal;
+
+static void *withdraw(void *arg) {
+    withdrawal *w = arg;
+    member *m = &w->members[w->me];
+    dice ours = {w->seed}, mine = {mix(w->seed + 1 + (uint64_t)w->me)};
+    int who = -1, n = w->place->n;
+    cg_call call = next_call(m, 1);
+    succeeded(cg_group_reach(&m->group, &call, &who), who);
+    m->group.among_from = 1;
+    w->begun = 1;
+    for (int round = 0; round < 40 && !w->failed; round++) {
+        size_t bytes = (size_t)n * (1 + below(&ours, chance(&ours, 50) ? 20000 : 200000)), span = bytes + 100;
+        int scatters = chance(&ours, 30), in_place = chance(&ours, 50);
+        snprintf(doing, sizeof doing, "rank %d of %d, quitter %d, round %d, %zu bytes", w->me, n, w->quitter, round, bytes);
+        buffer from = guarded(span, 0), to = in_place && !scatters ? from : guarded(span, 0);
+        memset(from.data, 1, span);
+        pause_a_little(&mine);
+        call = next_call(m, 2);
+        if (w->me == w->quitter && w->patience) call.deadline = cg_clock_ns() + w->patience;
+        cg_block pieces[MOST];
+        for (int p = 0; p < n; p++) pieces[p] = (cg_block){from.data + (size_t)p * (bytes / (size_t)n), 1, bytes / (size_t)n, bytes / (size_t)n};
+        int result = scatters ? cg_reduce_scatter(&m->group, &call, pieces, to.data, CG_U8, CG_SUM, &who)
+                              : cg_all_reduce(&m->group, &call, from.data, to.data, bytes, CG_U8, CG_SUM, in_place, &who);
+        w->failed = result != CG_OK;
+        CHECK(!m->group.exposed, "a second was not enough");
+        size_t length = w->failed ? 0 : scatters ? bytes / (size_t)n : bytes;
+        for (size_t i = 0; i < length; i++) CHECK(to.data[i] == (char)n, "byte %zu is %d", i, to.data[i]);
+        /* Whoever still writes here is found, and whoever still reads where there is nothing any more. */
+        memset(from.data, 0x33, span);
+        memset(to.data, 0x33, span);
+        if (w->failed) usleep((useconds_t)below(&mine, 300));
+        for (size_t i = 0; i < span; i++) CHECK(from.data[i] == 0x33 && to.data[i] == 0x33, "byte %zu was overwritten after the end", i);
+        if (to.data != from.data) munmap(to.base, to.mapped);
+        munmap(from.base, from.mapped);
+    }
+    if (w->failed) cg_team_close(&m->team, 1);
+    return NULL;
+}
+
+static void withdrawals(dice *d, int64_t until) {
+    int tries = 0, failed = 0;
+    do {
+        int n = 2 + (int)below(d, 3), quitter = (int)below(d, (size_t)n), closes = chance(d, 70);
+        place p = make_place(n, 4096, 0);
+        static member members[MOST];
+        static withdrawal ranks[MOST];
+        uint64_t seed = roll(d);
+        for (int i = 0; i < n; i++) {
+            join_place(&members[i], &p, i);
+            ranks[i] = (withdrawal){&p, members, i, quitter, seed, closes ? 0 : 1 + (int64_t)below(d, 400000), 0, 0};
+        }
+        pthread_t threads[MOST];
+        for (int i = 0; i < n; i++) CHECK(pthread_create(&threads[i], NULL, withdraw, &ranks[i]) == 0, "pthread_create");
+        if (closes) {
+            while (!ranks[quitter].begun) usleep(20);
+            usleep((useconds_t)below(d, 1500));
+            cg_team_close(&members[quitter].team, 0);
+        }
+        for (int i = 0; i < n; i++) pthread_join(threads[i], NULL);
+        for (int i = 0; i < n; i++) failed += ranks[i].failed, leave_place(&members[i]);
+        clear_place(&p);
+        tries++;
+    } while (cg_clock_ns() < until);
+    CHECK(failed > 0, "nobody failed in %d tries", tries);
+}
+
 /* Processes: one of them is killed at some moment; the others hear of it, though nobody has reaped it. */
 
 static void be_process(const place *p, int me, uint64_t seed, int odd) {
@@ -1219,6 +1296,7 @@ int main(int argc, char **argv) {
     RUN("handovers", handovers(&d, until))
     RUN("pool", pool(&d, until))
     RUN("endings", endings(&d, rounds))
+    RUN("withdrawals", withdrawals(&d, until))
     if (!done) return fprintf(stderr, "harness: there is no part %s\n", part), 2;
     return 0;
 }

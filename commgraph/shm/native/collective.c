@@ -8,9 +8,7 @@ enum {
     /* From here on a piece is read where it lies, if it can be: one copy and a step more in place of two copies. */
     REACHED = 64 * 1024,
     SPLIT = 512 * 1024, /* from here on giver and receivers share the work of a broadcast */
-    /* From here on threads reduce where their tensors lie. Each of two stages while it reads, which is as fast up to there. */
-    AMONG_TWO = 256 * 1024,
-    AMONG_MORE = 32 * 1024,
+    AMONG = 32 * 1024,  /* from here on threads reduce where their tensors lie: another step in place of a copy */
 };
 
 /* Memory of this rank's as the others reach it; 0 where they do not. It is this rank that asks, since only this one can stage it in place of
@@ -63,7 +61,7 @@ int cg_group_reach(cg_group *g, const cg_call *call, int *who) {
     }
     g->reach_from = fine && result == CG_OK ? REACHED : 0;
     /* The same number may mean another process to another rank: only now it is known that it does not. */
-    if (g->reach_from != 0 && cg_team_is_of_threads(g->team)) g->among_from = g->n == 2 ? AMONG_TWO : AMONG_MORE;
+    if (g->reach_from != 0 && cg_team_is_of_threads(g->team)) g->among_from = AMONG;
     return result;
 }
 

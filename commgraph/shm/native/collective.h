@@ -24,6 +24,7 @@ typedef struct {
     uint64_t where;    /* where they lie for all to read (steps.h), 0: staged in the slot */
     uint32_t rounds;   /* that this rank needs */
     uint32_t streamed; /* whether the slot was written past the caches */
+    _Atomic uint32_t off; /* the first step of a call of threads, once this rank has its hands off the tensors of the others (reduce.c) */
 } cg_line;
 
 /* How two ways to write a slot compare, for one class of sizes: nanoseconds per KiB, of the writer and of the slowest reader together. */
@@ -54,7 +55,7 @@ typedef struct {
     cg_choice choices[CG_CLASSES], placings[CG_CLASSES], landings[CG_CLASSES];
     size_t reach_from; /* pieces of so many bytes are read where they lie; 0 where the ranks may not reach each other's memory */
     size_t among_from; /* tensors of so many bytes are reduced where they lie; 0 where not all ranks are threads of this process */
-    int exposed; /* others may read or write the tensors of a call where they lie; if it has failed they may still do so, and they must stay */
+    int exposed; /* others may be at the tensors of a call; if it has failed they may still be, and the tensors must stay */
     int way; /* how slots are written, but for those of a relay: 0 plain, 1 streaming, -1 by measurement */
     cg_region *regions;
     int n_regions;

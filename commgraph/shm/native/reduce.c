@@ -2,6 +2,7 @@
 #include "steps.h"
 #include "stores.h"
 
+#include <sched.h>
 #include <string.h>
 
 enum {
@@ -9,7 +10,7 @@ enum {
     ONE_SHOT = 512 * 1024,
     /* Reduced at once, so that it is still in the first cache where it is copied on. */
     REDUCE_BLOCK = 16 * 1024,
-    THREADS_CHUNK = 1024 * 1024, /* of a tensor: what is reduced is still in the caches when the others copy it */
+    HANDS_OFF_NS = 1000000000, /* a thread may be without a core for a while */
 };
 
 /* Everybody reduces everything. */
@@ -129,51 +130,65 @@ static int two_shot(cg_group *g, const cg_call *call, const void *from, void *to
 
 static int are_among_threads(const cg_group *g, size_t bytes) { return g->among_from && bytes >= g->among_from; }
 
-/* Nobody leaves while his tensors are still read. */
-static int leave_together(cg_group *g, const cg_call *call, int *who) {
-    g->step++;
-    int result = cg_next_step(g, call, who);
-    if (result == CG_OK) g->exposed = 0;
+/* Threads of one process work on each other's tensors where they lie, between the first step of a call and the second, with which it ends. So
+ * whoever gives up says so, and stays until all have their hands off his: they look for that between two blocks, and who comes later does
+ * not begin. */
+static int end_among_threads(cg_group *g, const cg_call *call, int result, int *who) {
+    const uint32_t first = g->step;
+    if (result == CG_MISMATCH) return result; /* as all others find: nobody begins */
+    atomic_store_explicit(&cg_line_of(g, g->me, first)->off, first, memory_order_release);
+    if (result == CG_OK) {
+        g->step++;
+        result = cg_next_step(g, call, who);
+    }
+    if (result == CG_OK) return result;
+    cg_team_fail(g->team);
+    const int64_t patience = cg_clock_ns() + HANDS_OFF_NS;
+    for (int p = 0; p < g->n; p++) {
+        cg_line *line = cg_line_of(g, p, first);
+        while (atomic_load_explicit(&line->step, memory_order_seq_cst) == first && atomic_load_explicit(&line->off, memory_order_acquire) != first) {
+            g->exposed = cg_clock_ns() > patience;
+            if (g->exposed) return result;
+            sched_yield();
+        }
+    }
     return result;
 }
 
-/* Threads of one process read each other's tensors where they lie: the parts of a share, then the results of the others. Nobody writes to what
- * is another's, so that whoever has given up on a call may use his tensors for something else. */
 static int reduce_among_threads(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, size_t size, cg_kernel kernel, int *who) {
+    char *results[g->n];
     const char *parts[g->n];
     const void *sources[g->n];
-    size_t chunk = THREADS_CHUNK / size, begin, end;
-    g->exposed = 1;
-    cg_announce(g, call, CG_WHERE_ADDRESS | (uint64_t)(uintptr_t)from, 1, 0);
+    size_t at, end, block = REDUCE_BLOCK / size;
+    cg_pair_row(g, g->me, CG_WHERE)[0] = (uint64_t)(uintptr_t)from;
+    cg_pair_row(g, g->me, CG_WHERE)[1] = (uint64_t)(uintptr_t)to;
+    cg_announce(g, call, 0, 1, 0);
     int result = cg_agree(g, call, who);
-    for (int p = 0; result == CG_OK && p < g->n; p++) parts[p] = cg_there(g, p);
-    for (size_t at = 0; result == CG_OK && at < count; at += chunk) {
-        size_t length = cg_smaller(chunk, count - at);
-        share_of(length, size, g->n, g->me, &begin, &end);
-        for (int p = 0; p < g->n; p++) sources[p] = parts[p] + (at + begin) * size;
-        if (begin < end) kernel((char *)to + (at + begin) * size, sources, g->n, end - begin, NULL, NULL);
-        g->step++;
-        cg_line_of(g, g->me, g->step)->where = CG_WHERE_ADDRESS | (uint64_t)(uintptr_t)to;
-        result = cg_next_step(g, call, who);
-        for (int i = 1; result == CG_OK && i < g->n; i++) {
-            int p = (g->me + i) % g->n;
-            share_of(length, size, g->n, p, &begin, &end);
-            cg_copy((char *)to + (at + begin) * size, cg_there(g, p) + (at + begin) * size, (end - begin) * size, 0);
-        }
+    for (int p = 0; result == CG_OK && p < g->n; p++) {
+        parts[p] = (const char *)(uintptr_t)cg_pair_row(g, p, CG_WHERE)[0];
+        results[p] = (char *)(uintptr_t)cg_pair_row(g, p, CG_WHERE)[1];
     }
-    return result == CG_OK ? leave_together(g, call, who) : result;
+    share_of(count, size, g->n, g->me, &at, &end);
+    for (; result == CG_OK && at < end; at += block) {
+        size_t length = cg_smaller(block, end - at), offset = at * size;
+        if ((*who = cg_team_failed(g->team)) >= 0) result = CG_GONE;
+        for (int p = 0; p < g->n; p++) sources[p] = parts[p] + offset;
+        if (result == CG_OK) kernel(results[g->me] + offset, sources, g->n, length, NULL, NULL);
+        for (int i = 1; result == CG_OK && i < g->n; i++) cg_copy(results[(g->me + i) % g->n] + offset, results[g->me] + offset, length * size, 0);
+    }
+    return end_among_threads(g, call, result, who);
 }
 
 static int reduce_scatter_among_threads(cg_group *g, const cg_call *call, const cg_block *out, void *to, size_t count, cg_kernel kernel, int *who) {
     const void *sources[g->n];
-    g->exposed = 1;
     for (int p = 0; p < g->n; p++) cg_pair_row(g, g->me, CG_WHERE)[p] = (uint64_t)(uintptr_t)out[p].base;
     cg_announce(g, call, 0, 1, 0);
     int result = cg_agree(g, call, who);
-    if (result != CG_OK) return result;
-    for (int p = 0; p < g->n; p++) sources[p] = (const void *)(uintptr_t)cg_pair_row(g, p, CG_WHERE)[g->me];
-    if (count > 0) kernel(to, sources, g->n, count, NULL, NULL);
-    return leave_together(g, call, who);
+    if (result == CG_OK) {
+        for (int p = 0; p < g->n; p++) sources[p] = (const void *)(uintptr_t)cg_pair_row(g, p, CG_WHERE)[g->me];
+        if (count > 0) kernel(to, sources, g->n, count, NULL, NULL);
+    }
+    return end_among_threads(g, call, result, who);
 }
 
 /* Of two ranks what lies in shared memory is read there, and nobody leaves before. */

@@ -33,9 +33,6 @@ static inline cg_line *cg_line_of(cg_group *g, int rank, uint32_t step) { return
 uint64_t cg_find_region(cg_group *g, const void *data, size_t bytes);
 char *cg_resolve(cg_group *g, int rank, uint64_t where);
 
-/* Where rank p of the threads of one process says in this step that it lies. */
-static inline char *cg_there(cg_group *g, int p) { return (char *)(uintptr_t)(cg_line_of(g, p, g->step)->where & ~CG_WHERE_ADDRESS); }
-
 /* The next step, which is the first of a call. */
 void cg_begin(cg_group *g, const cg_call *call);
 /* Arrives there; the line says what is called. */

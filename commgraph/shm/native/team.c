@@ -144,14 +144,23 @@ int cg_team_failed(const cg_team *team) {
     return -1;
 }
 
-void cg_team_close(cg_team *team, int failed) {
-    if (!has_left(team, team->me))
-        atomic_store_explicit(&team->seats[team->me].state, failed ? CG_FAILED : CG_CLOSED, memory_order_seq_cst);
+static void ring_all(cg_team *team) {
     for (int i = 0; i < team->n; i++) ring(&team->seats[i].bell);
     for (cg_team *view = team->first; view != NULL; view = view->next) {
         ring(view->bell);
         ring(view->theirs);
     }
+}
+
+void cg_team_fail(cg_team *team) {
+    atomic_store_explicit(&team->seats[team->me].state, CG_FAILED, memory_order_seq_cst);
+    ring_all(team);
+}
+
+void cg_team_close(cg_team *team, int failed) {
+    if (!has_left(team, team->me))
+        atomic_store_explicit(&team->seats[team->me].state, failed ? CG_FAILED : CG_CLOSED, memory_order_seq_cst);
+    ring_all(team);
 }
 
 int cg_team_leave_out(cg_team *team, int seat) {

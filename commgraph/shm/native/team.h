@@ -73,6 +73,8 @@ void cg_team_leave(cg_team *team); /* frees the view; the seat stays as it is */
 void cg_team_leave_view(cg_team *view, cg_team *of);
 /* Says that this side does nothing more, and wakes everybody. From any thread, but not while views come or go. */
 void cg_team_close(cg_team *team, int failed);
+/* The same after an error, also where another thread has closed it meanwhile: what it did last does not count. */
+void cg_team_fail(cg_team *team);
 /* Whether anybody else has died (CG_LOST) or, if not, left (CG_GONE); else CG_OK. Not beside a wait on the same view. */
 int cg_team_lost(cg_team *team, int *who);
 /* Says that nobody will sit there. 0 if somebody does. */
