@@ -964,6 +964,12 @@ static void *run_hand(void *arg) {
 }
 
 static void handovers(dice *d, int64_t until) {
+    char one = 1, other = 0;
+    struct iovec from = {&one, 1}, to = {&other, 1};
+    if (process_vm_readv(getpid(), &to, 1, &from, 1, 0) != 1) {
+        printf("handovers: not tried, for nobody reaches another's memory here (%s)\n", strerror(errno)); /* an emulator, a sandbox */
+        return;
+    }
     do {
         size_t bytes = SEATS_BYTES + 2 * PAGE_BYTES;
         char *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
