@@ -1149,7 +1149,8 @@ typedef struct {
     member *members;
     int me, quitter;
     uint64_t seed;
-    int64_t patience; /* of the quitter */
+    int64_t patience; /* of the quitter; 0: it has any */
+    int differs; /* the round in which it calls something else, by another tag, or a barrier if that is odd; -1 for none */
     int failed;
     _Atomic int begun;
 } withdrawal;
@@ -1174,10 +1175,15 @@ static void *withdraw(void *arg) {
         if (w->me == w->quitter && w->patience) call.deadline = cg_clock_ns() + w->patience;
         cg_block pieces[MOST];
         for (int p = 0; p < n; p++) pieces[p] = (cg_block){from.data + (size_t)p * (bytes / (size_t)n), 1, bytes / (size_t)n, bytes / (size_t)n};
-        int result = scatters ? cg_reduce_scatter(&m->group, &call, pieces, to.data, CG_U8, CG_SUM, &who)
+        int odd = w->me == w->quitter && round == w->differs;
+        if (odd) call.tag ^= 1;
+        int64_t began = cg_clock_ns();
+        int result = odd && round % 2 ? cg_barrier(&m->group, &call, &who)
+                     : scatters ? cg_reduce_scatter(&m->group, &call, pieces, to.data, CG_U8, CG_SUM, &who)
                               : cg_all_reduce(&m->group, &call, from.data, to.data, bytes, CG_U8, CG_SUM, in_place, &who);
         w->failed = result != CG_OK;
-        CHECK(!m->group.exposed, "a second was not enough");
+        CHECK(!m->group.exposed && cg_clock_ns() - began < 900000000, "a second was not enough");
+        CHECK(round != w->differs || result == CG_MISMATCH || result == CG_GONE, "ended with %d", result);
         size_t length = w->failed ? 0 : scatters ? bytes / (size_t)n : bytes;
         for (size_t i = 0; i < length; i++) CHECK(to.data[i] == (char)n, "byte %zu is %d", i, to.data[i]);
         /* Whoever still writes here is found, and whoever still reads where there is nothing any more. */
@@ -1195,15 +1201,17 @@ static void *withdraw(void *arg) {
 static void withdrawals(dice *d, int64_t until) {
     int tries = 0, failed = 0;
     do {
-        int n = 2 + (int)below(d, 3), quitter = (int)below(d, (size_t)n), closes = chance(d, 70);
+        int n = 2 + (int)below(d, 3), quitter = (int)below(d, (size_t)n), how = (int)below(d, 5), closes = how > 1;
         place p = make_place(n, 4096, 0);
         static member members[MOST];
         static withdrawal ranks[MOST];
         uint64_t seed = roll(d);
         for (int i = 0; i < n; i++) {
             join_place(&members[i], &p, i);
-            ranks[i] = (withdrawal){&p, members, i, quitter, seed, closes ? 0 : 1 + (int64_t)below(d, 400000), 0, 0};
+            ranks[i] = (withdrawal){&p, members, i, quitter, seed, how == 0 ? 1 + (int64_t)below(d, 400000) : 0, -1, 0, 0};
         }
+        int differs = (int)below(d, 10);
+        for (int i = 0; i < n; i++) ranks[i].differs = how == 1 ? differs : -1;
         pthread_t threads[MOST];
         for (int i = 0; i < n; i++) CHECK(pthread_create(&threads[i], NULL, withdraw, &ranks[i]) == 0, "pthread_create");
         if (closes) {

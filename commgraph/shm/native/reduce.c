@@ -135,18 +135,20 @@ static int are_among_threads(const cg_group *g, size_t bytes) { return g->among_
  * not begin. */
 static int end_among_threads(cg_group *g, const cg_call *call, int result, int *who) {
     const uint32_t first = g->step;
-    if (result == CG_MISMATCH) return result; /* as all others find: nobody begins */
     atomic_store_explicit(&cg_line_of(g, g->me, first)->off, first, memory_order_release);
     if (result == CG_OK) {
         g->step++;
         result = cg_next_step(g, call, who);
     }
     if (result == CG_OK) return result;
+    if (result == CG_MISMATCH) return result; /* as all others find: nobody begins */
     cg_team_fail(g->team);
     const int64_t patience = cg_clock_ns() + HANDS_OFF_NS;
     for (int p = 0; p < g->n; p++) {
         cg_line *line = cg_line_of(g, p, first);
-        while (atomic_load_explicit(&line->step, memory_order_seq_cst) == first && atomic_load_explicit(&line->off, memory_order_acquire) != first) {
+        /* Who is in another call has no hands there. */
+        while (atomic_load_explicit(&line->off, memory_order_acquire) != first &&
+               atomic_load_explicit(&line->step, memory_order_seq_cst) == first && line->tag == call->tag) {
             g->exposed = cg_clock_ns() > patience;
             if (g->exposed) return result;
             sched_yield();
