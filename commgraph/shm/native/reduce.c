@@ -141,7 +141,6 @@ static int end_among_threads(cg_group *g, const cg_call *call, int result, int *
         result = cg_next_step(g, call, who);
     }
     if (result == CG_OK) return result;
-    if (result == CG_MISMATCH) return result; /* as all others find: nobody begins */
     cg_team_fail(g->team);
     const int64_t patience = cg_clock_ns() + HANDS_OFF_NS;
     for (int p = 0; p < g->n; p++) {
@@ -181,14 +180,19 @@ static int reduce_among_threads(cg_group *g, const cg_call *call, const void *fr
     return end_among_threads(g, call, result, who);
 }
 
-static int reduce_scatter_among_threads(cg_group *g, const cg_call *call, const cg_block *out, void *to, size_t count, cg_kernel kernel, int *who) {
+static int reduce_scatter_among_threads(cg_group *g, const cg_call *call, const cg_block *out, void *to, size_t count, size_t size, cg_kernel kernel, int *who) {
     const void *sources[g->n];
     for (int p = 0; p < g->n; p++) cg_pair_row(g, g->me, CG_WHERE)[p] = (uint64_t)(uintptr_t)out[p].base;
     cg_announce(g, call, 0, 1, 0);
     int result = cg_agree(g, call, who);
     if (result == CG_OK) {
-        for (int p = 0; p < g->n; p++) sources[p] = (const void *)(uintptr_t)cg_pair_row(g, p, CG_WHERE)[g->me];
-        if (count > 0) kernel(to, sources, g->n, count, NULL, NULL);
+        const char *parts[g->n];
+        for (int p = 0; p < g->n; p++) parts[p] = (const char *)(uintptr_t)cg_pair_row(g, p, CG_WHERE)[g->me];
+        for (size_t at = 0, block = REDUCE_BLOCK / size; result == CG_OK && at < count; at += block) {
+            if ((*who = cg_team_failed(g->team)) >= 0) result = CG_GONE;
+            for (int p = 0; p < g->n; p++) sources[p] = parts[p] + at * size;
+            if (result == CG_OK) kernel((char *)to + at * size, sources, g->n, cg_smaller(block, count - at), NULL, NULL);
+        }
     }
     return end_among_threads(g, call, result, who);
 }
@@ -242,7 +246,7 @@ int cg_reduce_scatter(cg_group *g, const cg_call *call, const cg_block *out, voi
     /* Whole tensors in shared memory are read where they are, if their pieces are runs. */
     uint64_t where = runs ? cg_find_region(g, out[0].base, total) : 0;
     cg_begin(g, call);
-    if (runs && are_among_threads(g, total)) return reduce_scatter_among_threads(g, call, out, to, own / size, kernel, who);
+    if (runs && are_among_threads(g, total)) return reduce_scatter_among_threads(g, call, out, to, own / size, size, kernel, who);
     if (n == 2 && runs) {
         const cg_block *give = &out[1 - g->me];
         size_t chunk = cg_relay_chunk(g, most);

@@ -144,23 +144,21 @@ int cg_team_failed(const cg_team *team) {
     return -1;
 }
 
-static void ring_all(cg_team *team) {
+void cg_team_fail(cg_team *team) {
+    atomic_store_explicit(&team->seats[team->me].state, CG_FAILED, memory_order_seq_cst);
+    /* Not its views, which another thread may be taking away. */
+    for (int i = 0; i < team->n; i++) ring(&team->seats[i].bell);
+}
+
+void cg_team_close(cg_team *team, int failed) {
+    /* In one go, for it may fail on another thread at this moment, and that stays. */
+    uint32_t seated = CG_SEATED;
+    atomic_compare_exchange_strong(&team->seats[team->me].state, &seated, failed ? CG_FAILED : CG_CLOSED);
     for (int i = 0; i < team->n; i++) ring(&team->seats[i].bell);
     for (cg_team *view = team->first; view != NULL; view = view->next) {
         ring(view->bell);
         ring(view->theirs);
     }
-}
-
-void cg_team_fail(cg_team *team) {
-    atomic_store_explicit(&team->seats[team->me].state, CG_FAILED, memory_order_seq_cst);
-    ring_all(team);
-}
-
-void cg_team_close(cg_team *team, int failed) {
-    if (!has_left(team, team->me))
-        atomic_store_explicit(&team->seats[team->me].state, failed ? CG_FAILED : CG_CLOSED, memory_order_seq_cst);
-    ring_all(team);
 }
 
 int cg_team_leave_out(cg_team *team, int seat) {
