@@ -71,8 +71,7 @@ static int exchange(cg_group *g, const cg_call *call, const cg_block *give, cons
     cg_unpack(into, cg_resolve(g, 1 - g->me, where), 0, cg_block_bytes(into));
     size_t given = cg_block_bytes(give);
     if (keep != NULL && given > chunk) cg_unpack(keep, give->base + chunk, chunk, given - chunk);
-    g->step++; /* nobody leaves while his tensor is still read */
-    return cg_next_step(g, call, who);
+    return cg_leave_together(g, call, who);
 }
 
 static int share_of_two(cg_group *g, const cg_call *call, const char *mine, const size_t *bytes, const cg_block *into, int *who) {
@@ -158,12 +157,7 @@ static int share(cg_group *g, const cg_call *call, const char *mine, const size_
         }
         if (result != CG_OK) return result;
     }
-    if (any_direct) {
-        /* Nobody leaves while his tensor is still read. */
-        g->step++;
-        return cg_next_step(g, call, who);
-    }
-    return CG_OK;
+    return any_direct ? cg_leave_together(g, call, who) : CG_OK;
 }
 
 int cg_share(cg_group *g, const cg_call *call, const char *mine, const size_t *bytes, const cg_block *into, int everywhere, int *who) {
@@ -282,9 +276,5 @@ int cg_trade(cg_group *g, const cg_call *call, const cg_block *out, const cg_blo
         }
         if (result != CG_OK) return result;
     }
-    if (any_direct) {
-        g->step++;
-        return cg_next_step(g, call, who);
-    }
-    return CG_OK;
+    return any_direct ? cg_leave_together(g, call, who) : CG_OK;
 }

@@ -49,7 +49,7 @@ typedef struct {
     char *slots;             /* [place][parity][slot_bytes] */
     char *shares;            /* [rank][cg_share_bytes()], of three ranks and more */
     _Atomic uint32_t *costs; /* [reader][writer][class][way]: ns per KiB as a reader measured it, in 1/256 */
-    uint64_t *pairs;         /* [parity][rank][out, in, where][peer]: bytes of an all_to_all, and where those that go out lie */
+    uint64_t *pairs;         /* [parity][rank][out, in, where][peer]: bytes of an all_to_all, and where those that go out lie, or tensors of threads do */
     char *notes;             /* [rank][CG_NOTE_BYTES], a step in front */
     uint32_t step;
     cg_choice choices[CG_CLASSES], placings[CG_CLASSES], landings[CG_CLASSES];

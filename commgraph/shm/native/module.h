@@ -99,6 +99,7 @@ int enter(Team *team);
  * wait, keeps it. */
 enum { BRIEF = 8 * 1024 };
 int enter_for(Team *team, size_t bytes);
+/* The two halves of it: whether such a call keeps the interpreter, and to begin one that does, or does not. */
 int keeps_interpreter(Team *team, size_t bytes);
 int enter_keeping(Team *team, int keep);
 void leave(Team *team);

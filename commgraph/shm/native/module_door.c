@@ -12,7 +12,7 @@ typedef struct {
     PyObject_HEAD
     Group *group; /* NULL: a group of one rank */
     Tensors *tensors;
-    PyObject *x, *filled; /* by the call that runs; NULL where that is a new tensor */
+    PyObject *filled; /* by the call that runs, if that is a tensor of the caller's */
     int open; /* a door that was closed may have no group any more */
 } Door;
 
@@ -57,8 +57,8 @@ static int tag_of(Group *group, const char *name, int operation, PyObject *x, co
     group->sequence++;
     call->tag = tagged(0, group->sequence - 1, digest); /* 0: a collective */
     call->call = call_word(group, operation);
-    /* One of a single step waits once, and need not look at the clock before. */
     call->meanwhile = NULL;
+    /* One of a single step waits once, and need not look at the clock before. */
     call->deadline = v->bytes <= BRIEF ? -group->timeout_ns : deadline_after(group->timeout_ns);
     return 1;
 }
@@ -77,11 +77,11 @@ static PyObject *result_for(Door *door, PyObject *given, const view *x, const in
     return Py_NewRef(given);
 }
 
-/* What becomes of a call: its answer, or the exception. */
-static PyObject *answer(Door *door, int result, int who, PyObject *value) {
+/* What becomes of a call with x: its answer, or the exception. */
+static PyObject *answer(Door *door, int result, int who, PyObject *x, PyObject *value) {
     if (result == CG_OK) return value;
-    /* Others may still be at his tensors: those stay for ever. */
-    if (door->group->group.exposed) Py_INCREF(door->x);
+    /* Where others may still be at x and the result, both stay for ever. */
+    if (door->group->group.exposed) Py_INCREF(x);
     else Py_DECREF(value);
     door->group->enabled = 0;
     return raise_stopped((PyObject *)door, result, who);
@@ -93,11 +93,11 @@ static void mark_filled(void *of) {
 }
 
 /* Enters the group. What is filled is marked while the others come, if this thread keeps the interpreter. */
-static int begin(Door *door, cg_call *call, PyObject *x, PyObject *filled, size_t bytes) {
+static int begin(Door *door, cg_call *call, PyObject *filled, size_t bytes) {
     Team *team = door->group->team;
     int keep = keeps_interpreter(team, bytes);
     if ((filled == NULL || keep || mark(door->tensors, filled)) && enter_keeping(team, keep)) {
-        door->x = x, door->filled = filled;
+        door->filled = filled;
         if (filled != NULL && keep) call->meanwhile = mark_filled, call->of = door;
         return 1;
     }
@@ -137,10 +137,10 @@ static PyObject *door_all_reduce_(PyObject *self, PyObject *const *args, Py_ssiz
     if (door->group == NULL) return Py_NewRef(Py_True);
     cg_call call;
     if (!tag_of(door->group, "all_reduce_", OP_ALL_REDUCE_, args[0], &v, given, args[1], &call)) return NULL;
-    if (!begin(door, &call, args[0], args[0], v.bytes)) return NULL;
+    if (!begin(door, &call, args[0], v.bytes)) return NULL;
     int result = cg_all_reduce(&door->group->group, &call, v.data, v.data, v.bytes / v.size, dtype, op, 1, &who);
     leave(door->group->team);
-    return answer(door, result, who, Py_NewRef(Py_True));
+    return answer(door, result, who, args[0], Py_NewRef(Py_True));
 }
 
 static PyObject *door_all_reduce(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
@@ -154,13 +154,13 @@ static PyObject *door_all_reduce(PyObject *self, PyObject *const *args, Py_ssize
     PyObject *tensor = new_tensor(door->tensors, door->group->pool, v.kind, v.ndim, v.shape, v.bytes, &out);
     if (tensor == NULL) return NULL;
     cg_call call;
-    if (!tag_of(door->group, "all_reduce", OP_ALL_REDUCE, args[0], &v, given, args[1], &call) || !begin(door, &call, args[0], NULL, v.bytes)) {
+    if (!tag_of(door->group, "all_reduce", OP_ALL_REDUCE, args[0], &v, given, args[1], &call) || !begin(door, &call, NULL, v.bytes)) {
         Py_DECREF(tensor);
         return NULL;
     }
     int result = cg_all_reduce(&door->group->group, &call, v.data, out, v.bytes / v.size, dtype, op, 0, &who);
     leave(door->group->team);
-    return answer(door, result, who, tensor);
+    return answer(door, result, who, args[0], tensor);
 }
 
 static PyObject *door_all_gather(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
@@ -184,13 +184,13 @@ static PyObject *door_all_gather(PyObject *self, PyObject *const *args, Py_ssize
     PyObject *number = PyLong_FromLong(dim);
     int begun = number != NULL && tag_of(door->group, "all_gather", OP_ALL_GATHER, args[0], &v, dim, number, &call);
     Py_XDECREF(number);
-    if (!begun || !begin(door, &call, args[0], args[2] == Py_None ? NULL : out, v.bytes)) {
+    if (!begun || !begin(door, &call, args[2] == Py_None ? NULL : out, v.bytes)) {
         Py_DECREF(out);
         return NULL;
     }
     int result = cg_share(&door->group->group, &call, v.data, bytes, into, 1, &who);
     leave(door->group->team);
-    return answer(door, result, who, out);
+    return answer(door, result, who, args[0], out);
 }
 
 static PyObject *door_reduce_scatter(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
@@ -214,13 +214,13 @@ static PyObject *door_reduce_scatter(PyObject *self, PyObject *const *args, Py_s
     PyObject *argument = Py_BuildValue("(iO)", dim, args[2]);
     int begun = argument != NULL && tag_of(door->group, "reduce_scatter", OP_REDUCE_SCATTER, args[0], &v, dim * CG_OPS + given, argument, &call);
     Py_XDECREF(argument);
-    if (!begun || !begin(door, &call, args[0], args[3] == Py_None ? NULL : out, v.bytes)) {
+    if (!begun || !begin(door, &call, args[3] == Py_None ? NULL : out, v.bytes)) {
         Py_DECREF(out);
         return NULL;
     }
     int result = cg_reduce_scatter(&door->group->group, &call, pieces, data, dtype, op, &who);
     leave(door->group->team);
-    return answer(door, result, who, out);
+    return answer(door, result, who, args[0], out);
 }
 
 static PyObject *door_all_to_all(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
@@ -243,13 +243,13 @@ static PyObject *door_all_to_all(PyObject *self, PyObject *const *args, Py_ssize
     PyObject *number = PyLong_FromLong(dim);
     int begun = number != NULL && tag_of(door->group, "all_to_all", OP_ALL_TO_ALL, args[0], &v, dim, number, &call);
     Py_XDECREF(number);
-    if (!begun || !begin(door, &call, args[0], args[3] == Py_None ? NULL : out, v.bytes)) {
+    if (!begun || !begin(door, &call, args[3] == Py_None ? NULL : out, v.bytes)) {
         Py_DECREF(out);
         return NULL;
     }
     int result = cg_trade(&door->group->group, &call, sends, receives, &who);
     leave(door->group->team);
-    return answer(door, result, who, out);
+    return answer(door, result, who, args[0], out);
 }
 
 static PyObject *door_broadcast(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
@@ -268,10 +268,10 @@ static PyObject *door_broadcast(PyObject *self, PyObject *const *args, Py_ssize_
     bytes[src] = v.bytes;
     into[src] = (cg_block){v.data, 1, v.bytes, v.bytes};
     cg_call call;
-    if (!tag_of(door->group, "broadcast", OP_BROADCAST, args[0], &v, src, args[1], &call) || !begin(door, &call, args[0], args[0], v.bytes)) return NULL;
+    if (!tag_of(door->group, "broadcast", OP_BROADCAST, args[0], &v, src, args[1], &call) || !begin(door, &call, args[0], v.bytes)) return NULL;
     int result = cg_share(&door->group->group, &call, v.data, bytes, into, 0, &who);
     leave(door->group->team);
-    return answer(door, result, who, Py_NewRef(Py_True));
+    return answer(door, result, who, args[0], Py_NewRef(Py_True));
 }
 
 static PyObject *door_barrier(PyObject *self, PyObject *unused) {
@@ -282,10 +282,10 @@ static PyObject *door_barrier(PyObject *self, PyObject *unused) {
     view nothing = {.ndim = 0, .bytes = 0};
     cg_call call;
     int who = 0;
-    if (!tag_of(door->group, "barrier", OP_BARRIER, Py_None, &nothing, 0, Py_None, &call) || !begin(door, &call, NULL, NULL, 0)) return NULL;
+    if (!tag_of(door->group, "barrier", OP_BARRIER, Py_None, &nothing, 0, Py_None, &call) || !begin(door, &call, NULL, 0)) return NULL;
     int result = cg_barrier(&door->group->group, &call, &who);
     leave(door->group->team);
-    return answer(door, result, who, Py_NewRef(Py_True));
+    return answer(door, result, who, Py_None, Py_NewRef(Py_True));
 }
 
 static PyObject *door_close(PyObject *self, PyObject *unused) {

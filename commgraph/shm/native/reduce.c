@@ -52,8 +52,7 @@ static int reduce_in_shared(cg_group *g, const cg_call *call, size_t count, size
         kernel(tensors[g->me] + at * size, sources, g->n, length, NULL, NULL);
         for (int i = 1; i < g->n; i++) cg_copy(tensors[(g->me + i) % g->n] + at * size, tensors[g->me] + at * size, length * size, 0);
     }
-    g->step++;
-    return cg_next_step(g, call, who);
+    return cg_leave_together(g, call, who);
 }
 
 /* In bytes [begin, end) of what changes hands: takes the result of the chunk before, if there is one, and puts a part of the next in its place. */
@@ -116,8 +115,7 @@ static int two_shot(cg_group *g, const cg_call *call, const void *from, void *to
         }
         if (way) cg_stream_fence();
         cg_note_reads(g, length * size, cg_stop(&reading));
-        g->step++;
-        result = cg_next_step(g, call, who);
+        result = cg_leave_together(g, call, who); /* the parts, which may lie in the tensors of others, for their results */
         if (result != CG_OK) return result;
         /* The next chunk's parts go where its results lie, if both are cut alike. */
         before = where == 0 && at + 2 * chunk <= count ? out : NULL;
@@ -136,10 +134,7 @@ static int are_among_threads(const cg_group *g, size_t bytes) { return g->among_
 static int end_among_threads(cg_group *g, const cg_call *call, int result, int *who) {
     const uint32_t first = g->step;
     atomic_store_explicit(&cg_line_of(g, g->me, first)->off, first, memory_order_release);
-    if (result == CG_OK) {
-        g->step++;
-        result = cg_next_step(g, call, who);
-    }
+    if (result == CG_OK) result = cg_leave_together(g, call, who);
     if (result == CG_OK) return result;
     cg_team_fail(g->team);
     const int64_t patience = cg_clock_ns() + HANDS_OFF_NS;
@@ -156,13 +151,22 @@ static int end_among_threads(cg_group *g, const cg_call *call, int result, int *
     return result;
 }
 
+/* A block of the parts of all, unless somebody has given up. */
+static int reduce_block(cg_group *g, const char *const *parts, size_t offset, void *to, size_t count, cg_kernel kernel, int *who) {
+    int result = cg_nobody_gave_up(g, who);
+    if (result != CG_OK) return result;
+    const void *sources[g->n];
+    for (int p = 0; p < g->n; p++) sources[p] = parts[p] + offset;
+    kernel(to, sources, g->n, count, NULL, NULL);
+    return CG_OK;
+}
+
 static int reduce_among_threads(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, size_t size, cg_kernel kernel, int *who) {
     char *results[g->n];
     const char *parts[g->n];
-    const void *sources[g->n];
     size_t at, end, block = REDUCE_BLOCK / size;
-    cg_pair_row(g, g->me, CG_WHERE)[0] = (uint64_t)(uintptr_t)from;
-    cg_pair_row(g, g->me, CG_WHERE)[1] = (uint64_t)(uintptr_t)to;
+    uint64_t *mine = cg_pair_row(g, g->me, CG_WHERE); /* for all alike: the first is the part, the second the result */
+    mine[0] = (uint64_t)(uintptr_t)from, mine[1] = (uint64_t)(uintptr_t)to;
     cg_announce(g, call, 0, 1, 0);
     int result = cg_agree(g, call, who);
     for (int p = 0; result == CG_OK && p < g->n; p++) {
@@ -172,28 +176,21 @@ static int reduce_among_threads(cg_group *g, const cg_call *call, const void *fr
     share_of(count, size, g->n, g->me, &at, &end);
     for (; result == CG_OK && at < end; at += block) {
         size_t length = cg_smaller(block, end - at), offset = at * size;
-        if ((*who = cg_team_failed(g->team)) >= 0) result = CG_GONE;
-        for (int p = 0; p < g->n; p++) sources[p] = parts[p] + offset;
-        if (result == CG_OK) kernel(results[g->me] + offset, sources, g->n, length, NULL, NULL);
-        for (int i = 1; result == CG_OK && i < g->n; i++) cg_copy(results[(g->me + i) % g->n] + offset, results[g->me] + offset, length * size, 0);
+        result = reduce_block(g, parts, offset, (char *)to + offset, length, kernel, who);
+        for (int i = 1; result == CG_OK && i < g->n; i++) cg_copy(results[(g->me + i) % g->n] + offset, (char *)to + offset, length * size, 0);
     }
     return end_among_threads(g, call, result, who);
 }
 
 static int reduce_scatter_among_threads(cg_group *g, const cg_call *call, const cg_block *out, void *to, size_t count, size_t size, cg_kernel kernel, int *who) {
-    const void *sources[g->n];
+    const char *parts[g->n];
+    size_t block = REDUCE_BLOCK / size;
     for (int p = 0; p < g->n; p++) cg_pair_row(g, g->me, CG_WHERE)[p] = (uint64_t)(uintptr_t)out[p].base;
     cg_announce(g, call, 0, 1, 0);
     int result = cg_agree(g, call, who);
-    if (result == CG_OK) {
-        const char *parts[g->n];
-        for (int p = 0; p < g->n; p++) parts[p] = (const char *)(uintptr_t)cg_pair_row(g, p, CG_WHERE)[g->me];
-        for (size_t at = 0, block = REDUCE_BLOCK / size; result == CG_OK && at < count; at += block) {
-            if ((*who = cg_team_failed(g->team)) >= 0) result = CG_GONE;
-            for (int p = 0; p < g->n; p++) sources[p] = parts[p] + at * size;
-            if (result == CG_OK) kernel((char *)to + at * size, sources, g->n, cg_smaller(block, count - at), NULL, NULL);
-        }
-    }
+    for (int p = 0; result == CG_OK && p < g->n; p++) parts[p] = (const char *)(uintptr_t)cg_pair_row(g, p, CG_WHERE)[g->me];
+    for (size_t at = 0; result == CG_OK && at < count; at += block)
+        result = reduce_block(g, parts, at * size, (char *)to + at * size, cg_smaller(block, count - at), kernel, who);
     return end_among_threads(g, call, result, who);
 }
 
@@ -202,8 +199,7 @@ static int reduce_there(cg_group *g, const cg_call *call, const void *mine, cons
     const void *sources[2];
     sources[g->me] = mine, sources[1 - g->me] = theirs;
     kernel(to, sources, 2, count, NULL, NULL);
-    g->step++;
-    return cg_next_step(g, call, who);
+    return cg_leave_together(g, call, who);
 }
 
 static int all_reduce_of_two(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, size_t size, int in_place, cg_kernel kernel, int *who) {
@@ -243,10 +239,10 @@ int cg_reduce_scatter(cg_group *g, const cg_call *call, const cg_block *out, voi
         total += bytes, runs = runs && out[p].rows <= 1;
     }
     g->bytes_sent += total - own;
-    /* Whole tensors in shared memory are read where they are, if their pieces are runs. */
-    uint64_t where = runs ? cg_find_region(g, out[0].base, total) : 0;
     cg_begin(g, call);
     if (runs && are_among_threads(g, total)) return reduce_scatter_among_threads(g, call, out, to, own / size, size, kernel, who);
+    /* Whole tensors in shared memory are read where they are, if their pieces are runs. */
+    uint64_t where = runs ? cg_find_region(g, out[0].base, total) : 0;
     if (n == 2 && runs) {
         const cg_block *give = &out[1 - g->me];
         size_t chunk = cg_relay_chunk(g, most);
@@ -298,9 +294,5 @@ int cg_reduce_scatter(cg_group *g, const cg_call *call, const cg_block *out, voi
         kernel((char *)to + at, sources, n, part / size, NULL, NULL);
         cg_note_reads(g, part, cg_stop(&reading));
     }
-    if (any_direct) {
-        g->step++;
-        return cg_next_step(g, call, who);
-    }
-    return CG_OK;
+    return any_direct ? cg_leave_together(g, call, who) : CG_OK;
 }

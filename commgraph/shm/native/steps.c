@@ -98,8 +98,10 @@ static int await(cg_group *g, const cg_call *call, int *who) {
     arrival a = {g, g->step, 0};
     int result = cg_wait(g->team, all_arrived, &a, CG_EVERYONE, 1, call->deadline, who);
     if (result == CG_TIMEOUT) *who = a.next;
-    if (result != CG_OK) return result;
-    /* One that was here, and gave up before the last had come, has no result: then nobody has. What was read of its tensors may be of later. */
+    return result;
+}
+
+int cg_nobody_gave_up(cg_group *g, int *who) {
     int failed = cg_team_failed(g->team);
     if (failed < 0) return CG_OK;
     *who = failed;
@@ -126,6 +128,8 @@ void cg_announce(cg_group *g, const cg_call *call, uint64_t where, uint32_t roun
 
 int cg_agree(cg_group *g, const cg_call *call, int *who) {
     int result = await(g, call, who);
+    /* One that was here, and gave up before the last had come, has no result: then nobody has. */
+    if (result == CG_OK) result = cg_nobody_gave_up(g, who);
     if (result != CG_OK) return result;
     for (int p = 0; p < g->n; p++) {
         if (cg_line_of(g, p, g->step)->tag != call->tag) {
@@ -139,6 +143,12 @@ int cg_agree(cg_group *g, const cg_call *call, int *who) {
 int cg_next_step(cg_group *g, const cg_call *call, int *who) {
     arrive(g);
     return await(g, call, who);
+}
+
+int cg_leave_together(cg_group *g, const cg_call *call, int *who) {
+    g->step++;
+    int result = cg_next_step(g, call, who);
+    return result == CG_OK ? cg_nobody_gave_up(g, who) : result;
 }
 
 int cg_barrier(cg_group *g, const cg_call *call, int *who) {

@@ -41,5 +41,10 @@ void cg_announce(cg_group *g, const cg_call *call, uint64_t where, uint32_t roun
 int cg_agree(cg_group *g, const cg_call *call, int *who);
 /* Arrives at a later step, and waits until the others are there as well. */
 int cg_next_step(cg_group *g, const cg_call *call, int *who);
+/* The last step of a call that worked where the tensors of others lie, which they keep until then. One that gave up before may have used its own
+ * for something else meanwhile: then nobody has a result. */
+int cg_leave_together(cg_group *g, const cg_call *call, int *who);
+/* CG_GONE, and who, if somebody has failed in this call or before. */
+int cg_nobody_gave_up(cg_group *g, int *who);
 
 #endif
