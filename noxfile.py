@@ -105,13 +105,13 @@ def compile(session: nox.Session) -> None:  # noqa: A001 - what the session does
     # A graph from a cache would hide what the compiler makes of this one.
     session.env["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     python = str(with_torch(session, "test") / "python")
-    session.run(python, "-m", "pytest", "-m", "matrix", "tests/test_operators.py", *session.posargs, external=True)
+    session.run(python, "-m", "pytest", "-m", "matrix", "tests/coordinator/test_operators.py", *session.posargs, external=True)
 
 
 # What knows nothing of Python; without kernels.c, which the harness takes in whole, to reach the kernels of every instruction set.
 CORE = tuple(str(path) for path in sorted(Path("commgraph/shm/native").glob("*.c")) if not path.stem.startswith(("module", "kernels")))
 HARNESS = (
-    "tests/native/harness.c",
+    "tests/shm/native/harness.c",
     *CORE,
     "-Icommgraph/shm/native",
     "-std=gnu11",

@@ -1,7 +1,7 @@
 /* A ring of bytes in shared memory: one writer, any number of readers, each of which gets every record.
  *
  * A record has parts and travels in fragments, so that it may be larger than the ring. A fragment that begins a record ends one that was
- * not finished: the writer gave up on it, and its readers forget it. The order of loads and stores is explored by tests/protocol_model.py.
+ * not finished: the writer gave up on it, and its readers forget it. The order of loads and stores is explored by tests/shm/protocol_model.py.
  */
 #ifndef COMMGRAPH_RING_H
 #define COMMGRAPH_RING_H

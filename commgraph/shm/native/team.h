@@ -3,7 +3,7 @@
  * Every participant has a seat with a doorbell. Whoever waits for anything sleeps on its own doorbell, and whoever makes something true
  * rings the doorbells of those that sleep. A view serves one thread at a time; a ring between two has a view of its own on either side, with
  * doorbells of its own, so that its messages move while another thread is in a collective. The order of stores and loads in `cg_wait` and
- * `cg_notify` is the one that tests/protocol_model.py explores: change them together.
+ * `cg_notify` is the one that tests/shm/protocol_model.py explores: change them together.
  */
 #ifndef COMMGRAPH_TEAM_H
 #define COMMGRAPH_TEAM_H

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from commgraph.errors import ConfigurationError, LayoutError
 from commgraph.layout import Grid, Layout, Positions, Split, describe, draw, table
 from commgraph.testing.strategies import layouts
-from tests.timing import again_if_late, within
+from tests.helpers import again_if_late, within
 
 AXES = ("replica", "dp", "pp", "pcp", "tp")
 Groups = tuple[tuple[int, ...], ...]

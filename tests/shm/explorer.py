@@ -1,4 +1,4 @@
-"""An explorer that runs small models of protocols (tests/protocol_model.py) through every interleaving.
+"""An explorer that runs small models of protocols (tests/shm/protocol_model.py) through every interleaving.
 
 A model is a handful of processes; a process is a list of operations on named words of memory, unrolled, so that where it stands in its
 program is all that it knows. The explorer walks breadth first over all states: what it reports is a shortest way into trouble. Trouble is

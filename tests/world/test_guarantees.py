@@ -21,7 +21,7 @@ import torch.distributed as dist
 import commgraph as cg
 from commgraph.testing import spmd
 from commgraph.testing.spmd import ThreadStore
-from tests.timing import again_if_late, within
+from tests.helpers import again_if_late, within
 
 
 def work(ctx: cg.ParallelContext, seed: int) -> torch.Tensor:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.explorer import Code, Memory, Model, Report, TooManyStatesError, explore
-from tests.protocol_model import (
+from tests.shm.explorer import Code, Memory, Model, Report, TooManyStatesError, explore
+from tests.shm.protocol_model import (
     Bell,
     Closing,
     Given,

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import commgraph as cg
 from commgraph.coordinator import GroupCoordinator
 from commgraph.testing import fake_world, spmd
-from tests.operator_cases import CASES, crossing, expected, given, rows, weight
+from tests.coordinator.operator_cases import CASES, crossing, expected, given, rows, weight
 
 BACKENDS = (
     "eager",

@@ -1,4 +1,4 @@
-"""The protocols of shared memory as small models, for tests/explorer.py to run through every interleaving."""
+"""The protocols of shared memory as small models, for tests/shm/explorer.py to run through every interleaving."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 import attrs
 
-from tests.explorer import Code, Model
+from tests.shm.explorer import Code, Model
 
 
 @attrs.frozen

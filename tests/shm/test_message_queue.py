@@ -39,7 +39,7 @@ from commgraph.shm.message_queue import QueueHandle
 from commgraph.shm.remote import OBJECT, READY, Entrance, Secret
 from commgraph.wire import WireError
 from tests.programs.queue_stress import checksum, stress
-from tests.timing import again_if_late, within
+from tests.helpers import again_if_late, within
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("fork")
