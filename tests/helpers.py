@@ -1,16 +1,156 @@
-"""Tests of what must be quick, on machines that stand still for a second now and then."""
+"""Helpers that several test files share: groups to run on, comparisons by bits, and patience with machines that stand still."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import shutil
+import socket
+import subprocess
 import time
-from collections.abc import Callable, Iterator
-from typing import ParamSpec
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["again_if_late", "within"]
+import torch
+import torch.distributed as dist
+
+import commgraph as cg
+from commgraph.coordinator import GroupCoordinator
+from commgraph.testing import spmd
+from commgraph.testing.spmd import ThreadStore
 
 P = ParamSpec("P")
+T = TypeVar("T")
+Groups = tuple[tuple[int, ...], ...]
+
+ROOT = Path(__file__).parent.parent
+CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+# Ranks as threads.
+
+
+def on_ctx(n: int, body: Callable[[cg.ParallelContext], T], *, nodes: int = 1, timeout: float = 60, **options: Any) -> list[T]:
+    """Run `body` on each rank of a context whose tensor parallel group has all n ranks; return its results in rank order."""
+
+    def run(world: cg.World) -> T:
+        with world.context(cg.Layout(n, tp=n), name="a", options=cg.CommunicatorOptions(**options)) as context:
+            return body(context)
+
+    return spmd(run, n, nodes=nodes, timeout=timeout)
+
+
+def on(n: int, body: Callable[[GroupCoordinator], T], *, nodes: int = 1, timeout: float = 60, **options: Any) -> list[T]:
+    """Run `body` on each rank of one group of n ranks; return its results in rank order."""
+    return on_ctx(n, lambda context: body(context.tp), nodes=nodes, timeout=timeout, **options)
+
+
+class CountingStore(dist.Store):
+    """Counts the operations of one rank, and the keys they name, in a store that all share."""
+
+    def __init__(self, shared: ThreadStore) -> None:
+        super().__init__()
+        self.shared = shared
+        self.operations = 0
+        self.keys = 0
+
+    def _count(self, keys: int) -> None:
+        self.operations += 1
+        self.keys += keys
+
+    def set(self, key: str, value: Any) -> None:
+        self._count(1)
+        self.shared.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        self._count(1)
+        return self.shared.get(key)
+
+    def add(self, key: str, amount: int) -> int:
+        self._count(1)
+        return self.shared.add(key, amount)
+
+    def compare_set(self, key: str, expected: Any, desired: Any) -> bytes:
+        self._count(1)
+        return self.shared.compare_set(key, expected, desired)
+
+    def check(self, keys: list[str]) -> bool:
+        self._count(len(keys))
+        return self.shared.check(keys)
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        self._count(len(keys))
+        self.shared.wait(keys, timeout)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        self._count(len(keys))
+        return self.shared.multi_get(keys)
+
+    def multi_set(self, keys: list[str], values: Any) -> None:
+        self._count(len(keys))
+        self.shared.multi_set(keys, values)
+
+    def has_extended_api(self) -> bool:
+        return True
+
+    def clone(self) -> CountingStore:
+        return self
+
+
+# Values.
+
+
+def bits(x: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
+    """Return the dtype, the shape and the bytes of a tensor's elements: equal of two tensors that no program can tell apart."""
+    x = x.detach().resolve_conj().resolve_neg()
+    # Viewed as a plain dtype, because torch copies no tensor of the rarer ones. Of one element or none any stride counts as contiguous,
+    # and only a stride of one can be viewed as bytes.
+    dense = x.view(CARRIERS[x.dtype.itemsize]).clone(memory_format=torch.contiguous_format).as_strided((x.numel(),), (1,))
+    return x.dtype, tuple(x.shape), dense.view(torch.uint8).numpy().tobytes()
+
+
+def same(left: Any, right: Any) -> bool:
+    """Return whether two trees are equal and of equal types all the way down, dicts in one order, tensors by their bits."""
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        return bits(left) == bits(right)
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    if isinstance(left, dict):
+        return same(list(left.items()), list(right.items()))
+    if isinstance(left, (set, frozenset)):
+        return len(left) == len(right) and all(any(same(one, other) for other in right) for one in left)
+    return bool(left == right) and repr(left) == repr(right)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Return random numbers of a normal distribution, equal for an equal seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def as_groups(rows: Iterable[Iterable[Any]]) -> Groups:
+    """Return rows of ranks as `Layout.groups` gives them: tuples, ordered by first rank."""
+    return tuple(sorted(tuple(map(int, row)) for row in rows))
+
+
+# The machine.
+
+
+def free_port() -> int:
+    """Return a port of the loopback that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def may_unshare() -> bool:
+    """Return whether programs may be started in network, mount and process namespaces of their own."""
+    if os.getuid() != 0 or shutil.which("unshare") is None:
+        return False
+    return subprocess.run(["unshare", "-n", "-m", "-p", "-f", "--mount-proc", "true"], capture_output=True, check=False).returncode == 0
 
 
 class TooLateError(AssertionError):
@@ -19,7 +159,7 @@ class TooLateError(AssertionError):
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """What is done inside takes less than so many seconds."""
+    """Raise TooLateError where what is done inside takes so many seconds or more."""
     started = time.monotonic()
     yield
     took = time.monotonic() - started
@@ -28,7 +168,7 @@ def within(seconds: float) -> Iterator[None]:
 
 
 def again_if_late(test: Callable[P, None]) -> Callable[P, None]:
-    """A test that is late three times fails: the machine delays one of them, what is slow by itself delays all."""
+    """Repeat a test that is late, up to three times: the machine delays one of them, what is slow by itself delays all."""
 
     @functools.wraps(test)
     def patient(*args: P.args, **kwargs: P.kwargs) -> None:

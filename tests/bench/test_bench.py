@@ -33,9 +33,8 @@ from commgraph.kernel_table import KernelTable
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms import CpuPlatform, GroupFacts
 from commgraph.testing import spmd
+from tests.helpers import ROOT
 from tests.stand_ins import FakeDevice, Memory
-
-ROOT = Path(__file__).parent.parent
 
 # Two peers as users write them: one that is right, one that is not.
 PEER = """

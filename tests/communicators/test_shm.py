@@ -25,10 +25,11 @@ import commgraph as cg
 from commgraph.coordinator import GroupCoordinator
 from commgraph.shm.host_memory import Sizes
 from commgraph.testing import spmd
+from tests import helpers
+from tests.helpers import ROOT, same
 
 T = TypeVar("T")
 
-REPOSITORY = Path(__file__).parent.parent
 OPS = ("sum", "avg", "max", "min", "product")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WHOLES = (
@@ -48,20 +49,15 @@ SMALLEST = 16 * 1024  # of CommunicatorOptions.shm_bytes: small tensors go throu
 def on(n: int, body: Callable[[GroupCoordinator], T], *, timeout: float = 60, **options: Any) -> list[T]:
     """`body` on a group of n ranks, which are threads; what it returns on each."""
 
-    def run(world: cg.World) -> T:
-        with world.context(cg.Layout(n, tp=n), name="main", options=cg.CommunicatorOptions(**options)) as ctx:
-            assert next(iter(ctx.tp.communicators["all_reduce"])) == "shm"
-            return body(ctx.tp)
+    def run(group: GroupCoordinator) -> T:
+        assert next(iter(group.communicators["all_reduce"])) == "shm"
+        return body(group)
 
-    return spmd(run, n, timeout=timeout)
+    return helpers.on(n, run, timeout=timeout, **options)
 
 
-def bits(x: torch.Tensor) -> torch.Tensor:
+def integers(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(BITS[x.element_size()]) if x.dtype != torch.bool else x.to(torch.int8)
-
-
-def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
-    return x.dtype == y.dtype and x.shape == y.shape and torch.equal(bits(x), bits(y))
 
 
 # Values.
@@ -106,7 +102,7 @@ def given(dtype: torch.dtype, rank: int, n: int, count: int) -> torch.Tensor:
     else:
         rest = torch.randn(count, generator=random, dtype=torch.float64).to(dtype)
     # Indexed as bits: torch knows no indexing of most unsigned kinds.
-    chosen = bits(values)[column].view(dtype) if dtype != torch.bool else values[column]
+    chosen = integers(values)[column].view(dtype) if dtype != torch.bool else values[column]
     return torch.cat([chosen, rest])
 
 
@@ -117,7 +113,7 @@ def reference(pieces: Sequence[torch.Tensor], op: str) -> torch.Tensor:
         stack = torch.stack(list(pieces))
         return stack.any(0) if op in ("sum", "max") else stack.all(0)
     if dtype in WHOLES:
-        wide = [bits(piece) for piece in pieces]
+        wide = [integers(piece) for piece in pieces]
         if op in ("max", "min"):
             # Unsigned numbers are ordered as signed ones are after the highest bit was turned.
             turn = torch.iinfo(BITS[dtype.itemsize]).min if not dtype.is_signed else 0
@@ -138,7 +134,7 @@ def reference(pieces: Sequence[torch.Tensor], op: str) -> torch.Tensor:
 def agrees(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     """Equal, any NaN to any other, zeros of either sign to each other."""
     if not found.dtype.is_floating_point:
-        return same_bits(found, wanted)
+        return same(found, wanted)
     return found.dtype == wanted.dtype and torch.equal(found.isnan(), wanted.isnan()) and bool(((found == wanted) | wanted.isnan()).all())
 
 
@@ -157,23 +153,23 @@ def test_reductions_agree_with_torch(n: int, shm_bytes: int) -> None:
             x = pieces[dtype][group.rank]
             before = x.clone()
             y = group.all_reduce(x, op=op)
-            assert same_bits(x, before), (dtype, op)
+            assert same(x, before), (dtype, op)
             z = group.all_reduce_(before, op=op)
             assert z is before
-            assert same_bits(y, z), (dtype, op)
+            assert same(y, z), (dtype, op)
             assert agrees(y, wanted[dtype, op]), (dtype, op)
             size = len(x) // n * n
-            piece = group.reduce_scatter(bits(x)[:size].view(dtype) if dtype != torch.bool else x[:size], 0, op=op)
+            piece = group.reduce_scatter(integers(x)[:size].view(dtype) if dtype != torch.bool else x[:size], 0, op=op)
             results.append((y, piece))
         return results
 
     results = on(n, body, shm_bytes=shm_bytes)
     for case, ranks in zip(cases, zip(*results, strict=True), strict=True):
         first = ranks[0][0]
-        assert all(same_bits(first, y) for y, _ in ranks), case
-        scattered = torch.cat([bits(piece) for _, piece in ranks])
+        assert all(same(first, y) for y, _ in ranks), case
+        scattered = torch.cat([integers(piece) for _, piece in ranks])
         # In pieces of other sizes, so of a NaN only that it is one.
-        whole = bits(first)[: len(scattered)]
+        whole = integers(first)[: len(scattered)]
         if case[0] in FLOATS:
             assert agrees(scattered.view(case[0]), whole.view(case[0])), case
         else:
@@ -195,7 +191,7 @@ def test_bits_agree_where_every_entry_is_another_nan() -> None:
 
     first, *others = on(3, body)
     for ranks in others:
-        assert all(same_bits(x, y) and x.isnan().all() for x, y in zip(first, ranks, strict=True))
+        assert all(same(x, y) and x.isnan().all() for x, y in zip(first, ranks, strict=True))
 
 
 # Sizes.
@@ -901,7 +897,7 @@ spmd(main, 2)
 
 def test_a_second_thread_does_not_disturb_a_call_that_copies() -> None:
     """The call that is refused comes while the other one runs without the interpreter; in a process of its own, which might not survive."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", INTRUDER], capture_output=True, text=True, timeout=60, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert f"({2.0 * (16 << 20)}, " in done.stdout, done.stdout
@@ -953,7 +949,7 @@ def test_groups_over_several_hosts_reduce_inside_each(n: int, nodes: int) -> Non
                 x = given(dtype, world.rank, n, 9000)
                 results.append((dtype, op, tp.all_reduce(x, op=op)))
                 wide = torch.stack([x, x], -1)[..., 0]
-                assert same_bits(tp.all_reduce_(wide, op=op), results[-1][2])
+                assert same(tp.all_reduce_(wide, op=op), results[-1][2])
             assert tp.all_reduce(torch.ones(0)).shape == (0,)
             assert tp.all_reduce(torch.tensor(2.0)).item() == 2 * n
             assert tp.broadcast_object(world.rank, src=1) == 1
@@ -963,14 +959,14 @@ def test_groups_over_several_hosts_reduce_inside_each(n: int, nodes: int) -> Non
     ranks = spmd(run, n, nodes=nodes)
     for results in zip(*ranks, strict=True):
         dtype, op, first = results[0]
-        assert all(same_bits(first, x) for _, _, x in results), (dtype, op)
+        assert all(same(first, x) for _, _, x in results), (dtype, op)
         wanted = reference([given(dtype, rank, n, 9000) for rank in range(n)], op)
         if dtype.is_floating_point:
             # In another order than the ranks': not the same bits as on one host.
             usual = slice(len(first) - 9000, None)
             torch.testing.assert_close(first[usual], wanted[usual], rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)
         else:
-            assert same_bits(first, wanted), (dtype, op)
+            assert same(first, wanted), (dtype, op)
 
 
 @pytest.mark.parametrize("odd", [0, 1, 2, 3])
@@ -1149,7 +1145,7 @@ def test_without_the_native_module_everything_works_on_gloo(tmp_path: Path, node
     """One warning says why, and explain() says it again."""
     (tmp_path / "sitecustomize.py").write_text(WITHOUT.replace("WHERE", "True"))
     program = PROGRAM.replace("NODES", str(nodes)).replace("REASON", repr("refused by a test"))
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=90, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "done\n"
@@ -1167,7 +1163,7 @@ with cg.World.connect("file://{tmp_path}/store", rank=rank, world_size=2) as wor
     assert ctx.tp.all_reduce(torch.ones(1)).item() == 2
     assert "shm: not used, rank 1 in the group: no native module (ImportError: refused by a test)" in ctx.explain(), ctx.explain()
 """
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen([sys.executable, "-c", program, str(rank)], stderr=subprocess.PIPE, text=True, env=environment) for rank in (0, 1)
     ]
@@ -1181,13 +1177,11 @@ with cg.World.connect("file://{tmp_path}/store", rank=rank, world_size=2) as wor
 def test_the_package_installs_without_a_compiler(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
+    listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in filter(None, listed.stdout.split("\0")):
-        if name.split("/")[0] in ("commgraph", "pyproject.toml", "setup.py", "README.md", "LICENSE") and (REPOSITORY / name).is_file():
+        if name.split("/")[0] in ("commgraph", "pyproject.toml", "setup.py", "README.md", "LICENSE") and (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((REPOSITORY / name).read_bytes())
+            (source / name).write_bytes((ROOT / name).read_bytes())
     command = [
         sys.executable,
         "-m",

@@ -19,19 +19,9 @@ import torch
 import commgraph as cg
 from commgraph.communicators.signature import CHECK, COLLECTIVE, MESSAGE, OBJECT, OBJECT_REST, make_tag
 from commgraph.coordinator import GroupCoordinator
-from commgraph.testing import spmd
+from tests.helpers import on
 
 Body = Callable[[GroupCoordinator], Any]
-
-
-def on(n: int, body: Body, *, timeout: float = 30, **options: Any) -> list[Any]:
-    """`body` on each rank of one group of n."""
-
-    def run(world: cg.World) -> Any:
-        with world.context(cg.Layout(n, tp=n), name="a", options=cg.CommunicatorOptions(**options)) as context:
-            return body(context.tp)
-
-    return spmd(run, n, timeout=timeout)
 
 
 # Operations by the arguments that they have. Each is good for a group of two when given nothing else.

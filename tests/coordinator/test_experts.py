@@ -13,16 +13,9 @@ from hypothesis import strategies as st
 import commgraph as cg
 from commgraph.coordinator import GroupCoordinator
 from commgraph.testing import spmd
+from tests.helpers import on
 
 QUICK = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
-
-
-def on(n: int, body: Any, nodes: int = 1, **options: Any) -> list[Any]:
-    def run(world: cg.World) -> Any:
-        with world.context(cg.Layout(n, tp=n), name="main", options=cg.CommunicatorOptions(**options)) as ctx:
-            return body(ctx.tp)
-
-    return spmd(run, n, nodes=nodes)
 
 
 def tokens(rank: int, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:

@@ -16,6 +16,7 @@ import commgraph as cg
 from commgraph.coordinator import GroupCoordinator
 from commgraph.testing import spmd
 from commgraph.wire import WireError
+from tests.helpers import bits, on
 
 
 class Point:
@@ -56,21 +57,6 @@ PLAIN: dict[Any, Any] = {
     "torch": [torch.bfloat16, torch.Size((2, 3)), torch.device("cpu")],
     "text": "\ud800 é",
 }
-
-
-def bits(x: torch.Tensor) -> list[int]:
-    flat: list[int] = x.flatten().clone().view(torch.uint8).tolist()
-    return flat
-
-
-def on(n: int, body: Callable[[GroupCoordinator], Any], *, nodes: int = 1, timeout: float = 30, **options: Any) -> list[Any]:
-    """`body` on each rank of one group of n."""
-
-    def run(world: cg.World) -> Any:
-        with world.context(cg.Layout(n, tp=n), name="a", options=cg.CommunicatorOptions(**options)) as context:
-            return body(context.tp)
-
-    return spmd(run, n, nodes=nodes, timeout=timeout)
 
 
 def every_way(group: GroupCoordinator, obj: Any, src: int = 0) -> list[Any]:

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import commgraph as cg
 from commgraph.coordinator import GroupCoordinator
 from commgraph.testing import fake_world, spmd
+from tests import helpers
 from tests.coordinator.operator_cases import CASES, crossing, expected, given, rows, weight
 
 BACKENDS = (
@@ -28,7 +29,6 @@ BACKENDS = (
     pytest.param("inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ on the host")),
     "export",
 )
-REPOSITORY = Path(__file__).parent.parent
 
 
 class Calls(torch.nn.Module):
@@ -56,12 +56,8 @@ def made(how: str, run: Callable[..., Any], tp: GroupCoordinator, *tensors: torc
 
 
 def on(n: int, body: Callable[[GroupCoordinator], Any]) -> list[Any]:
-    def run(world: cg.World) -> Any:
-        with world.context(cg.Layout(n, tp=n), name="main") as ctx:
-            return body(ctx.tp)
-
     torch._dynamo.reset()  # type: ignore[no-untyped-call]  # torch's
-    return spmd(run, n)
+    return helpers.on(n, body)
 
 
 def check_case(how: str, name: str, n: int) -> None:
@@ -385,7 +381,7 @@ def test_opcheck_of_messages(name: str) -> None:
 
 
 def test_the_page_lists_the_operators() -> None:
-    page = (REPOSITORY / "docs/reference/operators.md").read_text()
+    page = (helpers.ROOT / "docs/reference/operators.md").read_text()
     listed = set(re.findall(r"^commgraph::(\w+\(.*)$", page, re.MULTILINE))
     schemas = {
         str(getattr(torch.ops.commgraph, name).default._schema).removeprefix("commgraph::").replace("__torch__.torch.classes.", "")
@@ -402,7 +398,7 @@ def test_processes_compile_the_same_code(tmp_path: Path) -> None:
     """The demo's blocks on two processes, twice: equal to eager, opcheck, target beside draft; and the code is the same text each time."""
     codes = set()
     for attempt in range(2):
-        command = [sys.executable, str(REPOSITORY / "tests/programs/compiled.py")]
+        command = [sys.executable, str(helpers.ROOT / "tests/programs/compiled.py")]
         ranks = [
             subprocess.Popen(
                 [

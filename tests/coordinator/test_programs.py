@@ -26,30 +26,13 @@ from commgraph.kernel_table import Step as KernelStep
 from commgraph.testing import spmd
 from commgraph.testing._program import OPERATIONS, Program, Step, TensorSpec, fill
 from commgraph.testing.strategies import programs, tensors
+from tests.helpers import ROOT, bits, on, same
 from tests.stand_ins import FakeDevice, Memory
 
 REDUCTIONS = ("all_reduce", "all_reduce_", "reduce_scatter", "reduce_scatterv", "combine")
 
 
 # Comparison
-
-
-def bits(x: torch.Tensor) -> torch.Tensor:
-    # A copy: `contiguous` leaves a tensor of one entry the strides it has.
-    return x.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
-
-
-def same(left: Any, right: Any) -> bool:
-    """Equal and of the same types all the way down; tensors by their bits."""
-    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
-        return left.dtype == right.dtype and left.shape == right.shape and torch.equal(bits(left), bits(right))
-    if type(left) is not type(right):
-        return False
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same, left, right))
-    if isinstance(left, dict):
-        return list(left) == list(right) and all(same(left[key], right[key]) for key in left)
-    return bool(left == right)
 
 
 def wrap(value: int, dtype: torch.dtype) -> int:
@@ -321,7 +304,7 @@ class Players:
     """Ranks that are processes (tests/programs/player.py)."""
 
     def __init__(self, n: int, folder: Path) -> None:
-        command = [sys.executable, str(Path(__file__).parent / "programs" / "player.py")]
+        command = [sys.executable, str(ROOT / "tests" / "programs" / "player.py")]
         self.ranks = [
             subprocess.Popen([*command, str(rank), str(n), str(folder / "meet")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             for rank in range(n)
@@ -477,16 +460,6 @@ def test_tensors_are_of_every_kind(x: torch.Tensor, y: torch.Tensor) -> None:
 # What the code of others got wrong (NEEDS.md)
 
 
-def on(n: int, body: Callable[[GroupCoordinator], Any], **options: Any) -> list[Any]:
-    """`body` on each rank of one group of n."""
-
-    def run(world: cg.World) -> Any:
-        with world.context(cg.Layout(n, tp=n), name="a", options=cg.CommunicatorOptions(**options)) as context:
-            return body(context.tp)
-
-    return spmd(run, n)
-
-
 @pytest.mark.parametrize("n", [2, 3])
 def test_reduce_scatter_is_right_along_every_dim_of_a_4d_tensor(n: int) -> None:
     shape = (6, 12, 6, 6)
@@ -618,7 +591,7 @@ def test_bits_are_equal_whoever_is_slow(n: int, numel: int) -> None:
     results = on(n, body)
     for sums in results:
         for x in sums:
-            assert torch.equal(bits(x), bits(results[0][0]))
+            assert bits(x) == bits(results[0][0])
 
 
 def test_a_piece_of_a_reduction_has_the_bits_of_the_whole() -> None:

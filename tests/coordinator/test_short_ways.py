@@ -20,6 +20,7 @@ from commgraph.coordinator.host_objects import HostObjects
 from commgraph.shm import native_module
 from commgraph.shm.mailbox import Mailbox
 from commgraph.testing import spmd
+from tests.helpers import on, same
 
 if native_module.load() is None:
     pytest.skip("there is no native module", allow_module_level=True)
@@ -41,16 +42,6 @@ DTYPES = [
 ]
 
 
-def on(n: int, body: Callable[[GroupCoordinator], Any], *, timeout: float = 30, **options: Any) -> list[Any]:
-    """`body` on each rank of one group."""
-
-    def run(world: cg.World) -> Any:
-        with world.context(cg.Layout(n, tp=n), name="a", options=cg.CommunicatorOptions(**options)) as context:
-            return body(context.tp)
-
-    return spmd(run, n, timeout=timeout)
-
-
 def mailbox(group: GroupCoordinator) -> Mailbox:
     objects = group._objects
     assert isinstance(objects, HostObjects)
@@ -62,14 +53,6 @@ def went_short(group: GroupCoordinator, call: Callable[[], object]) -> bool:
     before = mailbox(group).post.bytes_sent
     call()
     return bool(mailbox(group).post.bytes_sent > before)
-
-
-def same(left: Any, right: Any) -> bool:
-    if isinstance(left, torch.Tensor):
-        return isinstance(right, torch.Tensor) and left.dtype == right.dtype and left.shape == right.shape and bool((left == right).all())
-    if isinstance(left, dict):
-        return type(right) is dict and list(left) == list(right) and all(same(left[key], right[key]) for key in left)
-    return bool(left == right)
 
 
 @pytest.mark.parametrize("nbytes", [4, 40_000, 3_000_000])

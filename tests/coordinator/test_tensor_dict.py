@@ -19,6 +19,7 @@ from commgraph.coordinator.tensor_dict import Plan, join_dict, landings, split_d
 from commgraph.testing import spmd
 from commgraph.testing._program import fill
 from commgraph.testing.strategies import _trees, tensors  # the trees that `programs` draws
+from tests.helpers import bits, on, same
 
 DTYPES = [
     torch.float64,
@@ -38,21 +39,6 @@ DTYPES = [
     torch.uint64,
     torch.bool,
 ]
-
-
-def bits(x: torch.Tensor) -> list[int]:
-    # Of one element or none any stride is contiguous, and only a stride of one can be viewed as bytes.
-    dense = x.clone(memory_format=torch.contiguous_format).as_strided((x.numel(),), (1,))
-    flat: list[int] = dense.view(torch.uint8).tolist()
-    return flat
-
-
-def same(left: Any, right: Any) -> bool:
-    if isinstance(left, torch.Tensor):
-        return isinstance(right, torch.Tensor) and left.dtype == right.dtype and left.shape == right.shape and bits(left) == bits(right)
-    if type(left) is dict:
-        return type(right) is dict and list(left) == list(right) and all(same(left[key], right[key]) for key in left)
-    return type(left) is type(right) and bool(left == right)
 
 
 def tree_of(seed: int) -> dict[Any, Any]:
@@ -75,14 +61,6 @@ def tree_of(seed: int) -> dict[Any, Any]:
         "dtype": torch.bfloat16,
         "dtypes": {str(dtype): torch.randint(2, (3,), generator=random).to(dtype) for dtype in DTYPES},
     }
-
-
-def on(n: int, body: Callable[[GroupCoordinator], Any], *, nodes: int = 1) -> list[Any]:
-    def run(world: cg.World) -> Any:
-        with world.context(cg.Layout(n, tp=n), name="a") as context:
-            return body(context.tp)
-
-    return spmd(run, n, nodes=nodes, timeout=30)
 
 
 @pytest.mark.parametrize("nodes", [1, 2])

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import threading
@@ -29,6 +28,7 @@ from hypothesis import strategies as st
 from commgraph import hosts
 from commgraph.errors import BuildError
 from commgraph.hosts import Hosts, Identity, Probe, alone, discover, group_by_verdicts
+from tests.helpers import may_unshare
 
 TIMEOUT = timedelta(seconds=30)
 
@@ -42,7 +42,7 @@ def tcp_store() -> Any:
     return dist.TCPStore("127.0.0.1", 0, is_master=True)  # type: ignore[attr-defined]
 
 
-class CountingStore:
+class ForwardingStore:
     """Forwards to a store and counts what is asked of it."""
 
     def __init__(self, store: Any) -> None:
@@ -120,7 +120,7 @@ def test_store_calls_do_not_grow(shorter: bool) -> None:
     def calls(world_size: int) -> list[Counter[str]]:
         store = hash_store()
         store.set_timeout(TIMEOUT)
-        stores = [CountingStore(store) for _ in range(world_size)]
+        stores = [ForwardingStore(store) for _ in range(world_size)]
         timeout = TIMEOUT / 2 if shorter else TIMEOUT
         on_threads(world_size, lambda rank: discover(stores[rank], rank, world_size, timeout=timeout))
         assert store.timeout == TIMEOUT
@@ -290,12 +290,6 @@ def on_processes(where: str, prefixes: Sequence[Sequence[str]]) -> list[Hosts]:
 def test_processes_share_a_node_over_tcp() -> None:
     store = tcp_store()
     check(on_processes(str(store.port), [[]] * 3), [0] * 3)
-
-
-def may_unshare() -> bool:
-    if os.getuid() != 0 or shutil.which("unshare") is None:
-        return False
-    return subprocess.run(["unshare", "-n", "-m", "-p", "-f", "--mount-proc", "true"], capture_output=True, check=False).returncode == 0
 
 
 @pytest.mark.skipif(not may_unshare(), reason="needs root and unshare")

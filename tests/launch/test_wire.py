@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from commgraph.errors import CommGraphError
 from commgraph.wire import WireError, decode, encode
+from tests.helpers import CARRIERS, same
 
 KEY = b"k" * 32
 PLAIN_DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 TENSOR_DTYPES = [dtype for dtype in PLAIN_DTYPES if not str(dtype).startswith("torch.q")]
-CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 class Color(enum.IntEnum):
@@ -36,32 +36,10 @@ class Word(str):
 Pair = namedtuple("Pair", "a b")
 
 
-def bits_of(tensor: torch.Tensor) -> list[int]:
-    bits: list[int] = (
-        tensor.view(CARRIERS[tensor.dtype.itemsize]).flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8).tolist()
-    )
-    return bits
-
-
 def has_tensor(obj: Any) -> bool:
     if isinstance(obj, dict):
         return any(map(has_tensor, obj.values()))
     return isinstance(obj, torch.Tensor) or (isinstance(obj, (list, tuple)) and any(map(has_tensor, obj)))
-
-
-def same(left: Any, right: Any) -> bool:
-    """Equal and of the same types all the way down; tensors by their bits."""
-    if type(left) is not type(right):
-        return False
-    if isinstance(left, torch.Tensor):
-        return left.dtype is right.dtype and left.shape == right.shape and bits_of(left) == bits_of(right)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same, left, right))
-    if isinstance(left, dict):
-        return same(list(left.items()), list(right.items()))
-    if isinstance(left, (set, frozenset)):
-        return len(left) == len(right) and all(any(same(one, other) for other in right) for one in left)
-    return bool(left == right) and repr(left) == repr(right)
 
 
 @st.composite

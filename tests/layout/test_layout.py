@@ -21,15 +21,9 @@ from hypothesis import strategies as st
 from commgraph.errors import ConfigurationError, LayoutError
 from commgraph.layout import Grid, Layout, Positions, Split, describe, draw, table
 from commgraph.testing.strategies import layouts
-from tests.helpers import again_if_late, within
+from tests.helpers import Groups, again_if_late, as_groups, within
 
 AXES = ("replica", "dp", "pp", "pcp", "tp")
-Groups = tuple[tuple[int, ...], ...]
-
-
-def as_groups(rows: np.ndarray) -> Groups:
-    """Rows of ranks as `Layout.groups` gives them: tuples, ordered by first rank."""
-    return tuple(sorted(tuple(map(int, row)) for row in rows))
 
 
 def joined(axes: dict[str, int], names: tuple[str, ...]) -> np.ndarray:

@@ -9,13 +9,7 @@ import numpy as np
 import pytest
 
 from commgraph.layout import Grid, Layout, Positions, Split
-
-Groups = tuple[tuple[int, ...], ...]
-
-
-def as_groups(rows: object) -> Groups:
-    return tuple(sorted(tuple(map(int, row)) for row in rows))  # type: ignore[attr-defined]
-
+from tests.helpers import Groups, as_groups
 
 # vLLM: ExternalDP x DP x PP x PCP x TP
 

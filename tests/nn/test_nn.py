@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -27,25 +26,14 @@ from commgraph.nn import (
 )
 from commgraph.nn.functional import gather_from, reduce_scatter_to, scatter_to
 from commgraph.testing import spmd
+from tests.helpers import normal, on_ctx
 
 TP = pytest.mark.parametrize("tp", [1, 2, 4])
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 6e-2}
 
 
-def on_ctx(fn: Callable[[cg.ParallelContext], Any], tp: int) -> list[Any]:
-    def run(world: cg.World) -> Any:
-        with world.context(cg.Layout(tp, tp=tp), name="test") as ctx:
-            return fn(ctx)
-
-    return spmd(run, tp)
-
-
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=generator(seed), dtype=dtype)
 
 
 def close(actual: Tensor | None, expected: Tensor | None) -> None:
@@ -89,7 +77,7 @@ def check(tp: int, make: Maker, whole: nn.Module, x: Tensor, mapping: Any = None
         for name, gradient in full_state_dict(model, mapping=mapping).items():
             close(gradient, gradients[name])
 
-    on_ctx(run, tp)
+    on_ctx(tp, run)
 
 
 SHAPES = pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8), (0, 8)], ids=str)
@@ -200,7 +188,7 @@ def test_copies_of_a_key_value_head_stay_equal_in_training() -> None:
         assert torch.equal(copies[2], copies[3])
         assert not torch.equal(copies[0], copies[2])
 
-    on_ctx(run, 4)
+    on_ctx(4, run)
 
 
 @TP
@@ -281,7 +269,7 @@ def test_a_head_gives_its_own_logits_without_padding(tp: int) -> None:
         assert not head.weight[stop - start :].any()
         return stop - start
 
-    assert sum(on_ctx(run, tp)) == 5
+    assert sum(on_ctx(tp, run)) == 5
 
 
 def test_ids_out_of_range_raise_everywhere_and_the_group_goes_on() -> None:
@@ -293,8 +281,8 @@ def test_ids_out_of_range_raise_everywhere_and_the_group_goes_on() -> None:
         assert layer(torch.tensor([4], dtype=torch.int32)).shape == (1, 3)
         assert layer(torch.empty(0, 2, dtype=torch.int64)).shape == (0, 2, 3)
 
-    on_ctx(run, 1)
-    on_ctx(run, 4)
+    on_ctx(1, run)
+    on_ctx(4, run)
 
 
 @TP
@@ -352,7 +340,7 @@ def test_a_gradient_penalty_differentiates_twice(tp: int) -> None:
         close(mine_x, grad_x)
         close(mine_up, grad_up.chunk(tp)[ctx.tp.rank_in_group])
 
-    on_ctx(run, tp)
+    on_ctx(tp, run)
 
 
 def test_another_group_of_the_context() -> None:

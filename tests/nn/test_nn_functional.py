@@ -13,23 +13,9 @@ from torch import Tensor
 
 import commgraph as cg
 from commgraph.nn.functional import copy_to, gather_from, reduce_from, reduce_scatter_to, scatter_to
-from commgraph.testing import spmd
+from tests.helpers import normal, on
 
 TP = pytest.mark.parametrize("tp", [1, 2, 4])
-
-
-def on_tp(fn: Callable[[cg.GroupCoordinator], Any], tp: int) -> list[Any]:
-    """`fn` on every rank of one tp group."""
-
-    def run(world: cg.World) -> Any:
-        with world.context(cg.Layout(tp, tp=tp), name="test") as ctx:
-            return fn(ctx.tp)
-
-    return spmd(run, tp)
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 @st.composite
@@ -77,7 +63,7 @@ def test_every_function_forward_and_backward(case: tuple[int, list[int], int], d
         check(scatter_to, whole, own(whole), own(total), total, dim=dim)
         check(reduce_scatter_to, mine, own(total), own(whole), whole, dim=dim)
 
-    on_tp(run, tp)
+    on(tp, run)
 
 
 def test_one_rank_gives_its_input_back() -> None:
@@ -91,7 +77,7 @@ def test_one_rank_gives_its_input_back() -> None:
                 with pytest.raises(ValueError, match="dim=2 is out of range"):
                     checked(x, group, 2)
 
-    on_tp(run, 1)
+    on(1, run)
 
 
 def weights(group: cg.GroupCoordinator, size: int) -> Tensor:
@@ -114,7 +100,7 @@ def test_first_and_second_derivatives_agree_with_differences(name: str) -> None:
         assert torch.autograd.gradcheck(lambda x: CHAINS[name](x, group), x)
         assert torch.autograd.gradgradcheck(lambda x: CHAINS[name](x, group), x, normal(2, 4, seed=1).requires_grad_())
 
-    on_tp(run, 2)
+    on(2, run)
 
 
 @TP
@@ -145,7 +131,7 @@ def test_gradients_are_counted_once_where_the_adjoint_of_the_sum_of_losses_count
         torch.testing.assert_close(gradient(group, reduce_from), expected)
         torch.testing.assert_close(gradient(group, SumOfLosses.apply), tp * expected)
 
-    on_tp(run, tp)
+    on(tp, run)
 
 
 def test_bad_input_raises_and_the_group_goes_on() -> None:
@@ -162,7 +148,7 @@ def test_bad_input_raises_and_the_group_goes_on() -> None:
         assert scatter_to(x, group, 0).shape == (2, 3)
         torch.testing.assert_close(reduce_from(x, group), 2 * torch.ones(4, 3))
 
-    on_tp(run, 2)
+    on(2, run)
 
 
 def test_gradients_of_any_strides() -> None:
@@ -173,4 +159,4 @@ def test_gradients_of_any_strides() -> None:
         y = normal(6, 4, seed=1).T.requires_grad_()
         torch.testing.assert_close(gather_from(y, group, 0), torch.cat((y, y)))
 
-    on_tp(run, 2)
+    on(2, run)

@@ -6,7 +6,6 @@ import io
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from typing import Any
 
 import pytest
 import torch
@@ -27,6 +26,7 @@ from commgraph.nn import (
     rebind,
 )
 from commgraph.testing import spmd
+from tests.helpers import on_ctx
 
 LLAMA = {
     "q_proj": ("qkv_proj", "q"),
@@ -35,14 +35,6 @@ LLAMA = {
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
 }
-
-
-def on_ctx(fn: Callable[[cg.ParallelContext], Any], tp: int) -> list[Any]:
-    def run(world: cg.World) -> Any:
-        with world.context(cg.Layout(tp, tp=tp), name="test") as ctx:
-            return fn(ctx)
-
-    return spmd(run, tp)
 
 
 class Block(nn.Module):
@@ -119,7 +111,7 @@ def test_one_seed_gives_the_weights_of_the_unsharded_layer_on_any_number_of_rank
                         assert torch.equal(parameter, copy.get_parameter(name)), (layer, name)
 
     for tp in (1, 2, 4):
-        on_ctx(run, tp)
+        on_ctx(tp, run)
 
 
 def test_sizes_that_do_not_divide() -> None:
@@ -145,7 +137,7 @@ def test_sizes_that_do_not_divide() -> None:
         with pytest.raises(ValueError, match=r"RowParallelLinear\(in_features=8.*x \(3, 8\) must end in 2 features"):
             RowParallelLinear(8, 8, ctx=ctx)(torch.ones(3, 8))
 
-    on_ctx(run, 4)
+    on_ctx(4, run)
 
 
 def test_what_a_layer_prints() -> None:
@@ -153,7 +145,7 @@ def test_what_a_layer_prints() -> None:
         layers = ColumnParallelLinear(4, 8, ctx=ctx), RowParallelLinear(4, 8, ctx=ctx), VocabParallelEmbedding(9, 4, ctx=ctx)
         return [repr(layer) for layer in layers]
 
-    assert on_ctx(run, 2)[1] == [
+    assert on_ctx(2, run)[1] == [
         "ColumnParallelLinear(in_features=4, out_features=8, bias=True, gather_output=False, group='tp' 1/2)",
         "RowParallelLinear(in_features=4, out_features=8, bias=True, input_is_parallel=True, reduce_results=True, group='tp' 1/2)",
         "VocabParallelEmbedding(9, 4, group='tp' 1/2)",
@@ -178,7 +170,7 @@ def test_a_checkpoint_goes_in_and_comes_back(tp: int) -> None:
         load_full_state_dict(other, fused)
         assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in model.state_dict().items())
 
-    on_ctx(run, tp)
+    on_ctx(tp, run)
 
 
 def test_each_tensor_is_read_once_and_converted() -> None:
@@ -203,7 +195,7 @@ def test_each_tensor_is_read_once_and_converted() -> None:
         full = full_state_dict(model, mapping=LLAMA)
         assert all(torch.equal(full[name], tensor.bfloat16()) for name, tensor in CHECKPOINT.items())
 
-    on_ctx(run, 2)
+    on_ctx(2, run)
 
 
 def test_names_that_do_not_fit_raise_before_anything_is_loaded() -> None:
@@ -227,7 +219,7 @@ def test_names_that_do_not_fit_raise_before_anything_is_loaded() -> None:
         missing = load_full_state_dict(model, wrong, mapping=LLAMA | {"rotary": None}, strict=False)
         assert missing.unexpected == ()
 
-    on_ctx(run, 2)
+    on_ctx(2, run)
 
 
 def test_names_are_mapped_by_whole_parts() -> None:
@@ -242,7 +234,7 @@ def test_names_are_mapped_by_whole_parts() -> None:
         assert back.keys() == theirs.keys()
         assert all(torch.equal(back[name], tensor) for name, tensor in theirs.items())
 
-    on_ctx(run, 2)
+    on_ctx(2, run)
 
 
 def test_tied_weights_need_to_be_there_once() -> None:
@@ -256,7 +248,7 @@ def test_tied_weights_need_to_be_there_once() -> None:
         with pytest.raises(cg.ConfigurationError, match=r"Missing: embed.weight, head.weight\."):
             load_full_state_dict(model, {})
 
-    on_ctx(run, 2)
+    on_ctx(2, run)
 
 
 def test_wrong_tensors_say_what_was_expected_and_where() -> None:
@@ -283,7 +275,7 @@ def test_wrong_tensors_say_what_was_expected_and_where() -> None:
             with pytest.raises(cg.ConfigurationError, match=match):
                 load()
 
-    on_ctx(run, 2)
+    on_ctx(2, run)
 
 
 def test_a_model_built_without_memory() -> None:
@@ -299,7 +291,7 @@ def test_a_model_built_without_memory() -> None:
         start, stop = model.lm_head.vocab_range
         assert not model.lm_head.weight[stop - start :].any()  # padding has no memory's leftovers in it
 
-    on_ctx(run, 2)
+    on_ctx(2, run)
 
 
 def test_copies_share_the_context_and_states_hold_shares_alone() -> None:
@@ -323,7 +315,7 @@ def test_copies_share_the_context_and_states_hold_shares_alone() -> None:
         with pytest.raises(TypeError, match=r"context 'test' holds connections.*save a model by its state_dict"):
             torch.save(model, io.BytesIO())
 
-    on_ctx(run, 2)
+    on_ctx(2, run)
 
 
 # Moving.

@@ -24,9 +24,8 @@ from commgraph.communicators.base import OPERATIONS, Communicator, Refused
 from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.platforms import GroupFacts, Streams, detection
 from commgraph.testing import spmd
+from tests.helpers import ROOT
 from tests.stand_ins import FakeStreams
-
-HERE = Path(__file__).parent
 
 
 class StandIn(cg.CudaPlatform):
@@ -355,10 +354,10 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder into which the toy package was installed from its sources."""
     folder = tmp_path_factory.mktemp("installed")
     copied = tmp_path_factory.mktemp("sources")
-    for path in (HERE / "toy_package").rglob("*"):
+    for path in (ROOT / "tests" / "toy_package").rglob("*"):
         if path.suffix in (".py", ".toml"):
-            (copied / path.relative_to(HERE / "toy_package")).parent.mkdir(parents=True, exist_ok=True)
-            (copied / path.relative_to(HERE / "toy_package")).write_text(path.read_text())
+            (copied / path.relative_to(ROOT / "tests" / "toy_package")).parent.mkdir(parents=True, exist_ok=True)
+            (copied / path.relative_to(ROOT / "tests" / "toy_package")).write_text(path.read_text())
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(folder), str(copied)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -367,10 +366,10 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("platform", [False, True])
 def test_row_23_a_package_of_others_needs_no_patch(platform: bool, toy: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(toy), str(HERE.parent))), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(toy), str(ROOT))), "OMP_NUM_THREADS": "1"}
     if platform:
         environment["TOY_PLATFORM"] = "1"
-    command = [sys.executable, "-W", "error", str(HERE / "programs" / "toy.py")]
+    command = [sys.executable, "-W", "error", str(ROOT / "tests" / "programs" / "toy.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("done\n")

@@ -14,7 +14,6 @@ import random
 import re
 import resource
 import secrets
-import shutil
 import signal
 import socket
 import struct
@@ -38,10 +37,9 @@ from commgraph.shm import native_module
 from commgraph.shm.message_queue import QueueHandle
 from commgraph.shm.remote import OBJECT, READY, Entrance, Secret
 from commgraph.wire import WireError
+from tests.helpers import ROOT, again_if_late, bits, may_unshare, within
 from tests.programs.queue_stress import checksum, stress
-from tests.helpers import again_if_late, within
 
-ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("fork")
 MiB = 1 << 20
 
@@ -49,12 +47,6 @@ MiB = 1 << 20
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
 needs_memory = pytest.mark.skipif(native_module.why_missing() is not None, reason="no native module: everything goes through sockets")
-
-
-def may_unshare() -> bool:
-    if os.getuid() != 0 or shutil.which("unshare") is None:
-        return False
-    return subprocess.run(["unshare", "-m", "-p", "-f", "--mount-proc", "true"], capture_output=True, check=False).returncode == 0
 
 
 needs_unshare = pytest.mark.skipif(not may_unshare(), reason="needs root and unshare")
@@ -276,11 +268,6 @@ def tensors() -> list[torch.Tensor]:
     made += [base.to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.int8)]
     made += [base[5, :7].to(dtype) for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.uint32, torch.float64)]
     return made
-
-
-def bits(x: torch.Tensor) -> tuple[Any, ...]:
-    x = x.resolve_conj().resolve_neg().contiguous()
-    return x.dtype, tuple(x.shape), bytes(x.flatten().view(torch.uint8).tolist()) if x.numel() else b""
 
 
 @both

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import ROOT
+
 HERE = Path(__file__).parent
-CORE = HERE.parent / "commgraph" / "shm" / "native"
+CORE = ROOT / "commgraph" / "shm" / "native"
 # The core. The harness takes in kernels.c itself, to reach the kernels of every instruction set; module*.c are Python's side.
 SOURCES = (
     HERE / "native" / "harness.c",

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +21,7 @@ import torch.distributed as dist
 
 import commgraph as cg
 from commgraph.testing import spmd
-
-HERE = Path(__file__).parent
+from tests.helpers import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -327,7 +325,7 @@ def test_a_low_limit_of_open_files_is_raised_or_explained() -> None:
 
     def child(soft: int, hard: int) -> str:
         program = [sys.executable, "-c", textwrap.dedent(FEW), str(soft), str(hard)]
-        done = subprocess.run(program, capture_output=True, text=True, timeout=60, check=False, cwd=HERE.parent)
+        done = subprocess.run(program, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -15,11 +15,11 @@ from typing import Any
 import attrs
 import pytest
 import torch
-import torch.distributed as dist
 
 import commgraph as cg
 from commgraph.testing import spmd
 from commgraph.testing.spmd import ThreadStore
+from tests.helpers import CountingStore, same
 
 
 def outcomes(fn: Callable[[cg.World], Any], world_size: int, *, timeout: float = 20) -> list[Any]:
@@ -425,12 +425,6 @@ def program(ctx: cg.ParallelContext, seed: int, steps: int) -> Iterator[torch.Te
             yield getattr(group, operation)(x)
 
 
-def same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return len(a) == len(b) and all(
-        x.shape == y.shape and x.dtype == y.dtype and x.numpy().tobytes() == y.numpy().tobytes() for x, y in zip(a, b, strict=True)
-    )
-
-
 def test_eight_contexts_from_two_threads_give_the_bits_of_sequential_runs() -> None:
     """Four ranks, eight contexts each; two threads per rank take turns over four contexts each, in orders of their own."""
     size, steps = 4, 30
@@ -470,9 +464,9 @@ def test_eight_contexts_from_two_threads_give_the_bits_of_sequential_runs() -> N
     expected, got = spmd(sequentially, size), spmd(interleaved, size)
     for rank in range(size):
         for i in range(8):
-            assert same_bits(expected[rank][i], got[rank][i]), f"rank {rank}, context {i}"
+            assert same(expected[rank][i], got[rank][i]), f"rank {rank}, context {i}"
     # Something would be found if a context answered with another's groups: they do not all give the same.
-    assert not same_bits(got[0][0], got[0][1])
+    assert not same(got[0][0], got[0][1])
 
 
 def test_a_context_is_built_on_one_thread_while_another_uses_older_ones() -> None:
@@ -606,58 +600,6 @@ def test_closing_with_a_broken_group_does_not_wait() -> None:
 
 
 # What a build costs: store operations.
-
-
-class CountingStore(dist.Store):
-    """Counts the operations of one rank in a store that all share."""
-
-    def __init__(self, shared: ThreadStore) -> None:
-        super().__init__()
-        self.shared = shared
-        self.operations = 0
-        self.keys = 0
-
-    def _count(self, keys: int) -> None:
-        self.operations += 1
-        self.keys += keys
-
-    def set(self, key: str, value: Any) -> None:
-        self._count(1)
-        self.shared.set(key, value)
-
-    def get(self, key: str) -> bytes:
-        self._count(1)
-        return self.shared.get(key)
-
-    def add(self, key: str, amount: int) -> int:
-        self._count(1)
-        return self.shared.add(key, amount)
-
-    def compare_set(self, key: str, expected: Any, desired: Any) -> bytes:
-        self._count(1)
-        return self.shared.compare_set(key, expected, desired)
-
-    def check(self, keys: list[str]) -> bool:
-        self._count(len(keys))
-        return self.shared.check(keys)
-
-    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        self._count(len(keys))
-        self.shared.wait(keys, timeout)
-
-    def multi_get(self, keys: list[str]) -> list[bytes]:
-        self._count(len(keys))
-        return self.shared.multi_get(keys)
-
-    def multi_set(self, keys: list[str], values: Any) -> None:
-        self._count(len(keys))
-        self.shared.multi_set(keys, values)
-
-    def has_extended_api(self) -> bool:
-        return True
-
-    def clone(self) -> CountingStore:
-        return self
 
 
 def operations_per_rank(layout: cg.Layout, *, repeat: int = 1) -> list[tuple[int, int]]:

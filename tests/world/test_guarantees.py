@@ -8,11 +8,8 @@ import re
 import socket
 import threading
 import time
-from collections import Counter
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +18,7 @@ import torch.distributed as dist
 import commgraph as cg
 from commgraph.testing import spmd
 from commgraph.testing.spmd import ThreadStore
-from tests.helpers import again_if_late, within
+from tests.helpers import CountingStore, again_if_late, within
 
 
 def work(ctx: cg.ParallelContext, seed: int) -> torch.Tensor:
@@ -77,45 +74,6 @@ def test_row_1_asking_for_a_group_that_a_context_lacks_raises() -> None:
     spmd(program, 2)
 
 
-class CountingStore(dist.Store):
-    """Counts operations, and the keys they name."""
-
-    def __init__(self, store: ThreadStore) -> None:
-        super().__init__()
-        self.inner = store
-        self.calls: Counter[str] = Counter()
-
-    def set(self, key: str, value: Any) -> None:
-        self.calls["set"] += 1
-        self.inner.set(key, value)
-
-    def get(self, key: str) -> bytes:
-        self.calls["get"] += 1
-        return self.inner.get(key)
-
-    def add(self, key: str, amount: int) -> int:
-        self.calls["add"] += 1
-        return self.inner.add(key, amount)
-
-    def check(self, keys: Sequence[str]) -> bool:
-        self.calls["check"] += len(keys)
-        return self.inner.check(keys)
-
-    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
-        self.calls["wait"] += len(keys)
-        self.inner.wait(keys, timeout)
-
-    def multi_get(self, keys: Sequence[str]) -> list[bytes]:
-        self.calls["multi_get"] += len(keys)
-        return self.inner.multi_get(keys)
-
-    def has_extended_api(self) -> bool:
-        return True
-
-    def clone(self) -> CountingStore:
-        return self
-
-
 def store_keys(layout: cg.Layout) -> list[int]:
     """How many keys each rank touches while it builds a context of `layout`."""
     n = layout.world_size
@@ -125,9 +83,9 @@ def store_keys(layout: cg.Layout) -> list[int]:
     def rank(number: int) -> None:
         counting = CountingStore(store)
         with cg.World.from_store(counting, rank=number, world_size=n, timeout=timedelta(seconds=30)) as world:
-            before = sum(counting.calls.values())
+            before = counting.keys
             with world.context(layout, name="main"):
-                counts[number] = sum(counting.calls.values()) - before
+                counts[number] = counting.keys - before
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(n)]
     for thread in threads:
@@ -163,7 +121,7 @@ def test_row_8_a_world_of_one_rank_does_no_rendezvous_at_all() -> None:
     with cg.World.from_store(counting, rank=0, world_size=1) as world, world.context(cg.Layout(1), name="main") as ctx:
         x = torch.ones(3)
         assert ctx.tp.all_reduce(x) is x
-    assert not counting.calls
+    assert not counting.operations
 
 
 @again_if_late

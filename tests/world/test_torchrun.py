@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,8 +15,9 @@ from pathlib import Path
 import attrs
 import pytest
 
-HERE = Path(__file__).parent
-PROGRAMS = HERE / "programs"
+from tests.helpers import ROOT, free_port
+
+PROGRAMS = ROOT / "tests" / "programs"
 
 # What any launcher may have left in the environment of this very process, which the children must not see.
 LAUNCHERS = re.compile(
@@ -29,7 +29,7 @@ ABORTED = ("terminate called", "Aborted", "Segmentation fault", "Fatal Python er
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not LAUNCHERS.fullmatch(name)}
     # One thread of torch's own per rank: there are more ranks than cores.
-    return {**clean, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", **(extra or {})}
+    return {**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(extra or {})}
 
 
 def torchrun(ranks: int, program: str, *args: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
@@ -91,11 +91,6 @@ def server() -> Iterator[subprocess.Popen[str]]:
 @pytest.fixture
 def launcher(server: subprocess.Popen[str], tmp_path: Path) -> Launcher:
     return Launcher(server, tmp_path)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
 
 
 def well(ends: Sequence[End]) -> None:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 import commgraph as cg
 from commgraph.testing import spmd
+from tests.helpers import free_port
 
 SOON = timedelta(seconds=20)
 MOMENT = timedelta(seconds=1)
@@ -46,11 +47,6 @@ def together(*programs: Callable[[], Any], timeout: float = 40) -> list[Any]:
     for thread in threads:
         thread.join(max(deadline - time.monotonic(), 0))
     return results
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def sum_of_ranks(world: cg.World) -> int:
@@ -80,7 +76,7 @@ def test_a_world_of_one_meets_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TCPStore", "FileStore"):
         monkeypatch.setattr(dist, name, refuse)
     monkeypatch.setattr(socket, "socket", refuse)
-    store = CountingStore()
+    store = UntouchedStore()
     gc.collect()
     descriptors, threads = set(os.listdir("/proc/self/fd")), threading.active_count()
     native = len(os.listdir("/proc/self/task"))
@@ -107,7 +103,7 @@ def test_a_world_of_one_meets_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(os.listdir("/proc/self/task")) <= native  # fewer where an earlier test's event loop ended meanwhile
 
 
-class CountingStore(dist.Store):
+class UntouchedStore(dist.Store):
     """Refuses everything, and says what was asked for."""
 
     def __init__(self) -> None:
