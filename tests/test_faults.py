@@ -44,17 +44,17 @@ def scenario() -> Iterator[Scenario]:
     told.close()
 
 
-def test_rows_4_and_5_a_killed_rank_is_named_and_leaves_nothing(scenario: Scenario) -> None:
-    """Rows 4 and 5: survivors raise PeerLostError with its rank within 2 s; no file, no line of a resource tracker, no traceback."""
+def test_a_killed_rank_is_named_and_leaves_nothing(scenario: Scenario) -> None:
+    """Survivors raise PeerLostError with its rank within 2 s; no file, no line of a resource tracker, no traceback."""
     scenario("kills", 3, random.randrange(1 << 32))
 
 
-def test_row_4_an_unreaped_rank_is_dead(scenario: Scenario) -> None:
-    """Row 4: a zombie still answers kill(pid, 0)."""
+def test_an_unreaped_rank_is_dead(scenario: Scenario) -> None:
+    """A zombie still answers kill(pid, 0)."""
     scenario("zombie")
 
 
-def test_row_4_a_stopped_rank_is_late_and_not_lost(scenario: Scenario) -> None:
+def test_a_stopped_rank_is_late_and_not_lost(scenario: Scenario) -> None:
     scenario("stopped")
 
 
@@ -74,28 +74,28 @@ def test_large_messages_that_both_sides_copy(scenario: Scenario) -> None:
     scenario("handed_over", 60, random.randrange(1 << 32))
 
 
-def test_row_5_sixteen_contexts_of_two_jobs_never_meet(scenario: Scenario) -> None:
+def test_sixteen_contexts_of_two_jobs_never_meet(scenario: Scenario) -> None:
     scenario("sixteen_contexts")
 
 
-def test_row_6_other_namespaces_are_other_hosts(scenario: Scenario) -> None:
-    """Row 6: same-host detection. Nobody claims memory that he cannot have, and explain() says why there is none."""
+def test_other_namespaces_are_other_hosts(scenario: Scenario) -> None:
+    """Nobody claims memory that he cannot have, and explain() says why there is none."""
     scenario("namespaces")
 
 
-def test_row_7_cycles_leave_no_descriptor_thread_or_mapping(scenario: Scenario) -> None:
+def test_cycles_leave_no_descriptor_thread_or_mapping(scenario: Scenario) -> None:
     scenario("nothing_grows", 20)
 
 
-def test_row_10_waiting_leaves_the_core_alone(scenario: Scenario) -> None:
-    """Row 10: idle under 1 % of a core; under 10 % at 100 messages/s."""
+def test_waiting_leaves_the_core_alone(scenario: Scenario) -> None:
+    """Idle under 1 % of a core; under 10 % at 100 messages/s."""
     scenario("cpu")
 
 
-def test_row_18_a_dev_shm_of_one_mebibyte(scenario: Scenario) -> None:
+def test_a_dev_shm_of_one_mebibyte_is_no_limit(scenario: Scenario) -> None:
     scenario("small_dev_shm")
 
 
-def test_row_18_memory_that_cannot_be_had_is_told_in_bytes(scenario: Scenario) -> None:
-    """Row 18: a typed reason on every rank, and gloo in its place; where a shared tensor is refused the group goes on."""
+def test_memory_that_cannot_be_had_is_told_in_bytes(scenario: Scenario) -> None:
+    """A typed reason on every rank, and gloo in its place; where a shared tensor is refused the group goes on."""
     scenario("no_memory")

@@ -305,7 +305,7 @@ def test_values_bits_and_pieces(n: int, units: int, dtype: torch.dtype, op: str,
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool]),
     operation=st.sampled_from(["all_reduce", "all_gather", "reduce_scatter"]),
 )
-def test_row_15_which_kernel_serves_is_a_function_of_size_and_dtype(shape: list[int], dtype: torch.dtype, operation: str) -> None:
+def test_which_kernel_serves_is_a_function_of_size_and_dtype(shape: list[int], dtype: torch.dtype, operation: str) -> None:
     (made,) = CustomAllReduce_alone
     size = torch.Size(shape).numel() * dtype.itemsize
     parts = 1 if operation == "all_reduce" else 2
@@ -580,7 +580,7 @@ def test_whatever_the_ranks_have_they_all_pick_the_same(ranks: list[dict[str, An
     assert ("fakeccl" in first[0]["all_reduce"]) == (not any(kind.get("problem") for kind in ranks))
 
 
-# Row 14
+# Peer access, tried out by children
 
 
 LIES = {
@@ -596,7 +596,7 @@ LIES = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_row_14_peer_access_is_shown_by_moving_data_and_all_ranks_come_to_one_verdict(lie: str) -> None:
+def test_peer_access_is_shown_by_moving_data_and_all_ranks_come_to_one_verdict(lie: str) -> None:
     """A real child of one rank misbehaves as drivers do: all ranks do without, in time, and nothing of the child is left."""
     program, words = LIES[lie]
     memory = Memory()
@@ -620,7 +620,7 @@ def test_row_14_peer_access_is_shown_by_moving_data_and_all_ranks_come_to_one_ve
     assert time.monotonic() - started < 30
 
 
-def test_row_14_the_children_meet_where_they_are_told() -> None:
+def test_the_children_meet_where_they_are_told() -> None:
     """Children that exchange something by the store whose port they get: what the real ones do before they touch a device."""
     program = (
         "import sys, datetime, torch.distributed as dist\n"

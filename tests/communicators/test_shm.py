@@ -1011,7 +1011,7 @@ def test_a_lost_peer_over_several_hosts_is_named_by_its_global_rank(lost: int) -
 
 
 def test_explain_tells_strategies_refusals_and_bytes() -> None:
-    """Row 18: explain() says how many bytes."""
+    """explain() says how many bytes."""
 
     def run(world: cg.World) -> list[str]:
         texts = []
@@ -1070,7 +1070,7 @@ def test_every_rank_holds_what_explain_says() -> None:
 
 
 def test_a_context_that_was_closed_holds_no_shared_memory() -> None:
-    """Row 7: a model may outlive its context, and keeps it; what the context keeps then is facts."""
+    """A model may outlive its context, and keeps it; what the context keeps then is facts."""
     before = mapped_bytes()
 
     def run(world: cg.World) -> cg.ParallelContext:

@@ -526,8 +526,8 @@ def test_without_check_a_mismatch_ends_at_the_deadline_and_tells_what_each_was_d
 
 
 @pytest.mark.parametrize("kind", MISMATCHES)
-def test_row_2_in_shared_memory_a_mismatch_raises_without_check(kind: str) -> None:
-    """Row 2: ranks diverge and the job hangs. Here each learns what all called, at once where tensors are concerned."""
+def test_in_shared_memory_a_mismatch_raises_without_check(kind: str) -> None:
+    """No rank hangs: each learns what all called, at once where tensors are concerned."""
     objects = "object" in kind
 
     def body(group: GroupCoordinator) -> str | None:

@@ -1,6 +1,6 @@
-"""Rows of NEEDS.md about devices, on a stand-in for one: 9 (what communicators cost) and 17 (several at once on one device).
+"""Groups on devices, with a stand-in for one: how many communicators they make, and the one order of several groups on a device.
 
-Rows 14, 15, 16 and 23 are in test_custom_all_reduce.py and test_platforms.py.
+Kernels are tested in tests/communicators/test_custom_all_reduce.py, and the choice among strategies in tests/platforms/test_platforms.py.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def backends(context: cg.ParallelContext) -> int:
     return sum(line.strip().startswith("fakeccl: torch's") for line in context.explain().splitlines())
 
 
-# Row 9
+# How many communicators
 
 
-def test_row_9_groups_of_one_rank_cost_nothing_and_equal_groups_share() -> None:
+def test_groups_of_one_rank_cost_nothing_and_equal_groups_share() -> None:
     def body(world: cg.World, platform: FakeDevice) -> None:
         # tp, ep and a group of the user's are the same four ranks: one communicator. dp, pp, pcp and dcp are one rank each: none.
         layout = cg.Layout(4, tp=4, groups={"engine": ("pp", "tp")})
@@ -66,7 +66,7 @@ def noted(ran: list[str], name: str, inner: Callable[..., Any]) -> Callable[...,
     return call
 
 
-def test_row_9_warmup_allocates_what_first_use_would() -> None:
+def test_warmup_allocates_what_first_use_would() -> None:
     """Every operation of the backend, and every kernel, has run before the first call of a user's."""
 
     def body(world: cg.World, platform: FakeDevice) -> None:
@@ -85,10 +85,10 @@ def test_row_9_warmup_allocates_what_first_use_would() -> None:
     on_fakes(2, body)
 
 
-# Row 17
+# The order of several groups on one device
 
 
-def test_row_17_what_is_begun_in_another_order_on_a_device_raises_on_every_rank() -> None:
+def test_what_is_begun_in_another_order_on_a_device_raises_on_every_rank() -> None:
     """Two groups of the same two ranks: one begins the call of the first, the other that of the second, and each would wait."""
 
     def body(world: cg.World, platform: FakeDevice) -> str:
@@ -113,10 +113,10 @@ def test_row_17_what_is_begun_in_another_order_on_a_device_raises_on_every_rank(
         assert "rank 0: call #2" in text
         assert "rank 1: call #2" in text
         assert "begin what they have in common in one order" in text
-        assert "test_needs_devices.py" in text
+        assert "test_devices.py" in text
 
 
-def test_row_17_after_a_mismatch_another_context_begins_anew() -> None:
+def test_after_a_mismatch_another_context_begins_anew() -> None:
     def body(world: cg.World, platform: FakeDevice) -> None:
         options = cg.CommunicatorOptions(check=True, custom_all_reduce=False)
         other = world.context(cg.Layout(3, tp=3), name="other", platform=platform, options=options)
@@ -134,7 +134,7 @@ def test_row_17_after_a_mismatch_another_context_begins_anew() -> None:
     on_fakes(3, body)
 
 
-def test_row_17_contexts_on_one_device_have_one_order() -> None:
+def test_contexts_on_one_device_have_one_order() -> None:
     """A target and a draft model: their calls interleave in the same way on all ranks, or all ranks are told."""
 
     def body(world: cg.World, platform: FakeDevice) -> str:
@@ -162,7 +162,7 @@ def test_row_17_contexts_on_one_device_have_one_order() -> None:
     assert sum("in group target" in text and "in group draft" in text for text in texts) >= 2
 
 
-def test_row_17_groups_that_have_no_rank_in_common_have_no_order_to_keep() -> None:
+def test_groups_that_have_no_rank_in_common_have_no_order_to_keep() -> None:
     def body(world: cg.World, platform: FakeDevice) -> None:
         options = cg.CommunicatorOptions(check=True, custom_all_reduce=False)
         with world.context(cg.Layout(4, tp=2, dp=2), name="a", platform=platform, options=options) as ctx:
@@ -173,7 +173,7 @@ def test_row_17_groups_that_have_no_rank_in_common_have_no_order_to_keep() -> No
     on_fakes(4, body)
 
 
-def test_row_17_host_calls_may_come_in_between_as_they_like() -> None:
+def test_host_calls_may_come_in_between_as_they_like() -> None:
     """The order is that of the device: what is made and not enqueued has one for each group, as ever."""
     first = threading.Barrier(2)
 
@@ -193,7 +193,7 @@ def test_row_17_host_calls_may_come_in_between_as_they_like() -> None:
     on_fakes(2, body)
 
 
-def test_row_17_what_is_begun_and_not_waited_for_has_its_place_in_the_order() -> None:
+def test_what_is_begun_and_not_waited_for_has_its_place_in_the_order() -> None:
     """Of one group and then of another, by the same thread: the order of the program, whether anybody waits or not."""
 
     def body(world: cg.World, platform: FakeDevice) -> None:

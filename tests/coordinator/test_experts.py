@@ -151,7 +151,7 @@ def test_compiled_with_sizes_and_with_equal_rows() -> None:
 
 
 def test_it_works_on_the_host_where_others_raise_not_implemented() -> None:
-    """NEEDS.md, mistakes found: vLLM's expert parallel on CPU has no v-operations (#57837)."""
+    """vLLM's expert parallel on CPU has no v-operations (#57837)."""
 
     def body(world: cg.World) -> None:
         with world.context(cg.Layout(4, dp=2, tp=2), name="moe") as ctx:

@@ -167,7 +167,7 @@ def test_contexts_of_other_sizes_are_other_graphs() -> None:
     spmd(body, 2)
 
 
-def test_row_11_no_names_ports_or_addresses_in_graphs() -> None:
+def test_no_names_ports_or_addresses_in_graphs() -> None:
     """Graphs are the same text on every rank and in every run; of processes, below."""
     texts: dict[tuple[int, str], str] = {}
 

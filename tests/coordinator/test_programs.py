@@ -457,7 +457,7 @@ def test_tensors_are_of_every_kind(x: torch.Tensor, y: torch.Tensor) -> None:
     assert y.dim() >= 2
 
 
-# What the code of others got wrong (NEEDS.md)
+# Mistakes that other libraries made
 
 
 @pytest.mark.parametrize("n", [2, 3])

@@ -1,4 +1,4 @@
-"""Which ranks share a node: NEEDS row 6, locality proved by data read back through the very segment."""
+"""Which ranks share a node: locality proved by data read back through the very segment."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def test_layouts_are_values(layout: Layout) -> None:
 
 @given(layouts(max_world_size=48), layouts(max_world_size=48))
 def test_digests_differ_where_layouts_do(one: Layout, other: Layout) -> None:
-    """Row 25: one layout value whose digest says whether two ranks mean the same."""
+    """The digest of a layout says whether two ranks mean the same."""
     assert (one.digest == other.digest) == (one == other)
 
 
@@ -270,8 +270,8 @@ def test_layouts_are_equal_by_what_they_hold() -> None:
     assert json.dumps(Layout(np.int64(8), tp=np.int64(2)).ranks("tp", np.int64(3))) == "[2, 3]"
 
 
-def test_row_25_the_digest_is_the_same_in_another_process() -> None:
-    """Row 25: the digest can be compared across ranks, whose string hashes differ; and importing a layout needs no torch."""
+def test_the_digest_is_the_same_in_another_process() -> None:
+    """The digest can be compared across ranks, whose string hashes differ; and importing a layout needs no torch."""
     code = (
         "import sys; from commgraph.layout import *;"
         "print(Layout(12, tp=2, pp=3, groups={'embd': Positions('pp', (0, -1)), 'odd': [[0, 3], range(4, 12), [2, 1]]}).digest,"
@@ -312,8 +312,8 @@ def test_a_world_of_a_trillion_ranks_costs_what_one_of_eight_does() -> None:
 
 
 @again_if_late
-def test_row_8_a_layout_of_100_000_ranks_takes_less_than_a_second() -> None:
-    """Row 8: start-up must not grow with the number of groups; here all groups of one rank, from axes and from rank lists."""
+def test_a_layout_of_100_000_ranks_takes_less_than_a_second() -> None:
+    """Start-up must not grow with the number of groups: all groups of one rank, from axes and from rank lists."""
     with within(1):
         layout = Layout(100_000, tp=8, pp=10, dp=5, groups={"engine": ("pp", "tp")})
         own = {name: layout.ranks(name, 77_777) for name in layout.names}

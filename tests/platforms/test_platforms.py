@@ -101,7 +101,7 @@ def test_device_tensors_go_to_the_backend_and_host_tensors_to_the_hosts_strategi
 
 
 def test_a_missing_backend_is_missing_for_all_and_said_once_in_a_warning() -> None:
-    """Row 9 has no communicator for a group of one rank; here a group that cannot have one says why, alike on all its ranks."""
+    """A group that cannot have a communicator says why, alike on all its ranks."""
     texts = []
 
     def body(ctx: cg.ParallelContext) -> None:
@@ -147,7 +147,7 @@ def test_options_choose_the_backend() -> None:
     st.booleans(),
 )
 def test_the_choice_is_a_pure_function(operation: str, shape: list[int], dtype: torch.dtype, device: str, capturing: bool) -> None:
-    """Row 15: strategies of the same group on other ranks, and asked again, answer alike."""
+    """Strategies of the same group on other ranks, and asked again, answer alike."""
     for by_rank in zip(*CHAINS, strict=True):
         answers = {
             operation in one.operations and one.accepts(operation, shape, dtype, torch.device(device), capturing=capturing)
@@ -184,7 +184,7 @@ def test_settings_of_a_backend_are_checked() -> None:
 
 
 def test_what_cannot_be_captured_is_passed_over_and_never_run_eagerly() -> None:
-    """Row 16: while a graph is captured."""
+    """While a graph is captured."""
 
     def body(ctx: cg.ParallelContext) -> None:
         tp = ctx.tp
@@ -210,7 +210,7 @@ def test_what_cannot_be_captured_is_passed_over_and_never_run_eagerly() -> None:
     on_devices(2, body)
 
 
-def test_row_16_an_error_in_a_capture_raises_on_every_rank() -> None:
+def test_an_error_in_a_capture_raises_on_every_rank() -> None:
     def body(ctx: cg.ParallelContext) -> str:
         if ctx.rank == 0:
             with pytest.raises(ValueError, match="mine"), ctx.graph_capture():
@@ -281,7 +281,7 @@ class BySize(cg.CpuPlatform):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_row_15_deterministic_mode_gives_equal_bits_at_every_size(deterministic: bool) -> None:
+def test_deterministic_mode_gives_equal_bits_at_every_size(deterministic: bool) -> None:
     rows = torch.rand(256, 16, generator=torch.Generator().manual_seed(5))
 
     def run(world: cg.World) -> bool:
@@ -365,7 +365,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("platform", [False, True])
-def test_row_23_a_package_of_others_needs_no_patch(platform: bool, toy: Path) -> None:
+def test_a_package_of_others_needs_no_patch(platform: bool, toy: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(toy), str(ROOT))), "OMP_NUM_THREADS": "1"}
     if platform:
         environment["TOY_PLATFORM"] = "1"

@@ -343,7 +343,7 @@ def kill_one(seed: int) -> str:
 
 
 def kills(cycles: int, seed: int) -> str:
-    """Rows 4 and 5. In a /dev/shm of their own where that may be had: others may be at work in the common one."""
+    """Kill a rank at a random moment, cycle after cycle. In a /dev/shm of their own where that may be had: others may be at work in the common one."""
     with contextlib.suppress(Skip):
         unshare(NEW_MOUNTS, own_dev_shm())
     before = sorted(os.listdir("/dev/shm"))
@@ -358,7 +358,7 @@ def kills(cycles: int, seed: int) -> str:
 
 
 def zombie() -> str:
-    """Row 4: a rank that has died and that nobody reaped still has its pid."""
+    """A rank that has died and that nobody reaped still has its pid."""
 
     def survivor(rank: Rank) -> None:
         with rank.group() as group:
@@ -498,7 +498,7 @@ def interrupted(every: int) -> str:
 
 
 def small_dev_shm() -> str:
-    """Row 18: memory that is not bound by /dev/shm's size."""
+    """Memory that is not bound by /dev/shm's size."""
     unshare(NEW_MOUNTS, own_dev_shm("1m"))
     there = os.statvfs("/dev/shm")
     assert there.f_blocks * there.f_frsize == 1 << 20
@@ -522,7 +522,7 @@ def small_dev_shm() -> str:
 
 
 def sixteen_contexts() -> str:
-    """Row 5: sixteen contexts at once, in each of two jobs at once, never meet each other's data."""
+    """Sixteen contexts at once, in each of two jobs at once, never meet each other's data."""
 
     def run(rank: Rank, number: int) -> None:
         with rank.world(40) as world:
@@ -546,7 +546,7 @@ def sixteen_contexts() -> str:
 
 
 def namespaces() -> str:
-    """Row 6: ranks in other namespaces are on another host, whatever else they have in common."""
+    """Ranks in other namespaces are on another host, whatever else they have in common."""
 
     def run(rank: Rank) -> None:
         with rank.world(40) as world, world.context(cg.Layout(3, tp=3), name="main") as ctx:
@@ -619,7 +619,7 @@ def no_memory() -> str:
 
 
 def nothing_grows(cycles: int) -> str:
-    """Row 7: descriptors, threads and mappings return to where they were."""
+    """Descriptors, threads and mappings return to where they were."""
 
     def counts() -> list[int]:
         import gc
@@ -667,7 +667,7 @@ def nothing_grows(cycles: int) -> str:
 
 
 def cpu() -> str:
-    """Row 10: idle and decoding workers must not spin a core each."""
+    """Idle and decoding workers must not spin a core each."""
 
     def reads(rank: Rank) -> None:
         with rank.group() as group:

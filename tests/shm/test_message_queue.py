@@ -1,4 +1,4 @@
-"""`MessageQueue` alone: NEEDS rows 3, 4, 5, 10, 13, 18 and 22 among them."""
+"""`MessageQueue` alone: order, lost peers, waiting, memory, and strangers at its sockets."""
 
 from __future__ import annotations
 
@@ -678,8 +678,8 @@ def read_on(pipe: Connection, handle: QueueHandle, reader: int) -> Any:
 
 @needs_memory
 @pytest.mark.parametrize("victim", ["writer", 0, 2])
-def test_row_4_a_killed_participant_is_lost_to_all_others(victim: str | int, child: Callable[..., Child]) -> None:
-    """Row 4: a dead peer blocks the queue for ever. Here all others raise within 2 s, also while nobody has reaped it."""
+def test_a_killed_participant_is_lost_to_all_others(victim: str | int, child: Callable[..., Child]) -> None:
+    """A dead peer does not block the queue: all others raise within 2 s, also while nobody has reaped it."""
     shm = sorted(os.listdir("/dev/shm"))
     writer = child(write_on, 3, 2)
     handle = writer.receive()
@@ -694,7 +694,7 @@ def test_row_4_a_killed_participant_is_lost_to_all_others(victim: str | int, chi
             rank, at, message = one.result(10)
             assert rank == (None if victim == "writer" else victim), message
             assert at - killed < 2, message
-    # Row 5: nothing has a name that could be left behind.
+    # Nothing has a name that could be left behind.
     assert sorted(os.listdir("/dev/shm")) == shm
 
 
@@ -706,7 +706,7 @@ def stay(pipe: Connection, handle: QueueHandle) -> None:
 
 @needs_memory
 @again_if_late
-def test_row_4_a_killed_reader_ends_the_wait_of_a_blocked_writer(child: Callable[..., Child]) -> None:
+def test_a_killed_reader_ends_the_wait_of_a_blocked_writer(child: Callable[..., Child]) -> None:
     with cg.MessageQueue.create(1, chunk_bytes=1024, chunks=4) as queue:
         reader = child(stay, queue.handle)
         queue.wait_until_ready(20)
@@ -722,7 +722,7 @@ def test_row_4_a_killed_reader_ends_the_wait_of_a_blocked_writer(child: Callable
 
 @needs_memory
 @again_if_late
-def test_row_4_a_reader_that_dies_before_the_others_came(child: Callable[..., Child]) -> None:
+def test_a_reader_that_dies_before_the_others_came(child: Callable[..., Child]) -> None:
     with cg.MessageQueue.create(2) as queue:
         reader = child(stay, queue.handle)
         assert reader.receive() == "there"
@@ -732,8 +732,8 @@ def test_row_4_a_reader_that_dies_before_the_others_came(child: Callable[..., Ch
 
 
 @needs_memory
-def test_row_5_killed_in_the_middle_of_it_nothing_is_left(child: Callable[..., Child]) -> None:
-    """Row 5: /dev/shm fills with leaked segments. Here there is no name, and the last process that maps it takes it along."""
+def test_killed_in_the_middle_of_it_nothing_is_left(child: Callable[..., Child]) -> None:
+    """No segment leaks into /dev/shm: there is no name, and the last process that maps it takes it along."""
     shm = sorted(os.listdir("/dev/shm"))
     for _ in range(10):
         writer = child(write_on, 1, 1)
@@ -748,12 +748,12 @@ def test_row_5_killed_in_the_middle_of_it_nothing_is_left(child: Callable[..., C
 
 
 @needs_memory
-def test_row_3_checksummed_messages_to_four_readers() -> None:
-    """Row 3: a flag is visible before its data. `nox -s stress` does this with ten million messages."""
+def test_checksummed_messages_to_four_readers() -> None:
+    """No flag is visible before its data. `nox -s stress` does this with ten million messages."""
     assert stress(20_000) > 0
 
 
-def test_row_3_checksummed_messages_through_sockets_too() -> None:
+def test_checksummed_messages_through_sockets_too() -> None:
     assert stress(2_000, readers=3, n_local_readers=1, seed=1) > 0
 
 
@@ -772,8 +772,8 @@ def idle(pipe: Connection, handle: QueueHandle, reader: int) -> tuple[float, flo
 
 
 @both
-def test_row_10_waiting_costs_next_to_nothing(options: dict[str, Any], child: Callable[..., Child]) -> None:
-    """Row 10: idle and decoding workers spin a core each. Here under 1 % of one, and under 10 % at 100 messages a second."""
+def test_waiting_costs_next_to_nothing(options: dict[str, Any], child: Callable[..., Child]) -> None:
+    """Idle and decoding workers spin on no core: under 1 % of one, and under 10 % at 100 messages a second."""
     with cg.MessageQueue.create(2, **options) as queue:
         readers = [child(idle, queue.handle, i) for i in range(2)]
         queue.wait_until_ready(20)
@@ -834,8 +834,8 @@ def stress_elsewhere(pipe: Connection) -> float:
 
 @needs_memory
 @needs_unshare
-def test_row_18_a_small_dev_shm_does_not_matter(child: Callable[..., Child]) -> None:
-    """Row 18: a small /dev/shm kills with SIGBUS under load. Here memory is not bound by its size, and reserved when it is made."""
+def test_a_small_dev_shm_does_not_matter(child: Callable[..., Child]) -> None:
+    """No SIGBUS under load: memory is not bound by the size of /dev/shm, and reserved when it is made."""
     # Only a process that is no daemon may start others.
     assert child(stress_elsewhere, daemon=False).result(60) > 0
 
@@ -849,7 +849,7 @@ def too_large(pipe: Connection) -> str:
 
 
 @needs_memory
-def test_row_18_memory_that_is_not_there_is_an_error_with_the_size(child: Callable[..., Child]) -> None:
+def test_memory_that_is_not_there_is_an_error_with_the_size(child: Callable[..., Child]) -> None:
     assert re.search(r"\d{7} bytes of shared memory are needed.*smaller or fewer chunks", child(too_large).result())
 
 
@@ -934,7 +934,7 @@ def test_strangers_neither_disturb_nor_block() -> None:
             queue.wait_until_ready(20)
         queue.enqueue("fine")
         assert [reader.dequeue(20) for reader in readers] == ["fine"] * 2
-        # Row 13: the port was bound when it was announced, and nobody listens there any longer than needed.
+        # The port was bound when it was announced, and nobody listens there any longer than needed.
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(handle.address).close()
         for stranger in strangers:
@@ -995,8 +995,8 @@ class FalseWriter:
 
 
 @pytest.mark.parametrize("attack", ["replayed", "another key", "plain", "another kind", "too large", "noise", "cut"])
-def test_row_22_a_frame_that_is_not_the_writers_is_not_unpickled(attack: str) -> None:
-    """Row 22: pickle over TCP is remote code execution. Here nothing is unpickled before its HMAC is right, in its place in the stream."""
+def test_a_frame_that_is_not_the_writers_is_not_unpickled(attack: str) -> None:
+    """Pickle over TCP would be remote code execution: nothing is unpickled before its HMAC is right, in its place in the stream."""
     with cg.MessageQueue.create(1, n_local_readers=0, authkey=b"right") as queue:
         writer = FalseWriter(queue, b"right")
         writer.say(OBJECT, 1, "first")

@@ -1,4 +1,4 @@
-"""What users of other communicator layers suffer from, row by row, and the guarantee that stands in its place here."""
+"""Guarantees of worlds and contexts where other communicator layers have none: separate contexts, bounded start-up, bound ports."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def work(ctx: cg.ParallelContext, seed: int) -> torch.Tensor:
     return torch.cat([part.flatten() for part in parts])
 
 
-def test_row_1_eight_contexts_from_two_threads_never_answer_for_each_other() -> None:
-    """Row 1: a global getter answers with another grid's group. Here eight contexts are used alternately from two threads, bit-exact."""
+def test_eight_contexts_from_two_threads_never_answer_for_each_other() -> None:
+    """A global getter could answer with another grid's group; eight contexts are used alternately from two threads, bit-exact."""
     layouts = [
         cg.Layout(4, tp=2, pp=2),
         cg.Layout(4, tp=4),
@@ -63,8 +63,8 @@ def test_row_1_eight_contexts_from_two_threads_never_answer_for_each_other() -> 
     assert spmd(program, 4) == [[True] * 8] * 4
 
 
-def test_row_1_asking_for_a_group_that_a_context_lacks_raises() -> None:
-    """Row 1: a draft's tensor parallelism silently ignored. Here a context has the groups of its own layout and no other."""
+def test_asking_for_a_group_that_a_context_lacks_raises() -> None:
+    """A draft's tensor parallelism cannot be ignored silently: a context has the groups of its own layout and no other."""
 
     def program(world: cg.World) -> None:
         ctx = world.context(cg.Layout.from_axes(2, {"attention": 2}), name="main")
@@ -95,8 +95,8 @@ def store_keys(layout: cg.Layout) -> list[int]:
     return counts
 
 
-def test_row_8_building_touches_only_the_groups_of_this_rank() -> None:
-    """Row 8: start-up grows with the number of groups. Here a rank's store traffic is bounded by the sizes of its own groups."""
+def test_building_touches_only_the_groups_of_this_rank() -> None:
+    """A rank's store traffic is bounded by the sizes of its own groups, however many other groups there are."""
     n = 8
 
     def around_a_pair(others: int) -> cg.Layout:
@@ -115,8 +115,8 @@ def test_row_8_building_touches_only_the_groups_of_this_rank() -> None:
             assert 0 < count <= 8 * sum(map(len, distinct)) + (4 * n if rank == 0 else 0) + 16, (layout, rank)
 
 
-def test_row_8_a_world_of_one_rank_does_no_rendezvous_at_all() -> None:
-    """Row 8: one rank, no store operation."""
+def test_a_world_of_one_rank_does_no_rendezvous_at_all() -> None:
+    """One rank, no store operation."""
     counting = CountingStore(ThreadStore())
     with cg.World.from_store(counting, rank=0, world_size=1) as world, world.context(cg.Layout(1), name="main") as ctx:
         x = torch.ones(3)
@@ -125,15 +125,15 @@ def test_row_8_a_world_of_one_rank_does_no_rendezvous_at_all() -> None:
 
 
 @again_if_late
-def test_row_8_a_layout_of_a_hundred_thousand_ranks() -> None:
-    """Row 8: a 100,000-rank layout in under a second."""
+def test_a_layout_of_a_hundred_thousand_ranks_takes_less_than_a_second() -> None:
+    """The groups of every thousandth rank included."""
     with within(1):
         layout = cg.Layout(100_000, dp=125, pp=10, pcp=2, tp=8, dcp=2)
         assert all(rank in layout.ranks(name, rank) for rank in range(0, 100_000, 1000) for name in layout.names if name != "world")
 
 
-def test_row_12_fifty_engines_in_a_process_and_a_default_group_untouched(tmp_path: Path) -> None:
-    """Row 12: a second engine in a process fails. Here 50 cycles beside an initialised default group, which stays as it was."""
+def test_sixty_engines_in_a_process_and_a_default_group_untouched(tmp_path: Path) -> None:
+    """Sixty cycles beside an initialised default group of torch, which stays as it was; descriptors, threads and memory do not grow."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         group = dist.group.WORLD
@@ -168,8 +168,8 @@ def test_row_12_fifty_engines_in_a_process_and_a_default_group_untouched(tmp_pat
         dist.destroy_process_group()
 
 
-def test_row_13_no_port_is_chosen_before_it_is_bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Row 13: ports chosen, released, then bound by another. Here nothing in Python picks a port, and one node meets by a file."""
+def test_no_port_is_chosen_before_it_is_bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A port that is chosen and released may be bound by another; nothing in Python picks a port, and one node meets by a file."""
 
     def refuse(*_: object) -> None:
         raise AssertionError("a port was bound in Python, to be told to others")
@@ -180,7 +180,7 @@ def test_row_13_no_port_is_chosen_before_it_is_bound(monkeypatch: pytest.MonkeyP
     results: dict[int, float] = {}
 
     def rank(number: int) -> None:
-        environ = {"PMI_RANK": str(number), "PMI_SIZE": "2", "MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": str(number), "PMI_JOBID": "row 13"}
+        environ = {"PMI_RANK": str(number), "PMI_SIZE": "2", "MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": str(number), "PMI_JOBID": "no port"}
         with cg.World.from_env(environ, timeout=timedelta(seconds=30)) as world, world.context(cg.Layout(2, tp=2), name="main") as ctx:
             results[number] = ctx.tp.all_reduce(torch.ones(1)).item()
 
@@ -207,8 +207,8 @@ def listening_ports() -> set[int]:
     return ports
 
 
-def test_row_13_every_port_is_bound_when_it_is_announced() -> None:
-    """Row 13: port 0 first, then publish. The address that a rank writes into the store is one at which it listens already."""
+def test_every_port_is_bound_when_it_is_announced() -> None:
+    """The address that a rank writes into the store is one at which it listens already."""
     announced: list[tuple[int, bool]] = []
 
     class Watching(ThreadStore):
@@ -236,8 +236,8 @@ def test_row_13_every_port_is_bound_when_it_is_announced() -> None:
     assert all(port for port, _ in announced)
 
 
-def test_row_24_sixty_four_ranks_with_real_data_in_one_process() -> None:
-    """Row 24: nothing can be tested without GPUs. Here 64 ranks in one process, real data over real connections."""
+def test_sixty_four_ranks_with_real_data_in_one_process() -> None:
+    """No GPU is needed: 64 ranks in one process, real data over real connections."""
 
     def program(world: cg.World) -> tuple[int, float]:
         tp = world.context(cg.Layout(64, tp=64), name="main").tp
@@ -247,8 +247,8 @@ def test_row_24_sixty_four_ranks_with_real_data_in_one_process() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("commgraph")]
 
 
-def test_row_24_a_fault_is_injected_and_told_by_rank() -> None:
-    """Row 24: with a fault injected: the rank that failed is named, the others are released at once."""
+def test_a_fault_is_injected_and_told_by_rank() -> None:
+    """The rank that failed is named, the others are released at once."""
 
     def program(world: cg.World) -> None:
         ctx = world.context(cg.Layout(8, tp=8), name="main")
@@ -264,8 +264,8 @@ def test_row_24_a_fault_is_injected_and_told_by_rank() -> None:
     assert any("rank 5 of 8" in note for note in caught.value.__notes__)
 
 
-def test_row_25_ranks_with_different_layouts_build_nothing() -> None:
-    """Row 25: several rank formulas disagree. Here one value, whose digest the ranks compare before anything is built."""
+def test_ranks_with_different_layouts_build_nothing() -> None:
+    """The layout is one value, whose digest the ranks compare before anything is built."""
 
     def program(world: cg.World) -> str:
         layout = cg.Layout(4, tp=2) if world.rank != 3 else cg.Layout(4, pp=2)
