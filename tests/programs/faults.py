@@ -343,7 +343,7 @@ def kill_one(seed: int) -> str:
 
 
 def kills(cycles: int, seed: int) -> str:
-    """Kill a rank at a random moment, cycle after cycle. In a /dev/shm of their own where that may be had: others may be at work in the common one."""
+    """Kill a rank at random moments, in a /dev/shm of its own where that may be had: others may be at work in the common one."""
     with contextlib.suppress(Skip):
         unshare(NEW_MOUNTS, own_dev_shm())
     before = sorted(os.listdir("/dev/shm"))
