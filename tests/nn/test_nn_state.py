@@ -117,7 +117,7 @@ def test_one_seed_gives_the_weights_of_the_unsharded_layer_on_any_number_of_rank
 def test_sizes_that_do_not_divide() -> None:
     def run(ctx: cg.ParallelContext) -> None:
         wrong: dict[str, Callable[[], object]] = {
-            r"ColumnParallelLinear\(out_features=10\): 10 is not a multiple of 4, the size of group 'tp' of context 'test'": (
+            r"ColumnParallelLinear\(out_features=10\): 10 is not a multiple of 4, the size of group 'tp' of context 'a'": (
                 lambda: ColumnParallelLinear(8, 10, ctx=ctx)
             ),
             r"RowParallelLinear\(in_features=6\)": lambda: RowParallelLinear(6, 8, ctx=ctx),
@@ -312,7 +312,7 @@ def test_copies_share_the_context_and_states_hold_shares_alone() -> None:
         other = Model(ctx)
         other.load_state_dict(torch.load(file))
         assert torch.equal(other(ids), model(ids))
-        with pytest.raises(TypeError, match=r"context 'test' holds connections.*save a model by its state_dict"):
+        with pytest.raises(TypeError, match=r"context 'a' holds connections.*save a model by its state_dict"):
             torch.save(model, io.BytesIO())
 
     on_ctx(2, run)
