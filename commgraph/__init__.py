@@ -31,13 +31,15 @@ from commgraph.errors import (
 )
 
 if TYPE_CHECKING:
+    from commgraph.accelerators.kernel_table import KernelTable
+    from commgraph.accelerators.platforms import CudaPlatform, RocmPlatform, TpuPlatform, XpuPlatform
     from commgraph.communicators.base import Communicator
     from commgraph.context import ParallelContext
     from commgraph.coordinator import Dispatched, GroupCoordinator
-    from commgraph.kernel_table import KernelTable
+    from commgraph.deadline import Deadline
     from commgraph.layout import Grid, Layout, Positions, Split
     from commgraph.options import CommunicatorOptions
-    from commgraph.platforms import CpuPlatform, CudaPlatform, Platform, RocmPlatform, TpuPlatform, XpuPlatform
+    from commgraph.platforms import CpuPlatform, Platform
     from commgraph.shm.message_queue import MessageQueue
     from commgraph.work import Recv, Send, Work
     from commgraph.world import World
@@ -57,6 +59,7 @@ __all__ = [
     "ContextClosedError",
     "CpuPlatform",
     "CudaPlatform",
+    "Deadline",
     "Dispatched",
     "Grid",
     "GroupCoordinator",
@@ -86,14 +89,15 @@ _HOMES = MappingProxyType(
         "Communicator": "commgraph.communicators.base",
         "CommunicatorOptions": "commgraph.options",
         "CpuPlatform": "commgraph.platforms",
-        "CudaPlatform": "commgraph.platforms",
-        "RocmPlatform": "commgraph.platforms",
-        "TpuPlatform": "commgraph.platforms",
-        "XpuPlatform": "commgraph.platforms",
+        "CudaPlatform": "commgraph.accelerators.platforms",
+        "RocmPlatform": "commgraph.accelerators.platforms",
+        "TpuPlatform": "commgraph.accelerators.platforms",
+        "XpuPlatform": "commgraph.accelerators.platforms",
+        "Deadline": "commgraph.deadline",
         "Dispatched": "commgraph.coordinator",
         "Grid": "commgraph.layout",
         "GroupCoordinator": "commgraph.coordinator",
-        "KernelTable": "commgraph.kernel_table",
+        "KernelTable": "commgraph.accelerators.kernel_table",
         "Layout": "commgraph.layout",
         "MessageQueue": "commgraph.shm.message_queue",
         "ParallelContext": "commgraph.context",

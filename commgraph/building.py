@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import os
 import resource
@@ -15,19 +17,19 @@ import torch
 import torch.distributed as dist
 
 from commgraph import compat
+from commgraph.accelerators.custom_all_reduce import Proofs
+from commgraph.accelerators.device_order import DeviceOrder
 from commgraph.agreement import PeerLeftError, agree
 from commgraph.communicators.base import Communicator, Limits, PeerClosed, PeerLate, Refused
-from commgraph.communicators.custom_all_reduce import Proofs
 from commgraph.communicators.gloo_transport import GlooTransport
-from commgraph.coordinator.device_order import DeviceOrder
-from commgraph.coordinator.link import GroupLink
+from commgraph.coordinator.state import GroupState, Members, Network, Strategies, Timeouts
 from commgraph.errors import BackendUnavailableError, BuildError
 from commgraph.hosts import Hosts
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import GroupFacts, Platform
 from commgraph.platforms.detection import Plugins
 
-__all__ = ["CONNECTING", "Builder", "Connection", "Links"]
+__all__ = ["CONNECTING", "Builder", "Connection", "States"]
 
 # Prefix of the keys by which gloo connects a group. Two parts, as no name of a user's can have: those are one part each.
 CONNECTING = "gloo/connect"
@@ -36,32 +38,32 @@ CONNECTING = "gloo/connect"
 _SPARE_DESCRIPTORS = 8
 
 
-class Links:
+class States:
     """The live groups of a world, so that they can be dropped where nobody closes them: when the interpreter exits."""
 
     def __init__(self) -> None:
-        self._links: list[GroupLink] = []
+        self._states: list[GroupState] = []
         self._lock = threading.Lock()
 
-    def add(self, link: GroupLink) -> None:
+    def add(self, state: GroupState) -> None:
         """Lists a group that was just connected."""
         with self._lock:
-            self._links.append(link)
+            self._states.append(state)
 
     def prune(self) -> None:
         """Forgets those that were closed."""
         with self._lock:
-            self._links = [link for link in self._links if not link.is_closed]
+            self._states = [state for state in self._states if not state.is_closed]
 
     def abort(self) -> None:
         """Ends what runs on any of them, here and on the peers. From any thread."""
-        for link in tuple(self._links):
-            link.abort()
+        for state in tuple(self._states):
+            state.abort()
 
     def release(self) -> None:
         """Drops them all on this rank; nothing is sent."""
-        for link in tuple(self._links):
-            link.close()
+        for state in tuple(self._states):
+            state.close()
         self.prune()
 
 
@@ -89,7 +91,7 @@ class Builder:
         labelled: the nodes are simulated ones of a test: all ranks share this machine's loopback network.
         timeout: deadline of a build and default deadline of operations.
         authkey: secret of the job, or None.
-        links: where live groups are listed.
+        states: of live groups.
         proofs: which ranks were shown to reach each other's device memory.
         order: in which checked calls on the device are compared.
     """
@@ -100,7 +102,7 @@ class Builder:
     labelled: bool
     timeout: timedelta
     authkey: bytes | None = attrs.field(repr=False)
-    links: Links
+    states: States
     proofs: Proofs = attrs.field(factory=Proofs)
     order: DeviceOrder = attrs.field(factory=DeviceOrder)
 
@@ -147,7 +149,7 @@ class Builder:
         if connection is not None:
             self.order.connect(connection.transport)
 
-    def link(
+    def state(
         self,
         ident: str,
         ranks: tuple[int, ...],
@@ -159,7 +161,7 @@ class Builder:
         device: torch.device,
         plugins: Plugins,
         partition: Callable[[], Sequence[Sequence[int]]],
-    ) -> GroupLink:
+    ) -> GroupState:
         """Makes the strategies of a group, on its connection, which is closed if that fails.
 
         Args:
@@ -177,43 +179,73 @@ class Builder:
         """
         host_timeout = options.host_timeout or options.timeout or self.timeout
         device_timeout = (options.timeout or self.timeout).total_seconds()
-        again = self._again(ranks, platform, options, wants_device=wants_device, device=device, plugins=plugins, partition=partition)
-        place: Any = {"device": device, "streams": platform.streams(device), "order": self.order if self.order.connections else None}
+        rebuild = functools.partial(
+            self._sibling,
+            platform=platform,
+            options=options,
+            wants_device=wants_device,
+            device=device,
+            plugins=plugins,
+            partition=partition,
+        )
+        on_device: dict[str, Any] = {
+            "device": device,
+            "streams": platform.streams(device),
+            "order": self.order if self.order.connections else None,
+        }
+        timeouts = Timeouts(host_timeout.total_seconds(), device_timeout)
+        rank_in_group = ranks.index(self.rank)
+        members = Members(ident, ranks, rank_in_group)
         if connection is None:
-            return GroupLink(ident=ident, ranks=ranks, rank_in_group=0, host_timeout=host_timeout.total_seconds(), again=again, **place)
+            return GroupState(members, Strategies(members), None, timeouts, rebuild=rebuild, **on_device)
         try:
-            rank_in_group = ranks.index(self.rank)
             nodes = tuple(self.hosts.nodes[rank] for rank in ranks)
-            limits = Limits(host_timeout.total_seconds(), self.timeout.total_seconds(), self.hosts.local_size, device_timeout)
-            strategies = dist.PrefixStore("strategies", connection.store)
-            facts = GroupFacts(ranks, rank_in_group, nodes, options, wants_device, limits, strategies, device, self.proofs, partition)
+            limits = Limits(timeouts.host, self.timeout.total_seconds(), self.hosts.local_size, device_timeout)
+            store = dist.PrefixStore("strategies", connection.store)
+            facts = GroupFacts(ranks, rank_in_group, nodes, options, wants_device, limits, store, device, self.proofs, partition)
             chain = self._chain(ident, platform, facts, connection, plugins)
-            link = GroupLink(
-                ident=ident,
-                ranks=ranks,
-                rank_in_group=rank_in_group,
-                communicators=[one for one in chain if isinstance(one, Communicator)],
-                refused=[one for one in chain if isinstance(one, Refused)],
-                transport=connection.transport,
-                store=connection.store,
-                key=self._key(ranks),
-                host_timeout=host_timeout.total_seconds(),
-                device_timeout=device_timeout,
-                check=options.check,
-                experts=options.experts,
-                again=again,
-                build_timeout=self.timeout,
-                **place,
-            )
+            live = [one for one in chain if isinstance(one, Communicator)]
+            strategies = Strategies(members, live, [one for one in chain if isinstance(one, Refused)])
+            network = Network(connection.transport, connection.store, self._key(ranks))
+            check, experts = options.check, options.experts
+            state = GroupState(members, strategies, network, timeouts, check=check, experts=experts, rebuild=rebuild, **on_device)
         except BaseException:
             connection.transport.close()
             raise
-        self.links.add(link)
-        return link
+        self.states.add(state)
+        return state
 
-    def _again(self, ranks: tuple[int, ...], platform: Platform, options: CommunicatorOptions, **kind: Any) -> Callable[[str], GroupLink]:
-        """Makes a group like this one under another ident: a sibling."""
-        return lambda ident: self.link(ident, ranks, self.connect(ident, ranks), platform, options, **kind)
+    def _sibling(self, of: GroupState, name: str, *, platform: Platform, options: CommunicatorOptions, **kind: Any) -> GroupState:
+        """Make a state of the same ranks with communicators of their own. Collective: whole, or an error on every rank."""
+        members = of.members
+        number = of.count("siblings")
+        ident, what = f"{members.ident}/sibling {number}", f"sibling {name!r} of group {members.ident}"
+
+        def make() -> GroupState:
+            return self.state(ident, members.ranks, self.connect(ident, members.ranks), platform, options, **kind)
+
+        if of.network is None:
+            return make()
+        store = dist.PrefixStore(f"sibling/{number}", of.network.store)
+
+        def tell(step: str, facts: Mapping[str, str], **failed: Any) -> None:
+            place = dist.PrefixStore(step, store)
+            agree(place, members.rank_in_group, members.world_size, facts, what=what, timeout=self.timeout, **failed)
+
+        tell("begin", {"its name": name})
+        try:
+            state = make()
+        except BaseException as error:
+            follows = isinstance(error, PeerLeftError)
+            with contextlib.nullcontext() if follows else contextlib.suppress(BuildError):
+                tell("end", {}, error=f"{type(error).__name__}: {error}", follows=follows)
+            raise
+        try:
+            tell("end", {"its strategies": repr(dict(state.strategies.table))})
+        except BaseException:
+            state.close()
+            raise
+        return state
 
     def _chain(
         self, ident: str, platform: Platform, facts: GroupFacts, connection: Connection, plugins: Plugins
@@ -277,7 +309,7 @@ class Builder:
 
 def _only_by_kind(one: Communicator | Refused) -> Communicator | Refused:
     """Refuses a strategy whose part depends on the size."""
-    if isinstance(one, Refused) or not one.selective:
+    if isinstance(one, Refused) or not one.size_dependent:
         return one
     one.close()
     return Refused(one.name, "options.deterministic=True, and it serves some sizes only")

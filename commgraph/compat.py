@@ -23,6 +23,16 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+# Counts the versions of a tuple of tensors up whose memory is going to be filled past torch, so that autograd notices.
+# `torch.autograd.graph.increment_version` is public and takes twice the time.
+from torch._C import _increment_version as increment_version
+
+# Tells how many modes look at every operator of this thread: fake tensors, make_fx, counters.
+from torch._C import _len_torch_dispatch_stack as count_modes
+
+# Tells whether a tensor is one of the zeros that autograd makes without memory.
+is_without_memory = torch.Tensor._is_zerotensor
+
 try:
     # By its threads torch calls it so from 2.14 on, and the older name warns from 2.15 on; not seen by us yet.
     from torch._custom_class_base import CustomClassBase as OpaqueBase  # type: ignore[import-not-found]
@@ -42,6 +52,7 @@ __all__ = [
     "forget_symmetric_group",
     "gloo_available",
     "gloo_device",
+    "increment_version",
     "is_traced",
     "is_without_memory",
     "keep_order",
@@ -50,7 +61,6 @@ __all__ = [
     "make_gloo",
     "make_nccl",
     "make_xccl",
-    "mark_written",
     "nccl_available",
     "opaque",
     "real_object",
@@ -269,21 +279,6 @@ def dlpack_exchange() -> Any:
     return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 
 
-def is_without_memory(x: torch.Tensor) -> bool:
-    """Whether x is one of the zeros that autograd makes without memory. Privately `Tensor._is_zerotensor`."""
-    return x._is_zerotensor()
-
-
-def mark_written() -> Any:
-    """A function of a tuple of tensors whose memory is going to be filled past torch: counts their versions up, so that autograd notices.
-
-    Privately `torch._C._increment_version`: `torch.autograd.graph.increment_version` is public and takes twice the time.
-    """
-    from torch._C import _increment_version
-
-    return _increment_version
-
-
 def opaque(*, guard: Callable[[Any], list[Any]], facts: Sequence[str], operations: Sequence[str]) -> Callable[[type[T]], type[T]]:
     """A decorator: lets operators take objects of a subclass of `OpaqueBase`, and torch.compile read code that uses them.
 
@@ -316,18 +311,10 @@ def real_object(obj: Any) -> Any:
     return obj.real_obj if isinstance(obj, FakeScriptObject) else obj
 
 
-def count_modes() -> Callable[[], int]:
-    """A function that tells how many modes look at every operator of this thread: fake tensors, make_fx, counters.
-
-    Privately `torch._C._len_torch_dispatch_stack`.
-    """
-    from torch._C import _len_torch_dispatch_stack
-
-    return _len_torch_dispatch_stack
-
-
 def is_traced(x: torch.Tensor) -> bool:
     """Whether x is one of torch's stand-ins for a tensor (`FakeTensor`, `FunctionalTensor`), which operators know."""
+    if type(x) in (torch.Tensor, torch.nn.Parameter):
+        return False
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 

@@ -5,31 +5,35 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import time
 from collections.abc import Collection, Iterator, Mapping
 from datetime import timedelta
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import Any, NoReturn, Protocol, Self
 
-import attrs
 import torch
 import torch.distributed as dist
 
 import commgraph
 from commgraph.agreement import PeerLeftError
 from commgraph.building import Builder, Connection
+from commgraph.communicators.base import Communicator
 from commgraph.coordinator import GroupCoordinator
 from commgraph.coordinator.capture import GraphCapture, capture
-from commgraph.coordinator.host_objects import objects_of
-from commgraph.coordinator.link import GroupLink
-from commgraph.errors import BuildError, CommGraphError, ConfigurationError, ContextClosedError, LayoutError, LayoutMismatchError
+from commgraph.coordinator.state import GroupState
+from commgraph.deadline import Deadline, seconds_of
+from commgraph.errors import (
+    BuildError,
+    CollectiveTimeoutError,
+    CommGraphError,
+    ConfigurationError,
+    ContextClosedError,
+    LayoutError,
+    LayoutMismatchError,
+)
 from commgraph.layout import Layout
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import Platform
 from commgraph.platforms.detection import Plugins
-
-if TYPE_CHECKING:
-    from commgraph.world import World
 
 __all__ = ["ParallelContext", "build_context", "build_coordinator"]
 
@@ -42,6 +46,18 @@ _HOST_GROUPS = frozenset({"world", "replica"})
 
 # Found as attributes of a context; those of the user's own by their names in brackets.
 _GROUPS = ("world", "replica", "dp", "pp", "pcp", "tp", "dcp", "ep")
+
+
+class _World(Protocol):
+    """The world of a context, as far as it needs it."""
+
+    rank: int
+    local_rank: int
+    device: torch.device
+    token: torch.Tensor
+
+    def _forget(self, context: ParallelContext) -> None:
+        """Take a context that was closed off the list."""
 
 
 class ParallelContext:
@@ -70,7 +86,7 @@ class ParallelContext:
     _name: str
     _options: Mapping[str, CommunicatorOptions]
     _state: dict[str, bool]
-    _world: World
+    _world: _World
 
     world: GroupCoordinator
     replica: GroupCoordinator
@@ -86,7 +102,7 @@ class ParallelContext:
         *,
         name: str,
         layout: Layout,
-        world: World,
+        world: _World,
         groups: Mapping[str, GroupCoordinator],
         options: Mapping[str, CommunicatorOptions],
     ) -> None:
@@ -183,10 +199,7 @@ class ParallelContext:
     def warmup(self) -> None:
         """Allocates everything that first use would, and proves that every group works. Collective."""
         for coordinator in self._distinct():
-            coordinator._link.ensure_open(coordinator.name)
-            for communicator in coordinator._link.communicators:
-                communicator.warmup()
-            coordinator.barrier()
+            coordinator.warmup()
 
     @contextlib.contextmanager
     def graph_capture(self, device: torch.device | None = None, *, stream: Any = None) -> Iterator[GraphCapture]:
@@ -226,44 +239,44 @@ class ParallelContext:
             for operation, names in coordinator.communicators.items():
                 chains.setdefault(names, []).append(operation)
             lines += [f"    {', '.join(operations)}: {', then '.join(names)}" for names, operations in chains.items()]
-            lines += [f"    {c.name}: {c.describe()}" for c in coordinator._link.communicators if c.describe()]
-            lines += [f"    {refused.name}: not used, {refused.reason}" for refused in coordinator._link.refused]
-        communicators = [c for coordinator in self._distinct() for c in coordinator._link.communicators]
+            lines += [f"    {c.name}: {c.describe()}" for c in _live(coordinator) if c.describe()]
+            lines += [f"    {refused.name}: not used, {refused.reason}" for refused in coordinator.refused]
+        communicators = [c for coordinator in self._distinct() for c in _live(coordinator)]
         memory = sum(c.memory() for c in communicators)
         lines.append(f"  {len(communicators)} communicators in {len(self._distinct())} groups, {memory} bytes of shared memory")
         return "\n".join(lines)
 
     def _distinct(self) -> list[GroupCoordinator]:
         """One coordinator for each set of communicators, those of siblings included."""
-        distinct: dict[int, GroupCoordinator] = {}
+        distinct: list[GroupCoordinator] = []
         waiting = list(self._groups.values())
         while waiting:
             coordinator = waiting.pop(0)
-            if coordinator.world_size > 1 and id(coordinator._link) not in distinct:
-                distinct[id(coordinator._link)] = coordinator
-                waiting += coordinator._link.siblings
-        return list(distinct.values())
+            if coordinator.world_size > 1 and not any(other in distinct for other in (coordinator, *coordinator.shares_with)):
+                distinct.append(coordinator)
+                waiting += coordinator.siblings
+        return distinct
 
     # Life.
 
-    def close(self, timeout: timedelta = CLOSE_TIMEOUT) -> None:
+    def close(self, timeout: timedelta | float = CLOSE_TIMEOUT) -> None:
         """Closes every group. Collective: waits until every rank is here, so that nothing under way is cut off; idempotent.
 
         Collectives that were begun and not waited for come to their end, and so do messages to other ranks; a receive does not.
 
         Args:
-            timeout: how long to wait for the other ranks. When it passes, or where a group is broken or a peer dead, this rank
-                drops its connections all the same.
+            timeout: how long to wait for the other ranks, a timedelta or seconds. When it passes, or where a group is broken or a peer
+                dead, this rank drops its connections all the same.
         """
         if self.closed:
             return
         world = self._groups["world"]
-        if world.world_size > 1 and not any(c._link.is_broken for c in self._groups.values()):
-            deadline = time.monotonic() + timeout.total_seconds()
+        deadline = Deadline.after(seconds_of(timeout))
+        if world.world_size > 1 and not any(c.is_broken for c in self._groups.values()):
             try:
-                for coordinator in self._groups.values():
-                    coordinator._drain(deadline)
-                world._barrier(max(deadline - time.monotonic(), 0.001))
+                if not all(coordinator.flush(deadline) for coordinator in self._groups.values()):
+                    raise CollectiveTimeoutError("operations that were begun and not waited for did not end in time")
+                world.meet(deadline)
             except CommGraphError as error:
                 # As text: a record that is kept must not keep the connections, through the error's traceback.
                 logger.warning("context %r was closed on rank %d without its peers: %s", self._name, self.rank, str(error))
@@ -312,7 +325,7 @@ class ParallelContext:
 
 
 def build_context(
-    world: World,
+    world: _World,
     builder: Builder,
     layout: Layout,
     *,
@@ -374,7 +387,7 @@ def build_context(
             connections[first] = builder.connect(ident, layout.ranks(first, rank))
         for first, *others in shared.values():
             given, device = plan[first]
-            link = builder.link(
+            state = builder.state(
                 idents[first],
                 layout.ranks(first, rank),
                 connections[first],
@@ -385,8 +398,8 @@ def build_context(
                 plugins=plugins,
                 partition=functools.partial(layout.groups, first),
             )
-            coordinators[first] = build_coordinator(world, first, link)
-            coordinators |= {other: join_coordinator(other, coordinators[first]) for other in others}
+            coordinators[first] = build_coordinator(world, first, state)
+            coordinators |= {other: coordinators[first]._joined(other) for other in others}
         firsts = [coordinators[first] for first in idents if coordinators[first].world_size > 1]
         routing = {f"the strategies of group {c.name!r} {c.ranks}": repr(dict(c.communicators)) for c in firsts}
     except PeerLeftError as error:
@@ -413,25 +426,21 @@ def build_context(
     logger.info(
         "%r sits at %s: %s",
         context,
-        layout.coordinate(rank),
+        layout.coordinate(rank) if rank in layout.grid_ranks else "no position of the grid",
         ", ".join(f"{group} {context[group].rank_in_group}/{context[group].world_size}" for group in plan),
     )
     return context
 
 
-def build_coordinator(world: World, name: str, link: GroupLink) -> GroupCoordinator:
-    """The first coordinator on a link."""
-    objects, door = objects_of(link), link.door()
-    coordinator = GroupCoordinator(name, world.rank, link.ranks, world.local_rank, world.device, link, objects, door, world.token)
-    link.join(coordinator)
-    return coordinator
+def build_coordinator(world: _World, name: str, state: GroupState) -> GroupCoordinator:
+    """Return the first coordinator on a state."""
+    return GroupCoordinator._of(name, state, local_rank=world.local_rank, device=world.device, token=world.token)
 
 
-def join_coordinator(name: str, twin: GroupCoordinator) -> GroupCoordinator:
-    """A further coordinator, on the communicators of `twin`."""
-    coordinator = attrs.evolve(twin, name=name, door=twin._link.door())
-    twin._link.join(coordinator)
-    return coordinator
+def _live(coordinator: GroupCoordinator) -> list[Communicator]:
+    """Return the strategies of a coordinator, first choice first."""
+    names = dict.fromkeys(name for names in coordinator.communicators.values() for name in names)
+    return [coordinator.communicator(name) for name in names]
 
 
 def _undo(builder: Builder, coordinators: Mapping[str, GroupCoordinator], connections: Mapping[str, Connection | None]) -> None:
@@ -441,7 +450,7 @@ def _undo(builder: Builder, coordinators: Mapping[str, GroupCoordinator], connec
     for connection in connections.values():
         if connection is not None:
             connection.transport.close()
-    builder.links.prune()
+    builder.states.prune()
 
 
 def _report(builder: Builder, store: dist.Store, what: str, error: BaseException) -> None:

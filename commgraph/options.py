@@ -8,8 +8,8 @@ from pathlib import Path
 
 import attrs
 
+from commgraph.accelerators.kernel_table import KernelTable
 from commgraph.errors import ConfigurationError
-from commgraph.kernel_table import KernelTable
 
 __all__ = ["CommunicatorOptions"]
 

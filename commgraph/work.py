@@ -52,6 +52,35 @@ class Recv:
     src: int | None = None
 
 
+class End:
+    """An event that happens once. In a third of the time that `threading.Event` takes to be made and waited for."""
+
+    __slots__ = ("_happened", "_lock")
+
+    def __init__(self) -> None:
+        self._happened = False
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def is_set(self) -> bool:
+        """Whether it has happened."""
+        return self._happened
+
+    def set(self) -> None:
+        """It happens."""
+        self._happened = True
+        self._lock.release()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits for it; False where that takes longer than so many seconds."""
+        if self._happened:
+            return True
+        if not self._lock.acquire(timeout=-1 if timeout is None else timeout):
+            return False
+        self._lock.release()
+        return True
+
+
 class Job:
     """Something to be done on a lane."""
 
@@ -65,16 +94,23 @@ class Job:
         self._run: Callable[[], Any] | None = run
         self._inference = torch.is_inference_mode_enabled()
         self.at = at
-        self.ended = threading.Event()
+        self.lane: Lane | None = None
+        self.ended = End()
         self.result: Any = None
         self.error: BaseException | None = None
 
     def run(self) -> None:
         """Does it, as the thread that asked for it would have; never raises."""
         assert self._run is not None
+        thread: Any = threading.current_thread()
+        thread.commgraph_site = self.at
         try:
-            with torch.inference_mode(self._inference), torch.no_grad():
-                self.result = self._run()
+            if torch.is_inference_mode_enabled() != self._inference:
+                with torch.inference_mode(self._inference), torch.no_grad():
+                    self.result = self._run()
+            else:
+                with torch.no_grad():
+                    self.result = self._run()
         except CommGraphError as error:
             # It says all there is to say, and its frames would keep what the call held for as long as the error is kept.
             self.error = error.with_traceback(None)
@@ -82,8 +118,21 @@ class Job:
         except BaseException as error:
             self.error = error
         finally:
+            thread.commgraph_site = None
             self._run = None
             self.ended.set()
+
+
+class Described(Protocol):
+    """Something that says who called what."""
+
+    @property
+    def where(self) -> str:
+        """Names the operation, its group and rank."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What a `CollectiveError` about it carries."""
 
 
 class HasEnd(Protocol):
@@ -106,8 +155,7 @@ class Work(Generic[T]):
 
     def __init__(
         self,
-        where: str,
-        facts: Mapping[str, Any],
+        call: Described,
         jobs: Sequence[Job],
         finish: Callable[[Sequence[Any]], T],
         enqueued: Sequence[HasEnd] = (),
@@ -115,14 +163,12 @@ class Work(Generic[T]):
         """Not for users: made by the operations of a coordinator.
 
         Args:
-            where: names the operation, its group and rank.
-            facts: what a `CollectiveError` about it carries.
+            call: names the operation, its group and rank.
             jobs: what has to end.
             finish: makes the result from those of the jobs, in `wait`.
             enqueued: what a device has to come to the end of.
         """
-        self._where = where
-        self._facts = facts
+        self._call = call
         self._jobs = tuple(jobs)
         self._enqueued = tuple(enqueued)
         self._finish: Callable[[Sequence[Any]], T] | None = finish
@@ -146,11 +192,15 @@ class Work(Generic[T]):
             CollectiveTimeoutError: `timeout` passed; the operation goes on and may be waited for again.
             CommGraphError, ValueError, TypeError: what the operation itself came to.
         """
-        seconds = None if timeout is None else _seconds(timeout, self._where)
+        seconds = None if timeout is None else _seconds(timeout, self._call.where)
         deadline = None if seconds is None else time.monotonic() + seconds
         for job in self._jobs:
+            if not job.ended.is_set() and deadline is None and job.lane is not None and job.lane.run_here(job):
+                continue
             if not job.ended.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0)):
-                raise CollectiveTimeoutError(f"{self._where}: not at its end after {seconds:g} s. It goes on: wait again", **self._facts)
+                raise CollectiveTimeoutError(
+                    f"{self._call.where}: not at its end after {seconds:g} s. It goes on: wait again", **self._call.facts
+                )
         with self._lock:
             if self._finish is not None:
                 self._end()
@@ -174,7 +224,7 @@ class Work(Generic[T]):
         self._jobs = ()
 
     def __repr__(self) -> str:
-        return f"<Work: {self._where}, {'ended' if self.is_completed() else 'under way'}>"
+        return f"<Work: {self._call.where}, {'ended' if self.is_completed() else 'under way'}>"
 
 
 class Finished(Work[T]):
@@ -203,9 +253,7 @@ def _seconds(timeout: Any, where: str) -> float:
 
 
 class LaneThread(threading.Thread):
-    """Runs the jobs of one lane. `at`: place in the user's code that asked for the one that runs."""
-
-    at = ""
+    """Makes the jobs of one lane."""
 
 
 class Lane:
@@ -225,6 +273,8 @@ class Lane:
         self._open = 0  # jobs that have not ended
         self._closed = False
         self._thread: LaneThread | None = None
+        # Who is making a job: the thread of the lane, or one that waits for it.
+        self._maker: int | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -234,19 +284,46 @@ class Lane:
     @property
     def is_here(self) -> bool:
         """Whether the caller is a job of this very lane."""
-        return threading.current_thread() is self._thread
+        return self._maker == threading.get_ident()
 
     def submit(self, job: Job) -> None:
         """Does it after everything that was begun before."""
         with self._changed:
             if self._hold is not None and self.is_idle:
                 self._hold(True)
+            job.lane = self
             self._jobs.append(job)
             self._open += 1
             if self._thread is None:
                 self._thread = LaneThread(target=self._work, name=self._name, daemon=True)
                 self._thread.start()
             else:
+                self._changed.notify_all()
+
+    def run_here(self, job: Job) -> bool:
+        """Makes a job on the thread that waits for it, if its turn has come and nobody has begun it: without a change of threads.
+
+        Returns:
+            Whether it was made.
+        """
+        with self._changed:
+            if self._maker is not None or not self._jobs or self._jobs[0] is not job:
+                return False
+            self._jobs.popleft()
+            self._maker = threading.get_ident()
+            if self._open == 1 and self._hold is not None:
+                self._hold(False)  # nobody is before this job, so it may be made by a native call
+        job.run()
+        self._done()
+        return True
+
+    def _done(self) -> None:
+        with self._changed:
+            self._maker = None
+            self._open -= 1
+            if not self._open and self._hold is not None:
+                self._hold(False)
+            if not self._open or self._jobs:
                 self._changed.notify_all()
 
     def settle(self, seconds: float) -> bool:
@@ -264,22 +341,17 @@ class Lane:
             thread.join(seconds)
 
     def _work(self) -> None:
-        here = threading.current_thread()
-        assert isinstance(here, LaneThread)
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: bool(self._jobs) or self._closed, _LINGERING)
+                self._changed.wait_for(lambda: self._maker is None and (bool(self._jobs) or self._closed), _LINGERING)
+                if self._maker is not None:
+                    continue  # a thread that waits for a job is still making it
                 if not self._jobs:
                     self._thread = None
                     return
                 job = self._jobs.popleft()
-            here.at = job.at
+                self._maker = threading.get_ident()
             job.run()
             # Kept by its Work alone: what it holds goes with that, and not when the next one comes.
             del job
-            with self._changed:
-                self._open -= 1
-                if not self._open:
-                    if self._hold is not None:
-                        self._hold(False)
-                    self._changed.notify_all()
+            self._done()

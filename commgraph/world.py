@@ -8,13 +8,12 @@ import hashlib
 import logging
 import os
 import threading
-import time
 import warnings
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from types import MappingProxyType, TracebackType
-from typing import Any, NoReturn, Self, cast
+from typing import Any, NoReturn, Self, cast, overload
 
 import attrs
 import torch
@@ -22,14 +21,24 @@ import torch.distributed as dist
 
 import commgraph
 from commgraph import compat, hosts, launch
+from commgraph.accelerators.custom_all_reduce import Proofs
+from commgraph.accelerators.device_order import DeviceOrder
 from commgraph.agreement import agree
-from commgraph.building import Builder, Links
-from commgraph.communicators.custom_all_reduce import Proofs
+from commgraph.building import Builder, States
 from commgraph.context import CLOSE_TIMEOUT, ParallelContext, build_context, build_coordinator
 from commgraph.coordinator import GroupCoordinator
-from commgraph.coordinator.device_order import DeviceOrder
-from commgraph.errors import BuildError, CommGraphError, ConfigurationError, ContextClosedError, LaunchError, LayoutError
+from commgraph.deadline import Deadline, seconds_of
+from commgraph.errors import (
+    BuildError,
+    CollectiveTimeoutError,
+    CommGraphError,
+    ConfigurationError,
+    ContextClosedError,
+    LaunchError,
+    LayoutError,
+)
 from commgraph.layout import Layout
+from commgraph.layout.checks import whole
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import Platform
 from commgraph.platforms.detection import Plugins
@@ -94,12 +103,12 @@ class World:
         with torch.inference_mode(False):
             self.token = torch.zeros((), device="meta" if device.type == "meta" else "cpu")
         # Nothing of the World itself may be reachable from here, or it would never be collected.
-        self._finalizer = weakref.finalize(self, _release, builder.links, builder.order)
+        self._finalizer = weakref.finalize(self, _release, builder.states, builder.order)
         try:
             everyone = tuple(range(self.size))
             connection = builder.connect("world", everyone)
             # Host tensors and objects, by what every installation has: it is there before anything of others is loaded.
-            link = builder.link(
+            state = builder.state(
                 "world",
                 everyone,
                 connection,
@@ -110,7 +119,7 @@ class World:
                 plugins=Plugins(),
                 partition=lambda: (everyone,),
             )
-            self.group: GroupCoordinator = build_coordinator(self, "world", link)
+            self.group: GroupCoordinator = build_coordinator(self, "world", state)
         except BaseException:
             self._state.closed = True  # there is nothing to close, and nobody to blame for not closing it
             raise
@@ -278,7 +287,7 @@ class World:
                 "the platform": platform.name,
             }
             agree(dist.PrefixStore("begin", mine), rank, size, facts, what="the world", timeout=timeout)
-        builder = Builder(mine, rank, found, bool(label), timeout, authkey, Links())
+        builder = Builder(mine, rank, found, bool(label), timeout, authkey, States())
         return cls._of(builder, local_rank, device, platform, store)
 
     @classmethod
@@ -383,7 +392,7 @@ class World:
             store=store,
             rank=chosen.index(self.rank),
             hosts=self._builder.hosts.restrict(chosen),
-            links=Links(),
+            states=States(),
             proofs=Proofs(),
             order=DeviceOrder(),
         )
@@ -392,25 +401,73 @@ class World:
             self._state.splits[:] = [*(split for split in self._state.splits if not split.closed), world]
         return world
 
+    @overload
+    def split_by(self, color: None, key: int = 0) -> None: ...
+
+    @overload
+    def split_by(self, color: int | str | bytes | tuple[Any, ...], key: int = 0) -> World: ...
+
+    def split_by(self, color: int | str | bytes | tuple[Any, ...] | None, key: int = 0) -> World | None:
+        """Divides this World: ranks that give equal colors get a smaller World together. MPI's Comm_split.
+
+        Collective over every rank of this world, on `group`: one object from each rank to each, then a `split` for each color.
+
+        Args:
+            color: which of the smaller worlds this rank belongs to; None: none of them. A whole number, a string, bytes, or a tuple of
+                these; colors are compared with ``==``. Each rank may give another type.
+            key: orders the ranks of a color, which are numbered by (key, rank in this world). Unused where `color` is None.
+
+        Returns:
+            The World of the ranks of this rank's color, closed with this one; None where `color` is None.
+
+        Raises:
+            LayoutError: a color or key of another type, on any rank. Every rank raises it, with the rank and the value, and none is split.
+            CollectiveTimeoutError: a rank did not come; `group` is broken afterwards.
+            CollectiveMismatchError: a rank called something else on `group`, which is broken afterwards.
+            BuildError: a rank of the same color could not build the smaller world.
+
+        Example:
+            A trainer on the first four ranks, a generator on the others::
+
+                part = world.split_by("trainer" if world.rank < 4 else "generator")
+        """
+        self._ensure_open()
+        mine, order, problems = None, whole(key), list[str]()
+        try:
+            mine = _plain(color)
+        except TypeError as error:
+            problems.append(f"color={color!r:.200}: {error}")
+        if order is None:
+            problems.append(f"key={key!r:.200} is not a whole number")
+        # A rank whose arguments are wrong tells the others so, in place of leaving them in a collective that it never joins.
+        said = self.group.all_gather_object(("; ".join(problems), mine, order))
+        if refused := [f"rank {rank}: {why}" for rank, (why, _, _) in enumerate(said) if why]:
+            raise LayoutError(f"split_by on rank {self.rank} of {self.size}: {'; '.join(refused)}")
+        if mine is None:
+            return None
+        members = [(place, rank) for rank, (_, other, place) in enumerate(said) if other == mine]
+        return self.split([rank for _, rank in sorted(members)])
+
     # Life.
 
-    def close(self, *, empty_cache: bool = False, timeout: timedelta = CLOSE_TIMEOUT) -> None:
+    def close(self, *, empty_cache: bool = False, timeout: timedelta | float = CLOSE_TIMEOUT) -> None:
         """Closes its contexts, then itself. Collective, bounded even with dead peers, idempotent.
 
         Args:
             empty_cache: collect garbage and give cached device memory back afterwards.
-            timeout: how long to wait for the other ranks, in each context and in the world.
+            timeout: how long to wait for the other ranks, in each context and in the world; a timedelta or seconds.
         """
         if not self.closed:
             for split in tuple(self._state.splits):
                 split.close(timeout=timeout)
             for context in tuple(self._state.contexts.values()):
                 context.close(timeout)
-            if self.size > 1 and not self.group._link.is_broken:
-                deadline = time.monotonic() + timeout.total_seconds()
+            if self.size > 1 and not self.group.is_broken:
+                deadline = Deadline.after(seconds_of(timeout))
                 try:
-                    self.group._drain(deadline)
-                    self.group._barrier(max(deadline - time.monotonic(), 0.001))
+                    if not self.group.flush(deadline):
+                        raise CollectiveTimeoutError("operations that were begun and not waited for did not end in time")
+                    self.group.meet(deadline)
                 except CommGraphError as error:
                     # As text: a record that is kept must not keep the world, nor the frames of the error.
                     logger.warning("%s was closed without its peers: %s", repr(self), str(error))
@@ -433,14 +490,14 @@ class World:
         """Ends what runs on any group, here and on the peers, from any thread; `close` is still to be called."""
         for world in tuple(self._state.splits):
             world._abort()
-        self._builder.links.abort()
+        self._builder.states.abort()
         self._builder.order.abort()
 
     def _forget(self, context: ParallelContext) -> None:
         with self._state.lock:
             if self._state.contexts.get(context.name) is context:
                 del self._state.contexts[context.name]
-        self._builder.links.prune()
+        self._builder.states.prune()
 
     def _ensure_open(self) -> None:
         if self.closed:
@@ -486,10 +543,29 @@ def check_rank(rank: int, world_size: int) -> None:
         raise LaunchError(f"rank={rank} of world_size={world_size}: ranks are numbered 0 to world_size - 1, and there is at least one")
 
 
-def _release(links: Links, order: DeviceOrder) -> None:
+def _release(states: States, order: DeviceOrder) -> None:
     """Drops what a world holds on this rank; nothing is sent."""
-    links.release()
+    states.release()
     order.close()
+
+
+def _plain(color: object) -> object:
+    """Return a color as plain data, which travels between hosts without an authkey.
+
+    Raises:
+        TypeError: it is none of the kinds that a color may be.
+    """
+    if color is None or isinstance(color, bool):
+        return color
+    if isinstance(color, str):
+        return str.__str__(color)  # of an enumeration's member its text, not its name
+    if isinstance(color, bytes):
+        return bytes(color)
+    if isinstance(color, tuple):
+        return tuple(map(_plain, color))
+    if (number := whole(color)) is None:
+        raise TypeError(f"a {type(color).__name__} is no color, which is a whole number, a string, bytes, a tuple of these, or None")
+    return number
 
 
 def _digest(ranks: Sequence[int]) -> str:

@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 import torch
 
 from commgraph import compat
+from commgraph.accelerators.custom_all_reduce import Kernels
+from commgraph.accelerators.platforms import DevicePlatform
+from commgraph.accelerators.streams import Streams
 from commgraph.communicators.base import Communicator, Refused
-from commgraph.communicators.custom_all_reduce import Kernels
 from commgraph.communicators.gloo_transport import GlooTransport
-from commgraph.platforms import GroupFacts, Streams
-from commgraph.platforms.accelerators import DevicePlatform
+from commgraph.platforms import GroupFacts
 
 
 class Memory:
@@ -146,19 +147,19 @@ class FakeStreams(Streams):
         finally:
             self._here.stream = before
 
-    def mark(self) -> Any:
-        mark = (self.current(), len(self.said))
-        self.said.append(("mark", *mark))
-        return mark
+    def record_event(self) -> Any:
+        event = (self.current(), len(self.said))
+        self.said.append(("record_event", *event))
+        return event
 
-    def after(self, mark: Any) -> None:
-        self.said.append(("after", self.current(), mark))
+    def wait_event(self, event: Any) -> None:
+        self.said.append(("wait_event", self.current(), event))
 
-    def reached(self, mark: Any) -> bool:
-        return mark not in self.pending
+    def reached(self, event: Any) -> bool:
+        return event not in self.pending
 
-    def keep(self, x: torch.Tensor) -> None:
-        self.said.append(("keep", self.current(), x.data_ptr()))
+    def record_stream(self, x: torch.Tensor) -> None:
+        self.said.append(("record_stream", self.current(), x.data_ptr()))
 
     def is_capturing(self) -> bool:
         return self.capturing
@@ -222,7 +223,7 @@ class FakeDevice(DevicePlatform):
         for one in made:
             if isinstance(one, Communicator) and one.name == self.backend():
                 # That of a device would only enqueue.
-                one.enqueues = True  # type: ignore[misc]  # of this one
+                one.stream_ordered = True
         return made
 
     def capability(self, device: torch.device) -> str:
@@ -248,4 +249,4 @@ class FakeDevice(DevicePlatform):
 
 
 def by_name(group: Any) -> Mapping[str, Communicator]:
-    return {one.name: one for one in group._link.communicators}
+    return {one.name: one for one in group._state.strategies.communicators}

@@ -1,4 +1,4 @@
-"""What the documentation shows is run as it stands there."""
+"""The code of the documentation is run, and its printed results are compared."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import commgraph as cg
+from commgraph import cli
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"```(python|text)\n(.*?)```", re.DOTALL)
@@ -76,17 +77,40 @@ def test_the_ten_lines_of_the_readme_run_under_torchrun(tmp_path: Path) -> None:
     assert lines[2] == "rank 2: stage 1, tp ranks (2, 3), sum [2.0, 2.0, 2.0, 2.0], draft tp 1"
 
 
-def test_the_table_from_vllm_names_only_what_exists_or_is_planned() -> None:
-    """Every attribute of a group or context that the README's table promises is there, unless its row says that it is planned."""
-    text = (ROOT / "README.md").read_text()
-    table = text[text.index("<!-- begin table") : text.index("<!-- end table")]
+def test_the_picture_of_the_readme_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    (picture,) = (text for kind, text in blocks("README.md") if kind == "text")
+    command, _, printed = picture.partition("\n")
+    assert cli.main(command.split()[2:]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_the_numbers_of_the_readme_are_in_the_benchmarks() -> None:
+    def rows(page: str) -> list[list[str]]:
+        lines = [line.replace("*", "").strip("| ").split("|") for line in (ROOT / page).read_text().splitlines() if line.startswith("|")]
+        return [[cell.strip() for cell in line] for line in lines]
+
+    heads, _, *numbers = rows("README.md")
+    names, _, *measured = rows("docs/benchmarks.md")[:5]
+    columns = [next(place for place, name in enumerate(names) if name.startswith(head)) for head in heads[1:]]
+    assert numbers == [[row[0], *(row[column] for column in columns)] for row in measured]
+
+
+def test_the_table_from_vllm_names_only_what_exists() -> None:
+    text = (ROOT / "docs/how-to/coming-from-vllm.md").read_text()
     owners = {"ctx": cg.ParallelContext, "world": cg.World, "group": cg.GroupCoordinator, "World": cg.World}
     checked = 0
-    for row in table.splitlines():
-        if not row.startswith("|") or "planned" in row:
+    for row in text.splitlines():
+        if not row.startswith("|"):
             continue
         for owner, attribute in re.findall(r"`(ctx|world|group|World)\.([a-z_]+)", row):
             # `group` and `store` of a World are set when it is made.
             assert hasattr(owners[owner], attribute) or attribute in str(cg.World.__doc__), row
             checked += 1
     assert checked > 30
+
+
+def test_the_reference_lists_every_member_of_a_coordinator() -> None:
+    listed = re.findall(
+        r"^\.\. auto(?:method|property):: GroupCoordinator\.(\w+)$", (ROOT / "docs/reference/coordinator.md").read_text(), re.MULTILINE
+    )
+    assert sorted(listed) == [name for name in dir(cg.GroupCoordinator) if not name.startswith("_")]

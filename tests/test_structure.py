@@ -1,30 +1,32 @@
-"""The shape of the code, read from its syntax trees: no state in modules, imports downward only, private torch in one place."""
+"""The shape of the code, read from its syntax trees: no state in modules, imports downward and in no circle, private torch in one place."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "commgraph"
 FILES = tuple(sorted(PACKAGE.rglob("*.py")))
 
-# DESIGN.md's layers, uppermost first: a module imports from its own layer and from those before it. The first name below `commgraph`
-# decides; a file in no layer fails the test, so that whoever adds one says where it belongs.
+# DESIGN.md's layers, lowest first: a module imports from its own layer and from those before it. The longest name here that begins its
+# path below `commgraph` decides; a file in no layer fails the test, so that whoever adds one says where it belongs.
 LAYERS = (
     ("__init__",),  # `import commgraph` itself: nothing but the errors, everything else on demand
-    ("errors", "compat", "streams", "work"),
-    ("kernel_table",),
+    ("errors", "compat", "deadline", "accelerators.streams", "work"),
+    ("accelerators.kernel_table",),
     ("layout", "launch", "wire", "options"),
     ("rendezvous", "hosts", "agreement"),
     ("shm",),
     ("communicators",),
-    ("platforms",),
-    ("coordinator", "ops"),
+    ("platforms", "accelerators"),
+    ("ops",),
+    ("coordinator",),
     ("building",),
     ("context",),
     ("world",),
@@ -57,7 +59,8 @@ CONSTANT_CALLS = frozenset(
         "min",
         "torch.device",
         "torch.library.Library",
-        "define",  # commgraph.ops.library: an operator
+        "declare_operators",
+        "declare_fused",
     }
 )
 # Methods of the above whose results are constants as well.
@@ -65,8 +68,17 @@ CONSTANT_METHODS = frozenset({"resolve", "with_name", "joinpath", "format", "enc
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
 
 
-def unit_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def module_of(path: Path) -> str:
+    """The dotted name of a file's module below `commgraph`; "__init__" for `commgraph` itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+def unit_of(name: str) -> str:
+    """The longest name in `LAYERS` that is `name`, below `commgraph`, or begins it; its first part where none does."""
+    parts = name.split(".")
+    units = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((unit for unit in units if unit in LAYER_OF), parts[0])
 
 
 def tree_of(path: Path) -> ast.Module:
@@ -204,11 +216,11 @@ def environment_writes(tree: ast.Module) -> list[str]:
     return found
 
 
-def imports_of(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """(line, full name) of each import outside ``if TYPE_CHECKING``, those within functions included."""
+def imports_of(tree: ast.Module, *, annotations: bool = False) -> Iterator[tuple[int, str]]:
+    """(line, full name) of each import, those within functions included; those in ``if TYPE_CHECKING`` only with `annotations`."""
     exempt = {id(child) for node in ast.walk(tree) if isinstance(node, ast.If) and is_type_checking(node) for child in ast.walk(node)}
     for node in ast.walk(tree):
-        if id(node) in exempt:
+        if id(node) in exempt and not annotations:
             continue
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -239,7 +251,7 @@ def private_torch(tree: ast.Module) -> list[str]:
 def everywhere(search: Callable[[ast.Module], list[str]], *, but: Collection[str] = ()) -> str:
     """What a search finds in the modules of commgraph, one line each; "" for nothing."""
     # A __main__.py is no module but a program: whoever imports it wants it to run.
-    found = {path: search(tree_of(path)) for path in FILES if unit_of(path) not in but and path.name != "__main__.py"}
+    found = {path: search(tree_of(path)) for path in FILES if unit_of(module_of(path)) not in but and path.name != "__main__.py"}
     return "\n".join(f"{path.relative_to(PACKAGE.parent)} {item}" for path, items in found.items() for item in items)
 
 
@@ -259,13 +271,13 @@ def test_private_torch_is_used_in_compat_only() -> None:
 def test_imports_point_downward() -> None:
     wrong = []
     for path in FILES:
-        unit, where = unit_of(path), path.relative_to(PACKAGE.parent)
+        unit, where = unit_of(module_of(path)), path.relative_to(PACKAGE.parent)
         if unit not in LAYER_OF:
             wrong.append(f"{where} is in no layer: say in LAYERS where it belongs, and in docs/explanation/design.md")
             continue
         for line, name in imports_of(tree_of(path)):
             package, _, rest = name.partition(".")
-            other = rest.partition(".")[0]
+            other = unit_of(rest)
             if package != "commgraph" or other in ("", "__version__"):
                 continue  # the package itself holds the errors and the version, and no more: see below
             if unit == "__init__" and other != "errors":
@@ -371,3 +383,109 @@ def test_every_public_name_is_there_and_documented() -> None:
         assert getattr(commgraph, name).__doc__, name
     for path in FILES:
         assert path.name == "__init__.py" or ast.get_docstring(tree_of(path)), f"{path} does not say what it is"
+
+
+# Every subpackage, and every module beside them.
+UNITS = tuple(
+    name for name in sorted(set(map(module_of, FILES)) - {"__init__"}) if "." not in name or (PACKAGE / Path(*name.split("."))).is_dir()
+)
+
+# A process without commgraph for each name, with what takes long to import loaded once for all.
+FIRST = """
+import importlib, os, sys, traceback
+import attrs, msgspec, torch
+assert "commgraph" not in sys.modules
+for name in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        try:
+            importlib.import_module(f"commgraph.{name}")
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        print(name)
+"""
+
+
+def fail_if_first(names: Sequence[str]) -> str:
+    """Those of `names` that cannot be imported before the rest of commgraph, and their tracebacks."""
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST, *names], capture_output=True, text=True, timeout=100, check=True, cwd=PACKAGE.parent
+    )
+    return done.stdout and done.stdout + done.stderr
+
+
+def test_everything_can_be_imported_first() -> None:
+    assert not (wrong := fail_if_first(UNITS)), wrong
+
+
+def within(importer: str, name: str) -> bool:
+    return importer == name or importer.startswith(f"{name}.")
+
+
+def edges_of(importer: str, tree: ast.Module, modules: Collection[str]) -> set[str]:
+    """Modules that a module needs when it is imported, those that only its annotations need included; not what its functions import.
+
+    A package is needed by whoever imports something in it, but for those within it, unless they name it. `commgraph` itself does not count:
+    it imports the errors, and what its annotations name it loads on demand.
+    """
+    needed = set()
+    for line, name in imports_of(outside_functions(tree), annotations=True):
+        package, *parts = name.split(".")
+        if package != "commgraph":
+            continue
+        names = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        found = [one for one in names if one in modules]
+        assert found or len(parts) < 2, f"commgraph.{importer} line {line}: no module in {name}"
+        # Of the packages around the importer only the one that it names: the last, if it is no module but a name in that package.
+        needed |= {one for one in found if not within(importer, one)} | set(found[-1:])
+    return needed - {importer}
+
+
+def outside_functions(tree: ast.Module) -> ast.Module:
+    """A tree without the bodies of its functions."""
+
+    class Cut(ast.NodeTransformer):
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+            del node
+
+        def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
+            del node
+
+    return cast(ast.Module, Cut().visit(tree))
+
+
+def circles_in(edges: Mapping[str, Collection[str]]) -> list[tuple[str, ...]]:
+    """Strongly connected components of more than one node: sets of modules of which each needs each."""
+
+    def reached_from(start: str) -> set[str]:
+        seen: set[str] = set()
+        ahead = list(edges[start])
+        while ahead:
+            if (node := ahead.pop()) not in seen:
+                seen.add(node)
+                ahead.extend(edges[node])
+        return seen
+
+    reached = {node: reached_from(node) for node in edges}
+    return sorted({tuple(sorted(other for other in reached[node] if node in reached[other])) for node in edges} - {()})
+
+
+def circles() -> list[tuple[str, ...]]:
+    modules = {module_of(path): tree_of(path) for path in FILES if path != PACKAGE / "__init__.py"}
+    return circles_in({name: edges_of(name, tree, modules) for name, tree in modules.items()})
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circles() == []
+
+
+def test_the_search_for_circles_finds_them() -> None:
+    edges = {"a": {"b"}, "b": {"c", "d"}, "c": {"b"}, "d": set(), "e": {"a", "f"}, "f": {"e"}}
+    assert circles_in(edges) == [("b", "c"), ("e", "f")]
+    source = "if TYPE_CHECKING:\n    from commgraph.x.b import B\ndef f():\n    import commgraph.d\nfrom commgraph.x.a import g"
+    assert edges_of("x.c", ast.parse(source), {"x", "x.a", "x.b", "x.c", "d"}) == {"x.a", "x.b"}
+    assert edges_of("d", ast.parse(source), {"x", "x.a", "x.b", "x.c", "d"}) == {"x", "x.a", "x.b"}
+    assert edges_of("x.c", ast.parse("from commgraph.x import g"), {"x", "x.c"}) == {"x"}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import attrs
+
 from commgraph.bench import page, plot, report
 from commgraph.bench.plan import Plan
 
@@ -11,7 +13,7 @@ __all__ = ["deliver"]
 
 
 def deliver(plan: Plan, runs: Sequence[report.Run]) -> None:
-    """Writes the files that the plan names.
+    """Write the files that the plan names; beside a page its picture, where matplotlib is installed.
 
     Raises:
         ConfigurationError: nothing can be drawn of these rows.
@@ -20,6 +22,10 @@ def deliver(plan: Plan, runs: Sequence[report.Run]) -> None:
     if plan.json is not None:
         report.write(runs, plan.json)
     if plan.markdown is not None:
-        plan.markdown.write_text(page.markdown(runs))
+        rows, picture = page.overview(runs), plan.markdown.with_suffix(".svg")
+        drawn = bool(rows) and plot.available()
+        if drawn:
+            plot.draw([attrs.evolve(runs[0], rows=rows)], picture)
+        plan.markdown.write_text(page.markdown(runs, picture.name if drawn else ""))
     if plan.plot is not None:
         plot.draw(runs, plan.plot)

@@ -12,10 +12,9 @@ import torch
 
 import commgraph as cg
 from commgraph.bench.library import Buffers, Channel, Job, Library, repeat
-from commgraph.bench.timing import Contender
 from commgraph.errors import ConfigurationError
 
-__all__ = ["OBJECT_WAYS", "DeviceTensors", "Objects", "SharedTensors", "Tensors", "build_context", "overhead"]
+__all__ = ["OBJECT_WAYS", "DeviceTensors", "Objects", "SharedTensors", "Tensors", "build_context"]
 
 # What an operation of the benchmark is called in `GroupCoordinator.communicators`.
 _IN_THE_TABLE = MappingProxyType({"all_reduce_": "all_reduce", "send_recv": "send", "tensor_dict": "send"})
@@ -237,22 +236,3 @@ class _Queues(Channel):
     def close(self) -> None:
         for end in (*self._in.values(), self._out):
             end.close()
-
-
-def overhead(library: Tensors, buffers: Buffers) -> list[Contender]:
-    """`ctx.tp.all_reduce`, and what it hands on to, called by itself."""
-    x, name = buffers.x, library.strategy("all_reduce", buffers)
-    strategy, tags = library.group.communicator(name), itertools.count(1)
-
-    def alone() -> object:
-        return strategy.all_reduce(x, "sum", tag=next(tags) % 2**28, timeout=60.0)
-
-    contenders = [
-        Contender("commgraph", f"ctx.tp, {name}", repeat(lambda: library.group.all_reduce(x))),
-        Contender("commgraph", f"{name}'s method", repeat(alone)),
-    ]
-    # The short way that a coordinator tries first, where the strategy has one.
-    door: Any = getattr(strategy, "door", lambda: None)()
-    if door is not None:
-        contenders.append(Contender("commgraph", f"{name}'s door", repeat(lambda: door.all_reduce(x, "sum"))))
-    return contenders

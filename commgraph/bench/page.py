@@ -9,36 +9,37 @@ from commgraph.bench.figures import Row, size_text
 from commgraph.bench.probe import PLACEMENTS
 from commgraph.bench.report import Run, number_text
 
-__all__ = ["markdown"]
+__all__ = ["markdown", "overview"]
 
 # Percentiles of fewer samples tell nothing.
 _FEW = 5
 
-_PAGE = """# Benchmarks
+_INTRODUCTION = """# Benchmarks
 
-What commgraph takes on one machine, beside other libraries that do the same. Written by `nox -s bench`, which runs
-`commgraph bench`; [how to use that](how-to/benchmark.md) on your own machine is a page of its own.
-
-Read the numbers with the machine in mind: on a virtual machine the cores move between placements while the benchmark runs, and the same
-program is several times slower when its two ranks no longer share a cache. Hence the method.
-
-- The libraries of a table ran **in the same processes, in turn**: one sample of each, then the next sample of each.
-- A **sample** is a batch of calls timed together, long enough to take at least 200 us, begun by all ranks at once with warm caches. It
-  counts as its slowest rank.
-- A cell is the **median** of the samples, and in brackets the **10th and 90th percentile**: most of what you would see lies between them.
-- Beside each sample a cache line was passed to and fro between ranks 0 and 1. Its time tells the **placement** in which the sample was
-  taken: below 45 ns the two are siblings on one core, below 120 ns they share an L3 cache, above they do not. Rows of different placements
-  are never mixed; one that a library met fewer than five times is left out. Where nothing can tell, there is no such column.
-- Every library's first result was compared with what it ought to be.
-- The **size** is that of the larger buffer on each rank and **GB/s** is the bus bandwidth, both as
-  [nccl-tests](https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md) defines them, of commgraph's first column.
-
-## Machine
-
+commgraph's operations on one machine, beside other libraries that do the same work.
 """
 
+_METHOD = """## Method
 
-# What `REPORT=docs/gpu.txt tests/gpu/run.sh` saw last, from another machine than the rest of the page.
+`nox -s bench` writes this page by running `commgraph bench`. [Measure it here](how-to/benchmark.md) tells how to run it on another machine.
+
+A virtual machine moves its cores between placements while a benchmark runs, and a program is several times slower when its two ranks no
+longer share a cache. Therefore:
+
+- All libraries of a table ran **in the same processes, in turn**: one sample of each, then the next sample of each.
+- A **sample** is a batch of calls timed together. It takes at least 200 us, all ranks begin it at once with warm caches, and its time is
+  that of its slowest rank.
+- A cell is the **median** of the samples, with the **10th and 90th percentile** in brackets.
+- Beside each sample a cache line was passed back and forth between ranks 0 and 1. Its time tells the **placement** of the two ranks: below
+  45 ns they are siblings on one core, below 120 ns they share an L3 cache, above they do not. Samples of different placements are never
+  mixed, and a cell of fewer than five samples is left out. A table without this column had no such measurement.
+- The first result of every library was compared with the expected one.
+- *shared tensors* are made by `group.empty`: they lie in memory that the ranks share, and are not copied to it first.
+- The **size** is that of the larger buffer on each rank. **GB/s** is the bus bandwidth of commgraph's first column. Both are defined as in
+  [nccl-tests](https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md).
+"""
+
+# gpu.txt is the latest report of `REPORT=docs/gpu.txt tests/gpu/run.sh`, from another machine than the rest of the page.
 _GPU = """## On a GPU
 
 ```{literalinclude} gpu.txt
@@ -48,33 +49,39 @@ _GPU = """## On a GPU
 
 _SAYS = MappingProxyType(
     {
-        "all_reduce_": "Sum over all ranks, into the tensor itself.",
+        "all_reduce_": "Sum over all ranks, in place.",
         "all_reduce": "Sum over all ranks, into a new tensor where the library makes one.",
-        "all_gather": "Every rank's piece, concatenated on all.",
-        "reduce_scatter": "Sum over all ranks, of which each keeps its piece.",
+        "all_gather": "The pieces of all ranks, concatenated on every rank.",
+        "reduce_scatter": "Sum over all ranks; each rank keeps its piece.",
         "all_to_all": "A piece from every rank to every rank.",
         "broadcast": "From rank 0 to all.",
-        "send_recv": "From one rank to another: half of there and back.",
-        "barrier": "Nobody goes before all are there.",
-        "tensor_dict": "A dict of two tensors of 2 MiB from one pipeline stage to the next: half of there and back.",
-        "overhead": "What a coordinator costs: the call that users make, and the strategy's own method by itself.",
-        "object_small": "A dict of a few entries, one way: half of a round trip that never pauses.",
-        "object_lists": "A dict of lists, as a scheduler sends for one step: half of a round trip that never pauses.",
-        "object_tensor": "A tensor of 10 MiB as an object (a numpy array for those who know no tensors): half of a round trip.",
+        "send_recv": "From one rank to another: half of a round trip.",
+        "barrier": "No rank returns before every rank has called.",
+        "tensor_dict": "A dict of two tensors of 2 MiB from one pipeline stage to the next: half of a round trip.",
+        "overhead": "Cost of a coordinator: the call that users make, beside the strategy's own method.",
+        "object_small": "A dict of a few entries, one way: half of a round trip without pauses.",
+        "object_lists": "A dict of lists, as a scheduler sends for one step: half of a round trip without pauses.",
+        "object_tensor": "A tensor of 10 MiB as an object (a numpy array for libraries without tensors): half of a round trip.",
         "object_rate": "Small dicts in a row to one reader.",
         "object_readers": "A small dict to three readers, until the slowest of them has it.",
         "object_wake": "A small dict to a reader that has waited for 1.2 s.",
-        "object_idle": "What a reader takes of its core while nothing comes.",
+        "object_idle": "CPU time of a reader while nothing comes.",
     }
 )
 
 
-def markdown(runs: Sequence[Run]) -> str:
-    """A page on some runs of one machine."""
-    parts = [_PAGE + "\n".join(f"| {key} | {value} |" for key, value in [("", ""), ("---", "---"), *runs[0].machine.items()]) + "\n"]
+def markdown(runs: Sequence[Run], picture: str = "") -> str:
+    """Return a page on runs of one machine.
+
+    Args:
+        runs: at least one.
+        picture: file of the drawn `overview`, relative to the page; "" for none.
+    """
+    machine = "\n".join(f"| {key} | {value} |" for key, value in [("", ""), ("---", "---"), *runs[0].machine.items()])
+    parts = [_INTRODUCTION, *_opening(runs, picture), _METHOD, f"## Machine\n\n{machine}\n"]
     for run in runs:
         operations = dict.fromkeys(row.operation for row in run.rows)
-        # Not twice the same heading: nothing could be linked to below the second.
+        # A heading that repeats an earlier one could not be linked to.
         of = ", objects" if all(operation.startswith("object_") for operation in operations) else ""
         parts.append(f"## {run.how['ranks']} ranks ({run.how['started']}){of}\n\nSampling: {run.how['sampling']}.\n")
         parts += [_section(operation, [row for row in run.rows if row.operation == operation]) for operation in operations]
@@ -83,8 +90,42 @@ def markdown(runs: Sequence[Run]) -> str:
     return "\n".join([*parts, _GPU])
 
 
+def overview(runs: Sequence[Run]) -> list[Row]:
+    """Return the rows that open the page: the first operation and dtype of the first run, in the placement with the most samples.
+
+    Only sizes that every library has there are included. Empty where they are fewer than two.
+    """
+    first = runs[0].rows[:1]
+    rows = _telling([row for row in runs[0].rows for one in first if (row.operation, row.dtype) == (one.operation, one.dtype)])
+    samples: dict[str, int] = {}
+    for row in rows:
+        samples[row.placement] = samples.get(row.placement, 0) + row.samples
+    rows = [row for row in rows if row.size and row.placement == max(samples, key=samples.__getitem__)]
+    libraries = {(row.who, row.strategy) for row in rows}
+    sizes = {row.size for row in rows}
+    whole = {size for size in sizes if {(row.who, row.strategy) for row in rows if row.size == size} == libraries}
+    return [row for row in rows if row.size in whole] if len(whole) > 1 else []
+
+
+def _opening(runs: Sequence[Run], picture: str) -> list[str]:
+    """The picture, and a table of the smallest, the middle and the largest size in it."""
+    rows = overview(runs)
+    if not rows:
+        return []
+    sizes = sorted({row.size for row in rows})
+    sizes = list(dict.fromkeys([sizes[0], sizes[len(sizes) // 2], sizes[-1]]))
+    libraries = list(dict.fromkeys((row.who, row.strategy) for row in rows))
+    medians = {(row.size, row.who, row.strategy): number_text(row.median) for row in rows}
+    table = [["size", *(", ".join(filter(None, library)) for library in libraries)], ["---"] * (len(libraries) + 1)]
+    table += [[size_text(size), *(medians[size, *library] for library in libraries)] for size in sizes]
+    what = f"`{rows[0].operation}` of {rows[0].dtype} on {runs[0].how['ranks']} ranks"
+    where = ", ".join(filter(None, [runs[0].machine.get("processor"), rows[0].placement]))
+    body = "\n".join(f"| {' | '.join(row)} |" for row in table)
+    return [*([f"![{what}: time over size]({picture})\n"] if picture else []), f"{what}, median in {rows[0].unit} ({where}):\n\n{body}\n"]
+
+
 def _section(operation: str, rows: Sequence[Row]) -> str:
-    """One operation: a line for each size, dtype and placement, a column for each library."""
+    """Return the table of one operation: a line for each size, dtype and placement, a column for each library."""
     rows = _telling(rows)
     libraries = list(dict.fromkeys((row.who, row.strategy) for row in rows))
     cells = {(row.size, row.dtype, row.placement, row.who, row.strategy): row for row in rows}
@@ -108,7 +149,7 @@ def _section(operation: str, rows: Sequence[Row]) -> str:
 
 
 def _telling(rows: Sequence[Row]) -> list[Row]:
-    """Without placements that a library met a few times only, where it met another one more often."""
+    """Return the rows without placements in which a library has only a few samples, where it has more in another one."""
     most: dict[tuple[int, str, str, str], int] = {}
     for row in rows:
         key = (row.size, row.dtype, row.who, row.strategy)

@@ -12,29 +12,34 @@ from commgraph.bench.figures import Row
 from commgraph.bench.report import Run
 from commgraph.errors import ConfigurationError
 
-__all__ = ["check", "draw"]
+__all__ = ["available", "check", "draw"]
 
 _COLUMNS = 3
 _STYLES = ("-", "--", ":", "-.")
 
 
+def available() -> bool:
+    """Return whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def check() -> None:
-    """Says before anything is measured that nothing could be drawn.
+    """Raise, before anything is measured, where nothing could be drawn.
 
     Raises:
         ConfigurationError: matplotlib is missing.
     """
-    if importlib.util.find_spec("matplotlib") is None:
+    if not available():
         raise ConfigurationError("--plot needs matplotlib: pip install 'commgraph[bench]'")
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """A panel for each operation and dtype that was measured at several sizes: medians as lines, 10th to 90th percentile as a band.
+    """Draw a panel for each operation and dtype measured at several sizes: medians as lines, 10th to 90th percentile as a band.
 
-    A library has one colour everywhere, and a placement one kind of line.
+    A library has one colour in all panels, and a placement one kind of line.
 
     Raises:
-        ConfigurationError: nothing was, or matplotlib cannot write such a file.
+        ConfigurationError: nothing was measured at several sizes, or matplotlib cannot write such a file.
     """
     panels: dict[str, list[Row]] = {}
     for run in runs:
@@ -61,8 +66,10 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     handles = [line([], [], color=colour, label=", ".join(filter(None, library))) for library, colour in colours.items()]
     handles += [line([], [], color="black", linestyle=style, label=where) for where, style in styles.items() if where]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 2 * columns), fontsize="small")
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "commgraph"}  # text as text, and equal rows as equal files
     try:
-        figure.savefig(path)
+        with importlib.import_module("matplotlib").rc_context(settings):
+            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"--plot {path}: {error}") from None
 

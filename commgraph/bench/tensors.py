@@ -9,7 +9,8 @@ import torch
 
 from commgraph.bench.figures import rows_of
 from commgraph.bench.library import Buffers, Library
-from commgraph.bench.ours import DeviceTensors, SharedTensors, Tensors, overhead
+from commgraph.bench.ours import DeviceTensors, SharedTensors, Tensors
+from commgraph.bench.overhead import overhead
 from commgraph.bench.session import Session
 from commgraph.bench.timing import Contender, interleave
 

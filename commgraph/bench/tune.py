@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 import commgraph as cg
+from commgraph.accelerators.custom_all_reduce import CustomAllReduce
+from commgraph.accelerators.kernel_table import KERNELS, OTHERS, KernelTable, Step, merged
+from commgraph.accelerators.kernel_table import Row as TableRow
 from commgraph.bench.figures import Row, percentile, rows_of
 from commgraph.bench.library import Job, repeat
 from commgraph.bench.ours import build_context
@@ -15,10 +18,7 @@ from commgraph.bench.plan import Plan
 from commgraph.bench.probe import Probe
 from commgraph.bench.report import Run, heading, introduction
 from commgraph.bench.timing import Contender, Stopwatch, interleave
-from commgraph.communicators.custom_all_reduce import CustomAllReduce
 from commgraph.errors import BackendUnavailableError, ConfigurationError
-from commgraph.kernel_table import KERNELS, OTHERS, KernelTable, Step, merged
-from commgraph.kernel_table import Row as TableRow
 
 __all__ = ["tune"]
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import attrs
 import torch
 
-__all__ = ["COLLECTIVES", "OPERATIONS", "CallsDiffer", "Communicator", "Limits", "PeerClosed", "PeerLate", "Refused"]
+from commgraph.communicators.memory import copy_back, packed, staging_for
+from commgraph.communicators.reduction import reduce_pieces
+from commgraph.deadline import Deadline
 
-COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "gather", "broadcast", "barrier")
+__all__ = ["COLLECTIVES", "OPERATIONS", "CallsDiffer", "Communicator", "FastPath", "Limits", "PeerClosed", "PeerLate", "Refused"]
+
+COLLECTIVES = ("all_reduce", "reduce", "all_gather", "reduce_scatter", "all_to_all", "gather", "scatter", "broadcast", "barrier")
 OPERATIONS = (*COLLECTIVES, "send", "recv")
 
 
-class PeerLate(Exception):  # noqa: N818 - GroupLink turns it into the public error
+class PeerLate(Exception):  # noqa: N818 - `coordinator.failures` turns it into the public error
     """The deadline passed. `peer`: a rank in the group that was waited for."""
 
     def __init__(self, peer: int) -> None:
@@ -23,7 +27,7 @@ class PeerLate(Exception):  # noqa: N818 - GroupLink turns it into the public er
         self.peer = peer
 
 
-class PeerClosed(Exception):  # noqa: N818 - GroupLink turns it into the public error
+class PeerClosed(Exception):  # noqa: N818 - as above
     """`peer` (a rank in the group) is gone; `reason` says what was seen of that."""
 
     def __init__(self, peer: int, reason: str) -> None:
@@ -32,7 +36,7 @@ class PeerClosed(Exception):  # noqa: N818 - GroupLink turns it into the public 
         self.reason = reason
 
 
-class CallsDiffer(Exception):  # noqa: N818 - GroupLink turns it into the public error
+class CallsDiffer(Exception):  # noqa: N818 - as above
     """`peer` (a rank in the group) called something else."""
 
     def __init__(self, peer: int) -> None:
@@ -55,59 +59,91 @@ class Refused:
 
 @attrs.frozen
 class Limits:
-    """What strategies of the host are built with.
+    """Deadlines and sizes that strategies are built with.
 
     Attributes:
-        timeout: default deadline of an operation of the host, in seconds.
+        timeout: default deadline of an operation on the host, in seconds.
         build_timeout: deadline of the build, in seconds.
-        crowd: ranks of the job on this host, which share its cores (another number on another host).
+        local_size: ranks of the job on this host, which share its cores (another number on another host).
         device_timeout: default deadline of an operation that is enqueued on a device, in seconds.
     """
 
     timeout: float
     build_timeout: float
-    crowd: int
+    local_size: int
     device_timeout: float = 300.0
+
+
+class FastPath(Protocol):
+    """What a strategy offers beside its operations where its ranks share memory: calls that pass the coordinator's general path.
+
+    Its collectives carry a header by which every rank finds out that the ranks called different things (`CallsDiffer`).
+    """
+
+    counter: Any
+    """Has the attribute `sequence`: collectives begun on the group, those of the native calls included."""
+
+    mailbox: Any
+    """A `commgraph.shm.mailbox.Mailbox` for messages and objects, None where there is none."""
+
+    def open(self, describe: Callable[[str, tuple[Any, ...]], int]) -> Any:
+        """Return the native calls of one coordinator (native/module_fast.c); `describe` gives the digest of a call's text."""
+
+    def pause(self, paused: bool) -> None:
+        """Refuse native calls while calls that were begun before are made by another thread, and take them again."""
+
+    def offer(self, x: torch.Tensor, dst: int, *, tag: int) -> bool:
+        """Send x, if it need not wait for its receiver; otherwise return False with nothing sent."""
+
+    def translate(self, error: BaseException) -> Exception | None:
+        """Return `PeerLate`, `PeerClosed` or `CallsDiffer` for what ended a native call; None for any other exception."""
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a native call was broken off after it had begun."""
+
+    def post_note(self, text: str) -> None:
+        """Tell the other ranks what this rank called."""
+
+    def read_note(self, rank: int) -> str | None:
+        """Return what that rank in the group says that it called, None as long as it has said nothing."""
 
 
 class Communicator(abc.ABC):
     """One strategy, live, for one group of at least two ranks.
 
     A coordinator calls it with arguments that it has already checked: dims are not negative, ranks are ranks in the group, sizes have
-    one entry per rank and add up, nothing requires a gradient. Tensors may have any strides and may be empty. Every method gets
-    `timeout` in seconds and must return or raise `CollectiveError` by then; `tag` is a number that all ranks of the call share
-    and that differs from those of the calls beside it (31 bits).
+    one entry per rank and add up, nothing requires a gradient. Tensors may have any strides and may be empty. Every method must return or
+    raise by its `deadline`: `PeerLate`, `PeerClosed`, `CallsDiffer` or a `CollectiveError`. `tag` is a number that all ranks of the call
+    share and that differs from those of the calls beside it (31 bits).
 
     Which strategy serves a call must come out alike on all ranks: `accepts` may look at its arguments and at facts agreed when the
     context was built, at nothing else.
     """
 
-    name: ClassVar[str]
+    name: str
     """Short name as `explain()` and `GroupCoordinator.communicators` show it."""
 
-    operations: ClassVar[frozenset[str]]
+    operations: frozenset[str]
     """Which of `OPERATIONS` this strategy can serve at all."""
 
-    compares: ClassVar[bool] = False
-    """Whether every collective finds out by itself that the ranks called different things, and raises `CallsDiffer`."""
+    reductions: frozenset[str] = frozenset({"sum", "avg", "max", "min", "product"})
+    """Which reductions it serves; calls with others go to the strategies behind it."""
 
-    selective: ClassVar[bool] = False
+    size_dependent: bool = False
     """Whether it serves some sizes and leaves others to the strategies behind it, so that results depend on which one did."""
 
-    serves_host: ClassVar[bool] = True
-    """Whether it may accept host tensors: a short way of a strategy behind it must then not be taken."""
+    serves_host: bool = True
+    """Whether it may accept host tensors: the fast path of a strategy behind it is then not taken."""
 
-    enqueues: ClassVar[bool] = False
+    stream_ordered: bool = False
     """Whether its calls only enqueue on the current stream of their device, and never hold up the host."""
 
     process_group: Any = None
     """torch's process group of its backend, where it has one for device tensors."""
 
-    mailbox: Any = None
-    """A `commgraph.shm.mailbox.Mailbox` where the ranks can hand each other objects without a network."""
-
-    sequence: int
-    """Collectives begun; kept by those that have a `door`, which counts as well."""
+    fast: FastPath | None = None
+    """Calls past the general path, where the ranks share memory."""
 
     def __init__(self, rank_in_group: int, world_size: int) -> None:
         self.rank_in_group = rank_in_group
@@ -125,41 +161,97 @@ class Communicator(abc.ABC):
             capturing: whether the call is being recorded into a device graph.
         """
 
-    # One method per operation. A strategy defines those that it lists in `operations`; a coordinator calls no other.
+    # One method per operation. A coordinator calls those that `operations` lists and no other. Each has a body here that needs nothing but
+    # `exchange`, and is overridden where there is a better way.
 
-    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
-        """A new contiguous tensor of x's shape and dtype: the reduction of every rank's x, with the same bits on every rank."""
-        raise self._unserved("all_reduce")
+    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
+        """Return a new contiguous tensor of x's shape and dtype: the reduction of every rank's x, with the same bits on every rank."""
+        pieces = torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
+        self.all_gather(x.unsqueeze(0), 0, [1] * self.world_size, pieces, tag=tag, deadline=deadline)
+        out = self.new(x.shape, x.dtype, x.device)
+        reduce_pieces(list(pieces), op, out)
+        return out
 
-    def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
-        """The same into x itself, which is returned."""
-        return x.copy_(self.all_reduce(x, op, tag=tag, timeout=timeout))
+    def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
+        """`all_reduce` into x itself, which is returned."""
+        return x.copy_(self.all_reduce(x, op, tag=tag, deadline=deadline))
 
-    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, timeout: float) -> None:
-        """Fills `out` with every rank's x along `dim`; `sizes[i]` is the extent of rank i's x there."""
-        raise self._unserved("all_gather")
+    def reduce(self, x: torch.Tensor, op: str, dst: int, *, tag: int, deadline: Deadline) -> torch.Tensor | None:
+        """Return on `dst` what `all_reduce` would, None elsewhere."""
+        n, mine = self.world_size, self.rank_in_group == dst
+        pieces = torch.empty((n, *x.shape), dtype=x.dtype, device=x.device) if mine else None
+        self.gather(x.unsqueeze(0), 0, [1] * n, pieces, dst, tag=tag, deadline=deadline)
+        if pieces is None:
+            return None
+        out = self.new(x.shape, x.dtype, x.device)
+        reduce_pieces(list(pieces), op, out)
+        return out
+
+    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, deadline: Deadline) -> None:
+        """Fill `out` with every rank's x along `dim`; `sizes[i]` is the extent of rank i's x there."""
+        me, pieces = self.rank_in_group, out.split(list(sizes), dim)
+        self.exchange([(x, i) for i in self._others()], [(pieces[i], i) for i in self._others()], tag=tag, deadline=deadline)
+        pieces[me].copy_(x)
 
     def reduce_scatter(
-        self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, timeout: float
+        self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, deadline: Deadline
     ) -> None:
-        """Fills `out` with this rank's piece (extent `sizes[rank_in_group]` along `dim`) of the reduction of every rank's x."""
-        raise self._unserved("reduce_scatter")
+        """Fill `out` with this rank's piece (extent `sizes[rank_in_group]` along `dim`) of the reduction of every rank's x."""
+        pieces = [torch.empty_like(out) for _ in range(self.world_size)]
+        self.all_to_all(x.split(list(sizes), dim), pieces, tag=tag, deadline=deadline)
+        reduce_pieces(pieces, op, out)
 
-    def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], *, tag: int, timeout: float) -> None:
-        """Sends `sends[i]` to rank i and fills `receives[i]` from it (views of the caller's tensors, its own pair included)."""
-        raise self._unserved("all_to_all")
+    def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], *, tag: int, deadline: Deadline) -> None:
+        """Send `sends[i]` to rank i and fill `receives[i]` from it (views of the caller's tensors, its own pair included)."""
+        me, others = self.rank_in_group, self._others()
+        self.exchange([(sends[i], i) for i in others], [(receives[i], i) for i in others], tag=tag, deadline=deadline)
+        if receives[me] is not sends[me]:
+            receives[me].copy_(sends[me])
 
-    def gather(self, x: torch.Tensor, pieces: Sequence[torch.Tensor] | None, dst: int, *, tag: int, timeout: float) -> None:
-        """Fills `pieces[i]` on `dst` with rank i's x; `pieces` is None elsewhere."""
-        raise self._unserved("gather")
+    def gather(
+        self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor | None, dst: int, *, tag: int, deadline: Deadline
+    ) -> None:
+        """Fill `out` on `dst` as `all_gather` would; `out` is None elsewhere."""
+        if out is None:
+            self.exchange([(x, dst)], [], tag=tag, deadline=deadline)
+            return
+        pieces = out.split(list(sizes), dim)
+        self.exchange([], [(pieces[i], i) for i in self._others()], tag=tag, deadline=deadline)
+        pieces[dst].copy_(x)
 
-    def broadcast(self, x: torch.Tensor, src: int, *, tag: int, timeout: float) -> None:
-        """Fills x on every rank with that of `src`."""
-        raise self._unserved("broadcast")
+    def scatter(
+        self, x: torch.Tensor | None, dim: int, sizes: Sequence[int], out: torch.Tensor, src: int, *, tag: int, deadline: Deadline
+    ) -> None:
+        """Fill `out` on rank i with the i-th piece of x on `src`, cut along `dim` by `sizes`; x is None elsewhere."""
+        if x is None:
+            self.exchange([], [(out, src)], tag=tag, deadline=deadline)
+            return
+        pieces = x.split(list(sizes), dim)
+        self.exchange([(pieces[i], i) for i in self._others()], [], tag=tag, deadline=deadline)
+        out.copy_(pieces[src])
 
-    def barrier(self, *, tag: int, timeout: float) -> None:
-        """Returns on no rank before every rank has called it."""
-        raise self._unserved("barrier")
+    def broadcast(self, x: torch.Tensor, src: int, *, tag: int, deadline: Deadline) -> None:
+        """Fill x on every rank with that of `src`: by a binomial tree."""
+        n = self.world_size
+        position = (self.rank_in_group - src) % n
+        buffer = packed(x) if position == 0 else staging_for(x)
+        # The lowest set bit of a position is the distance to its parent, lower bits are those to its children.
+        reach = position & -position if position else 1 << (n - 1).bit_length()
+        if position:
+            self.exchange([], [(buffer, (position - reach + src) % n)], tag=tag, deadline=deadline)
+        children = []
+        while reach > 1:
+            reach >>= 1
+            if position + reach < n:
+                children.append((buffer, (position + reach + src) % n))
+        self.exchange(children, [], tag=tag, deadline=deadline)
+        if position:
+            copy_back([buffer], [x])
+
+    def barrier(self, *, tag: int, deadline: Deadline) -> None:
+        """Return on no rank before every rank has called it."""
+        every = torch.zeros(self.world_size, dtype=torch.uint8)
+        self.all_gather(every[:1].clone(), 0, [1] * self.world_size, every, tag=tag, deadline=deadline)
 
     def exchange(
         self,
@@ -167,69 +259,38 @@ class Communicator(abc.ABC):
         receives: Sequence[tuple[torch.Tensor, int]],
         *,
         tag: int,
-        timeout: float,
+        deadline: Deadline,
     ) -> None:
-        """Serves "send" and "recv": sends and fills (tensor, rank) pairs, all at once; between two ranks they pair in order."""
-        raise self._unserved("exchange")
-
-    def offer(self, sends: Sequence[tuple[torch.Tensor, int]], *, tag: int) -> bool:
-        """Sends as `exchange` does, if no peer has to be waited for; otherwise False, and nothing was sent."""
-        return False
+        """Serve "send" and "recv": send and fill (tensor, rank) pairs, all at once; between two ranks they pair in order."""
+        raise RuntimeError(
+            f"strategy {self.name!r} has no exchange, on which the operations rest that it lists and does not define: a bug of the strategy"
+        )
 
     # Memory.
 
     def new(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """An uninitialised tensor for a result."""
+        """Return an uninitialised tensor for a result."""
         return torch.empty(tuple(shape), dtype=dtype, device=device)
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, tag: int, timeout: float) -> torch.Tensor:
-        """A tensor in memory that the ranks share, so that it needs no staging. Collective. Here: nothing is shared."""
-        return torch.empty(tuple(shape), dtype=dtype, device=device)
-
-    # What a strategy that compares calls has beside that.
-
-    def door(self) -> Any:
-        """A short way for plain calls, past the coordinator's checks, as native/module_door.c has it; None where there is none."""
-        return None
-
-    def hold(self, held: bool) -> None:
-        """Shuts the door while calls that were begun before are made by another thread, and opens it again."""
-        raise self._unserved("hold")
-
-    def translate(self, stopped: Any) -> Exception:
-        """`PeerLate`, `PeerClosed` or `CallsDiffer` for what the door raised."""
-        raise self._unserved("translate")
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether a call of the door was broken off halfway."""
-        return False
-
-    def post_note(self, text: str) -> None:  # noqa: B027 - only those that compare calls have notes
-        """Says to the others what this rank called."""
-
-    def read_note(self, rank: int) -> str | None:
-        """What that rank in the group said it called, None as long as it has said nothing."""
-        return None
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, tag: int, deadline: Deadline) -> torch.Tensor:
+        """Return a tensor in memory that the ranks share, so that it needs no staging. Collective. Here: nothing is shared."""
+        return self.new(shape, dtype, device)
 
     # Life.
 
-    def warmup(self) -> None:  # noqa: B027 - a strategy without buffers has nothing to do
-        """Allocates everything that first use would. Collective."""
-
-    def prepare(self, model: torch.nn.Module) -> None:  # noqa: B027 - a strategy without buffers has nothing to do
-        """Sizes buffers from `model`. Collective."""
+    def warmup(self, model: torch.nn.Module | None = None) -> None:  # noqa: B027 - a strategy without buffers has nothing to do
+        """Allocate everything that first use would; buffers are sized from `model` where one is given. Collective."""
 
     @abc.abstractmethod
     def abort(self) -> None:
-        """Ends what runs here and on the peers that wait for this rank, with an error. Callable from any thread; never raises."""
+        """End what runs here and on the peers that wait for this rank, with an error. Callable from any thread; never raises."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Releases everything this rank holds, without communicating. Idempotent."""
+        """Release everything this rank holds, without communicating. Idempotent."""
 
     def memory(self) -> int:
-        """Bytes of shared or device memory that this strategy holds."""
+        """Return the bytes of shared or device memory that this strategy holds."""
         return 0
 
     @property
@@ -238,13 +299,12 @@ class Communicator(abc.ABC):
         return 0
 
     def describe(self) -> str:
-        """What `explain()` prints behind the name, one line."""
+        """Return what `explain()` prints behind the name, one line."""
         return ""
 
-    def _unserved(self, operation: str) -> RuntimeError:
-        return RuntimeError(
-            f"strategy {self.name!r} does not list {operation!r} among its operations, yet was asked for it: a bug of its coordinator"
-        )
+    def _others(self) -> list[int]:
+        # Each rank begins with its right neighbour, so that not all of them fall upon rank 0 first.
+        return [(self.rank_in_group + i) % self.world_size for i in range(1, self.world_size)]
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} rank {self.rank_in_group} of {self.world_size}>"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 
 from commgraph.communicators.base import OPERATIONS, Communicator
+from commgraph.communicators.reduction import REDUCE_OPS
+from commgraph.deadline import Deadline
 
 __all__ = ["FakeCommunicator"]
 
@@ -15,37 +16,48 @@ __all__ = ["FakeCommunicator"]
 class FakeCommunicator(Communicator):
     """Serves every operation on meta tensors, whose results are there as soon as they are made."""
 
-    name: ClassVar[str] = "fake"
-    operations: ClassVar[frozenset[str]] = frozenset(OPERATIONS)
+    name = "fake"
+    operations = frozenset(OPERATIONS)
+    reductions = frozenset(REDUCE_OPS)
 
     def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:
         """Tensors without data, and what has no tensor."""
         return device.type == "meta" or dtype is None
 
-    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
-    def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
+    def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
         return x
 
-    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, timeout: float) -> None:
+    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, deadline: Deadline) -> None:
         pass
 
     def reduce_scatter(
-        self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, timeout: float
+        self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, deadline: Deadline
     ) -> None:
         pass
 
-    def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], *, tag: int, timeout: float) -> None:
+    def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], *, tag: int, deadline: Deadline) -> None:
         pass
 
-    def gather(self, x: torch.Tensor, pieces: Sequence[torch.Tensor] | None, dst: int, *, tag: int, timeout: float) -> None:
+    def gather(
+        self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor | None, dst: int, *, tag: int, deadline: Deadline
+    ) -> None:
         pass
 
-    def broadcast(self, x: torch.Tensor, src: int, *, tag: int, timeout: float) -> None:
+    def scatter(
+        self, x: torch.Tensor | None, dim: int, sizes: Sequence[int], out: torch.Tensor, src: int, *, tag: int, deadline: Deadline
+    ) -> None:
         pass
 
-    def barrier(self, *, tag: int, timeout: float) -> None:
+    def reduce(self, x: torch.Tensor, op: str, dst: int, *, tag: int, deadline: Deadline) -> torch.Tensor | None:
+        return torch.empty_like(x, memory_format=torch.contiguous_format) if self.rank_in_group == dst else None
+
+    def broadcast(self, x: torch.Tensor, src: int, *, tag: int, deadline: Deadline) -> None:
+        pass
+
+    def barrier(self, *, tag: int, deadline: Deadline) -> None:
         pass
 
     def exchange(
@@ -54,7 +66,7 @@ class FakeCommunicator(Communicator):
         receives: Sequence[tuple[torch.Tensor, int]],
         *,
         tag: int,
-        timeout: float,
+        deadline: Deadline,
     ) -> None:
         pass
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 
 from commgraph.communicators.base import OPERATIONS, Communicator
-from commgraph.communicators.memory import dense, land, landing_for
-from commgraph.communicators.reduction import reduce_pieces
+from commgraph.communicators.memory import copy_back, packed, staging_for
+from commgraph.communicators.reduction import REDUCE_OPS, reduce_pieces
+from commgraph.deadline import Deadline
 
 __all__ = ["GlooCommunicator", "Transport"]
 
@@ -30,7 +31,7 @@ class Transport(Protocol):
     def bytes_sent(self) -> int: ...
 
     def exchange(
-        self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]], *, tag: int, timeout: float
+        self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]], *, tag: int, deadline: Deadline
     ) -> None: ...
 
     def abort(self) -> None: ...
@@ -47,8 +48,9 @@ class GlooCommunicator(Communicator):
     binomial tree.
     """
 
-    name: ClassVar[str] = "gloo"
-    operations: ClassVar[frozenset[str]] = frozenset(OPERATIONS)
+    name = "gloo"
+    operations = frozenset(OPERATIONS)
+    reductions = frozenset(REDUCE_OPS)
 
     def __init__(self, transport: Transport) -> None:
         super().__init__(transport.rank_in_group, transport.world_size)
@@ -58,40 +60,51 @@ class GlooCommunicator(Communicator):
         """Every call on the host."""
         return device.type == "cpu"
 
-    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
-        return self._reduce(x, torch.empty_like(x, memory_format=torch.contiguous_format), op, tag, timeout)
+    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
+        return self._reduce(x, torch.empty_like(x, memory_format=torch.contiguous_format), op, tag, deadline)
 
-    def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
-        return self._reduce(x, x, op, tag, timeout)
+    def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
+        return self._reduce(x, x, op, tag, deadline)
 
-    def _reduce(self, x: torch.Tensor, out: torch.Tensor, op: str, tag: int, timeout: float) -> torch.Tensor:
-        flat = dense(x).reshape(-1)
+    def _reduce(self, x: torch.Tensor, out: torch.Tensor, op: str, tag: int, deadline: Deadline) -> torch.Tensor:
+        flat = packed(x).reshape(-1)
         n = self.world_size
         if n == 2 or flat.nbytes <= _ONE_SHOT_BYTES:
-            pieces = self._collect(flat, [flat.numel()] * n, tag, timeout)
+            pieces = self._collect(flat, [flat.numel()] * n, tag, deadline)
             total = pieces[self.rank_in_group]
             reduce_pieces(pieces, op, total)
         else:
             mine = list(flat.tensor_split(n))
             piece = torch.empty_like(mine[self.rank_in_group])
-            self._reduce_to(mine, op, piece, tag, timeout)
-            total = torch.cat(self._collect(piece, [part.numel() for part in mine], tag, timeout))
+            self._reduce_to(mine, op, piece, tag, deadline)
+            total = torch.cat(self._collect(piece, [part.numel() for part in mine], tag, deadline))
         return out.copy_(total.view(out.shape))
 
-    def _collect(self, flat: torch.Tensor, counts: Sequence[int], tag: int, timeout: float) -> list[torch.Tensor]:
+    def reduce(self, x: torch.Tensor, op: str, dst: int, *, tag: int, deadline: Deadline) -> torch.Tensor | None:
+        if x.nbytes <= _ONE_SHOT_BYTES or self.world_size == 2:
+            return super().reduce(x, op, dst, tag=tag, deadline=deadline)
+        # Each rank reduces a share, so that `dst` need not take every rank's whole tensor.
+        mine = list(packed(x).reshape(-1).tensor_split(self.world_size))
+        piece = torch.empty_like(mine[self.rank_in_group])
+        self._reduce_to(mine, op, piece, tag, deadline)
+        out = self.new(x.shape, x.dtype, x.device) if self.rank_in_group == dst else None
+        self.gather(piece, 0, [part.numel() for part in mine], None if out is None else out.view(-1), dst, tag=tag, deadline=deadline)
+        return out
+
+    def _collect(self, flat: torch.Tensor, counts: Sequence[int], tag: int, deadline: Deadline) -> list[torch.Tensor]:
         """Fresh 1-D pieces of every rank, in rank order."""
         if self.world_size > _DIRECT_RANKS:
-            return self._gather_bruck(flat, counts, tag, timeout)
+            return self._gather_bruck(flat, counts, tag, deadline)
         pieces = list(torch.empty(sum(counts), dtype=flat.dtype).split(list(counts)))
-        self._gather_direct(flat, pieces, tag, timeout)
+        self._gather_direct(flat, pieces, tag, deadline)
         return pieces
 
-    def _gather_direct(self, flat: torch.Tensor, pieces: Sequence[torch.Tensor], tag: int, timeout: float) -> None:
+    def _gather_direct(self, flat: torch.Tensor, pieces: Sequence[torch.Tensor], tag: int, deadline: Deadline) -> None:
         others = self._others()
-        self.transport.exchange([(flat, peer) for peer in others], [(pieces[peer], peer) for peer in others], tag=tag, timeout=timeout)
+        self.transport.exchange([(flat, peer) for peer in others], [(pieces[peer], peer) for peer in others], tag=tag, deadline=deadline)
         pieces[self.rank_in_group].copy_(flat)
 
-    def _gather_bruck(self, flat: torch.Tensor, counts: Sequence[int], tag: int, timeout: float) -> list[torch.Tensor]:
+    def _gather_bruck(self, flat: torch.Tensor, counts: Sequence[int], tag: int, deadline: Deadline) -> list[torch.Tensor]:
         n, me = self.world_size, self.rank_in_group
         # Laid out from this rank's piece onwards, what is held is always the front of the buffer and what comes next its continuation.
         turned = [counts[(me + i) % n] for i in range(n)]
@@ -106,76 +119,37 @@ class GlooCommunicator(Communicator):
                 [(buffer[: ends[taken]], (me - held) % n)],
                 [(buffer[ends[held] : ends[held + taken]], (me + held) % n)],
                 tag=tag,
-                timeout=timeout,
+                deadline=deadline,
             )
             held += taken
         pieces = buffer.split(turned)
         return [pieces[(i - me) % n] for i in range(n)]
 
-    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, timeout: float) -> None:
+    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, deadline: Deadline) -> None:
         views = out.split(list(sizes), dim)
-        flat = dense(x).reshape(-1)
+        flat = packed(x).reshape(-1)
         if self.world_size > _DIRECT_RANKS:
-            pieces = self._gather_bruck(flat, [view.numel() for view in views], tag, timeout)
-            land([piece.view(view.shape) for piece, view in zip(pieces, views, strict=True)], views)
+            pieces = self._gather_bruck(flat, [view.numel() for view in views], tag, deadline)
+            copy_back([piece.view(view.shape) for piece, view in zip(pieces, views, strict=True)], views)
             return
-        landing = [landing_for(view) for view in views]
-        self._gather_direct(flat, [piece.view(-1) for piece in landing], tag, timeout)
-        land(landing, views)
+        landing = [staging_for(view) for view in views]
+        self._gather_direct(flat, [piece.view(-1) for piece in landing], tag, deadline)
+        copy_back(landing, views)
 
     def reduce_scatter(
-        self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, timeout: float
+        self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, deadline: Deadline
     ) -> None:
-        self._reduce_to([dense(piece) for piece in x.split(list(sizes), dim)], op, out, tag, timeout)
+        self._reduce_to([packed(piece) for piece in x.split(list(sizes), dim)], op, out, tag, deadline)
 
-    def _reduce_to(self, mine: Sequence[torch.Tensor], op: str, out: torch.Tensor, tag: int, timeout: float) -> None:
+    def _reduce_to(self, mine: Sequence[torch.Tensor], op: str, out: torch.Tensor, tag: int, deadline: Deadline) -> None:
         """Reduces what every rank holds for this one (`mine[i]` goes to rank i) into `out`."""
         me = self.rank_in_group
         pieces = [piece if i == me else torch.empty_like(mine[me]) for i, piece in enumerate([mine[me]] * self.world_size)]
-        self.all_to_all(mine, pieces, tag=tag, timeout=timeout)
+        self.all_to_all(mine, pieces, tag=tag, deadline=deadline)
         reduce_pieces(pieces, op, out)
 
-    def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], *, tag: int, timeout: float) -> None:
-        me, others = self.rank_in_group, self._others()
-        landing = [landing_for(view) for view in receives]
-        self.transport.exchange(
-            [(dense(sends[peer]), peer) for peer in others],
-            [(landing[peer], peer) for peer in others],
-            tag=tag,
-            timeout=timeout,
-        )
-        if receives[me] is not sends[me]:
-            landing[me].copy_(sends[me])
-        land(landing, receives)
-
-    def gather(self, x: torch.Tensor, pieces: Sequence[torch.Tensor] | None, dst: int, *, tag: int, timeout: float) -> None:
-        if pieces is None:
-            self.transport.exchange([(dense(x), dst)], [], tag=tag, timeout=timeout)
-            return
-        landing = [landing_for(view) for view in pieces]
-        self.transport.exchange([], [(landing[peer], peer) for peer in self._others()], tag=tag, timeout=timeout)
-        landing[dst].copy_(x)
-        land(landing, pieces)
-
-    def broadcast(self, x: torch.Tensor, src: int, *, tag: int, timeout: float) -> None:
-        n = self.world_size
-        position = (self.rank_in_group - src) % n
-        buffer = dense(x) if position == 0 else landing_for(x)
-        # Binomial tree: the lowest set bit of a position is the distance to its parent, lower bits are those to its children.
-        reach = position & -position if position else 1 << (n - 1).bit_length()
-        if position:
-            self.transport.exchange([], [(buffer, (position - reach + src) % n)], tag=tag, timeout=timeout)
-        children = []
-        while reach > 1:
-            reach >>= 1
-            if position + reach < n:
-                children.append((buffer, (position + reach + src) % n))
-        self.transport.exchange(children, [], tag=tag, timeout=timeout)
-        if position:
-            land([buffer], [x])
-
-    def barrier(self, *, tag: int, timeout: float) -> None:
-        self._collect(torch.zeros(1, dtype=torch.uint8), [1] * self.world_size, tag, timeout)
+    def barrier(self, *, tag: int, deadline: Deadline) -> None:
+        self._collect(torch.zeros(1, dtype=torch.uint8), [1] * self.world_size, tag, deadline)
 
     def exchange(
         self,
@@ -183,16 +157,16 @@ class GlooCommunicator(Communicator):
         receives: Sequence[tuple[torch.Tensor, int]],
         *,
         tag: int,
-        timeout: float,
+        deadline: Deadline,
     ) -> None:
-        landing = [landing_for(view) for view, _ in receives]
+        landing = [staging_for(view) for view, _ in receives]
         self.transport.exchange(
-            [(dense(x), peer) for x, peer in sends],
+            [(packed(x), peer) for x, peer in sends],
             [(piece, peer) for piece, (_, peer) in zip(landing, receives, strict=True)],
             tag=tag,
-            timeout=timeout,
+            deadline=deadline,
         )
-        land(landing, [view for view, _ in receives])
+        copy_back(landing, [view for view, _ in receives])
 
     def abort(self) -> None:
         self.transport.abort()
@@ -206,7 +180,3 @@ class GlooCommunicator(Communicator):
 
     def describe(self) -> str:
         return "host tensors of every dtype, any network"
-
-    def _others(self) -> list[int]:
-        # Each rank begins with its right neighbour, so that not all of them fall upon rank 0 first.
-        return [(self.rank_in_group + i) % self.world_size for i in range(1, self.world_size)]

@@ -6,7 +6,7 @@ Point-to-point messages run on the caller's thread, serve every dtype as bytes, 
 What was seen of gloo (torch 2.13) and is relied upon:
 
 * Messages pair by (peer, tag), in order. A message that is longer than the buffer it meets ends the *process*, so the tags of
-  calls that do not fit together must differ (`GroupLink` makes them), and the size of each message is worked into its tag here.
+  calls that do not fit together must differ (`coordinator.operation` makes them), and the size of each message is worked into its tag here.
 * `Work.wait(timeout)` that runs out closes every connection of the group: this rank's other waits and its peers' end with an error.
   `abort` uses just that; nothing else releases a blocked wait.
 * Dropping the group closes its connections; what was written before still arrives.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from commgraph import compat
 from commgraph.communicators.base import PeerClosed, PeerLate
 from commgraph.communicators.memory import as_bytes
+from commgraph.deadline import Deadline
 
 __all__ = ["Background", "GlooTransport", "milliseconds"]
 
@@ -44,9 +44,9 @@ def _sized(tag: int, nbytes: int) -> int:
     return tag ^ ((nbytes * 0x9E3779B1 ^ nbytes >> 28) & _TAG_MASK)
 
 
-def milliseconds(seconds: float) -> timedelta:
-    """A deadline for torch's backends, which cut it to milliseconds and take zero for "no deadline": rounded up, and never zero."""
-    return timedelta(milliseconds=max(math.ceil(seconds * 1000), 1))
+def milliseconds(deadline: Deadline) -> timedelta:
+    """What is left until a deadline, for torch's backends, which cut it to milliseconds and take zero for "no deadline": rounded up."""
+    return timedelta(milliseconds=math.ceil(deadline.left() * 1000))
 
 
 class GlooTransport:
@@ -79,7 +79,7 @@ class GlooTransport:
         receives: Sequence[tuple[torch.Tensor, int]],
         *,
         tag: int | Mapping[int, int],
-        timeout: float,
+        deadline: Deadline,
     ) -> None:
         """Sends and receives (tensor, peer) pairs, all at once.
 
@@ -87,9 +87,8 @@ class GlooTransport:
             sends, receives: contiguous host tensors of any dtype and the rank in the group they go to or come from. Empty ones are
                 left out on both sides.
             tag: the same number on both sides of each message, below 7 * 2**28; one for all peers, or one for each.
-            timeout: seconds.
+            deadline: of all of them.
         """
-        deadline = time.monotonic() + timeout
         backend = self._backend
         if backend is None:
             raise PeerClosed(self.rank_in_group, "this rank closed the group")
@@ -106,10 +105,10 @@ class GlooTransport:
                     with self._lock:
                         self._bytes_sent += tensor.nbytes
             for work, peer in works:  # noqa: B007 - read where it fails
-                work.wait(milliseconds(deadline - time.monotonic()))
+                work.wait(milliseconds(deadline))
         except RuntimeError as error:
             self._keep.append((sends, receives, works))
-            if time.monotonic() >= deadline and not self._aborted:
+            if deadline.has_passed and not self._aborted:
                 raise PeerLate(peer) from None
             # The words for a wait of this side that ran out: another thread's, as it was not this one.
             raise PeerClosed(self.rank_in_group if _RAN_OUT in str(error) else peer, str(error)) from None

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
 
 import torch
 
 from commgraph.communicators.base import CallsDiffer, Communicator, Limits, PeerClosed, PeerLate, Refused
 from commgraph.communicators.gloo import GlooCommunicator, Transport
-from commgraph.communicators.reduction import accumulator
-from commgraph.communicators.shm import ShmCommunicator, teller
+from commgraph.communicators.reduction import REDUCE_OPS, accumulator
+from commgraph.communicators.shm import ShmCommunicator, exchange_bytes
+from commgraph.deadline import Deadline
 from commgraph.options import CommunicatorOptions
 
 __all__ = ["HierarchicalCommunicator"]
@@ -26,8 +25,9 @@ class HierarchicalCommunicator(Communicator):
     host, whose order is another one).
     """
 
-    name: ClassVar[str] = "hierarchical"
-    operations: ClassVar[frozenset[str]] = frozenset({"all_reduce"})
+    name = "hierarchical"
+    operations = frozenset({"all_reduce"})
+    reductions = frozenset(REDUCE_OPS)
 
     def __init__(
         self, group: GlooCommunicator, neighbours: Sequence[int], local: ShmCommunicator | None, leaders: GlooCommunicator | None
@@ -56,7 +56,7 @@ class HierarchicalCommunicator(Communicator):
         if len(neighbours) > 1:
             local = ShmCommunicator.build(_Part(gloo.transport, neighbours).communicator(), options, limits)
         reason = local.reason if isinstance(local, Refused) else ""
-        reasons = teller(gloo, cls.name, limits.build_timeout)(reason.encode()[:900])
+        reasons = exchange_bytes(gloo, cls.name, Deadline.after(limits.build_timeout))(reason.encode()[:900])
         for rank, said in enumerate(reasons):
             if said:
                 if isinstance(local, ShmCommunicator):
@@ -70,27 +70,26 @@ class HierarchicalCommunicator(Communicator):
         """Every reduction on the host."""
         return device.type == "cpu"
 
-    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
-        return self._reduce(x, torch.empty_like(x, memory_format=torch.contiguous_format), op, tag, timeout)
+    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
+        return self._reduce(x, torch.empty_like(x, memory_format=torch.contiguous_format), op, tag, deadline)
 
-    def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
-        return self._reduce(x, x, op, tag, timeout)
+    def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
+        return self._reduce(x, x, op, tag, deadline)
 
-    def _reduce(self, x: torch.Tensor, out: torch.Tensor, op: str, tag: int, timeout: float) -> torch.Tensor:
+    def _reduce(self, x: torch.Tensor, out: torch.Tensor, op: str, tag: int, deadline: Deadline) -> torch.Tensor:
         wide = accumulator(x.dtype)
         # torch converts most unsigned integers, but knows no arithmetic of them; both strategies below have their own.
         total = x.to(wide).clone() if wide is not None and x.dtype.is_floating_point else x.clone()
         total = total.resolve_conj().resolve_neg().contiguous()
         inner = "sum" if op == "avg" else op
-        deadline = time.monotonic() + timeout
         with self._among_neighbours() as local:
             if local is not None:
-                local.all_reduce_(total, inner, tag=tag, timeout=timeout)
+                local.all_reduce_(total, inner, tag=tag, deadline=deadline)
         if self._leaders is not None:
-            self._leaders.all_reduce_(total, inner, tag=tag, timeout=max(deadline - time.monotonic(), 0.001))
+            self._leaders.all_reduce_(total, inner, tag=tag, deadline=deadline)
         with self._among_neighbours() as local:
             if local is not None:
-                local.broadcast(total, 0, tag=tag, timeout=max(deadline - time.monotonic(), 0.001))
+                local.broadcast(total, 0, tag=tag, deadline=deadline)
         if op == "avg":
             total /= self.world_size
         return out.copy_(total.to(x.dtype))
@@ -99,7 +98,7 @@ class HierarchicalCommunicator(Communicator):
     def _among_neighbours(self) -> Iterator[ShmCommunicator | None]:
         """The strategy of this host; what it says of one of its ranks is said of that rank in the whole group."""
         if self._local is not None:
-            self._local.sequence += 1  # one number for each of its calls, as if it were a group of its own
+            self._local.fast.counter.sequence += 1  # one number for each of its calls, as if it were a group of its own
         try:
             yield self._local
         except PeerLate as error:
@@ -109,7 +108,7 @@ class HierarchicalCommunicator(Communicator):
         except CallsDiffer as error:
             raise CallsDiffer(self._neighbours[error.peer]) from None
 
-    def warmup(self) -> None:
+    def warmup(self, model: torch.nn.Module | None = None) -> None:
         if self._local is not None:
             self._local.warmup()
 
@@ -155,13 +154,13 @@ class _Part:
         receives: Sequence[tuple[torch.Tensor, int]],
         *,
         tag: int,
-        timeout: float,
+        deadline: Deadline,
     ) -> None:
         self._whole.exchange(
             [(x, self._members[peer]) for x, peer in sends],
             [(x, self._members[peer]) for x, peer in receives],
             tag=tag,
-            timeout=timeout,
+            deadline=deadline,
         )
 
     def abort(self) -> None:

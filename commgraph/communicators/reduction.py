@@ -7,9 +7,12 @@ from types import MappingProxyType
 
 import torch
 
-__all__ = ["REDUCE_OPS", "accumulator", "reduce_pieces", "refuse_reduction"]
+from commgraph.communicators.memory import as_bytes
 
-REDUCE_OPS = ("sum", "avg", "max", "min", "product")
+__all__ = ["DTYPES", "REDUCE_OPS", "accumulator", "reduce_pieces", "refuse_reduction"]
+
+REDUCE_OPS = ("sum", "avg", "max", "min", "product", "band", "bor", "bxor")
+_BITWISE = MappingProxyType({"band": torch.bitwise_and, "bor": torch.bitwise_or, "bxor": torch.bitwise_xor})
 
 # dtype -> dtype that it is accumulated in. Small floats lose bits if added in themselves; torch has no arithmetic on the host for
 # most unsigned integers and float8, so those go through a wider type that wraps alike.
@@ -39,6 +42,10 @@ _ACCUMULATORS = MappingProxyType(
 )
 
 
+# All of them, in an order that is the same on every rank.
+DTYPES = tuple(_ACCUMULATORS)
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype | None:
     """The dtype that `dtype` is accumulated in, None where it cannot be reduced at all."""
     return _ACCUMULATORS.get(dtype)
@@ -50,6 +57,8 @@ def refuse_reduction(dtype: torch.dtype, op: str) -> str | None:
         return f"{dtype} has no arithmetic"
     if op == "avg" and not (dtype.is_floating_point or dtype.is_complex):
         return f"the average of {dtype} is not a {dtype}; reduce with op='sum' and divide in the type that you want"
+    if op in _BITWISE and (dtype.is_floating_point or dtype.is_complex):
+        return f"{dtype} has no bits of its own to combine; reduce x.view(...) of an integer dtype"
     if op in ("max", "min") and dtype.is_complex:
         return f"{dtype} has no order"
     return None
@@ -62,6 +71,9 @@ def reduce_pieces(pieces: Sequence[torch.Tensor], op: str, out: torch.Tensor) ->
     and min.
     """
     dtype = pieces[0].dtype
+    if op in _BITWISE:
+        _combine_bits(pieces, op, out)
+        return
     if dtype == torch.bool:
         logical = torch.logical_or if op in ("sum", "max") else torch.logical_and
         total = pieces[0].clone()
@@ -90,6 +102,15 @@ def reduce_pieces(pieces: Sequence[torch.Tensor], op: str, out: torch.Tensor) ->
     if flip:
         total ^= torch.iinfo(torch.int64).min
     out.copy_(total.view(dtype) if dtype == torch.uint64 else total.to(dtype))
+
+
+def _combine_bits(pieces: Sequence[torch.Tensor], op: str, out: torch.Tensor) -> None:
+    # As bytes: torch has no bitwise arithmetic of wide unsigned integers on the host, and bits do not care.
+    whole = [as_bytes(piece.contiguous()) for piece in pieces]
+    total = whole[0].clone()
+    for piece in whole[1:]:
+        _BITWISE[op](total, piece, out=total)
+    out.copy_(total.view(out.dtype).view(out.shape))
 
 
 def _widen(piece: torch.Tensor, wide: torch.dtype, flip: bool) -> torch.Tensor:

@@ -2,6 +2,11 @@
 
 from commgraph.coordinator.experts import Dispatched
 from commgraph.coordinator.group import GroupCoordinator
-from commgraph.ops import fused, ordered, tensors  # noqa: F401 - declare the operators, of which coordinators are arguments
+from commgraph.coordinator.operation import is_watched
+from commgraph.coordinator.operators import declare_operators
+from commgraph.ops.fused import declare_fused
 
-__all__ = ["Dispatched", "GroupCoordinator"]
+__all__ = ["Dispatched", "GroupCoordinator", "is_watched"]
+
+# Their arguments are coordinators, which torch knows by now.
+OPERATORS = (*declare_operators(), declare_fused())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import torch
 
-if TYPE_CHECKING:
-    from commgraph.coordinator.group import GroupCoordinator
+from commgraph.coordinator.failures import Call
+from commgraph.coordinator.operation import Group
 
 __all__ = ["GraphCapture", "capture"]
 
@@ -27,22 +27,25 @@ class GraphCapture:
 
 
 @contextlib.contextmanager
-def capture(groups: Sequence[GroupCoordinator], device: torch.device, stream: Any, what: str) -> Iterator[GraphCapture]:
+def capture(groups: Sequence[Group], device: torch.device, stream: Any, what: str) -> Iterator[GraphCapture]:
     """A block in which graphs are captured that communicate in `groups`, of which there is at least one.
 
     An error inside ends the groups: the peers, who go on capturing, would wait in a replay for a call that was never recorded. They raise
     in their next call instead, and nothing is sent to them.
     """
-    streams = groups[0]._link.streams(device)
+    streams = groups[0]._state.streams(device)
     side = None if streams is None else streams.new() if stream is None else stream
     for group in groups:
-        if group._link.sides is not None and streams is not None and not streams.is_capturing():
-            group._link.sides.forget_recorded()
+        side_streams = group._state.side_streams
+        if side_streams is not None and streams is not None and not streams.is_capturing():
+            side_streams.forget_recorded()
     with contextlib.nullcontext() if streams is None else streams.beside(side):
         try:
             yield GraphCapture(side)
         except BaseException as error:
             for group in groups:
-                call, _ = group._describe("graph_capture", group._link.sequence, None)
-                group._link.break_off(call, f"an error ended the graph capture of {what} on this rank: {type(error).__name__}: {error}")
+                call = Call(group.name, "graph_capture", group._state.members, group._state.sequence)
+                group._state.failures.break_off(
+                    call, f"an error ended the graph capture of {what} on this rank: {type(error).__name__}: {error}"
+                )
             raise

@@ -1,297 +1,362 @@
-"""Operations on objects, and on dicts of tensors and objects, blocking."""
+"""Messages: tensors from one rank to another. Only the two ranks concerned count them, so they may fall between any collectives."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Final, TypeVar
 
-import attrs
 import torch
+from torch.compiler import is_dynamo_compiling
 
-from commgraph.communicators.base import CallsDiffer
-from commgraph.coordinator.call import Call, Timeout
-from commgraph.coordinator.host_objects import HostObjects, Left
-from commgraph.coordinator.tensor_dict import Entry, Plan, join_dict, landings, split_dict
-from commgraph.coordinator.tensors import TensorOperations
-from commgraph.errors import UnsupportedTensorError
+from commgraph.accelerators.side_streams import StreamTask
+from commgraph.communicators.base import Communicator
+from commgraph.communicators.tags import MESSAGE, digest, make_tag
+from commgraph.coordinator import checks
+from commgraph.coordinator.asynchronous import joined, submit
+from commgraph.coordinator.checks import BadArgument, Place
+from commgraph.coordinator.failures import Call, call_site
+from commgraph.coordinator.gathers import into
+from commgraph.coordinator.operation import (
+    Group,
+    Operation,
+    deadline_of,
+    explain,
+    is_watched,
+    perform,
+    refuse_timeout,
+    wait_pending,
+)
+from commgraph.coordinator.pending import MessageKey
+from commgraph.deadline import Deadline, Timeout
+from commgraph.shm.kinds import KINDS
+from commgraph.work import Job, Recv, Send, Work
 
-if TYPE_CHECKING:
-    from commgraph.coordinator.group import GroupCoordinator
-
-__all__ = ["MessageOperations", "Received"]
+__all__ = ["Receive", "Transmit", "batch", "exchange", "irecv", "isend", "message_digest", "message_text", "recv", "send"]
 
 T = TypeVar("T")
-D = TypeVar("D", bound=Mapping[Any, Any])
 
 
-class MessageOperations(TensorOperations):
-    """Objects of any kind, and dicts that hold tensors beside them."""
-
-    # Objects.
-
-    def broadcast_object(self, obj: T | None = None, src: int = 0, *, timeout: Timeout = None) -> T:
-        """The object of `src`, on every rank.
-
-        On one host any picklable object; between hosts any, once an authkey is set, and plain data without one (numbers, strings,
-        bytes, lists, tuples, dicts, sets, dtypes, tensors). A receiver whose deadline passes before anything arrived keeps its place:
-        its next `broadcast_object` goes on waiting for the same object.
-
-        Args:
-            obj: what to send; ignored elsewhere than on `src`.
-            src: rank in the group.
-            timeout: deadline.
-
-        Raises:
-            TypeError: if `obj` cannot be sent; nothing was.
-        """
-        objects = self._objects
-        if timeout is None and type(objects) is HostObjects:
-            received = objects.broadcast_shortly(self, obj, src)
-            if received is not Left:
-                return received  # type: ignore[no-any-return]  # what src has sent
-        call, seconds = self._begin("broadcast_object", timeout)
-        src = call.peer(src, "src")
-        return obj if self.world_size == 1 else self._objects.broadcast(call, obj, src, seconds)  # type: ignore[return-value]  # None only where obj is
-
-    def broadcast_object_list(self, obj_list: list[Any], src: int = 0, *, timeout: Timeout = None) -> list[Any]:
-        """Fills `obj_list` on every rank with the objects of `src`, in place.
-
-        Args:
-            obj_list: lists of equal length on all ranks.
-            src: rank in the group.
-            timeout: deadline.
-
-        Returns:
-            obj_list.
-        """
-        call, seconds = self._begin("broadcast_object_list", timeout)
-        src = call.peer(src, "src")
-        if not isinstance(obj_list, list):
-            raise call.wrong(f"obj_list is a {type(obj_list).__name__}, a list to be filled is needed")
-        if self.world_size > 1:
-            received = self._objects.broadcast(call, obj_list, src, seconds)
-            if len(received) != len(obj_list):
-                raise ValueError(f"{call.where}: obj_list has {len(obj_list)} entries here and {len(received)} on rank {self.ranks[src]}")
-            obj_list[:] = received
-        return obj_list
-
-    def all_gather_object(self, obj: T, *, timeout: Timeout = None) -> list[T]:
-        """Every rank's object, in rank order; which objects: as for `broadcast_object`."""
-        call, seconds = self._begin("all_gather_object", timeout)
-        return [obj] if self.world_size == 1 else self._objects.all_gather(call, obj, seconds)
-
-    def send_object(self, obj: Any, dst: int, *, timeout: Timeout = None) -> None:
-        """Sends an object to one rank in the group; which objects: as for `broadcast_object`."""
-        objects = self._objects
-        if timeout is None and type(objects) is HostObjects and objects.send_shortly(self, obj, dst):
-            return
-        call, seconds = self._message("send_object", timeout)
-        dst = call.peer(dst, "dst", other=True)
-        seconds = self._link.settle((dst, True), call, seconds)
-        self._objects.send(call, obj, dst, seconds)
-
-    def recv_object(self, src: int, *, timeout: Timeout = None) -> Any:
-        """The next object from one rank in the group. A deadline that passes before anything arrived loses nothing: call again."""
-        objects = self._objects
-        if timeout is None and type(objects) is HostObjects:
-            received = objects.recv_shortly(self, src)
-            if received is not Left:
-                return received
-        call, seconds = self._message("recv_object", timeout)
-        src = call.peer(src, "src", other=True)
-        seconds = self._link.settle((src, False), call, seconds)
-        return self._objects.recv(call, src, seconds)
-
-    # Dicts of tensors and objects.
-
-    def broadcast_tensor_dict(self, tensor_dict: D | None = None, src: int = 0, *, timeout: Timeout = None) -> D | dict[Any, Any]:
-        """The dict of `src`, on every rank: tensors as tensors, everything else as objects.
-
-        Args:
-            tensor_dict: may nest dicts and hold empty tensors; ignored elsewhere than on `src`. Unchanged.
-            src: rank in the group.
-            timeout: deadline of each part.
-
-        Returns:
-            On `src` and in a group of one rank the dict itself; elsewhere a new one, its tensors on the host if they were there, else on
-            the group's device.
-        """
-        objects = self._objects
-        if timeout is None and type(objects) is HostObjects and objects.broadcast_dict_shortly(self, tensor_dict, src):
-            return tensor_dict  # type: ignore[return-value]  # a dict, as was seen
-        call, seconds = self._message("broadcast_tensor_dict", timeout)
-        src = call.peer(src, "src")
-        if self.rank_in_group != src:
-            call, seconds = self._begin("broadcast_tensor_dict", timeout)
-            received = objects.broadcast_dict(call, None, (), src, seconds)
-            if isinstance(received, dict):
-                return received
-            entries, carried = received
-            whole = landings(entries, self.device, carried)
-            for i, x in enumerate(whole):
-                if i not in carried:
-                    self._broadcast_part(x, src, timeout)
-            return join_dict(entries, whole)
-        if tensor_dict is None:
-            raise call.wrong("tensor_dict is None on src, which has to give it")
-        entries, tensors = _split(call, tensor_dict)
-        if self.world_size > 1:
-            # Counted only now: of what was refused above the others know nothing, and go on waiting.
-            call, seconds = self._begin("broadcast_tensor_dict", timeout)
-            sent = objects.broadcast_dict(call, entries, tensors, src, seconds)
-            assert not isinstance(sent, dict)  # but the parts of what this rank gave
-            for i, x in enumerate(tensors):
-                if i not in sent[1]:
-                    # On this side it is only read, and may lie in memory in any way.
-                    self._broadcast_part(x, src, timeout)
-        return tensor_dict
-
-    def _broadcast_part(self, x: torch.Tensor, src: int, timeout: Timeout) -> None:
-        call, seconds = self._begin("broadcast", timeout)
-        self._broadcast(call, x, src, seconds)
-
-    def send_tensor_dict(
-        self,
-        tensor_dict: Mapping[Any, Any],
-        dst: int | None = None,
-        all_gather_group: GroupCoordinator | None = None,
-        all_gather_tensors: Mapping[str, bool] | None = None,
-        *,
-        timeout: Timeout = None,
-    ) -> None:
-        """Sends a dict of tensors and objects to one rank.
-
-        Args:
-            tensor_dict: may nest dicts and hold empty tensors. Unchanged.
-            dst: rank in the group, by default `next_in_group`.
-            all_gather_group: ranks that hold the same dict and whose counterparts on the other side are such a group too (tp beside pp):
-                each sends one slice of every tensor whose numel divides by their number, and the receivers gather.
-            all_gather_tensors: key (nested keys joined by dots) -> whether to slice that tensor, against the rule. A residual that
-                already differs between the ranks (sequence parallelism) must not be sliced.
-            timeout: deadline of each part.
-        """
-        objects, plain = self._objects, timeout is None and all_gather_group is None and all_gather_tensors is None
-        to = self.next_in_group if dst is None else dst
-        if plain and type(objects) is HostObjects and objects.send_dict_shortly(self, tensor_dict, to):
-            return
-        call, seconds = self._message("send_tensor_dict", timeout)
-        dst = call.peer(to, "dst", other=True)
-        seconds = self._link.settle((dst, True), call, seconds)
-        self._pack_dict(call, tensor_dict, dst, all_gather_group, all_gather_tensors)(seconds)
-
-    def _pack_dict(
-        self,
-        call: Call,
-        tensor_dict: Mapping[Any, Any],
-        dst: int,
-        group: GroupCoordinator | None,
-        override: Mapping[str, bool] | None,
-    ) -> Callable[[float], None]:
-        """Checks and describes a dict that goes to `dst`; what is returned sends it, within so many seconds for each part."""
-        entries, tensors = _split(call, tensor_dict)
-        plan, sliced = _sliced(call, entries, group, override)
-        outgoing = [plan.slice(x) if cut else x for x, cut in zip(tensors, sliced, strict=True)]
-        carried, post = self._objects.pack_dict(call, entries, outgoing, dst)
-        rest = [x for i, x in enumerate(outgoing) if i not in carried]
-
-        def send(seconds: float) -> None:
-            self._link.ensure_open(self.name)
-            post(seconds)
-            self._exchange(call, rest, dst, "send", seconds)
-
-        return send
-
-    def recv_tensor_dict(
-        self,
-        src: int | None = None,
-        all_gather_group: GroupCoordinator | None = None,
-        all_gather_tensors: Mapping[str, bool] | None = None,
-        *,
-        timeout: Timeout = None,
-    ) -> dict[Any, Any]:
-        """Receives what `send_tensor_dict` sent; `all_gather_group` and `all_gather_tensors` as given there.
-
-        Args:
-            src: rank in the group, by default `prev_in_group`.
-            all_gather_group: the ranks among which slices are gathered.
-            all_gather_tensors: as on the sender.
-            timeout: deadline of each part.
-
-        Returns:
-            A new dict; its tensors on the host if they were there, else on the group's device.
-        """
-        objects, plain = self._objects, timeout is None and all_gather_group is None and all_gather_tensors is None
-        if plain and type(objects) is HostObjects:
-            tree = objects.recv_dict_shortly(self, self.prev_in_group if src is None else src)
-            if tree is not None:
-                return tree
-        call, seconds = self._message("recv_tensor_dict", timeout)
-        src = call.peer(self.prev_in_group if src is None else src, "src", other=True)
-        seconds = self._link.settle((src, False), call, seconds)
-        return self._receive_dict(call, src, all_gather_group, all_gather_tensors, seconds).gathered(all_gather_group, timeout)
-
-    def _receive_dict(
-        self, call: Call, src: int, group: GroupCoordinator | None, override: Mapping[str, bool] | None, seconds: float
-    ) -> Received:
-        """A dict as it comes from `src`: its slices are still to be gathered."""
-        self._link.ensure_open(self.name)
-        entries, carried = self._objects.recv_dict(call, src, seconds)
-        plan, sliced = _sliced(call, entries, group, override)
-        if not _fits(entries, carried, sliced, plan):
-            with self._link.guard(call, "recv_tensor_dict(...)", seconds):
-                raise CallsDiffer(src)
-        whole = landings(entries, self.device, {i: x for i, x in carried.items() if not sliced[i]})
-        pieces = {i: carried[i] if i in carried else plan.slice(whole[i]) for i, cut in enumerate(sliced) if cut}
-        self._exchange(call, [pieces.get(i, x) for i, x in enumerate(whole) if i not in carried], src, "recv", seconds)
-        return Received(entries, whole, [(whole[i], piece) for i, piece in pieces.items()])
+def message_text(dtype: torch.dtype, numel: int) -> str:
+    """Return the text of a message; its two sides may give the tensor different shapes."""
+    return f"{dtype} {numel}"
 
 
-@attrs.frozen
-class Received:
-    """A dict that has come, with the tensors of which this rank has a slice and that slice."""
+class Transmit(Operation):
+    """The torch operator of `send`."""
 
-    entries: list[Entry]
-    tensors: list[torch.Tensor]
-    slices: list[tuple[torch.Tensor, torch.Tensor]]
+    name = "send"
+    schema = "send(Tensor x, Group group, int dst, Tensor(a!) token) -> ()"
+    ordered = True
 
-    def on_device(self) -> list[torch.Tensor]:
-        """Whatever of it is not on the host."""
-        return [x for x in (*self.tensors, *(piece for _, piece in self.slices)) if x.device.type != "cpu"]
+    @classmethod
+    def traced(cls, group: Group, x: torch.Tensor, dst: int | None) -> None:
+        checks.refuse_gradient(group, x, "send")
+        cls.operator(x, group, group.next_in_group if dst is None else dst, cls.token(group))
 
-    def gathered(self, group: GroupCoordinator | None, timeout: Timeout) -> dict[Any, Any]:
-        """The whole dict; collective over `group`, where there are slices."""
-        for x, piece in self.slices:
-            assert group is not None
-            group.all_gather(piece, 0, out=x.view(-1), timeout=timeout)
-        return join_dict(self.entries, self.tensors)
+    @classmethod
+    def kernel(cls, x: torch.Tensor, group: Group, dst: int, token: torch.Tensor) -> None:
+        send(group, x.detach(), dst, None)
+
+    @classmethod
+    def fake(cls, place: Place, x: torch.Tensor, dst: int) -> None:
+        checks.peer(place, dst, "dst")
 
 
-def _split(call: Call, tensor_dict: Mapping[Any, Any]) -> tuple[list[Entry], list[torch.Tensor]]:
-    """`split_dict`, of what can be sent."""
+class Receive(Operation):
+    """The torch operator of `recv`."""
+
+    name = "recv"
+    schema = "recv(Group group, SymInt[] size, ScalarType dtype, int src, Device device, Tensor(a!) token) -> Tensor"
+    ordered = True
+
+    @classmethod
+    def traced(cls, group: Group, size: Any, dtype: torch.dtype, src: int | None, device: Any, out: torch.Tensor | None) -> torch.Tensor:
+        place = torch.device(device) if device is not None else group.device if out is None else out.device
+        extents = [size] if isinstance(size, int | torch.SymInt) else list(size)
+        source = group.prev_in_group if src is None else src
+        return into(out, cls.operator(group, extents, dtype, source, place, cls.token(group)))
+
+    @classmethod
+    def kernel(
+        cls, group: Group, size: Sequence[int], dtype: torch.dtype, src: int, device: torch.device, token: torch.Tensor
+    ) -> torch.Tensor:
+        return recv(group, list(size), dtype, src, device, None, None)
+
+    @classmethod
+    def fake(cls, place: Place, size: Sequence[int], dtype: torch.dtype, src: int, device: torch.device) -> torch.Tensor:
+        checks.peer(place, src, "src")
+        return torch.empty(tuple(size), dtype=dtype, device=device)
+
+
+# Blocking.
+
+
+def send(group: Group, x: torch.Tensor, dst: int | None, timeout: Timeout) -> None:
+    """`GroupCoordinator.send`."""
+    if is_dynamo_compiling():
+        refuse_timeout(timeout)
+        Transmit.traced(group, x, dst)
+        return
+    native = group._state.native_messages
+    if native is not None and native.send(group, x, group.next_in_group if dst is None else dst, timeout):
+        return
+    if is_watched(x):
+        refuse_timeout(timeout)
+        Transmit.traced(group, x, dst)
+        return
+    deadline = begin_message(group, "send", timeout)
     try:
-        entries, tensors = split_dict(tensor_dict)
-    except TypeError as error:
-        raise TypeError(f"{call.where}: {error}. Nothing was sent.") from None
+        checks.tensor(group, x, gradient="send")
+        peer = checks.peer(group, group.next_in_group if dst is None else dst, "dst", other=True)
+    except BadArgument as error:
+        raise explain(error, group, "send", group._state.sequence) from None
+    exchange(group, "send", [x], peer, True, deadline, limited=timeout is not None)
+
+
+def recv(
+    group: Group,
+    size: Sequence[int] | int,
+    dtype: torch.dtype,
+    src: int | None,
+    device: torch.device | str | None,
+    out: torch.Tensor | None,
+    timeout: Timeout,
+) -> torch.Tensor:
+    """`GroupCoordinator.recv`."""
+    if is_dynamo_compiling():
+        refuse_timeout(timeout)
+        return Receive.traced(group, size, dtype, src, device, out)
+    native = group._state.native_messages
+    if native is not None and device is None:
+        received: torch.Tensor | None = native.recv(group, size, dtype, group.prev_in_group if src is None else src, out, timeout)
+        if received is not None:
+            return received
+    if is_watched(out):
+        refuse_timeout(timeout)
+        return Receive.traced(group, size, dtype, src, device, out)
+    deadline = begin_message(group, "recv", timeout)
     try:
-        return entries, [call.tensor(tensor) for tensor in tensors]
-    except UnsupportedTensorError:
-        # Once more, with names, which most dicts do without.
-        paths = (".".join(map(str, path)) for path, what in entries if what[0] == "t")
-        return entries, [call.tensor(tensor, f"the tensor {path!r}") for path, tensor in zip(paths, tensors, strict=True)]
+        result, peer = _result(group, size, dtype, src, device, out)
+    except BadArgument as error:
+        raise explain(error, group, "recv", group._state.sequence) from None
+    exchange(group, "recv", [result], peer, False, deadline, limited=timeout is not None)
+    return result
 
 
-def _fits(entries: Sequence[Entry], carried: Mapping[int, torch.Tensor], sliced: Sequence[bool], plan: Plan) -> bool:
-    """Whether the sender has sliced what is going to be gathered here, and nothing else."""
-    whole = [math.prod(what[2]) for _, what in entries if what[0] == "t"]
-    return all(x.numel() == whole[i] // (plan.world_size if sliced[i] else 1) for i, x in carried.items())
+def begin_message(group: Group, operation: str, timeout: Timeout) -> Deadline:
+    """Return the deadline of a call on a group that is open."""
+    group._state.ensure_open(group.name)
+    return deadline_of(group, operation, timeout)
 
 
-def _sliced(
-    call: Call, entries: Sequence[Entry], group: GroupCoordinator | None, override: Mapping[str, bool] | None
-) -> tuple[Plan, list[bool]]:
-    plan = Plan() if group is None else Plan(group.world_size, group.rank_in_group, dict(override or {}))
+def _result(
+    group: Group, size: Any, dtype: torch.dtype, src: int | None, device: torch.device | str | None, out: torch.Tensor | None
+) -> tuple[torch.Tensor, int]:
+    """Return the tensor that is to be filled, and from whom."""
+    peer = checks.peer(group, group.prev_in_group if src is None else src, "src", other=True)
+    if device is None:
+        device = group.device if out is None else checks.tensor(group, out, "out").device
+    shape, like = checks.shape(size), checks.like(group, dtype, device)
+    if out is None:
+        return torch.empty(shape, dtype=like.dtype, device=like.device), peer
+    return checks.out(group, out, shape, like), peer
+
+
+def exchange(
+    group: Group, operation: str, tensors: Sequence[torch.Tensor], peer: int, outgoing: bool, deadline: Deadline, *, limited: bool = True
+) -> None:
+    """Send or receive tensors, all at once, after everything that was begun before with that peer.
+
+    Args:
+        group: on which.
+        operation: that is made.
+        tensors: sent or filled.
+        peer: rank in the group.
+        outgoing: whether they are sent.
+        deadline: of all.
+        limited: whether the user gave it a deadline of its own.
+    """
+    if not tensors:
+        return
+    state, key = group._state, (peer, outgoing)
+    wait_pending(group, key, operation, deadline)
+    state.ensure_open(group.name)
+    state.pending.follow(key)
+    by_strategy: dict[Communicator, list[tuple[torch.Tensor, int]]] = {}
+    for x in tensors:
+        strategy = state.strategies.route("send" if outgoing else "recv", x.shape, x.dtype, x.device)
+        by_strategy.setdefault(strategy, []).append((x, peer))
+    for strategy, pairs in by_strategy.items():
+        text = " ".join([message_text(x.dtype, x.numel()) for x, _ in pairs])
+        tag = make_tag(MESSAGE, state.count((MESSAGE, peer, outgoing)), text)
+        left = deadline if limited or not strategy.stream_ordered else Deadline.after(state.timeouts.device)
+        act = partial(strategy.exchange, pairs if outgoing else [], [] if outgoing else pairs, tag=tag, deadline=left)
+        perform(group, operation, state.sequence, f"{'send' if outgoing else 'recv'}({text}, {peer})", left, act)
+
+
+# Waited for later.
+
+
+def isend(group: Group, x: torch.Tensor, dst: int | None, timeout: Timeout) -> Work[None]:
+    """`GroupCoordinator.isend`."""
+    deadline = begin_message(group, "isend", timeout)
     try:
-        return plan, plan.sliced(entries)
-    except ValueError as error:
-        raise ValueError(f"{call.where}: {error}") from None
+        checks.tensor(group, x, gradient="isend")
+        peer = checks.peer(group, group.next_in_group if dst is None else dst, "dst", other=True)
+    except BadArgument as error:
+        raise explain(error, group, "isend", group._state.sequence) from None
+    return _under_way(group, "isend", {(peer, True): [x]}, deadline.seconds, timeout is not None, None)
+
+
+def irecv(
+    group: Group,
+    size: Sequence[int] | int,
+    dtype: torch.dtype,
+    src: int | None,
+    device: torch.device | str | None,
+    out: torch.Tensor | None,
+    timeout: Timeout,
+) -> Work[torch.Tensor]:
+    """`GroupCoordinator.irecv`."""
+    deadline = begin_message(group, "irecv", timeout)
+    try:
+        result, peer = _result(group, size, dtype, src, device, out)
+    except BadArgument as error:
+        raise explain(error, group, "irecv", group._state.sequence) from None
+    return _under_way(group, "irecv", {(peer, False): [result]}, deadline.seconds, timeout is not None, result)
+
+
+def batch(group: Group, messages: Sequence[Send | Recv], timeout: Timeout) -> Work[list[torch.Tensor | None]]:
+    """`GroupCoordinator.batch`."""
+    deadline = begin_message(group, "batch", timeout)
+    lanes: dict[MessageKey, list[torch.Tensor]] = {}
+    filled: list[torch.Tensor | None] = []
+    try:
+        for i, message in enumerate(checks.several(messages, "messages")):
+            what = f"messages[{i}]"
+            if isinstance(message, Send):
+                x = checks.tensor(group, message.x, f"{what}.x", gradient="batch")
+                peer = checks.peer(group, group.next_in_group if message.dst is None else message.dst, f"{what}.dst", other=True)
+            elif isinstance(message, Recv):
+                x = checks.fillable(checks.tensor(group, message.out, f"{what}.out", gradient="batch"), f"{what}.out")
+                peer = checks.peer(group, group.prev_in_group if message.src is None else message.src, f"{what}.src", other=True)
+            else:
+                raise BadArgument(f"{what} is a {type(message).__name__}, a commgraph.Send or a commgraph.Recv is needed", unsupported=True)
+            lanes.setdefault((peer, isinstance(message, Send)), []).append(x)
+            filled.append(x if isinstance(message, Recv) else None)
+    except BadArgument as error:
+        raise explain(error, group, "batch", group._state.sequence) from None
+    for out in filled:
+        if out is not None:
+            checks.announce_filling(out)
+    return _under_way(group, "batch", lanes, deadline.seconds, timeout is not None, filled)
+
+
+def _under_way(
+    group: Group, operation: str, lanes: Mapping[MessageKey, Sequence[torch.Tensor]], seconds: float, limited: bool, result: T
+) -> Work[T]:
+    """Begin messages by (peer, whether they go there), each with its own number; the deadline counts from when its turn comes."""
+    state = group._state
+    call = Call(group.name, operation, state.members, state.sequence)
+    jobs, tasks = [], []
+    enqueued = {key: [x for x in tensors if _is_stream_ordered(group, key, x)] for key, tensors in lanes.items()}
+    if any(enqueued.values()):
+        task, job = _enqueue(group, operation, enqueued, seconds, limited)
+        tasks.append(task)
+        jobs.append(job)
+    for key, tensors in lanes.items():
+        rest = [x for x in tensors if not any(x is other for other in enqueued[key])]
+        peer, outgoing = key
+        while rest and outgoing and _offer(group, operation, rest[0], peer, seconds):
+            rest.pop(0)
+        if rest:
+            run = partial(_one_by_one, group, operation, rest, peer, outgoing, seconds, limited)
+            on_device = any(state.streams(x.device) is not None for x in rest)
+            jobs.append(submit(group, key, run, rest, tasks if on_device else None))
+    return Work(call, jobs, lambda _: joined(tasks, result), tasks)
+
+
+def _is_stream_ordered(group: Group, key: MessageKey, x: torch.Tensor) -> bool:
+    """Whether such a message holds up nobody, and need not go by way of a thread."""
+    state = group._state
+    if state.streams(x.device) is None:
+        return False
+    return state.strategies.route("send" if key[1] else "recv", x.shape, x.dtype, x.device).stream_ordered
+
+
+def _enqueue(
+    group: Group, operation: str, lanes: Mapping[MessageKey, Sequence[torch.Tensor]], seconds: float, limited: bool
+) -> tuple[StreamTask, Job]:
+    """Enqueue messages of a device as one exchange: one by one those of one communicator would wait for each other in the order given."""
+    state = group._state
+    assert state.side_streams is not None
+    deadline = Deadline.after(seconds)
+    for key, tensors in lanes.items():
+        if tensors:
+            wait_pending(group, key, operation, deadline)
+    by_strategy: dict[Communicator, tuple[list[tuple[torch.Tensor, int]], list[tuple[torch.Tensor, int]]]] = {}
+    for (peer, outgoing), tensors in lanes.items():
+        for x in tensors:
+            strategy = state.strategies.route("send" if outgoing else "recv", x.shape, x.dtype, x.device)
+            by_strategy.setdefault(strategy, ([], []))[0 if outgoing else 1].append((x.detach(), peer))
+
+    def run() -> None:
+        state.ensure_open(group.name)
+        for strategy, (sends, receives) in by_strategy.items():
+            going = [f"to {peer}: {message_text(x.dtype, x.numel())}" for x, peer in sends]
+            coming = [f"from {peer}: {message_text(x.dtype, x.numel())}" for x, peer in receives]
+            left = Deadline.after(seconds if limited else state.timeouts.device)
+            # Stream-ordered strategies match messages by call order and ignore the tag.
+            act = partial(strategy.exchange, sends, receives, tag=make_tag(MESSAGE, 0), deadline=left)
+            perform(group, operation, state.sequence, f"{operation}({'; '.join((*going, *coming))})", left, act)
+
+    lane = next(key for key, tensors in lanes.items() if tensors)
+    task = StreamTask(state.side_streams, lane, run, [x for tensors in lanes.values() for x in tensors])
+    job = Job(task, call_site())
+    job.run()
+    return task, job
+
+
+def _one_by_one(
+    group: Group, operation: str, tensors: Sequence[torch.Tensor], peer: int, outgoing: bool, seconds: float, limited: bool
+) -> None:
+    for x in tensors:
+        exchange(group, operation, [x], peer, outgoing, Deadline.after(seconds), limited=limited)
+
+
+def _offer(group: Group, operation: str, x: torch.Tensor, dst: int, seconds: float) -> bool:
+    """Send x here and now, if it need not wait for anything."""
+    state = group._state
+    fast = state.detects
+    if fast is None or fast.mailbox is None or not x.is_cpu or not state.pending.is_idle((dst, True)):
+        return False
+    if state.strategies.route("send", x.shape, x.dtype, x.device).fast is not fast:
+        return False
+    text = message_text(x.dtype, x.numel())
+    key = (MESSAGE, dst, True)
+    tag = make_tag(MESSAGE, state.count(key), text)
+    taken = False
+
+    def act() -> bool:
+        try:
+            return fast.offer(x.detach(), dst, tag=tag)
+        except BaseException as error:
+            translated = fast.translate(error)
+            raise error if translated is None else translated from None
+
+    try:
+        taken = perform(group, operation, state.sequence, f"send({text}, {dst})", Deadline.after(seconds), act)
+    finally:
+        if not taken:
+            state.uncount(key)
+    return taken
+
+
+_DTYPES: Final = MappingProxyType({kind: dtype for dtype, kind in KINDS.items()})
+
+
+def message_digest(kind: int, numel: int) -> int:
+    """Return the digest of a message's text, for the native module."""
+    return digest(message_text(_DTYPES[kind], numel))

@@ -1,203 +1,311 @@
-"""Python objects between the ranks of a group, as authenticated frames over the group's connections.
+"""Python objects between the ranks of a group: the interface, and the way over a network, as authenticated frames.
 
 A message is one block of `_BLOCK` bytes (its length, then as much of the frame as fits) and, for a longer frame, the rest of it: most
-objects travel in one message. A receive that runs out before its block arrived stays posted, and the next receive from
-that rank goes on waiting for it.
+objects travel in one message. A receive that runs out before its block arrived stays posted, and the next receive from that rank goes on
+waiting for it.
 """
 
 from __future__ import annotations
 
+import abc
 import itertools
 import struct
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from commgraph import wire
 from commgraph.communicators.gloo_transport import Background, GlooTransport
-from commgraph.communicators.signature import COLLECTIVE, OBJECT, OBJECT_REST, make_tag
-from commgraph.coordinator.call import Call, place
-from commgraph.coordinator.link import GroupLink
+from commgraph.communicators.tags import COLLECTIVE, OBJECT, OBJECT_REST, make_tag
+from commgraph.coordinator import checks
+from commgraph.coordinator.checks import BadArgument
+from commgraph.coordinator.failures import Call, call_site
+from commgraph.coordinator.operation import Group, begin, deadline_of, explain, perform, wait_pending
+from commgraph.coordinator.state import GroupState
 from commgraph.coordinator.tensor_dict import Entry
+from commgraph.deadline import LONGEST, Deadline, Timeout
 from commgraph.errors import CollectiveTimeoutError
 
-__all__ = ["ObjectPath", "nothing_yet", "refuse_object"]
+__all__ = ["NetworkObjects", "Objects", "checked_peer", "nothing_yet", "refuse_object"]
 
 _BLOCK = 4096
 _LENGTH = struct.Struct("<Q")
 _INLINE = _BLOCK - _LENGTH.size
-# Seconds; the caller's own deadlines are kept elsewhere.
-_FOR_EVER = 365 * 86400.0
 # A frame beyond this is not a message but a mistake (or an attack); nothing is allocated for it.
 _MAX_FRAME = 1 << 40
 
 
-class ObjectPath:
-    """Sends and receives objects for one link."""
+class Objects(abc.ABC):
+    """How the objects of one group travel, and what of a tensor dict goes with its description."""
 
-    def __init__(self, link: GroupLink) -> None:
-        self._link = link
+    @abc.abstractmethod
+    def send(self, group: Group, operation: str, obj: object, dst: Any, timeout: Timeout) -> None:
+        """Send `obj` to one rank."""
+
+    @abc.abstractmethod
+    def recv(self, group: Group, operation: str, src: Any, timeout: Timeout) -> Any:
+        """Return the next object from one rank."""
+
+    @abc.abstractmethod
+    def broadcast(self, group: Group, operation: str, obj: object, src: Any, timeout: Timeout) -> Any:
+        """Return the object of `src`, on every rank. On `src` it is `obj` itself."""
+
+    @abc.abstractmethod
+    def all_gather(self, group: Group, operation: str, obj: object, timeout: Timeout) -> list[Any]:
+        """Return every rank's object, in rank order."""
+
+    # Dicts that hold nothing but what the native module describes by itself.
+
+    def send_plain(self, group: Group, tree: object, dst: Any, timeout: Timeout) -> bool:
+        """Send such a dict; False, with nothing sent, where it is none."""
+        return False
+
+    def recv_plain(self, group: Group, src: Any, timeout: Timeout) -> dict[Any, Any] | None:
+        """Return the dict that came, if it is such a one; else None, and it is still to be received."""
+        return None
+
+    def broadcast_plain(self, group: Group, tree: object, src: Any, timeout: Timeout) -> bool:
+        """Do the part of `src` with such a dict; False, with nothing sent, where it is none or this rank is not `src`."""
+        return False
+
+    # Dicts, taken apart. `operation` is in every case that of the caller.
+
+    @abc.abstractmethod
+    def pack_dict(
+        self, group: Group, operation: str, entries: Sequence[Entry], tensors: Sequence[torch.Tensor], dst: int
+    ) -> tuple[frozenset[int], Callable[[Deadline], None]]:
+        """Return which tensors go with the description, and what sends both."""
+
+    @abc.abstractmethod
+    def recv_dict(self, group: Group, operation: str, src: int, deadline: Deadline) -> tuple[list[Entry], dict[int, torch.Tensor]]:
+        """Return the description, and the tensors that came with it as 1-D tensors, by their place among all."""
+
+    @abc.abstractmethod
+    def broadcast_dict(
+        self,
+        group: Group,
+        operation: str,
+        entries: Sequence[Entry] | None,
+        tensors: Sequence[torch.Tensor],
+        src: int,
+        timeout: Timeout,
+    ) -> tuple[list[Entry], Mapping[int, torch.Tensor]] | dict[Any, Any]:
+        """Broadcast a description and the tensors that go with it; `entries` and `tensors` are None and empty elsewhere than on `src`.
+
+        Return both; or the dict itself, where `src` sent it by `broadcast_plain`.
+        """
+
+    def join(self, timeout: float) -> None:  # noqa: B027 - only where threads are left behind
+        """Wait for the threads of receives that were left behind, after the group was closed."""
+
+
+class NetworkObjects(Objects):
+    """Objects of a group whose ranks do not share memory, and of a group of one rank."""
+
+    def __init__(self, state: GroupState) -> None:
+        self._state = state
         # Receives that a caller's deadline left behind, by tag and source.
         self._late: dict[tuple[int, int], tuple[Background, bytearray]] = {}
-        # The same for a comparison with the peers, by tag.
+        # The comparisons of broadcasts that a caller's deadline left behind, by tag.
         self._comparing: dict[int, Background] = {}
 
-    def send(self, call: Call, obj: object, dst: int, timeout: float) -> None:
-        """Sends `obj` to one rank."""
-        self._pack(call, obj, dst)(timeout)
+    def send(self, group: Group, operation: str, obj: object, dst: Any, timeout: Timeout) -> None:
+        deadline, dst = _begin_message(group, operation, dst, "dst", timeout)
+        self._pack(group, operation, obj, dst)(deadline)
 
-    def _pack(self, call: Call, obj: object, dst: int) -> Callable[[float], None]:
-        """Encodes and numbers a message to one rank; what is returned sends it."""
-        number = self._link.count(OBJECT, dst, outgoing=True)
+    def _pack(self, group: Group, operation: str, obj: object, dst: int) -> Callable[[Deadline], None]:
+        """Encode and number a message to one rank; what is returned sends it."""
+        state, key = self._state, (OBJECT, dst, True)
+        number = state.count(key)
         try:
-            frame = self._encode(call, obj, f"message {call.rank_in_group} {dst} {number}")
+            frame = self._encode(group, operation, obj, f"message {group.rank_in_group} {dst} {number}")
         except (TypeError, ValueError):
             # The receiver goes on waiting for this number: the next object takes it.
-            self._link.uncount(OBJECT, dst, outgoing=True)
+            state.uncount(key)
             raise
-        return lambda timeout: self._post(call, frame, [dst], make_tag(OBJECT, number), make_tag(OBJECT_REST, number), timeout)
+        tags = make_tag(OBJECT, number), make_tag(OBJECT_REST, number)
+        return lambda deadline: self._post(group, operation, frame, [dst], *tags, deadline)
 
-    def recv(self, call: Call, src: int, timeout: float) -> Any:
-        """The next object from one rank."""
-        number = self._link.count(OBJECT, src, outgoing=False)
-        frame = self._await(call, src, make_tag(OBJECT, number), make_tag(OBJECT_REST, number), timeout)
+    def recv(self, group: Group, operation: str, src: Any, timeout: Timeout) -> Any:
+        deadline, src = _begin_message(group, operation, src, "src", timeout)
+        return self._recv(group, operation, src, deadline)
+
+    def _recv(self, group: Group, operation: str, src: int, deadline: Deadline) -> Any:
+        state, key = self._state, (OBJECT, src, False)
+        number = state.count(key)
+        frame = self._await(group, operation, src, make_tag(OBJECT, number), make_tag(OBJECT_REST, number), deadline)
         if frame is None:
-            self._link.uncount(OBJECT, src, outgoing=False)
-            raise nothing_yet(self._link, call, src, timeout)
-        return self._decode(frame, f"message {src} {call.rank_in_group} {number}")
+            state.uncount(key)
+            raise nothing_yet(group, operation, state.sequence, src, deadline.seconds)
+        return self._decode(frame, f"message {src} {group.rank_in_group} {number}")
 
-    def broadcast(self, call: Call, obj: object, src: int, timeout: float) -> Any:
-        """`obj` of `src`, on every rank. On `src` the object itself."""
-        context = f"broadcast {src} {call.sequence}"
-        what = f"{call.operation}(src={src})"
-        tag = make_tag(COLLECTIVE, call.sequence, what)
-        rest = make_tag(OBJECT_REST, call.sequence, "broadcast")
-        if call.rank_in_group == src:
+    def broadcast(self, group: Group, operation: str, obj: object, src: Any, timeout: Timeout) -> Any:
+        state = self._state
+        sequence, deadline = begin(group, operation, timeout)
+        src = checked_peer(group, operation, src, "src", sequence)
+        if group.world_size == 1:
+            return obj
+        context = f"broadcast {src} {sequence}"
+        what = f"{operation}(src={src})"
+        tag = make_tag(COLLECTIVE, sequence, what)
+        rest = make_tag(OBJECT_REST, sequence, "broadcast")
+        if group.rank_in_group == src:
             try:
-                frame = self._encode(call, obj, context)
+                frame = self._encode(group, operation, obj, context)
             except (TypeError, ValueError):
                 # The others wait for this call's object: the next one is theirs.
-                self._link.uncount_collective()
+                state.uncount_collective()
                 raise
-            if self._link.check:
-                with self._link.guard(call, what, timeout):
-                    self._link.compare(call, what, timeout)
-            self._post(call, frame, [peer for peer in range(call.world_size) if peer != src], tag, rest, timeout)
+            if (comparison := state.comparison) is not None:
+                call = Call(group.name, operation, state.members, sequence)
+                perform(group, operation, sequence, what, deadline, lambda: comparison.compare(call, what, deadline))
+            others = [peer for peer in range(group.world_size) if peer != src]
+            self._post(group, operation, frame, others, tag, rest, deadline, sequence)
             return obj
-        started = time.monotonic()
         received = None
-        if not self._link.check or self._compared(call, what, tag, timeout):
-            received = self._await(call, src, tag, rest, max(timeout - (time.monotonic() - started), 0.001))
+        if state.comparison is None or self._compared(group, operation, sequence, what, tag, deadline):
+            received = self._await(group, operation, src, tag, rest, deadline, sequence)
         if received is None:
-            self._link.uncount_collective()
-            raise nothing_yet(self._link, call, src, timeout)
+            state.uncount_collective()
+            raise nothing_yet(group, operation, sequence, src, deadline.seconds)
         self._comparing.pop(tag, None)
         return self._decode(received, context)
 
-    def _compared(self, call: Call, what: str, tag: int, timeout: float) -> bool:
-        """Compares this call with those of the peers, once; False if not all of them came in time, so that the next call goes on."""
-        with self._link.guard(call, what, timeout):
+    def _compared(self, group: Group, operation: str, sequence: int, what: str, tag: int, deadline: Deadline) -> bool:
+        """Compare this call with those of the peers, once; False if not all of them came in time, so that the next call goes on."""
+        comparison, call = self._state.comparison, Call(group.name, operation, self._state.members, sequence)
+        assert comparison is not None
+
+        def act() -> bool:
             if tag not in self._comparing:
-                at = place()
-                self._comparing[tag] = Background(lambda: self._link.compare(call, what, _FOR_EVER, at=at))
-            return self._comparing[tag].wait(timeout)
+                at = call_site()
+                # The caller's own deadline is kept here, and not in the background.
+                self._comparing[tag] = Background(lambda: comparison.compare(call, what, Deadline.after(LONGEST), at=at))
+            return self._comparing[tag].wait(deadline.left())
 
-    def all_gather(self, call: Call, obj: object, timeout: float) -> list[Any]:
-        """Every rank's object, in rank order."""
-        deadline = time.monotonic() + timeout
-        me, n = call.rank_in_group, call.world_size
-        frame = self._encode(call, obj, f"gather {me} {call.sequence}")
-        link = self._link
-        route = link.route("all_gather", (n, 1), torch.uint8, torch.device("cpu"))
+        return perform(group, operation, sequence, what, deadline, act)
 
-        def gather(tag: int, seconds: float) -> list[memoryview]:
+    def all_gather(self, group: Group, operation: str, obj: object, timeout: Timeout) -> list[Any]:
+        state, n, me = self._state, group.world_size, group.rank_in_group
+        sequence, deadline = begin(group, operation, timeout)
+        if n == 1:
+            return [obj]
+        frame = self._encode(group, operation, obj, f"gather {me} {sequence}")
+        route = state.strategies.route("all_gather", (n, 1), torch.uint8, torch.device("cpu"))
+        what = f"{operation}()"
+        tag, rest = make_tag(COLLECTIVE, sequence, what), make_tag(OBJECT_REST, sequence, "gather")
+
+        def act() -> list[memoryview]:
+            if state.comparison is not None:
+                state.comparison.compare(Call(group.name, operation, state.members, sequence), what, deadline)
             lengths = torch.empty(n, dtype=torch.int64)
-            route.all_gather(torch.tensor([len(frame)]), 0, [1] * n, lengths, tag=tag, timeout=seconds)
+            route.all_gather(torch.tensor([len(frame)]), 0, [1] * n, lengths, tag=tag, deadline=deadline)
             sizes = [int(length) for length in lengths]
             memory, out = _buffer(sum(sizes))
-            rest = make_tag(OBJECT_REST, call.sequence, "gather")
-            route.all_gather(_tensor(frame), 0, sizes, out, tag=rest, timeout=max(deadline - time.monotonic(), 0.001))
+            route.all_gather(_tensor(frame), 0, sizes, out, tag=rest, deadline=deadline)
             ends = list(itertools.accumulate(sizes, initial=0))
-            return [memoryview(memory)[begin:end] for begin, end in itertools.pairwise(ends)]
+            return [memoryview(memory)[start:end] for start, end in itertools.pairwise(ends)]
 
-        frames = link.run(call, "", timeout, gather)
-        return [obj if i == me else self._decode(frame, f"gather {i} {call.sequence}") for i, frame in enumerate(frames)]
+        frames = perform(group, operation, sequence, what, deadline, act)
+        return [obj if i == me else self._decode(frame, f"gather {i} {sequence}") for i, frame in enumerate(frames)]
 
-    # Dicts, taken apart: here only the description is an object, and the tensors go as tensors.
+    # Dicts: only the description is an object here, and the tensors go as tensors.
 
     def pack_dict(
-        self, call: Call, entries: Sequence[Entry], tensors: Sequence[torch.Tensor], dst: int
-    ) -> tuple[frozenset[int], Callable[[float], None]]:
-        """Which tensors go with the description, and what sends both."""
-        return frozenset(), self._pack(call, list(entries), dst)
+        self, group: Group, operation: str, entries: Sequence[Entry], tensors: Sequence[torch.Tensor], dst: int
+    ) -> tuple[frozenset[int], Callable[[Deadline], None]]:
+        return frozenset(), self._pack(group, operation, list(entries), dst)
 
-    def recv_dict(self, call: Call, src: int, timeout: float) -> tuple[list[Entry], dict[int, torch.Tensor]]:
-        """The description, and the tensors that came with it."""
-        return self.recv(call, src, timeout), {}
+    def recv_dict(self, group: Group, operation: str, src: int, deadline: Deadline) -> tuple[list[Entry], dict[int, torch.Tensor]]:
+        return self._recv(group, operation, src, deadline), {}
 
     def broadcast_dict(
-        self, call: Call, entries: Sequence[Entry] | None, tensors: Sequence[torch.Tensor], src: int, timeout: float
-    ) -> tuple[list[Entry], dict[int, torch.Tensor]]:
-        """The same from one rank to all."""
-        return self.broadcast(call, None if entries is None else list(entries), src, timeout), {}
+        self,
+        group: Group,
+        operation: str,
+        entries: Sequence[Entry] | None,
+        tensors: Sequence[torch.Tensor],
+        src: int,
+        timeout: Timeout,
+    ) -> tuple[list[Entry], Mapping[int, torch.Tensor]]:
+        return self.broadcast(group, operation, None if entries is None else list(entries), src, timeout), {}
 
-    def _encode(self, call: Call, obj: object, context: str) -> bytes:
+    def _encode(self, group: Group, operation: str, obj: object, context: str) -> bytes:
+        network = self._state.network
+        assert network is not None
         try:
-            return wire.encode(obj, key=self._link.key, context=f"{self._link.ident} {context}".encode())
+            return wire.encode(obj, key=network.key, context=f"{self._state.members.ident} {context}".encode())
         except ValueError as error:
-            raise call.wrong(str(error)) from error
+            raise explain(BadArgument(str(error)), group, operation, self._state.sequence) from error
         except Exception as error:
-            raise refuse_object(call, obj, error) from error
+            raise refuse_object(group, operation, obj, error) from error
 
     def _decode(self, frame: memoryview, context: str) -> Any:
-        return wire.decode(frame, key=self._link.key, context=f"{self._link.ident} {context}".encode())
+        network = self._state.network
+        assert network is not None
+        return wire.decode(frame, key=network.key, context=f"{self._state.members.ident} {context}".encode())
 
-    def _post(self, call: Call, frame: bytes, peers: Sequence[int], tag: int, rest: int, timeout: float) -> None:
+    def _post(
+        self,
+        group: Group,
+        operation: str,
+        frame: bytes,
+        peers: Sequence[int],
+        tag: int,
+        rest: int,
+        deadline: Deadline,
+        sequence: int | None = None,
+    ) -> None:
         block = torch.zeros(_BLOCK, dtype=torch.uint8)
         head = _LENGTH.pack(len(frame)) + frame[:_INLINE]
         block[: len(head)] = _tensor(head)
-        deadline = time.monotonic() + timeout
-        with self._link.guard(call, f"{call.operation}(...)", timeout):
+
+        def act() -> None:
             transport = self._transport()
-            transport.exchange([(block, peer) for peer in peers], [], tag=tag, timeout=timeout)
+            transport.exchange([(block, peer) for peer in peers], [], tag=tag, deadline=deadline)
             if len(frame) > _INLINE:
                 tail = _tensor(frame[_INLINE:])
-                transport.exchange([(tail, peer) for peer in peers], [], tag=rest, timeout=max(deadline - time.monotonic(), 0.001))
+                transport.exchange([(tail, peer) for peer in peers], [], tag=rest, deadline=deadline)
 
-    def _await(self, call: Call, src: int, tag: int, rest: int, timeout: float) -> memoryview | None:
-        """The next frame from `src`, None if none began to arrive in time."""
-        deadline = time.monotonic() + timeout
-        with self._link.guard(call, f"{call.operation}(...)", timeout):
+        perform(group, operation, self._state.sequence if sequence is None else sequence, f"{operation}(...)", deadline, act)
+
+    def _await(
+        self, group: Group, operation: str, src: int, tag: int, rest: int, deadline: Deadline, sequence: int | None = None
+    ) -> memoryview | None:
+        """Return the next frame from `src`, None if none began to arrive in time."""
+
+        def act() -> memoryview | None:
             transport = self._transport()
             waiting = self._late.pop((tag, src), None)
             if waiting is None:
-                block, landing = _buffer(_BLOCK)
-                waiting = (transport.receive_later(landing, src, tag=tag), block)
+                block, staging = _buffer(_BLOCK)
+                waiting = (transport.receive_later(staging, src, tag=tag), block)
             late, block = waiting
-            if not late.wait(timeout):
+            if not late.wait(deadline.left()):
                 self._late[tag, src] = waiting
                 return None
             (length,) = _LENGTH.unpack_from(block)
             if length <= _INLINE:
                 return memoryview(block)[_LENGTH.size : _LENGTH.size + length]
             if length > _MAX_FRAME:
-                raise wire.WireError(f"{call.where}: rank {src} in the group announced an object of {length} bytes")
-            whole, landing = _buffer(length)
+                where = Call(group.name, operation, self._state.members, self._state.sequence).where
+                raise wire.WireError(f"{where}: rank {src} in the group announced an object of {length} bytes")
+            whole, staging = _buffer(length)
             whole[:_INLINE] = memoryview(block)[_LENGTH.size :]
             # The sender is at it: from here on a pause is a failure of the group, and not only of this receive.
-            left = max(deadline - time.monotonic(), self._link.host_timeout)
-            transport.exchange([], [(landing[_INLINE:], src)], tag=rest, timeout=left)
+            left = deadline.at_least(self._state.timeouts.host)
+            transport.exchange([], [(staging[_INLINE:], src)], tag=rest, deadline=left)
             return memoryview(whole)
 
+        return perform(group, operation, self._state.sequence if sequence is None else sequence, f"{operation}(...)", deadline, act)
+
     def _transport(self) -> GlooTransport:
-        transport = self._link.transport
-        assert transport is not None
-        return transport
+        network = self._state.network
+        assert network is not None
+        return network.transport
 
     def join(self, timeout: float) -> None:
-        """Waits for the threads of receives that were left behind, after the connections were closed."""
         for late, _ in self._late.values():
             late.join(timeout)
         for comparing in self._comparing.values():
@@ -206,18 +314,36 @@ class ObjectPath:
         self._comparing.clear()
 
 
-def refuse_object(call: Call, obj: object, error: Exception) -> TypeError:
-    """The error for an object that could not be pickled."""
+def _begin_message(group: Group, operation: str, peer: Any, name: str, timeout: Timeout) -> tuple[Deadline, int]:
+    state = group._state
+    state.ensure_open(group.name)
+    deadline = deadline_of(group, operation, timeout)
+    found = checked_peer(group, operation, peer, name, state.sequence, other=True)
+    wait_pending(group, (found, name == "dst"), operation, deadline)
+    return deadline, found
+
+
+def checked_peer(group: Group, operation: str, value: Any, name: str, sequence: int, *, other: bool = False) -> int:
+    """Return `value`, if it is a rank in the group; `other`: not the caller itself."""
+    try:
+        return checks.peer(group, value, name, other=other)
+    except BadArgument as error:
+        raise explain(error, group, operation, sequence) from None
+
+
+def refuse_object(group: Group, operation: str, obj: object, error: Exception) -> TypeError:
+    """Return the error for an object that could not be pickled."""
     # pickle raises AttributeError for a local function, PicklingError for others, and whatever an object's own __reduce__ raises.
     # TypeErrors are our own, of what is no plain data, or pickle's of what never can be: they say it all.
     what = f"{error}" if isinstance(error, TypeError) else f"cannot pickle a {type(obj).__name__}: {type(error).__name__}: {error}"
-    return TypeError(f"{call.where}: {what}. Nothing was sent.")
+    return TypeError(f"{Call(group.name, operation, group._state.members, group._state.sequence).where}: {what}. Nothing was sent.")
 
 
-def nothing_yet(link: GroupLink, call: Call, src: int, timeout: float) -> CollectiveTimeoutError:
-    """The error of a receive whose deadline passed before its object came."""
+def nothing_yet(group: Group, operation: str, sequence: int, src: int, seconds: float) -> CollectiveTimeoutError:
+    """Return the error of a receive whose deadline passed before its object came."""
+    call = Call(group.name, operation, group._state.members, sequence)
     return CollectiveTimeoutError(
-        f"{call.where}: nothing came from rank {link.ranks[src]} ({src} in the group) within {timeout:g} s. The group is "
+        f"{call.where}: nothing came from rank {group.ranks[src]} ({src} in the group) within {seconds:g} s. The group is "
         "unharmed: call again to go on waiting for the same object",
         **call.facts,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import torch
 
-__all__ = ["Entry", "Plan", "join_dict", "landings", "split_dict"]
+__all__ = ["Entry", "Plan", "join_dict", "places", "split_dict"]
 
 # An entry of the description: path of keys, then ("o", value), ("d",) for an empty dict, or ("t", dtype, shape, on the host?).
 Entry = tuple[tuple[Any, ...], tuple[Any, ...]]
@@ -58,8 +58,8 @@ def join_dict(entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> dict
     return tree
 
 
-def landings(entries: Sequence[Entry], device: torch.device, carried: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
-    """A tensor for each one of the description: the one that came with it, else one to fill, on the host if it was there, else on `device`.
+def places(entries: Sequence[Entry], device: torch.device, carried: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
+    """Return a tensor for each one of the description: the one that came with it, else one to fill, on the host or on `device` as it was.
 
     Args:
         entries: the description.

@@ -12,8 +12,8 @@ import attrs
 
 from commgraph.errors import LayoutError
 from commgraph.layout.checks import equation, size_of, unknown, whole
-from commgraph.layout.patterns import Pattern, strided
-from commgraph.layout.specs import GroupSpec, Split, UnknownSizeError, digits_of, resolve
+from commgraph.layout.patterns import Pattern, part, strided
+from commgraph.layout.specs import Grid, GroupSpec, Split, UnknownSizeError, digits_of, resolve
 
 __all__ = ["Layout"]
 
@@ -28,9 +28,9 @@ class Layout:
     that never talk to each other. Three groups are derived: ``world`` is everyone; ``ep`` joins dp x pcp x tp of one stage of one
     replica; ``dcp`` cuts the pcp x tp ranks of one stage, pcp fastest, into runs.
 
-    Layouts are frozen, hashable and equal where world size, axes and groups (with their order) are equal, however they were written.
-    Groups are rules, not tables: a layout of a million ranks costs what one of eight does, and `ranks` costs what the group it returns
-    does.
+    Layouts are frozen, hashable and equal where world size, axes, first rank and groups (with their order) are equal, however they were
+    written; chosen positions and rank lists that follow no regular pattern are compared as they were written. Groups are rules, not
+    tables: a layout of a million ranks costs what one of eight does, and `ranks` costs what the group it returns does.
 
     Args:
         world_size: number of ranks.
@@ -40,7 +40,11 @@ class Layout:
         tp: ranks that share each layer (tensor parallel).
         dcp: ranks that share the KV cache of a decode step. With pcp=1 it divides tp; otherwise it is 1, pcp or tp*pcp.
         groups: groups of your own by name: an axis, a tuple of axes in group order (slowest first), a `Split`, `Positions`, a `Grid`, or
-            explicit rank lists.
+            explicit rank lists, which may leave ranks out: each of those is alone.
+
+    Attributes:
+        world_size: number of ranks.
+        first_rank: the rank at position 0 of every axis; 0 unless `from_axes` was given another.
 
     Raises:
         LayoutError: says everything that does not fit, with its numbers.
@@ -54,6 +58,7 @@ class Layout:
     world_size: int
     _axes: tuple[tuple[str, int], ...]
     _groups: tuple[tuple[str, Pattern], ...]
+    first_rank: int
 
     def __init__(
         self,
@@ -81,18 +86,31 @@ class Layout:
             problems.append(wrong)
         axes = {"replica": replica, **sizes}
         derived: dict[str, GroupSpec] = {"dcp": Split(("tp", "pcp"), 1 if wrong or run is None else run), "ep": ("dp", "pcp", "tp")}
-        self._build(world, axes, derived, groups, problems)
+        self._build(world, axes, derived, groups, 0, world, problems)
 
     @classmethod
-    def from_axes(cls, world_size: int, axes: Mapping[str, int], groups: Mapping[str, GroupSpec] | None = None) -> Layout:
-        """A layout over axes of your own.
+    def from_axes(
+        cls,
+        world_size: int,
+        axes: Mapping[str, int],
+        groups: Mapping[str, GroupSpec] | None = None,
+        *,
+        first_rank: int | None = None,
+    ) -> Layout:
+        """A layout over axes of your own, for the whole world or a part of it.
 
         Megatron-Core's order string ``"tp-cp-ep-dp-pp"`` names the fastest axis first: give the axes in reverse.
 
+        With `first_rank` the axes cover the ranks ``first_rank .. first_rank + product - 1``, where the product is that of the axis sizes.
+        A rank outside is alone in the groups of every axis, and of `groups` (rank lists excepted, which name any global rank); ``world``
+        is everyone. No axis is derived from the ranks that are left: two replicas of ``{"tp": 2}`` are ``{"replica": 2, "tp": 2}``.
+
         Args:
             world_size: number of ranks.
-            axes: names and sizes, outermost first; the sizes multiply to `world_size`.
+            axes: names and sizes, outermost first. The sizes multiply to `world_size`, or with `first_rank` to the ranks of the part.
             groups: further groups by name, as for `Layout`.
+            first_rank: the global rank at position 0 of every axis, for a layout over a part of the world. None: the axes cover the world,
+                and sizes that do not are an error.
 
         Returns:
             A layout whose names are ``world``, the axes, and those of `groups`. Nothing is derived.
@@ -103,6 +121,13 @@ class Layout:
         Example:
             >>> Layout.from_axes(8, {"pp": 2, "attn_dp": 2, "attn_tp": 2}).groups("attn_dp")
             ((0, 2), (1, 3), (4, 6), (5, 7))
+
+            A trainer on the ranks 0 to 3 and a generator on the ranks 4 to 7:
+
+            >>> trainer = Layout.from_axes(8, {"fsdp": 4}, first_rank=0)
+            >>> generator = Layout.from_axes(8, {"dp": 2, "tp": 2}, first_rank=4)
+            >>> generator.ranks("tp", 7), generator.ranks("tp", 0), trainer.ranks("fsdp", 0)
+            ((6, 7), (0,), (0, 1, 2, 3))
         """
         if not isinstance(axes, Mapping):
             raise LayoutError(f"axes map names to sizes, outermost first, e.g. {{'pp': 2, 'tp': 4}}, not {axes!r}")
@@ -112,12 +137,28 @@ class Layout:
         known = [(name, size) for name, size in sizes.items() if size is not None]
         if not axes:
             problems.append("there are no axes")
-        elif world is not None and len(known) == len(sizes) and math.prod(size for _, size in known) != world:
-            problems.append(f"{equation(known)} is not world_size={world}")
+        product = math.prod(size for _, size in known) if axes and len(known) == len(sizes) else None
+        first, covered = 0, world
+        if first_rank is not None:
+            covered = product
+            if (number := whole(first_rank)) is None:
+                problems.append(f"first_rank={first_rank!r} is not a whole number")
+            elif number < 0:
+                problems.append(f"first_rank={number} is less than 0")
+            elif world is not None and product is not None and number + product > world:
+                last = number + product - 1
+                problems.append(f"{equation(known)} ranks from first_rank={number} on end at rank {last}, and world_size={world}")
+            else:
+                first = number
+        elif world is not None and product is not None and product != world:
+            hint = " (a layout over a part of the world takes first_rank)" if product < world else ""
+            problems.append(f"{equation(known)} is not world_size={world}{hint}")
         if "world" in sizes and len(sizes) > 1:
             problems.append("'world' is the group of all ranks: it can be the only axis, but not one of several")
+        elif "world" in sizes and first_rank is not None and covered != world:
+            problems.append("'world' is the group of all ranks: an axis over a part of them needs another name")
         layout = cls.__new__(cls)
-        layout._build(world, sizes, {}, groups, problems)
+        layout._build(world, sizes, {}, groups, first, covered, problems)
         return layout
 
     @classmethod
@@ -126,14 +167,19 @@ class Layout:
 
         Args:
             world_size: number of ranks.
-            groups: for each name the lists of ranks; each rank stands in exactly one list of a name. The order within a list is the
-                group order.
+            groups: for each name the lists of ranks; a rank stands in at most one list of a name. The order within a list is the group
+                order. A rank in no list is alone in a group of one, and costs nothing.
 
         Returns:
             A layout with the single axis ``world``, in which a rank's position is its number.
 
         Raises:
-            LayoutError: for every name, the ranks that are missing, repeated or out of range.
+            LayoutError: for every name, the lists that are empty and the ranks that are repeated or out of range.
+
+        Example:
+            >>> layout = Layout.from_groups(6, {"encoder": [[4, 1]]})
+            >>> layout.ranks("encoder", 1), layout.groups("encoder")
+            ((4, 1), ((0,), (2,), (3,), (4, 1), (5,)))
         """
         return cls.from_axes(world_size, {"world": world_size}, groups)
 
@@ -143,9 +189,14 @@ class Layout:
         axes: Mapping[str, int | None],
         derived: Mapping[str, GroupSpec],
         groups: object,
+        first_rank: int,
+        covered: int | None,
         problems: list[str],
     ) -> None:
-        """Fills the fields from checked sizes (None: wrong, and said so in `problems`), or raises all there is to say."""
+        """Fills the fields from checked sizes (None: wrong, and said so in `problems`), or raises all there is to say.
+
+        The axes cover `covered` ranks from `first_rank` on.
+        """
         own_specs = {} if groups is None else groups
         if not isinstance(own_specs, Mapping):
             problems.append(f"groups map names to axes, Split, Positions, Grid or rank lists, not {groups!r}")
@@ -155,8 +206,10 @@ class Layout:
         for name, spec in (*derived.items(), *own_specs.items()):
             if world is None:
                 break
+            if covered is None and isinstance(spec, Grid):
+                continue  # its axes multiply to what the layout's own do, and one of those is wrong
             try:
-                patterns.append((name, resolve(spec, world, axes)))
+                patterns.append((name, resolve(spec, world, axes, first_rank, world if covered is None else covered)))
             except UnknownSizeError:
                 continue
             except LayoutError as error:
@@ -166,20 +219,24 @@ class Layout:
                 problems.append(wrong)
             elif name in taken:
                 problems.append(f"group {name!r}: this name is taken; the layout has {', '.join(map(str, taken))}")
-        if problems or world is None:
+        if problems or world is None or covered is None:
             raise LayoutError("; ".join(problems))
-        digits = digits_of(axes)
-        own = {"world": (world, 1)} | {name: digit for name, digit in digits.items() if digit is not None}
+        digits = {name: digit for name, digit in digits_of(axes).items() if digit is not None}
+        own: dict[str, Pattern] = {"world": strided(world, [(world, 1)])}
+        own |= {name: part(world, first_rank, strided(covered, [digit])) for name, digit in digits.items()}
         self.__attrs_init__(
-            world,
-            tuple((name, size) for name, size in axes.items() if size is not None),
-            (*((name, strided(world, [digit])) for name, digit in own.items()), *patterns),
+            world, tuple((name, size) for name, size in axes.items() if size is not None), (*own.items(), *patterns), first_rank
         )
 
     @property
     def axes(self) -> Mapping[str, int]:
         """Axis names and sizes, outermost first. Read-only."""
         return MappingProxyType(dict(self._axes))
+
+    @property
+    def grid_ranks(self) -> range:
+        """The global ranks that the axes cover: all of the world unless the layout is over a part of it."""
+        return range(self.first_rank, self.first_rank + math.prod(size for _, size in self._axes))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -190,7 +247,7 @@ class Layout:
     def digest(self) -> str:
         """SHA-256 over the content, in hex: equal for equal layouts, in every process and every run."""
         groups = [(name, pattern.content()) for name, pattern in self._groups]
-        text = json.dumps(["commgraph layout 1", self.world_size, self._axes, groups], separators=(",", ":"))
+        text = json.dumps(["commgraph layout 2", self.world_size, self._axes, groups, self.first_rank], separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def pattern(self, name: str) -> Pattern:
@@ -217,7 +274,8 @@ class Layout:
             name: a group name.
 
         Returns:
-            The number of ranks; where groups of this name differ (chosen positions, uneven rank lists), that of the largest.
+            The number of ranks; where groups of this name differ (chosen positions, uneven rank lists, a layout over a part of the
+            world), that of the largest.
 
         Raises:
             LayoutError: the layout has no such group.
@@ -264,9 +322,13 @@ class Layout:
             Axis name to position, outermost axis first.
 
         Raises:
-            LayoutError: the layout has no such rank.
+            LayoutError: the layout has no such rank, or the rank is outside the part of the world that the axes cover (`grid_ranks`).
         """
-        rest, position = self._checked(rank), dict[str, int]()
+        number, covered = self._checked(rank), self.grid_ranks
+        if number not in covered:
+            ranks = f"{covered[0]}..{covered[-1]} of 0..{self.world_size - 1}"
+            raise LayoutError(f"rank {number} has no position: {equation(self._axes)} covers the ranks {ranks}")
+        rest, position = number - self.first_rank, dict[str, int]()
         for name, size in reversed(self._axes):
             rest, position[name] = divmod(rest, size)
         return dict(reversed(position.items()))
@@ -295,15 +357,18 @@ class Layout:
                 rank = rank * size + place
         if problems:
             raise LayoutError("; ".join(problems))
-        return rank
+        return self.first_rank + rank
 
     def __repr__(self) -> str:
         names, sizes = self.names, [f"{name}={size}" for name, size in self._axes if size > 1]
         standard = ("world", *_AXES, "dcp", "ep")
-        if names[: len(standard)] == standard:
+        if self.grid_ranks != range(self.world_size):
+            kind, own = "Layout.from_axes", names[1 + len(self._axes) :]
+            sizes.append(f"first_rank={self.first_rank}")
+        elif names[: len(standard)] == standard:
             kind, own = "Layout", names[len(standard) :]
             sizes += [f"dcp={self.size('dcp')}"] if self.size("dcp") > 1 else []
-        elif self._axes == (("world", self.world_size),):
+        elif tuple(self.axes) == ("world",):
             kind, own, sizes = "Layout.from_groups", names[1:], []
         else:
             kind, own = "Layout.from_axes", names[1 + len(self._axes) :]

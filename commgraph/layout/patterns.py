@@ -14,14 +14,14 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain
 
 import attrs
 
 from commgraph.errors import LayoutError
 from commgraph.layout.checks import some, whole
 
-__all__ = ["Chosen", "Digit", "Listed", "Pattern", "Strided", "chosen", "cut", "listed", "strided"]
+__all__ = ["Chosen", "Digit", "Listed", "Part", "Pattern", "Strided", "chosen", "cut", "listed", "part", "strided"]
 
 Digit = tuple[int, int]
 
@@ -42,6 +42,11 @@ class Pattern(abc.ABC):
     def count(self) -> int:
         """How many groups there are."""
 
+    @property
+    @abc.abstractmethod
+    def alone(self) -> int:
+        """Number of ranks whose group is a group of one."""
+
     @abc.abstractmethod
     def ranks(self, rank: int) -> tuple[int, ...]:
         """The group of `rank`, in group order."""
@@ -49,6 +54,10 @@ class Pattern(abc.ABC):
     @abc.abstractmethod
     def firsts(self) -> Iterator[int]:
         """The first rank of every group, ascending."""
+
+    @abc.abstractmethod
+    def shared(self) -> Iterator[int]:
+        """The first rank of every group of more than one rank, ascending."""
 
     @abc.abstractmethod
     def content(self) -> list[object]:
@@ -73,6 +82,10 @@ class Strided(Pattern):
     def count(self) -> int:
         return self.world_size // self.size
 
+    @property
+    def alone(self) -> int:
+        return 0 if self.digits else self.world_size
+
     def ranks(self, rank: int) -> tuple[int, ...]:
         ranks = [rank - self.offset(rank)]
         for size, stride in self.digits:
@@ -88,6 +101,9 @@ class Strided(Pattern):
         left_out.append((self.world_size // reach, reach))
         others = strided(self.world_size, left_out[::-1])
         return (others.member(0, index) for index in range(self.count))
+
+    def shared(self) -> Iterator[int]:
+        return self.firsts() if self.digits else iter(())
 
     def content(self) -> list[object]:
         return ["strided", self.digits]
@@ -121,7 +137,11 @@ class Chosen(Pattern):
 
     @property
     def count(self) -> int:
-        return self.of.count * (1 + self.of.size - len(self.offsets))
+        return self.of.count + self.alone
+
+    @property
+    def alone(self) -> int:
+        return self.of.count * (self.of.size - len(self.offsets))
 
     def ranks(self, rank: int) -> tuple[int, ...]:
         offset = self.of.offset(rank)
@@ -133,16 +153,24 @@ class Chosen(Pattern):
         followers = frozenset(self.offsets[1:])
         return (rank for rank in range(self.world_size) if self.of.offset(rank) not in followers)
 
+    def shared(self) -> Iterator[int]:
+        return (first + self.offsets[0] for first in self.of.firsts())
+
     def content(self) -> list[object]:
         return ["chosen", self.of.digits, self.offsets]
 
 
 @attrs.frozen
 class Listed(Pattern):
-    """Groups that follow no rule, ordered by first rank. Make one with `listed`."""
+    """Groups that follow no rule, ordered by first rank; a rank in none of them is alone. Make one with `listed`.
+
+    Attributes:
+        lists: the groups of more than one rank.
+    """
 
     lists: tuple[tuple[int, ...], ...]
-    _group_of: tuple[int, ...] = attrs.field(eq=False, repr=False)
+    # The index into `lists` of each rank in one of them: proportional to the ranks listed, never to the world.
+    _group_of: dict[int, int] = attrs.field(eq=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -150,16 +178,66 @@ class Listed(Pattern):
 
     @property
     def count(self) -> int:
-        return len(self.lists)
+        return len(self.lists) + self.alone
+
+    @property
+    def alone(self) -> int:
+        return self.world_size - len(self._group_of)
 
     def ranks(self, rank: int) -> tuple[int, ...]:
-        return self.lists[self._group_of[rank]]
+        index = self._group_of.get(rank)
+        return (rank,) if index is None else self.lists[index]
 
     def firsts(self) -> Iterator[int]:
+        return (rank for rank in range(self.world_size) if self.ranks(rank)[0] == rank)
+
+    def shared(self) -> Iterator[int]:
         return (ranks[0] for ranks in self.lists)
 
     def content(self) -> list[object]:
         return ["listed", self.lists]
+
+
+@attrs.frozen
+class Part(Pattern):
+    """The groups of `of`, a pattern over fewer ranks, moved up by `first`; a rank outside is alone. Make one with `part`."""
+
+    first: int
+    of: Pattern
+
+    @property
+    def size(self) -> int:
+        return self.of.size
+
+    @property
+    def count(self) -> int:
+        return self.of.count + self.world_size - self.of.world_size
+
+    @property
+    def alone(self) -> int:
+        return self.of.alone + self.world_size - self.of.world_size
+
+    def ranks(self, rank: int) -> tuple[int, ...]:
+        inner = rank - self.first
+        if not 0 <= inner < self.of.world_size:
+            return (rank,)
+        return tuple(self.first + other for other in self.of.ranks(inner))
+
+    def firsts(self) -> Iterator[int]:
+        end = self.first + self.of.world_size
+        return chain(range(self.first), (self.first + rank for rank in self.of.firsts()), range(end, self.world_size))
+
+    def shared(self) -> Iterator[int]:
+        return (self.first + rank for rank in self.of.shared())
+
+    def content(self) -> list[object]:
+        return ["part", self.first, self.of.world_size, *self.of.content()]
+
+    def head(self, rank: int, limit: int) -> tuple[int, ...]:
+        inner = rank - self.first
+        if not 0 <= inner < self.of.world_size:
+            return (rank,)[:limit]
+        return tuple(self.first + other for other in self.of.head(inner, limit))
 
 
 def strided(world_size: int, digits: Sequence[Digit]) -> Strided:
@@ -208,10 +286,10 @@ def chosen(world_size: int, digits: Sequence[Digit], positions: Sequence[int]) -
 
 
 def listed(world_size: int, lists: Sequence[Sequence[object]]) -> Pattern:
-    """The pattern of explicit rank lists; a strided one where the lists are regular.
+    """The pattern of explicit rank lists; a rank in none of them is alone. Regular lists give a strided pattern, or a part of one.
 
     Raises:
-        LayoutError: lists every empty group and every missing, repeated or foreign rank.
+        LayoutError: lists every empty group and every repeated or foreign rank.
     """
     group_of: dict[int, int] = {}
     repeated: dict[int, None] = {}
@@ -228,25 +306,36 @@ def listed(world_size: int, lists: Sequence[Sequence[object]]) -> Pattern:
     problems = []
     if empty := [index for index, ranks in enumerate(lists) if not len(ranks)]:
         problems.append(f"no ranks in group {some(empty)}")
-    if missing := world_size - len(group_of):
-        first_missing = islice((rank for rank in range(world_size) if rank not in group_of), 8)
-        problems.append(f"missing: rank {some(list(first_missing), missing)}")
     if repeated:
         problems.append(f"more than once: rank {some(list(repeated))}")
     if foreign:
         problems.append(f"not a rank of 0..{world_size - 1}: {some(foreign)}")
     if problems:
-        raise LayoutError(f"rank lists must hold each of {world_size} ranks exactly once; " + "; ".join(problems))
+        raise LayoutError(f"rank lists hold each of {world_size} ranks at most once, and at least one rank each; " + "; ".join(problems))
 
     plain: list[list[int]] = [[] for _ in lists]
     for rank, index in group_of.items():  # a dict keeps the order in which the ranks came
         plain[index].append(rank)
-    groups = tuple(sorted(map(tuple, plain)))
-    regular = _regular(world_size, groups[0])
-    if regular is not None and all(regular.ranks(ranks[0]) == ranks for ranks in groups):
-        return regular
-    position = {ranks[0]: index for index, ranks in enumerate(groups)}
-    return Listed(world_size, groups, tuple(position[plain[group_of[rank]][0]] for rank in range(world_size)))
+    # A list of one rank says nothing that leaving it out would not: equal groups have equal patterns.
+    groups = tuple(sorted(tuple(ranks) for ranks in plain if len(ranks) > 1))
+    if not groups:
+        return strided(world_size, ())
+    found = {rank: index for index, ranks in enumerate(groups) for rank in ranks}
+    first = min(found)
+    if max(found) - first + 1 == len(found):
+        regular = _regular(len(found), [rank - first for rank in groups[0]])
+        if regular is not None:
+            pattern = part(world_size, first, regular)
+            if all(pattern.ranks(ranks[0]) == ranks for ranks in groups):
+                return pattern
+    return Listed(world_size, groups, found)
+
+
+def part(world_size: int, first: int, of: Pattern) -> Pattern:
+    """The pattern that `of` is for the ranks from `first` on, with every other rank of the world alone, in canonical form."""
+    if of.world_size == world_size:
+        return of
+    return Part(world_size, first, of) if of.size > 1 else strided(world_size, ())
 
 
 def _regular(world_size: int, ranks: Sequence[int]) -> Strided | None:

@@ -12,7 +12,7 @@ from itertools import islice
 import attrs
 
 from commgraph.errors import LayoutError
-from commgraph.layout.checks import some, unknown
+from commgraph.layout.checks import some, unknown, whole
 from commgraph.layout.layout import Layout
 from commgraph.layout.patterns import Pattern
 
@@ -36,10 +36,10 @@ def draw(layout: Layout, *, axes: str | Iterable[str] | None = None, width: int 
         mark: a global rank to show in brackets.
 
     Returns:
-        Lines of text without a trailing newline.
+        Lines of text without a trailing newline. Of a layout over a part of the world only the part is drawn.
 
     Raises:
-        LayoutError: an axis that the layout lacks, or is named twice; `mark` is no rank of it.
+        LayoutError: an axis that the layout lacks, or is named twice; `mark` is no rank of it, or outside the part that its axes cover.
 
     Example:
         >>> print(draw(Layout(8, tp=2, pp=2)))
@@ -71,7 +71,7 @@ def draw(layout: Layout, *, axes: str | Iterable[str] | None = None, width: int 
 
 
 def table(layout: Layout, *, width: int = 100) -> str:
-    """Lists the groups of a layout: name, ranks in a group, number of groups, and the first few of them.
+    """Lists the groups of a layout: name, ranks in a group, number of groups, the first few of them, and how many ranks are alone.
 
     Args:
         layout: what to list.
@@ -99,7 +99,8 @@ def describe(layout: Layout, rank: int | None = None, *, width: int = 100) -> st
 
     Args:
         layout: what to describe.
-        rank: a global rank to point out: it is marked in the picture, and its own groups take the place of the table.
+        rank: a global rank to point out: it is marked in the picture, unless it is outside the part of the world that the axes cover,
+            and its own groups take the place of the table.
         width: columns of text to use.
 
     Returns:
@@ -108,12 +109,14 @@ def describe(layout: Layout, rank: int | None = None, *, width: int = 100) -> st
     Raises:
         LayoutError: the layout has no such rank.
     """
-    parts = [repr(layout), draw(layout, width=width, mark=rank)]
     if rank is None:
-        return "\n\n".join([*parts, table(layout, width=width)])
-    where = ", ".join(f"{name} {position}" for name, position in layout.coordinate(rank).items())
+        return "\n\n".join([repr(layout), draw(layout, width=width), table(layout, width=width)])
+    number = whole(rank)
+    outside = number is not None and number in range(layout.world_size) and number not in layout.grid_ranks
+    parts = [repr(layout), draw(layout, width=width, mark=None if outside else rank)]
+    place = "" if outside else ", ".join(f"{name} {position}" for name, position in layout.coordinate(rank).items())
     indent = max(map(len, layout.names))
-    own = [f"rank {rank} sits at {where}"]
+    own = [f"rank {rank} sits at {place}" if place else f"rank {rank} is outside the grid"]
     for name in layout.names:
         pattern = layout.pattern(name)
         own.append(f"  {name:<{indent}}  {_group(pattern, rank) if len(pattern.head(rank, 2)) > 1 else 'alone'}")
@@ -133,12 +136,16 @@ def _order(layout: Layout, axes: str | Iterable[str] | None) -> list[str]:
 
 
 def _caption(layout: Layout, outer: Sequence[str], down: str | None, across: str | None) -> str:
-    ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"
+    ranks, rest = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks", ""
+    if layout.grid_ranks != range(layout.world_size):
+        first, last = layout.grid_ranks[0], layout.grid_ranks[-1]
+        ranks = f"{f'rank {first}' if first == last else f'ranks {first}..{last}'} of {layout.world_size}"
+        rest = f"; {layout.world_size - (last - first + 1)} outside"
     if down is None:
-        return f"{ranks} along {across}" if _label(across, 0) else ranks
+        return f"{ranks} along {across}{rest}" if _label(across, 0) else ranks + rest
     sizes = [f"{name} {layout.axes[name]}" for name in layout.axes if name in (*outer, down, across)]
     parts = [f"{across} across", f"{down} down", *([f"a block per {' and '.join(outer)}"] if outer else [])]
-    return f"{ranks} = {' x '.join(sizes)}: {', '.join(parts)}"
+    return f"{ranks} = {' x '.join(sizes)}: {', '.join(parts)}{rest}"
 
 
 @attrs.frozen(init=False)
@@ -241,14 +248,16 @@ def _group(pattern: Pattern, rank: int) -> str:
 
 
 def _groups(pattern: Pattern, room: int) -> str:
-    """As many groups as fit into `room` columns, and at least one."""
+    """As many groups of several ranks as fit into `room` columns, and at least one; then how many ranks are alone."""
     if pattern.size == 1:
         return "each rank alone"
+    alone = f", {pattern.alone} alone" if pattern.alone else ""
+    room = max(1, room - len(alone))
     text = ""
-    for index, first in enumerate(islice(pattern.firsts(), room)):
+    for index, first in enumerate(islice(pattern.shared(), room)):
         group = _group(pattern, first)
-        more = index + 1 < pattern.count
+        more = index + 1 < pattern.count - pattern.alone
         if index and len(text) + 1 + len(group) + (2 if more else 0) > room:
-            return f"{text} {_MORE}"
+            return f"{text} {_MORE}{alone}"
         text = f"{text} {group}".lstrip()
-    return text
+    return text + alone

@@ -10,7 +10,7 @@ import attrs
 
 from commgraph.errors import LayoutError
 from commgraph.layout.checks import equation, size_of, some, unknown, whole
-from commgraph.layout.patterns import Digit, Pattern, chosen, cut, listed, strided
+from commgraph.layout.patterns import Digit, Pattern, chosen, cut, listed, part, strided
 
 __all__ = ["Grid", "GroupSpec", "Positions", "Split", "UnknownSizeError", "digits_of", "resolve"]
 
@@ -73,7 +73,8 @@ class Grid:
     ``Grid({"pp": 2, "edp": 1, "ep": 4}, "ep")`` sees eight ranks as two stages of four experts, whatever the layout's own axes are.
 
     Attributes:
-        axes: names and sizes of the grid's axes, outermost first; they multiply to the world size. The names belong to the grid alone.
+        axes: names and sizes of the grid's axes, outermost first; they multiply to the number of ranks that the layout's own axes cover,
+            the world size unless it is a layout over a part. The names belong to the grid alone.
         along: what joins a group there: an axis, several in group order, a `Split` or `Positions`.
     """
 
@@ -99,36 +100,47 @@ def digits_of(axes: Mapping[str, int | None]) -> dict[str, Digit | None]:
     return {name: digits[name] for name in axes}
 
 
-def resolve(spec: object, world_size: int, axes: Mapping[str, int | None]) -> Pattern:
+def resolve(spec: object, world_size: int, axes: Mapping[str, int | None], first_rank: int, covered: int) -> Pattern:
     """The pattern of one group spec.
+
+    Args:
+        spec: axes of the layout, a `Split`, `Positions` or a `Grid` of theirs, or lists of global ranks.
+        world_size: number of ranks.
+        axes: names and sizes, None for a size that is wrong.
+        first_rank, covered: `axes` cover so many ranks from there on. Every other rank is alone, unless `spec` lists it.
 
     Raises:
         LayoutError: the spec names axes that are not there, or its numbers do not fit them.
         UnknownSizeError: it needs an axis whose size is None.
     """
+    if isinstance(spec, Iterable) and not isinstance(spec, str | Mapping):
+        items: tuple[Any, ...] = tuple(spec)
+        if not (items and all(isinstance(item, str) for item in items)):
+            if all(isinstance(item, Iterable) and not isinstance(item, str | Mapping) for item in items):
+                return listed(world_size, [tuple(item) for item in items])
+            raise LayoutError(f"either every item is an axis name or every item is a list of ranks, not {some(items)}")
+        spec = items
+    count = f"world_size={world_size}" if covered == world_size else f"{covered}, the number of ranks from first_rank={first_rank}"
+    return part(world_size, first_rank, _on_axes(spec, covered, axes, count))
+
+
+def _on_axes(spec: object, size: int, axes: Mapping[str, int | None], count: str) -> Pattern:
+    """The pattern of a spec over the `size` ranks of a grid, numbered from 0. `count`: says `size` in messages."""
     match spec:
         case str():
-            return strided(world_size, _join((spec,), axes))
+            return strided(size, _join((spec,), axes))
+        case tuple() if all(isinstance(name, str) for name in spec):
+            return strided(size, _join(spec, axes))
         case Split():
-            return strided(world_size, _split(spec, axes))
+            return strided(size, _split(spec, axes))
         case Positions():
             digits = _join(spec.axes, axes)
-            return chosen(world_size, digits, _positions(spec, math.prod(size for size, _ in digits)))
+            return chosen(size, digits, _positions(spec, math.prod(number for number, _ in digits)))
         case Grid():
-            return _on_grid(spec, world_size)
+            return _on_grid(spec, size, count)
         case Mapping():
             raise LayoutError(f"a mapping names no group; another factorization is Grid({{...}}, along), not {spec!r}")
-        case Iterable():
-            return _from_items(tuple(spec), world_size, axes)
     raise LayoutError(f"{spec!r} is no axis, no tuple of axes, no Split, Positions or Grid and no list of rank lists")
-
-
-def _from_items(items: Sequence[Any], world_size: int, axes: Mapping[str, int | None]) -> Pattern:
-    if items and all(isinstance(item, str) for item in items):
-        return strided(world_size, _join(items, axes))
-    if all(isinstance(item, Iterable) and not isinstance(item, str | Mapping) for item in items):
-        return listed(world_size, [tuple(item) for item in items])
-    raise LayoutError(f"either every item is an axis name or every item is a list of ranks, not {some(items)}")
 
 
 def _join(names: Sequence[str], axes: Mapping[str, int | None]) -> tuple[Digit, ...]:
@@ -182,17 +194,17 @@ def _positions(spec: Positions, count: int) -> list[int]:
     return positions
 
 
-def _on_grid(spec: Grid, world_size: int) -> Pattern:
+def _on_grid(spec: Grid, size: int, count: str) -> Pattern:
     problems: list[str] = []
-    sizes = {name: size_of(name, size, problems) for name, size in spec.axes}
+    sizes = {name: size_of(name, given, problems) for name, given in spec.axes}
     if len(sizes) < len(spec.axes):
         problems.append(f"the grid names an axis twice: {', '.join(name for name, _ in spec.axes)}")
     known = [(name, size) for name, size in sizes.items() if size is not None]
-    if not problems and math.prod(size for _, size in known) != world_size:
-        problems.append(f"the grid's {equation(known)} is not world_size={world_size}")
+    if not problems and math.prod(number for _, number in known) != size:
+        problems.append(f"the grid's {equation(known)} is not {count}")
     pattern = None
     try:
-        pattern = resolve(spec.along, world_size, sizes)
+        pattern = _on_axes(spec.along, size, sizes, count)
     except UnknownSizeError:
         pass  # the size is wrong, which `problems` says already
     except LayoutError as error:

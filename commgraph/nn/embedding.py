@@ -12,7 +12,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from commgraph.context import ParallelContext
-from commgraph.coordinator.traced import looks_on
+from commgraph.coordinator import is_watched
 from commgraph.nn.functional import reduce_from
 from commgraph.nn.layer import ParallelLayer
 from commgraph.nn.linear import ColumnLinear
@@ -71,7 +71,7 @@ class VocabParallelEmbedding(ParallelLayer):
             ValueError: an id out of range, where ids are on the host; nothing was sent. On an accelerator, where looking would stop the
                 host, and in compiled code the lookup itself fails, as it does in ``torch.nn.Embedding``.
         """
-        if not is_dynamo_compiling() and ids.device.type == "cpu" and not looks_on(ids):
+        if not is_dynamo_compiling() and ids.device.type == "cpu" and not is_watched(ids):
             self._check(ids)
         if self.group.world_size == 1:
             return F.embedding(ids, self.weight)

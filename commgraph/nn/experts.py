@@ -11,8 +11,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from commgraph.context import ParallelContext
-from commgraph.coordinator import GroupCoordinator
-from commgraph.coordinator.traced import looks_on
+from commgraph.coordinator import GroupCoordinator, is_watched
 from commgraph.errors import ConfigurationError
 from commgraph.nn.functional import copy_to, reduce_from
 from commgraph.nn.layer import ParallelLayer
@@ -140,7 +139,7 @@ class ExpertParallelMLP(ParallelLayer):
     def _own(self, rows: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """What this rank's experts add to each row."""
         # Which rows an expert has is known from their data, and so not where code is traced: there each expert does all of them.
-        dense = is_dynamo_compiling() or looks_on(rows)
+        dense = is_dynamo_compiling() or is_watched(rows)
         total = torch.zeros_like(rows)
         for local, expert in enumerate(range(*self.experts)):
             share = (weights * (ids == expert)).sum(-1, keepdim=True)

@@ -1,10 +1,6 @@
 """The operators ``torch.ops.commgraph.*``: how torch's own machinery sees the operations of a `GroupCoordinator`.
 
-A coordinator goes through them where torch looks on (torch.compile, torch.export, fake tensors, a dispatch mode) or a gradient is wanted.
-Their argument is the coordinator itself, an opaque object to torch: it becomes an input of a graph, which therefore serves every group of
-the same size, and no table of groups by name exists.
+A coordinator goes through them where torch looks on (torch.compile, torch.export, fake tensors, a dispatch mode). Their argument is the
+coordinator itself, an opaque object to torch: it becomes an input of a graph, which therefore serves every group of the same size, and no
+table of groups by name exists. `commgraph.coordinator.operators` declares them from the operations, once coordinators are known to torch.
 """
-
-from commgraph.ops import fused, ordered, tensors
-
-__all__ = ["fused", "ordered", "tensors"]

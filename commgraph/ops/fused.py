@@ -14,9 +14,9 @@ import attrs
 import torch
 
 from commgraph import compat
-from commgraph.ops.library import define, real
+from commgraph.ops.library import declare
 
-__all__ = ["fused_scaled_matmul_reduce_scatter"]
+__all__ = ["declare_fused"]
 
 
 @attrs.frozen
@@ -44,7 +44,7 @@ class _Given:
 
     def shape(self) -> list[Any]:
         """The shape of the whole product, if everything fits."""
-        a, b, n = self.a, self.b, real(self.group).world_size
+        a, b, n = self.a, self.b, compat.real_object(self.group).world_size
         if a.dim() < 2:
             raise ValueError(f"A has shape {tuple(a.shape)}: a matrix, or a stack of rows with more leading dims, is needed")
         if b.dim() != 2 or b.shape[0] != a.shape[-1]:
@@ -103,14 +103,16 @@ def _fused_fake(*args: Any, **kwargs: Any) -> torch.Tensor:
     given = _Given(*args, **kwargs)
     shape = given.shape()
     # Along the dim of the whole output: that of the matrix it was flattened to is another one where there are three or more.
-    shape[given.orig_scatter_dim] //= real(given.group).world_size
+    shape[given.orig_scatter_dim] //= compat.real_object(given.group).world_size
     return given.a.new_empty(shape, dtype=given.dtype)
 
 
-fused_scaled_matmul_reduce_scatter = define(
-    "fused_scaled_matmul_reduce_scatter(Tensor A, Tensor B, Tensor A_scale, Tensor B_scale, str reduce_op, int orig_scatter_dim, "
-    "int scatter_dim_after_maybe_reshape, Group group, SymInt[] output_shape, Tensor? bias=None, Tensor? result_scale=None, "
-    "ScalarType? out_dtype=None, bool use_fast_accum=False) -> Tensor",
-    _fused,
-    _fused_fake,
-)
+def declare_fused() -> Any:
+    """Declare ``torch.ops.commgraph.fused_scaled_matmul_reduce_scatter``, and return it."""
+    return declare(
+        "fused_scaled_matmul_reduce_scatter(Tensor A, Tensor B, Tensor A_scale, Tensor B_scale, str reduce_op, int orig_scatter_dim, "
+        "int scatter_dim_after_maybe_reshape, Group group, SymInt[] output_shape, Tensor? bias=None, Tensor? result_scale=None, "
+        "ScalarType? out_dtype=None, bool use_fast_accum=False) -> Tensor",
+        _fused,
+        _fused_fake,
+    )

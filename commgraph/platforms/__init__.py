@@ -1,8 +1,6 @@
-"""Which strategies exist on a kind of machine, and in what order."""
+"""Which strategies exist on a kind of machine, and in what order. Those of accelerators are in `commgraph.accelerators.platforms`."""
 
-from commgraph.platforms.accelerators import CudaPlatform, RocmPlatform, TpuPlatform, XpuPlatform
 from commgraph.platforms.base import GroupFacts, Platform
 from commgraph.platforms.cpu import CpuPlatform
-from commgraph.streams import Streams
 
-__all__ = ["CpuPlatform", "CudaPlatform", "GroupFacts", "Platform", "RocmPlatform", "Streams", "TpuPlatform", "XpuPlatform"]
+__all__ = ["CpuPlatform", "GroupFacts", "Platform"]

@@ -10,11 +10,11 @@ import attrs
 import torch
 import torch.distributed as dist
 
+from commgraph.accelerators.custom_all_reduce import Proofs
+from commgraph.accelerators.streams import Streams
 from commgraph.communicators.base import Communicator, Limits, Refused
-from commgraph.communicators.custom_all_reduce import Proofs
 from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.options import CommunicatorOptions
-from commgraph.streams import Streams
 
 __all__ = ["GroupFacts", "Platform"]
 

@@ -8,11 +8,11 @@ from typing import Any, Self
 
 import attrs
 
+from commgraph.accelerators.platforms import CudaPlatform, RocmPlatform, TpuPlatform, XpuPlatform
 from commgraph.communicators.base import Communicator, Refused
 from commgraph.communicators.gloo import GlooCommunicator
 from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.errors import ConfigurationError
-from commgraph.platforms.accelerators import CudaPlatform, RocmPlatform, TpuPlatform, XpuPlatform
 from commgraph.platforms.base import GroupFacts, Platform
 from commgraph.platforms.cpu import CpuPlatform
 

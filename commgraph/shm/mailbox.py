@@ -21,9 +21,6 @@ __all__ = ["DICT", "OBJECT", "SIZES", "TENSORS", "Mailbox"]
 
 TENSORS, OBJECT, DICT, SIZES = 1, 2, 3, 4
 
-# 2**62 ns are 146 years.
-_MOST_NS = 1 << 62
-
 # Smaller ones are cheaper through the ring, however small that is.
 _HANDED_FROM = 64 << 10
 
@@ -48,20 +45,21 @@ class Mailbox:
         self.outgoing = {peer: memory.pair_ring(me, peer) for peer in range(n) if peer != me}
         self.incoming = {peer: memory.pair_ring(peer, me) for peer in range(n) if peer != me}
         self._aside: dict[tuple[int, int], deque[tuple[int, list[Any]]]] = {}
-        self._native = memory.native
-        # The short way of plain tensors and dicts of them (native/module_post.c), once it is open.
-        self.post: Any = None
+        self._module = memory.native
+        # Native calls for plain tensors and dicts of them (native/module_messages.c), once they are open.
+        self.native: Any = None
         self._pair_bytes = memory.sizes.pair_bytes
 
-    def open_post(self, tensors_of: Callable[[Any], Any], digest: Callable[[int, int], int]) -> Any:
-        """Opens `post`, the short way, and gives it.
+    def open_native(self, tensors_of: Callable[[Any], Any], digest: Callable[[int, int], int], timeout_ns: int) -> Any:
+        """Open the native calls, and return them.
 
         Args:
             tensors_of: gives what the native module needs to look at tensors.
-            digest: of a message, by its kind (DLPack's code and bits, in a byte each) and its number of entries.
+            digest: of a message, by its kind (DLPack's code and bits, in a byte each) and its number of elements.
+            timeout_ns: of calls without a timeout of their own.
         """
-        self.post = self._native.Post(tensors_of(self._native), digest)
-        return self.post
+        self.native = self._module.Messages(tensors_of(self._module), digest, timeout_ns)
+        return self.native
 
     def hand_over(self) -> None:
         """From now on both sides copy large parts where they lie: the ranks reach each other's memory."""
@@ -69,47 +67,43 @@ class Mailbox:
             # What a ring holds at once is sent without its reader.
             ring.handed_from = max(self._pair_bytes, _HANDED_FROM)
 
-    def send(self, dst: int, kind: int, meta: int, parts: tuple[Any, ...], timeout: float) -> None:
-        """Puts a record for one rank.
+    def send(self, dst: int, kind: int, meta: int, parts: tuple[Any, ...], timeout_ns: int) -> None:
+        """Put a record for one rank.
 
-        It returns when the ring has it, which may be before it is read, and the reader those parts that are handed over.
+        It returns when the ring has it, which may be before it is read, and the reader those parts that are copied by rendezvous.
         A part is a buffer, or (address, bytes) of memory that the caller keeps alive.
         """
-        self.put(dst, kind, parts, nanoseconds(timeout), meta)
-
-    def put(self, dst: int, kind: int, parts: tuple[Any, ...], timeout_ns: int, meta: int = 0) -> None:
-        """The same with a timeout in nanoseconds."""
         self.outgoing[dst].put(kind, meta, parts, timeout_ns, 0)
         self._sent[dst] += _nbytes(parts)
 
     def offer(self, dst: int, kind: int, meta: int, parts: tuple[Any, ...]) -> bool:
-        """The same where the ring has room for the whole record; otherwise False, and nothing was put."""
+        """Put a record where the ring has room for the whole of it; otherwise return False with nothing put."""
         if _nbytes(parts) + 8 * len(parts) > self._whole:
             return False
         try:
-            self.send(dst, kind, meta, parts, 0.0)
+            self.send(dst, kind, meta, parts, 0)
         except Stopped as stopped:
             if stopped.code == TIMEOUT:
                 return False
             raise
         return True
 
-    def receive(self, src: int, kind: int, timeout: float) -> tuple[int, list[Any]]:
+    def receive(self, src: int, kind: int, timeout_ns: int) -> tuple[int, list[Any]]:
         """Meta and parts of the next record of that kind: the first as bytes, the others as writable buffers of their own."""
         aside = self._aside.get((src, kind))
         if aside:
             return aside.popleft()
         while True:
-            found, meta, parts = self.get(src, nanoseconds(timeout))
+            found, meta, parts = self.receive_any(src, timeout_ns)
             if found == kind:
                 return meta, parts
             self.lay_aside(src, found, meta, parts)
 
-    def get(self, src: int, timeout_ns: int) -> tuple[int, int, list[Any]]:
+    def receive_any(self, src: int, timeout_ns: int) -> tuple[int, int, list[Any]]:
         """Kind, meta and parts of the next record of any kind."""
         return self.incoming[src].get(timeout_ns, 0)  # type: ignore[no-any-return]  # as native/module_ring.c has it
 
-    def receive_into(self, src: int, meta: int, targets: Sequence[tuple[int, int]], owner: object, timeout: float) -> bool:
+    def receive_into(self, src: int, meta: int, targets: Sequence[tuple[int, int]], owner: object, timeout_ns: int) -> bool:
         """Reads the next record of tensors to memory of the caller's.
 
         Args:
@@ -117,7 +111,7 @@ class Mailbox:
             meta: what it must be.
             targets: (address, bytes) for each part.
             owner: keeps that memory.
-            timeout: seconds.
+            timeout_ns: nanoseconds.
 
         Returns:
             Whether it was that one; if not nothing was written.
@@ -126,14 +120,14 @@ class Mailbox:
         ring = self.incoming[src]
         while not aside:
             # One that another receive has begun to lay aside is laid aside to its end.
-            kind, number, sizes = (0, 0, ()) if ring.reading else ring.peek(nanoseconds(timeout), 0)
+            kind, number, sizes = (0, 0, ()) if ring.reading else ring.peek(timeout_ns, 0)
             if kind == TENSORS:
                 if number != meta or list(sizes) != [nbytes for _, nbytes in targets]:
                     return False
-                if ring.take(nanoseconds(timeout), targets, owner):
+                if ring.take(timeout_ns, targets, owner):
                     return True
                 continue  # the writer gave it up
-            kind, number, parts = ring.get(nanoseconds(timeout), 0)
+            kind, number, parts = ring.get(timeout_ns, 0)
             self.lay_aside(src, kind, number, parts)
             aside = self._aside.get((src, TENSORS))
         number, parts = aside[0]
@@ -149,39 +143,26 @@ class Mailbox:
         return bool(self._aside) and bool(self._aside.get((src, kind)))
 
     def unpack(self, parts: list[Any]) -> dict[str, torch.Tensor] | None:
-        """The dict of tensors that went the short way; None for a record that did not."""
-        return None if self.post is None else self.post.unpack(parts)
+        """Return the dict that the native module described by itself; None for another record."""
+        return None if self.native is None else self.native.unpack(parts)
 
-    def broadcast(self, kind: int, meta: int, parts: tuple[Any, ...], timeout: float, posted: int) -> None:
-        """Puts a record for all others."""
-        self.put_for_all(kind, meta, parts, nanoseconds(timeout), posted)
-
-    def put_for_all(self, kind: int, meta: int, parts: tuple[Any, ...], timeout_ns: int, posted: int) -> None:
-        """The same with a timeout in nanoseconds."""
+    def broadcast(self, kind: int, meta: int, parts: tuple[Any, ...], timeout_ns: int, posted: int) -> None:
+        """Put a record for all others."""
         self.mine.put(kind, meta, parts, timeout_ns, posted)
         self._sent[self._me] += _nbytes(parts)
 
     @property
     def bytes_sent(self) -> int:
         """Bytes put so far."""
-        return sum(self._sent) + (0 if self.post is None else self.post.bytes_sent)
+        return sum(self._sent) + (0 if self.native is None else self.native.bytes_sent)
 
-    def receive_broadcast(self, src: int, timeout: float, posted: int) -> tuple[int, int, list[Any]]:
-        """Kind, meta and parts of the next record that `src` put for all."""
-        return self.get_for_all(src, nanoseconds(timeout), posted)
-
-    def get_for_all(self, src: int, timeout_ns: int, posted: int) -> tuple[int, int, list[Any]]:
-        """The same with a timeout in nanoseconds."""
+    def receive_broadcast(self, src: int, timeout_ns: int, posted: int) -> tuple[int, int, list[Any]]:
+        """Return kind, meta and parts of the next record that `src` put for all."""
         return self._broadcast[src].get(timeout_ns, posted)  # type: ignore[no-any-return]  # as native/module_ring.c has it
 
     def lay_aside(self, src: int, kind: int, meta: int, parts: list[Any]) -> None:
         """Keeps a record for whoever asks for its kind."""
         self._aside.setdefault((src, kind), deque()).append((meta, parts))
-
-
-def nanoseconds(seconds: float) -> int:
-    """A timeout as the native module takes it."""
-    return min(int(seconds * 1e9), _MOST_NS)
 
 
 def memory_at(address: int, nbytes: int) -> memoryview:

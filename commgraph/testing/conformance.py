@@ -11,7 +11,8 @@ import torch
 
 from commgraph.communicators.base import OPERATIONS, CallsDiffer, Communicator, Limits, PeerClosed, PeerLate, Refused
 from commgraph.communicators.gloo import GlooCommunicator
-from commgraph.communicators.reduction import accumulator, refuse_reduction
+from commgraph.communicators.reduction import accumulator, reduce_pieces, refuse_reduction
+from commgraph.deadline import Deadline
 from commgraph.errors import CollectiveError
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms import GroupFacts
@@ -35,6 +36,7 @@ _DTYPES = (
 )
 _SHAPES = ((4, 3), (1,), (0, 2), (2, 3, 4), ())
 _LATE = 0.5
+_REDUCTIONS = ("all_reduce", "reduce", "reduce_scatter")
 
 
 def check_communicator(
@@ -97,7 +99,7 @@ class _Check:
                 for strided in (False, True):
                     self._all(made, dtype, shape, strided)
         if "barrier" in made.operations and self._accepts(made, "barrier", (), None):
-            self._call(made, lambda tag: made.barrier(tag=tag, timeout=30.0))
+            self._call(made, lambda tag: made.barrier(tag=tag, deadline=Deadline.after(30.0)))
         if self.ends_waits:
             self._late(made)
         made.abort()
@@ -108,10 +110,10 @@ class _Check:
 
     def _all(self, made: Communicator, dtype: torch.dtype, shape: tuple[int, ...], strided: bool) -> None:
         for operation in sorted(made.operations - {"barrier", "recv"}):
-            if operation in ("all_gather", "reduce_scatter", "all_to_all", "gather") and not shape:
+            if operation in ("all_gather", "reduce_scatter", "all_to_all", "gather", "scatter") and not shape:
                 continue
-            for op in ("sum", "avg", "max", "min", "product") if operation in ("all_reduce", "reduce_scatter") else ("sum",):
-                if operation in ("all_reduce", "reduce_scatter") and refuse_reduction(dtype, op) is not None:
+            for op in sorted(made.reductions) if operation in _REDUCTIONS else ("sum",):
+                if operation in _REDUCTIONS and refuse_reduction(dtype, op) is not None:
                     continue
                 # Of these two the shape is that of the whole, which they make of several sizes.
                 if operation in ("all_gather", "reduce_scatter") or self._accepts(made, operation, shape, dtype):
@@ -128,21 +130,24 @@ class _Check:
         return bool(asked[0])
 
     def _call(self, made: Communicator, call: Callable[[int], Any]) -> Any:
-        if made.compares:
-            made.sequence += 1
+        if made.fast is not None:
+            made.fast.counter.sequence += 1
         return call(next(self.tags))
 
     # One method for each operation.
 
     def _all_reduce(self, made: Communicator, case: _Case, op: str) -> None:
         x = case.mine()
-        y = self._call(made, lambda tag: made.all_reduce(x, op, tag=tag, timeout=30.0))
+        y = self._call(made, lambda tag: made.all_reduce(x, op, tag=tag, deadline=Deadline.after(30.0)))
         case.same(x, case.mine(), "its input was changed")
         case.reduced(y, case.everyone(), op)
         case.alike(y)
         _expect(y.is_contiguous(), f"{case}: its result has strides {y.stride()}, it has to be contiguous")
         z = case.mine()
-        _expect(self._call(made, lambda tag: made.all_reduce_(z, op, tag=tag, timeout=30.0)) is z, f"{case}: all_reduce_ must return x")
+        _expect(
+            self._call(made, lambda tag: made.all_reduce_(z, op, tag=tag, deadline=Deadline.after(30.0))) is z,
+            f"{case}: all_reduce_ must return x",
+        )
         case.same(z, y, "all_reduce_ and all_reduce differ")
 
     def _reduce_scatter(self, made: Communicator, case: _Case, op: str) -> None:
@@ -155,7 +160,9 @@ class _Check:
             out = case.made(99, (*case.shape[:dim], sizes[self.me]))
             self._call(
                 made,
-                lambda tag, g=given, s=sizes, d=dim, o=out: made.reduce_scatter(g[self.me], d, s, op, o, tag=tag, timeout=30.0),  # type: ignore[misc]  # defaults of a lambda have no types
+                lambda tag, g=given, s=sizes, d=dim, o=out: made.reduce_scatter(
+                    g[self.me], d, s, op, o, tag=tag, deadline=Deadline.after(30.0)
+                ),  # type: ignore[misc]  # defaults of a lambda have no types
             )
             case.same(given[self.me], case.made(self.me, whole), "its input was changed")
             case.reduced(out, [x.split(sizes, dim)[self.me] for x in given], op)
@@ -166,7 +173,10 @@ class _Check:
                 continue
             given = [case.made(rank, (sizes[rank], *case.shape[1:])) for rank in range(self.n)]
             out = case.made(99, (sum(sizes), *case.shape[1:]))
-            self._call(made, lambda tag, g=given, s=sizes, o=out: made.all_gather(g[self.me], 0, s, o, tag=tag, timeout=30.0))  # type: ignore[misc]  # as above
+            self._call(
+                made,
+                lambda tag, g=given, s=sizes, o=out: made.all_gather(g[self.me], 0, s, o, tag=tag, deadline=Deadline.after(30.0)),  # type: ignore[misc]  # as above
+            )
             case.same(out, torch.cat(given), "the pieces are not joined in rank order")
             case.same(given[self.me], case.made(self.me, (sizes[self.me], *case.shape[1:])), "its input was changed")
 
@@ -176,20 +186,46 @@ class _Check:
 
         sends = [piece(self.me, peer) for peer in range(self.n)]
         receives = [torch.zeros_like(piece(peer, self.me)) for peer in range(self.n)]
-        self._call(made, lambda tag: made.all_to_all(sends, receives, tag=tag, timeout=30.0))
+        self._call(made, lambda tag: made.all_to_all(sends, receives, tag=tag, deadline=Deadline.after(30.0)))
         for peer, got in enumerate(receives):
             case.same(got, piece(peer, self.me), f"the piece of rank {peer} did not come")
 
     def _gather(self, made: Communicator, case: _Case, op: str) -> None:
         dst = self.n - 1
-        pieces = [torch.zeros_like(x) for x in case.everyone()] if self.me == dst else None
-        self._call(made, lambda tag: made.gather(case.mine(), pieces, dst, tag=tag, timeout=30.0))
-        for rank, got in enumerate(pieces or ()):
-            case.same(got, case.made(rank, case.shape), f"the piece of rank {rank} did not come")
+        for sizes in ([2] * self.n, [(i + 1) % self.n for i in range(self.n)]):
+            given = [case.made(rank, (sizes[rank], *case.shape[1:])) for rank in range(self.n)]
+            out = case.made(99, (sum(sizes), *case.shape[1:])) if self.me == dst else None
+            self._call(
+                made,
+                lambda tag, g=given, s=sizes, o=out: made.gather(g[self.me], 0, s, o, dst, tag=tag, deadline=Deadline.after(30.0)),  # type: ignore[misc]  # as above
+            )
+            if out is not None:
+                case.same(out, torch.cat(given), "the pieces are not joined in rank order")
+            case.same(given[self.me], case.made(self.me, (sizes[self.me], *case.shape[1:])), "its input was changed")
+
+    def _scatter(self, made: Communicator, case: _Case, op: str) -> None:
+        src = self.n - 1
+        for sizes in ([2] * self.n, [(i + 1) % self.n for i in range(self.n)]):
+            whole = case.made(7, (sum(sizes), *case.shape[1:]))
+            out = case.made(99, (sizes[self.me], *case.shape[1:]))
+            x = whole if self.me == src else None
+            self._call(
+                made,
+                lambda tag, x=x, s=sizes, o=out: made.scatter(x, 0, s, o, src, tag=tag, deadline=Deadline.after(30.0)),  # type: ignore[misc]  # as above
+            )
+            case.same(out, whole.split(sizes)[self.me], "not this rank's piece of what the source has")
+
+    def _reduce(self, made: Communicator, case: _Case, op: str) -> None:
+        x, dst = case.mine(), self.n - 1
+        y = self._call(made, lambda tag: made.reduce(x, op, dst, tag=tag, deadline=Deadline.after(30.0)))
+        case.same(x, case.mine(), "its input was changed")
+        _expect((y is None) == (self.me != dst), f"{case}: reduce must give a tensor on dst={dst} and None elsewhere, and gave {y}")
+        if y is not None:
+            case.reduced(y, case.everyone(), op)
 
     def _broadcast(self, made: Communicator, case: _Case, op: str) -> None:
         x = case.mine()
-        self._call(made, lambda tag: made.broadcast(x, 1, tag=tag, timeout=30.0))
+        self._call(made, lambda tag: made.broadcast(x, 1, tag=tag, deadline=Deadline.after(30.0)))
         case.same(x, case.made(1, case.shape), "not what the source has")
 
     def _send(self, made: Communicator, case: _Case, op: str) -> None:
@@ -199,7 +235,7 @@ class _Check:
         first, second = ((sends, []), ([], receives)) if self.me == 0 else (([], receives), (sends, []))
         tag = next(self.tags)
         for going, coming in (first, second):
-            made.exchange(going, coming, tag=tag, timeout=30.0)
+            made.exchange(going, coming, tag=tag, deadline=Deadline.after(30.0))
         case.same(out, case.made(before, case.shape), "not what the previous rank sent")
 
     def _late(self, made: Communicator) -> None:
@@ -213,11 +249,13 @@ class _Check:
             try:
                 if operation == "all_gather":
                     out = case.made(0, (4 * self.n, 3))
-                    self._call(made, lambda tag: made.all_gather(case.mine(), 0, [4] * self.n, out, tag=tag, timeout=_LATE))
+                    self._call(
+                        made, lambda tag: made.all_gather(case.mine(), 0, [4] * self.n, out, tag=tag, deadline=Deadline.after(_LATE))
+                    )
                 elif operation == "broadcast":
-                    self._call(made, lambda tag: made.broadcast(case.mine(), 1, tag=tag, timeout=_LATE))
+                    self._call(made, lambda tag: made.broadcast(case.mine(), 1, tag=tag, deadline=Deadline.after(_LATE)))
                 else:
-                    self._call(made, lambda tag: made.all_reduce(case.mine(), "sum", tag=tag, timeout=_LATE))
+                    self._call(made, lambda tag: made.all_reduce(case.mine(), "sum", tag=tag, deadline=Deadline.after(_LATE)))
             except (PeerLate, PeerClosed, CallsDiffer, CollectiveError):
                 pass
             else:
@@ -259,9 +297,14 @@ class _Case:
         _expect(fine, f"{self}: {what}: got {_plain(got).tolist()}, expected {_plain(wanted).tolist()}")
 
     def reduced(self, got: torch.Tensor, pieces: Sequence[torch.Tensor], op: str) -> None:
-        if self.dtype == torch.bool:
+        if self.dtype == torch.bool and op not in ("band", "bor", "bxor"):
             stack = torch.stack([_plain(x) for x in pieces])
             self.same(got, (stack.any(0) if op in ("sum", "max") else stack.all(0)).to(got.device), op)
+            return
+        if op in ("band", "bor", "bxor"):
+            out = _plain(pieces[0])
+            reduce_pieces([_plain(x) for x in pieces], op, out)
+            self.same(got, out.to(got.device), op)
             return
         wide = torch.complex128 if self.dtype.is_complex else torch.float64
         stack = torch.stack([_plain(x) for x in pieces]).to(wide)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import attrs
 import torch
 import torch.distributed as dist
 
 from commgraph import compat
-from commgraph.building import Builder, Connection, Links
+from commgraph.building import Builder, Connection, States
 from commgraph.communicators.base import Communicator
 from commgraph.communicators.fake import FakeCommunicator
 from commgraph.communicators.gloo_transport import Background, GlooTransport
-from commgraph.coordinator.link import GroupLink
+from commgraph.coordinator.state import GroupState, Members, Network, Strategies, Timeouts
+from commgraph.deadline import Deadline
 from commgraph.errors import BackendUnavailableError, UnsupportedTensorError
 from commgraph.hosts import Hosts
 from commgraph.options import CommunicatorOptions
@@ -46,7 +48,7 @@ def fake_world(world_size: int, rank: int = 0, *, device: torch.device | str = "
     check_rank(rank, world_size)
     alike = (0,) * world_size
     store = dist.HashStore()
-    builder = _FakeBuilder(store, rank, Hosts(rank, alike, b"", alike), False, _NEVER_WAITED, None, Links())
+    builder = _FakeBuilder(store, rank, Hosts(rank, alike, b"", alike), False, _NEVER_WAITED, None, States())
     return World(builder, local_rank=rank, device=torch.device(device), platform=CpuPlatform(), store=store)
 
 
@@ -62,7 +64,7 @@ class _FakeBuilder(Builder):
     def connect(self, ident: str, ranks: tuple[int, ...]) -> Connection | None:
         return None if len(ranks) == 1 else Connection(self.store, _NoTransport(ranks.index(self.rank), len(ranks)))
 
-    def link(
+    def state(
         self,
         ident: str,
         ranks: tuple[int, ...],
@@ -74,35 +76,45 @@ class _FakeBuilder(Builder):
         device: torch.device,
         plugins: Plugins,
         partition: Callable[[], Sequence[Sequence[int]]],
-    ) -> GroupLink:
-        me = ranks.index(self.rank)
-        return _FakeLink(
-            ident=ident,
-            ranks=ranks,
-            rank_in_group=me,
-            communicators=[] if connection is None else [FakeCommunicator(me, len(ranks))],
-            transport=None if connection is None else connection.transport,
-            host_timeout=_NEVER_WAITED.total_seconds(),
-            experts=options.experts,
-            again=self._again(ranks, platform, options, wants_device=wants_device, device=device, plugins=plugins, partition=partition),
+    ) -> GroupState:
+        members = Members(ident, ranks, ranks.index(self.rank))
+        live = [] if connection is None else [FakeCommunicator(members.rank_in_group, len(ranks))]
+        network = None if connection is None else Network(connection.transport, connection.store, None)
+        seconds = _NEVER_WAITED.total_seconds()
+        rebuild = functools.partial(
+            self._sibling,
+            platform=platform,
+            options=options,
+            wants_device=wants_device,
+            device=device,
+            plugins=plugins,
+            partition=partition,
         )
+        strategies = _FakeStrategies(members, live)
+        return GroupState(members, strategies, network, Timeouts(seconds, seconds), experts=options.experts, rebuild=rebuild)
+
+    def _sibling(self, of: GroupState, name: str, *, platform: Platform, options: CommunicatorOptions, **kind: Any) -> GroupState:
+        ident, ranks = f"{of.members.ident}/sibling {of.count('siblings')}", of.members.ranks
+        return self.state(ident, ranks, self.connect(ident, ranks), platform, options, **kind)
 
 
-class _FakeLink(GroupLink):
+class _FakeStrategies(Strategies):
     """Finds no strategy for tensors that have data."""
 
-    def route(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device) -> Communicator:
+    def route(
+        self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, op: str | None = None
+    ) -> Communicator:
         # Under a mode nothing has data, whatever its device.
-        place = torch.device("meta") if compat.count_modes()() else device
+        place = torch.device("meta") if compat.count_modes() else device
         (fake,) = self.communicators
         if fake.accepts(operation, shape, dtype, place, capturing=False):
             return fake
         raise UnsupportedTensorError(
-            f"{operation} in group {self.ident} of a fake world (rank {self.ranks[self.rank_in_group]}): a {dtype} tensor {tuple(shape)} "
+            f"{operation} in group {self.members.ident} of a fake world (rank {self.members.rank}): a {dtype} tensor {tuple(shape)} "
             f"on {device} has data, and there are no peers to exchange it with: give meta or fake tensors, or run it in "
             "commgraph.testing.spmd",
             operation=operation,
-            rank=self.ranks[self.rank_in_group],
+            rank=self.members.rank,
         )
 
 
@@ -125,7 +137,7 @@ class _NoTransport(GlooTransport):
         receives: Sequence[tuple[torch.Tensor, int]],
         *,
         tag: int | Mapping[int, int],
-        timeout: float,
+        deadline: Deadline,
     ) -> None:
         if receives:
             self._nobody(receives[0][1])

@@ -56,7 +56,32 @@ def _specs(draw: st.DrawFn, sizes: dict[str, int]) -> GroupSpec:
 
 
 @st.composite
-def layouts(draw: st.DrawFn, *, max_world_size: int = 64, world_size: int | None = None, groups: bool = True) -> Layout:
+def _rank_lists(draw: st.DrawFn, world_size: int) -> list[list[int]]:
+    """Lists of different ranks; a rank in none of them is alone."""
+    ranks = draw(st.lists(st.integers(0, world_size - 1), unique=True, max_size=16))
+    lists: list[list[int]] = [[] for _ in range(draw(st.integers(1, 4)))]
+    for rank in ranks:
+        lists[draw(st.integers(0, len(lists) - 1))].append(rank)
+    return [members for members in lists if members]
+
+
+@st.composite
+def _parts(draw: st.DrawFn, most: int, *, exact: bool, groups: bool) -> Layout:
+    """Layouts over a part of a world of at most `most` ranks, or exactly as many."""
+    axes = dict(draw(layouts(world_size=draw(st.integers(1, most)), groups=False)).axes)
+    covered = math.prod(axes.values())
+    first = draw(st.integers(0, most - covered))
+    world = most if exact else draw(st.integers(first + covered, most))
+    own = {f"own{index}": _specs(draw, axes) for index in range(draw(st.integers(0, 2)) if groups else 0)}
+    if groups and draw(st.booleans()):
+        own["listed"] = draw(_rank_lists(world))
+    return Layout.from_axes(world, axes, own, first_rank=first)
+
+
+@st.composite
+def layouts(
+    draw: st.DrawFn, *, max_world_size: int = 64, world_size: int | None = None, groups: bool = True, parts: bool = False
+) -> Layout:
     """Valid layouts over the standard axes; they shrink towards one rank along each axis.
 
     Args:
@@ -64,10 +89,14 @@ def layouts(draw: st.DrawFn, *, max_world_size: int = 64, world_size: int | None
         max_world_size: the most ranks a layout may have.
         world_size: exactly this many ranks, instead of up to `max_world_size`.
         groups: whether to add up to two groups of the user's own: a union of axes, a split, chosen positions.
+        parts: whether to draw, too, layouts over a part of the world (`Layout.from_axes` with ``first_rank``, without ``dcp`` and ``ep``),
+            in which a rank outside `Layout.grid_ranks` has no coordinate, and own groups of rank lists that leave ranks out.
 
     Returns:
         A strategy that draws a `Layout`.
     """
+    if parts and draw(st.booleans()):
+        return draw(_parts(max_world_size if world_size is None else world_size, exact=world_size is not None, groups=groups))
     room = max_world_size if world_size is None else world_size
     sizes: dict[str, int] = {}
     for axis in draw(st.permutations(("replica", *_AXES))):
@@ -83,6 +112,8 @@ def layouts(draw: st.DrawFn, *, max_world_size: int = 64, world_size: int | None
     tp, pcp = sizes["tp"], sizes["pcp"]
     dcp = draw(st.sampled_from(_divisors(tp) if pcp == 1 else sorted({1, pcp, tp * pcp})))
     own = {f"own{index}": _specs(draw, sizes) for index in range(draw(st.integers(0, 2)) if groups else 0)}
+    if parts and groups and draw(st.booleans()):
+        own["listed"] = draw(_rank_lists(world))
     return Layout(world, **{axis: sizes[axis] for axis in _AXES}, dcp=dcp, groups=own)
 
 

@@ -17,6 +17,8 @@ import pytest
 import torch
 
 import commgraph as cg
+from commgraph.accelerators.custom_all_reduce import Kernels
+from commgraph.accelerators.kernel_table import KernelTable
 from commgraph.bench import main as bench_main
 from commgraph.bench import page, peers, plan, report, timing
 from commgraph.bench import run as bench_run
@@ -26,10 +28,8 @@ from commgraph.bench.objects import lists, small
 from commgraph.bench.probe import Probe, placement
 from commgraph.cli import main
 from commgraph.communicators.base import Communicator, Refused
-from commgraph.communicators.custom_all_reduce import Kernels
 from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.errors import ConfigurationError
-from commgraph.kernel_table import KernelTable
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms import CpuPlatform, GroupFacts
 from commgraph.testing import spmd
@@ -98,7 +98,8 @@ def test_two_processes_give_every_row_and_every_column(measured: tuple[subproces
         *("commgraph", "torch gloo", "multiprocessing.Pipe", "multiprocessing.Queue")
     }
     assert {row["strategy"] for row in rows if row["operation"] == "all_gather" and row["who"] == "commgraph"} == {"gloo"}
-    assert {row["strategy"] for row in rows if row["operation"] == "overhead"} == {"ctx.tp, gloo", "gloo's method"}
+    ways = {row["strategy"] for row in rows if row["operation"] == "overhead"}
+    assert {"ctx.tp, gloo", "gloo's method", "with timeout=", "gather", "reduce_from", "all_reduce_async, waited for"} <= ways
     heads = next(line for line in done.stdout.splitlines() if line.startswith("operation"))
     assert " ".join(heads.split()) == "operation size dtype who strategy placement samples p10 median p90 unit algbw GB/s busbw GB/s"
 
@@ -304,6 +305,34 @@ def test_samples_of_different_placements_are_never_mixed() -> None:
     text = page.markdown([report.Run({"processor": "x"}, {"ranks": 2, "started": "threads", "sampling": "4 samples"}, rows, [])])
     assert "| 1000 B | int8 | siblings | **2.00** (1.20 - 2.80) | 0.50 |" in text
     assert "across L3s |" not in text  # of a single sample, where there is more to tell
+
+
+def test_the_page_opens_with_a_picture_and_a_short_table_of_what_every_library_has() -> None:
+    def row(size: int, who: str, where: str, median: float, samples: int = 9) -> Row:
+        values = {"nanoseconds": None, "samples": samples, "unit": "us", "p10": median, "p90": median, "algbw": None, "busbw": None}
+        return Row(operation="all_reduce_", dtype="int8", strategy="", size=size, who=who, placement=where, median=median, **values)
+
+    rows = [row(size, who, "one L3", size / 2) for size in (2, 4, 8, 16) for who in ("a", "b")]
+    rows += [row(32, "a", "one L3", 16), row(2, "b", "siblings", 7)]
+    run = report.Run({"processor": "x"}, {"ranks": 2, "started": "threads", "sampling": "9 samples"}, rows)
+    assert [(row.size, row.who) for row in page.overview([run])] == [(size, who) for size in (2, 4, 8, 16) for who in ("a", "b")]
+    opening, rest = page.markdown([run], "run.svg").split("## Method")
+    assert "![`all_reduce_` of int8 on 2 ranks: time over size](run.svg)" in opening
+    assert opening.endswith(
+        "(x, one L3):\n\n| size | a | b |\n| --- | --- | --- |\n| 2 B | 1.00 | 1.00 |\n| 8 B | 4.00 | 4.00 |\n| 16 B | 8.00 | 8.00 |\n\n"
+    )
+    assert "| 2 B | int8 | siblings |" in rest
+    assert "![" not in page.markdown([run])
+    assert page.overview([report.Run(run.machine, run.how, rows[:2])]) == []  # one size is no curve
+
+
+def test_the_page_of_the_documentation_has_the_words_that_are_written_today() -> None:
+    run = report.Run({"processor": "x"}, {"ranks": 2, "started": "threads", "sampling": "9 samples"})
+    written, kept = page.markdown([run]), (ROOT / "docs/benchmarks.md").read_text()
+    introduction, _, method = written[: written.index("## Machine")].partition("## Method")
+    assert kept.startswith(introduction)
+    assert method in kept
+    assert kept.endswith(written[written.index("## On a GPU") :])
 
 
 def test_placements() -> None:

@@ -12,12 +12,13 @@ import torch.distributed as dist
 
 import commgraph as cg
 from commgraph import compat
+from commgraph.accelerators.host_staged import HostStagedCommunicator
+from commgraph.accelerators.torch_backend import TorchCommunicator
 from commgraph.communicators.base import Communicator, Refused
 from commgraph.communicators.gloo import GlooCommunicator
 from commgraph.communicators.hierarchical import HierarchicalCommunicator
 from commgraph.communicators.shm import ShmCommunicator
-from commgraph.communicators.staged import StagedCommunicator
-from commgraph.communicators.torch_backend import TorchCommunicator
+from commgraph.deadline import Deadline
 from commgraph.platforms import GroupFacts
 from commgraph.testing import check_communicator
 
@@ -36,7 +37,7 @@ STRATEGIES: dict[str, Callable[[GroupFacts, GlooCommunicator], Communicator | Re
     "hierarchical": lambda facts, host: HierarchicalCommunicator.build(
         host, (0, *[1] * (len(facts.ranks) - 1)), facts.options, facts.limits
     ),
-    "staged": lambda facts, host: StagedCommunicator(torch.device("cpu"), [host]),
+    "staged": lambda facts, host: HostStagedCommunicator(torch.device("cpu"), [host]),
     "torch": torch_gloo,
 }
 
@@ -52,19 +53,19 @@ class Wrapped(GlooCommunicator):
 
 
 class WrongOrder(Wrapped):
-    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, timeout: float) -> None:
-        super().all_gather(x, dim, sizes, out, tag=tag, timeout=timeout)
+    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, deadline: Deadline) -> None:
+        super().all_gather(x, dim, sizes, out, tag=tag, deadline=deadline)
         out.copy_(torch.cat(list(out.split(list(sizes), dim))[::-1], dim) if len(set(sizes)) == 1 else out)
 
 
 class InPlace(Wrapped):
-    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
-        return super().all_reduce_(x, op, tag=tag, timeout=timeout)
+    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
+        return super().all_reduce_(x, op, tag=tag, deadline=deadline)
 
 
 class OwnFirst(Wrapped):
-    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
-        y = super().all_reduce(x, op, tag=tag, timeout=timeout)
+    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
+        y = super().all_reduce(x, op, tag=tag, deadline=deadline)
         return y * (1 + 1e-7) if self.rank_in_group == 1 and y.dtype == torch.float32 else y
 
 
@@ -74,18 +75,18 @@ class Fickle(Wrapped):
 
 
 class Unending(Wrapped):
-    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
-        return x.clone() if timeout < 1 else super().all_reduce(x, op, tag=tag, timeout=timeout)
+    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
+        return x.clone() if deadline.seconds < 1 else super().all_reduce(x, op, tag=tag, deadline=deadline)
 
 
 class NoSuchOperation(Wrapped):
-    operations = frozenset({"all_reduce", "scatter"})
+    operations = frozenset({"all_reduce", "scan"})
 
 
 class Half(Wrapped):
-    def broadcast(self, x: torch.Tensor, src: int, *, tag: int, timeout: float) -> None:
+    def broadcast(self, x: torch.Tensor, src: int, *, tag: int, deadline: Deadline) -> None:
         if x.is_contiguous():
-            super().broadcast(x, src, tag=tag, timeout=timeout)
+            super().broadcast(x, src, tag=tag, deadline=deadline)
 
 
 MISTAKES: list[tuple[type[Wrapped], str]] = [
@@ -94,7 +95,7 @@ MISTAKES: list[tuple[type[Wrapped], str]] = [
     (OwnFirst, "the ranks' results differ"),
     (Fickle, "it has to answer alike on all ranks"),
     (Unending, "returned though no other rank called it"),
-    (NoSuchOperation, r"operations that do not exist: \['scatter'\]"),
+    (NoSuchOperation, r"operations that do not exist: \['scan'\]"),
     (Half, "not what the source has"),
 ]
 

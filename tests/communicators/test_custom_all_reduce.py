@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import commgraph as cg
+from commgraph.accelerators.custom_all_reduce import CustomAllReduce, prove, strategy
+from commgraph.accelerators.custom_all_reduce.renumbered import Renumbered
+from commgraph.accelerators.kernel_table import KERNELS, OTHERS, KernelTable, Row, Step, merged
 from commgraph.communicators.base import OPERATIONS, Communicator
-from commgraph.communicators.custom_all_reduce import CustomAllReduce, prove, strategy
-from commgraph.communicators.custom_all_reduce.renumbered import Renumbered
 from commgraph.communicators.gloo import GlooCommunicator
-from commgraph.kernel_table import KERNELS, OTHERS, KernelTable, Row, Step, merged
+from commgraph.deadline import Deadline
 from commgraph.platforms import GroupFacts
 from commgraph.testing import check_communicator, spmd
 from tests.stand_ins import GOOD, FakeDevice, HostKernels, Memory, by_name
@@ -279,9 +280,9 @@ def test_values_bits_and_pieces(n: int, units: int, dtype: torch.dtype, op: str,
         mine = x.split(each, dim)[world.rank]
         gathered = torch.empty(x.shape, dtype=dtype)
         scattered = torch.empty(mine.shape, dtype=dtype)
-        summed = made.all_reduce(x, op, tag=next(tags), timeout=30)
-        made.all_gather(mine, dim, each, gathered, tag=next(tags), timeout=30)
-        made.reduce_scatter(x, dim, each, op, scattered, tag=next(tags), timeout=30)
+        summed = made.all_reduce(x, op, tag=next(tags), deadline=Deadline.after(30))
+        made.all_gather(mine, dim, each, gathered, tag=next(tags), deadline=Deadline.after(30))
+        made.reduce_scatter(x, dim, each, op, scattered, tag=next(tags), deadline=Deadline.after(30))
         assert torch.equal(x, before)
         if made.accepts("all_reduce", x.shape, dtype, CPU, capturing=False) and op != "max":
             assert kernels.calls
@@ -475,7 +476,7 @@ def test_calls_on_several_streams_take_turns() -> None:
         with streams.use("other"):
             ctx.tp.all_reduce(x)
             ctx.tp.all_reduce(x)
-        assert streams.said == [("mark", "main", 0), ("after", "other", ("main", 0))]
+        assert streams.said == [("record_event", "main", 0), ("wait_event", "other", ("main", 0))]
         streams.capturing = True
         ctx.tp.all_reduce(x)
         assert len(streams.said) == 2
@@ -557,7 +558,7 @@ def test_whatever_the_ranks_have_they_all_pick_the_same(ranks: list[dict[str, An
         for operation, shape, dtype, capturing in asked:
             platform.streams_made.capturing = capturing
             try:
-                chosen.append(tp._link.route(operation, shape, dtype, CPU).name)
+                chosen.append(tp._state.strategies.route(operation, shape, dtype, CPU).name)
             except cg.UnsupportedTensorError:
                 chosen.append("refused while capturing")
         platform.streams_made.capturing = False
@@ -654,7 +655,7 @@ def test_the_children_meet_where_they_are_told() -> None:
 
 def test_the_real_trial_says_what_is_missing_here() -> None:
     """The child that a GPU machine runs, run here: it says in one line that there is no CUDA, and the parent that it failed."""
-    from commgraph.communicators.custom_all_reduce.peers import command_of
+    from commgraph.accelerators.custom_all_reduce.peers import command_of
 
     def run(world: cg.World) -> str:
         def tell(word: bytes) -> list[bytes]:

@@ -702,7 +702,7 @@ def test_ranks_may_come_by_different_ways(kind: Callable[[torch.Tensor, int], to
                 assert torch.equal(x, all_[src])
             group.barrier(**more)
         # Both ways count.
-        assert len(set(group.all_gather_object(group._link.sequence))) == 1
+        assert len(set(group.all_gather_object(group._state.sequence))) == 1
 
     for n in (2, 3):
         on(n, body, shm_bytes=SMALLEST)
@@ -840,7 +840,7 @@ def test_a_second_thread_in_the_same_group_is_told() -> None:
         if world.rank == 0:
             waiting = threading.Thread(target=lambda: results.append(tp.all_reduce(torch.ones(3))))
             waiting.start()
-            while not tp._link.sequence:
+            while not tp._state.sequence:
                 time.sleep(0.001)
             time.sleep(0.05)
             for call in (lambda: tp.all_reduce(torch.ones(3)), lambda: tp.barrier(timeout=5), lambda: tp.broadcast_object(1)):
@@ -872,7 +872,7 @@ def run(world):
         return float(tp.all_reduce(x).sum())
     working = threading.Thread(target=lambda: results.append(tp.all_reduce(x)))
     working.start()
-    while not tp._link.sequence:
+    while not tp._state.sequence:
         pass
     while not results:
         try:
@@ -1026,7 +1026,10 @@ def test_explain_tells_strategies_refusals_and_bytes() -> None:
     both, grown, no_queue, _, neither, same = spmd(run, 4)[0]
     tp = re.search(r"  tp: .*?(?=\n  \w+:|\n  \d)", both, re.DOTALL)
     assert tp is not None
-    assert "all_reduce, all_gather, reduce_scatter, all_to_all, gather, broadcast, barrier, send, recv: shm, then gloo" in tp[0]
+    assert (
+        "all_reduce, reduce, all_gather, reduce_scatter, all_to_all, gather, scatter, broadcast, barrier, send, recv: shm, then gloo"
+        in tp[0]
+    )
     assert re.search(
         r"shm: shared memory of one host, \d+ bytes \(slots of 16384, rings of \d+ and \d+\);.* (avx512|avx2|sse2|neon|plain C)\n", tp[0]
     )
@@ -1215,7 +1218,7 @@ def test_messages_by_the_short_way_pair_with_those_by_the_long_one() -> None:
     def run(world: cg.World) -> list[int]:
         with world.context(cg.Layout(2, pp=2), name="a") as context:
             pp = context.pp
-            short, taken = pp._link.messages, 0
+            short, taken = pp._state.native_messages, 0
             assert short is not None
             strided = torch.arange(12.0).view(3, 4).T
             kinds = [torch.arange(12.0).view(4, 3), strided, torch.empty(0, 3), torch.ones(4, 3, dtype=torch.bfloat16), torch.tensor(5)]
@@ -1224,7 +1227,7 @@ def test_messages_by_the_short_way_pair_with_those_by_the_long_one() -> None:
                     if i % 2:
                         pp.send(x, timeout=20)  # the long way
                     else:
-                        taken += short.send(pp, x, 1)
+                        taken += short.send(pp, x, 1, None)
                         pp.send(x)
                     if i % 4 == 0:
                         pp.send_object(i, 1)
@@ -1246,7 +1249,7 @@ def test_messages_by_the_short_way_pair_with_those_by_the_long_one() -> None:
                 if i % 4 == 0:
                     assert pp.recv_object(0) == i
             with torch.inference_mode():
-                assert pp._link.messages is short
+                assert pp._state.native_messages is short
             return []
 
     assert spmd(run, 2)[0] == [5]

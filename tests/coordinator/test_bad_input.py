@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import commgraph as cg
-from commgraph.communicators.signature import CHECK, COLLECTIVE, MESSAGE, OBJECT, OBJECT_REST, make_tag
+from commgraph.communicators.tags import CHECK, COLLECTIVE, MESSAGE, OBJECT, OBJECT_REST, make_tag
 from commgraph.coordinator import GroupCoordinator
 from tests.helpers import on
 

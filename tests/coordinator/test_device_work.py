@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import commgraph as cg
-from commgraph.communicators.torch_backend import TorchCommunicator
+from commgraph.accelerators.torch_backend import TorchCommunicator
 from commgraph.testing import spmd
-from commgraph.work import LaneThread
 from tests.stand_ins import FakeDevice, FakeStreams, Memory
 
 
@@ -49,11 +48,11 @@ def test_a_collective_runs_on_a_side_stream_and_wait_orders_the_current_one() ->
         work = tp.all_reduce_async(x)
         # It was enqueued here and now, not by a thread, after what the caller's stream had to do.
         assert [said[:2] for said in streams.said] == [
-            ("mark", "main"),
-            ("after", "side 1"),
+            ("record_event", "main"),
+            ("wait_event", "side 1"),
             ("all_reduce", "side 1"),
-            ("keep", "side 1"),
-            ("mark", "side 1"),
+            ("record_stream", "side 1"),
+            ("record_event", "side 1"),
         ]
         assert streams.said[3][2] == x.data_ptr(), "dropping x is safe"
         assert streams.current() == "main"
@@ -63,7 +62,7 @@ def test_a_collective_runs_on_a_side_stream_and_wait_orders_the_current_one() ->
         del streams.said[:]
         y = work.wait()
         # The stream waits and not the host: the device has still not come to the end.
-        assert [said[:2] for said in streams.said] == [("after", "main"), ("keep", "main")]
+        assert [said[:2] for said in streams.said] == [("wait_event", "main"), ("record_stream", "main")]
         assert streams.said[0][2] == end
         assert streams.said[1][2] == y.data_ptr()
         streams.pending.clear()
@@ -73,7 +72,7 @@ def test_a_collective_runs_on_a_side_stream_and_wait_orders_the_current_one() ->
         del streams.said[:]
         with streams.use("other"):
             assert work.wait() is y
-        assert streams.said == [("after", "other", end), ("keep", "other", y.data_ptr())]
+        assert streams.said == [("wait_event", "other", end), ("record_stream", "other", y.data_ptr())]
 
     on_device(2, body)
 
@@ -87,11 +86,11 @@ def test_a_blocking_call_comes_after_what_was_begun_before_it(operation: str) ->
         streams.pending.add(end)
         del streams.said[:]
         tp.all_reduce(x)
-        assert streams.said == [("after", "main", end), ("all_reduce", "main")]
+        assert streams.said == [("wait_event", "main", end), ("all_reduce", "main")]
         del streams.said[:]
         # And so does the next one as long as the device has not come so far; then nobody waits any more.
         tp.all_reduce(x)
-        assert ("after", "main", end) in streams.said
+        assert ("wait_event", "main", end) in streams.said
         streams.pending.clear()
         tp.all_reduce(x)
         del streams.said[:]
@@ -112,7 +111,7 @@ def test_works_of_one_group_are_enqueued_in_order_on_one_stream() -> None:
     on_device(2, body)
 
 
-def test_what_holds_up_the_host_goes_by_way_of_a_thread_on_the_same_stream() -> None:
+def test_a_strategy_that_holds_up_the_host_is_called_in_turn_on_the_same_stream() -> None:
     """Bytes that no backend adds up go by way of the host: a thread does it, on the side stream, and in its turn."""
 
     def body(tp: cg.GroupCoordinator, streams: FakeStreams) -> None:
@@ -129,12 +128,12 @@ def test_what_holds_up_the_host_goes_by_way_of_a_thread_on_the_same_stream() -> 
 
         staged.all_reduce = heard
         # On the host another strategy would serve it first; that of a device is not asked.
-        tp._link.communicators = tuple(one for one in tp._link.communicators if one.name in ("fakeccl", "staged"))
+        tp._state.strategies.communicators = tuple(one for one in tp._state.strategies.communicators if one.name in ("fakeccl", "staged"))
         slow = tp.all_reduce_async(torch.ones(4, dtype=torch.int16))
         fast = tp.all_reduce_async(torch.ones(4))
         assert slow.wait().tolist() == [2] * 4
         assert fast.wait().tolist() == [2.0] * 4
-        assert isinstance(threads[0], LaneThread)
+        assert len(threads) == 1  # that of the lane, or the one that waits
         calls = [said for said in streams.said if said[0] in ("staged", "all_reduce")]
         assert calls == [("staged", "side 1"), ("all_reduce", "side 1")]
 
@@ -155,13 +154,13 @@ def test_while_a_graph_is_captured_nothing_goes_to_a_thread_and_nothing_waits_fo
             assert work.is_completed(), "what is recorded has no end to wait for"
             y = work.wait()
             tp.all_reduce(y)
-            assert ("after", captured.stream, inside) in streams.said
+            assert ("wait_event", captured.stream, inside) in streams.said
             streams.capturing = False
-        assert not any(said[0] == "after" and said[2] == outside for said in streams.said)
+        assert not any(said[0] == "wait_event" and said[2] == outside for said in streams.said)
         del streams.said[:]
         # Nor does anything outside wait for what was only recorded.
         tp.all_reduce(x)
-        assert not any(said[0] == "after" and said[2] == inside for said in streams.said)
+        assert not any(said[0] == "wait_event" and said[2] == inside for said in streams.said)
         before.wait()
 
     on_device(2, body)
@@ -184,8 +183,8 @@ def test_each_graph_waits_for_its_own() -> None:
                 streams.capturing = False
             assert work.is_completed()
             assert "ended" in repr(work)
-            own = {said[1:] for said in streams.said if said[0] == "mark"}
-            assert {said[2] for said in streams.said if said[0] == "after"} <= own, "it waited for a mark of another graph"
+            own = {said[1:] for said in streams.said if said[0] == "record_event"}
+            assert {said[2] for said in streams.said if said[0] == "wait_event"} <= own, "it waited for a mark of another graph"
             marks.append(own)
 
     on_device(2, body)
@@ -240,8 +239,8 @@ def test_dicts_are_received_on_a_side_stream() -> None:
             got = tp.irecv_tensor_dict(0).wait()
             assert got["b"] == "word"
             assert got["a"].tolist() == [0, 1, 2, 3]
-        assert any(said[0] == "after" and said[1] == "side 1" and said[2][0] == "main" for said in streams.said)
-        assert any(said[0] == "after" and said[1] == "main" and said[2][0] == "side 1" for said in streams.said)
+        assert any(said[0] == "wait_event" and said[1] == "side 1" and said[2][0] == "main" for said in streams.said)
+        assert any(said[0] == "wait_event" and said[1] == "main" and said[2][0] == "side 1" for said in streams.said)
 
     on_device(2, body)
 
@@ -304,9 +303,9 @@ def test_devices_have_a_deadline_of_their_own() -> None:
 
 
 def _timed(inner: Callable[..., Any], seen: list[float]) -> Callable[..., Any]:
-    def call(*args: Any, timeout: float, **kwargs: Any) -> Any:
-        seen.append(timeout)
-        return inner(*args, timeout=timeout, **kwargs)
+    def call(*args: Any, deadline: cg.Deadline, **kwargs: Any) -> Any:
+        seen.append(deadline.seconds)
+        return inner(*args, deadline=deadline, **kwargs)
 
     return call
 

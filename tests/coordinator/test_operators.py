@@ -113,13 +113,13 @@ def test_one_graph_of_all_operations(how: str) -> None:
                 continue
             if isinstance(getattr(run, "tp", None), GroupCoordinator):
                 run.tp = group  # type: ignore[attr-defined]  # of the module
-            before = group.communicator("shm").sequence
+            before = group._state.sequence
             for x in xs:
                 x.grad = None
             ys = run(*xs)
             losses = [(y * weight(y, tp.rank)).sum() for y in ys[: len(names)]]
             torch.stack(losses).sum().backward()
-            assert group.communicator("shm").sequence > before + 20, "the graph ran over another group"
+            assert group._state.sequence > before + 20, "the graph ran over another group"
             for name, y, x in zip([*names, *others], ys, xs, strict=True):
                 assert torch.equal(y, wanted[name][0][tp.rank]), name
                 if name in names:
@@ -324,11 +324,13 @@ def test_operators_neither_change_nor_return_their_inputs() -> None:
             ops.all_gather(x, tp, 0),
             ops.all_to_all(x, tp, 0, 1),
             ops.broadcast(x, tp, 0),
-            ops.reduce(x, tp, 0),
+            ops.reduce_on_one(x, tp, 0),
+            ops.reduce(x, tp, 0, "max", token) if tp.rank == 0 else ops.reduce(x, tp, 0, "max", token).new_ones(2, 3),
+            ops.scatter(x, tp, 0, 0, [2, 0][:n] if n == 2 else [2], token),
             ops.all_gatherv(x, tp, 0, [2] * n, token),
-            ops.reduce_scatterv(x, tp, 0, [2, 0][:n] if n == 2 else [2], token),
+            ops.reduce_scatterv(x, tp, 0, [2, 0][:n] if n == 2 else [2], "sum", token),
             ops.all_to_allv(x, tp, 0, 0, [2 // n] * n, [2 // n] * n, token),
-            ops.gather(x, tp, 0, 0, token),
+            ops.gather(x, tp, 0, 0, None, token),
             ops.dispatch([x], tp, None, token)[0],
             ops.combine(x, tp, None, token),
         ):
@@ -346,11 +348,13 @@ SAMPLES: dict[str, Callable[[torch.Tensor, GroupCoordinator], tuple[Any, ...]]] 
     "all_gather": lambda x, tp: (x, tp, -1),
     "all_to_all": lambda x, tp: (x, tp, 0, 1),
     "broadcast": lambda x, tp: (x, tp, 0),
-    "reduce": lambda x, tp: (x, tp, 0),
+    "reduce": lambda x, tp: (x.detach(), tp, 0, "sum", tp._token),
+    "reduce_on_one": lambda x, tp: (x, tp, 0),
+    "scatter": lambda x, tp: (x.detach(), tp, 0, 0, None, tp._token),
     "all_gatherv": lambda x, tp: (x, tp, 0, [4], tp._token),
-    "reduce_scatterv": lambda x, tp: (x, tp, 0, [4], tp._token),
+    "reduce_scatterv": lambda x, tp: (x, tp, 0, [4], "avg", tp._token),
     "all_to_allv": lambda x, tp: (x, tp, 0, 0, [4], [4], tp._token),
-    "gather": lambda x, tp: (x.detach(), tp, 0, 0, tp._token),
+    "gather": lambda x, tp: (x.detach(), tp, 0, 0, None, tp._token),
     "dispatch": lambda x, tp: ([x, torch.randn(4, 1, requires_grad=True)], tp, [4], tp._token),
     "combine": lambda x, tp: (x, tp, None, tp._token),
     "barrier": lambda x, tp: (tp, tp._token),
@@ -362,7 +366,7 @@ def test_opcheck(name: str) -> None:
     """One rank: torch runs an operator many times over, and only on this one. Of two, in processes: below."""
 
     def body(tp: GroupCoordinator) -> None:
-        x = torch.randn(4, 3, requires_grad=name != "gather")
+        x = torch.randn(4, 3, requires_grad=name not in ("gather", "reduce", "scatter"))
         torch.library.opcheck(getattr(torch.ops.commgraph, name).default, SAMPLES[name](x, tp))
 
     on(1, body)

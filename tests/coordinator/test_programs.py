@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import commgraph as cg
+from commgraph.accelerators.kernel_table import KERNELS, KernelTable, Row
+from commgraph.accelerators.kernel_table import Step as KernelStep
 from commgraph.coordinator import GroupCoordinator
-from commgraph.kernel_table import KERNELS, KernelTable, Row
-from commgraph.kernel_table import Step as KernelStep
 from commgraph.testing import spmd
 from commgraph.testing._program import OPERATIONS, Program, Step, TensorSpec, fill
 from commgraph.testing.strategies import programs, tensors

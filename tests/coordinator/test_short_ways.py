@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import commgraph as cg
 from commgraph import compat
 from commgraph.coordinator import GroupCoordinator
-from commgraph.coordinator.host_objects import HostObjects
+from commgraph.coordinator.objects_shm import ShmObjects
 from commgraph.shm import native_module
 from commgraph.shm.mailbox import Mailbox
 from commgraph.testing import spmd
@@ -44,15 +44,16 @@ DTYPES = [
 
 def mailbox(group: GroupCoordinator) -> Mailbox:
     objects = group._objects
-    assert isinstance(objects, HostObjects)
+    assert isinstance(objects, ShmObjects)
+    assert objects._mailbox is not None
     return objects._mailbox
 
 
 def went_short(group: GroupCoordinator, call: Callable[[], object]) -> bool:
     """Whether bytes went through the short way of tensors and dicts."""
-    before = mailbox(group).post.bytes_sent
+    before = mailbox(group).native.bytes_sent
     call()
-    return bool(mailbox(group).post.bytes_sent > before)
+    return bool(mailbox(group).native.bytes_sent > before)
 
 
 @pytest.mark.parametrize("nbytes", [4, 40_000, 3_000_000])
@@ -66,7 +67,7 @@ def test_both_ways_pair(nbytes: int) -> None:
         for mine, theirs in itertools.product((None, 20.0), repeat=2):
             for _ in range(3):
                 if group.rank == 0:
-                    assert went_short(group, partial(group.send, x, 1, timeout=mine)) == (mine is None)
+                    assert went_short(group, partial(group.send, x, 1, timeout=mine))
                     group.send(x, 1, timeout=mine)
                     assert went_short(group, partial(group.send_tensor_dict, tree, 1, timeout=mine)) == (mine is None)
                     put = partial(group.broadcast_tensor_dict, tree, 0, timeout=mine)
@@ -96,9 +97,24 @@ PLAIN: dict[str, dict[Any, Any]] = {
     "order": {"z": torch.zeros(1), "a": torch.ones(1), "m": torch.ones(2)},
     "32 tensors": {str(i): torch.full((i + 1,), i) for i in range(32)},
     "the same twice": dict.fromkeys("ab", torch.ones(3)),
+    "values": {
+        "x": torch.ones(2),
+        "none": None,
+        "yes": True,
+        "no": False,
+        "n": -(1 << 63),
+        "real": 0.1,
+        "far": float("inf"),
+        "text": "π𝄞",
+        "": "",
+    },
+    "values only": {"n": 3},
+    "a gradient": {"x": torch.ones(2, requires_grad=True)},
 }
 OTHER: dict[str, dict[Any, Any]] = {
-    "an object": {"x": torch.ones(2), "n": None},
+    "an object": {"x": torch.ones(2), "n": [1]},
+    "a number of 70 bits": {"x": torch.ones(2), "n": 1 << 70},
+    "a text of 5,000 bytes": {"x": torch.ones(2), "n": "k" * 5000},
     "a dict within": {"x": {"y": torch.ones(2)}},
     "no entries": {"x": torch.empty(0, 3), "y": torch.ones(1)},
     "strides": {"x": torch.arange(6).view(2, 3).t()},
@@ -112,7 +128,6 @@ OTHER: dict[str, dict[Any, Any]] = {
     "half a surrogate": {"\ud800": torch.ones(2)},
     "a long key": {"k" * 5000: torch.ones(2)},
     "a parameter": {"x": torch.nn.Parameter(torch.ones(2), requires_grad=False)},
-    "a gradient": {"x": torch.ones(2, requires_grad=True)},
 }
 
 
@@ -444,6 +459,6 @@ def test_without_dlpack_everything_takes_the_long_way(monkeypatch: pytest.Monkey
                 assert same(sent, group.recv_tensor_dict(0))
                 assert same(sent, group.broadcast_tensor_dict())
             assert torch.equal(group.recv(5, torch.int64, 0), tree["x"])
-        assert mailbox(group).post is None
+        assert mailbox(group).native is None
 
     on(2, body)

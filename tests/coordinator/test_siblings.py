@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from typing import Any
@@ -96,19 +97,24 @@ def test_ranks_that_give_other_names_and_names_that_are_none() -> None:
 def test_one_that_cannot_be_built_on_one_rank_is_built_on_none() -> None:
     def run(world: cg.World) -> None:
         tp = world.context(cg.Layout(2, tp=2), name="a").tp
-        link = tp._link
+        state = tp._state
         if world.rank == 1:
-            again = link._again
+            again: Any = state.rebuild
 
-            def fail(ident: str) -> Any:
-                assert again is not None
-                again(ident).close()
-                raise OSError("no room")
+            class Failing:
+                """The builder, whose last step fails."""
 
-            link._again = fail
+                def __getattr__(self, name: str) -> Any:
+                    return getattr(again.func.__self__, name)
+
+                def state(self, *args: Any, **kwargs: Any) -> Any:
+                    again.func.__self__.state(*args, **kwargs).close()
+                    raise OSError("no room")
+
+            state.rebuild = functools.partial(again.func.__func__, Failing(), **again.keywords)
             with pytest.raises(OSError, match="no room"):
                 tp.sibling("x")
-            link._again = again
+            state.rebuild = again
         else:
             with pytest.raises(cg.BuildError, match="rank 1 could not build it: OSError: no room"):
                 tp.sibling("x")

@@ -21,8 +21,8 @@ import torch
 
 import commgraph as cg
 from commgraph import compat
-from commgraph.communicators.torch_backend import TorchCommunicator
-from commgraph.kernel_table import KERNELS, KernelTable, Row, Step
+from commgraph.accelerators.kernel_table import KERNELS, KernelTable, Row, Step
+from commgraph.accelerators.torch_backend import TorchCommunicator
 
 REHEARSAL = bool(os.environ.get("COMMGRAPH_GPU_REHEARSAL"))
 DEVICE = torch.device("cpu") if REHEARSAL else torch.device("cuda", 0)

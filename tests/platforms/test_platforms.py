@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 
 import commgraph as cg
 from commgraph import compat
+from commgraph.accelerators.streams import Streams
 from commgraph.communicators.base import OPERATIONS, Communicator, Refused
 from commgraph.communicators.gloo_transport import GlooTransport
-from commgraph.platforms import GroupFacts, Streams, detection
+from commgraph.deadline import Deadline
+from commgraph.platforms import GroupFacts, detection
 from commgraph.testing import spmd
 from tests.helpers import ROOT
 from tests.stand_ins import FakeStreams
@@ -70,11 +72,11 @@ def on_devices(n: int, body: Any, platform: Any = None, **options: Any) -> list[
 def chain(
     group: cg.GroupCoordinator, operation: str, device: torch.device, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (4,)
 ) -> str:
-    return group._link.route(operation, shape, dtype, device).name
+    return group._state.strategies.route(operation, shape, dtype, device).name
 
 
 def fake_streams(group: cg.GroupCoordinator) -> FakeStreams:
-    sides = group._link.sides
+    sides = group._state.side_streams
     assert sides is not None
     assert isinstance(sides.streams, FakeStreams)
     return sides.streams
@@ -158,7 +160,7 @@ def test_the_choice_is_a_pure_function(operation: str, shape: list[int], dtype: 
 
 
 def _chains() -> list[list[Communicator]]:
-    return on_devices(2, lambda ctx: list(ctx.tp._link.communicators))
+    return on_devices(2, lambda ctx: list(ctx.tp._state.strategies.communicators))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -193,7 +195,7 @@ def test_what_cannot_be_captured_is_passed_over_and_never_run_eagerly() -> None:
         with ctx.graph_capture() as outer:
             assert outer.stream == streams.current() == "side 1"
             # The side stream begins after what the stream before it has to do.
-            assert streams.said == [("mark", "main", 0), ("after", "side 1", ("main", 0))]
+            assert streams.said == [("record_event", "main", 0), ("wait_event", "side 1", ("main", 0))]
             streams.capturing = True
             assert chain(tp, "all_reduce", CUDA) == "nccl"
             with pytest.raises(cg.UnsupportedTensorError, match=r"a graph is being captured.*torch.uint16.*Nothing was sent"):
@@ -245,9 +247,9 @@ def test_on_the_host_there_is_nothing_to_capture() -> None:
 class Small(Communicator):
     """Serves what is small, in an order of its own."""
 
-    name: ClassVar[str] = "small"
-    operations: ClassVar[frozenset[str]] = frozenset({"all_reduce"})
-    selective: ClassVar[bool] = True
+    name = "small"
+    operations = frozenset({"all_reduce"})
+    size_dependent = True
     closed = False
 
     def __init__(self, rest: Communicator) -> None:
@@ -257,9 +259,9 @@ class Small(Communicator):
     def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:
         return torch.Size(shape).numel() <= 64
 
-    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
         # Rounded on the way, as an order of its own would have it.
-        return self.rest.all_reduce(x.bfloat16(), op, tag=tag, timeout=timeout).to(x.dtype)
+        return self.rest.all_reduce(x.bfloat16(), op, tag=tag, deadline=deadline).to(x.dtype)
 
     def abort(self) -> None:
         pass

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import enum
 import gc
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -16,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import commgraph as cg
 from commgraph.testing import spmd
@@ -600,3 +606,133 @@ def test_a_closed_world_does_not_warn() -> None:
         cg.World.from_env(NOBODY)  # one rank holds nothing
         gc.collect()
     assert [str(warning.message) for warning in caught] == []
+
+
+# Split by color.
+
+
+@settings(max_examples=15)
+@given(st.data())
+def test_split_by_is_comm_split(data: st.DataObject) -> None:
+    """Against MPI's words: one world for each color, its ranks in the order of (key, rank); None gets none."""
+    size = data.draw(st.integers(1, 5))
+    colors = [data.draw(st.sampled_from([None, 0, 1, "train", b"x", ("train", 1)])) for _ in range(size)]
+    keys = [data.draw(st.integers(-2, 2)) for _ in range(size)]
+    nodes = data.draw(st.integers(1, min(2, size)))
+
+    def run(world: cg.World) -> Any:
+        small = world.split_by(colors[world.rank], keys[world.rank])
+        if small is None:
+            return None
+        ranks = small.group.all_gather_object(world.rank)
+        return small.rank, small.size, ranks, int(small.group.all_reduce(torch.tensor(10**world.rank)))
+
+    for rank, found in enumerate(spmd(run, size, nodes=nodes)):
+        if colors[rank] is None:
+            assert found is None
+            continue
+        members = [other for other in range(size) if colors[other] == colors[rank]]
+        members.sort(key=lambda other: (keys[other], other))
+        assert found == (members.index(rank), len(members), members, sum(10**other for other in members))
+
+
+def test_split_by_takes_what_counts_as_a_whole_number_or_text() -> None:
+    class Role(enum.StrEnum):
+        TRAINER = "trainer"
+
+    def run(world: cg.World) -> Any:
+        mine: tuple[Any, ...] = (
+            (np.int64(3), Role.TRAINER, True, torch.tensor(2)) if world.rank else (3, "trainer", world.size == 2, np.uint8(2))
+        )
+        return [world.split_by(color, np.int32(-world.rank)).group.all_gather_object(world.rank) for color in mine]
+
+    assert spmd(run, 2) == [[[1, 0]] * 4] * 2
+
+
+def test_a_wrong_color_or_key_on_one_rank_is_an_error_on_all() -> None:
+    def run(world: cg.World) -> Any:
+        for color, key, said in (
+            ([1, 2], 0, "rank 1: color=[1, 2]: a list is no color"),
+            (1.5, 0, "rank 1: color=1.5: a float is no color"),
+            (("a", {}), 0, "rank 1: color=('a', {}): a dict is no color"),
+            (0, "first", "rank 1: key='first' is not a whole number"),
+            (None, None, "rank 1: key=None is not a whole number"),
+            (object, 2.5, "rank 1: color=<class 'object'>: a type is no color"),
+        ):
+            with pytest.raises(cg.LayoutError) as caught:
+                world.split_by(*((color, key) if world.rank == 1 else (0, 0)))
+            assert f"split_by on rank {world.rank} of 3" in str(caught.value)
+            assert said in str(caught.value)
+            assert "rank 0:" not in str(caught.value)
+        small = world.split_by(0)  # the world goes on
+        return small.size
+
+    assert spmd(run, 3) == [3, 3, 3]
+
+
+def test_split_by_of_a_split_over_nodes_and_again() -> None:
+    def run(world: cg.World) -> Any:
+        node = world.split_by(world.node_rank)
+        across = world.split_by(world.local_rank)
+        again = world.split_by(world.node_rank)
+        inner = node.split_by("first" if node.rank == 0 else None)
+        world.close()
+        assert all(w.closed for w in (node, across, again))
+        assert inner is None or inner.closed
+        return node.node_count, node.local_size, across.node_count, across.size, again.size, inner and inner.size
+
+    assert spmd(run, 4, nodes=2) == [(1, 2, 2, 2, 2, 1), (1, 2, 2, 2, 2, None)] * 2
+
+
+def test_split_by_of_a_closed_world_and_of_one_rank() -> None:
+    world = cg.World.from_env(NOBODY)
+    assert world.split_by(None) is None
+    assert world.split_by("me", 5).size == 1
+    with pytest.raises(cg.LayoutError, match="no color"):
+        world.split_by([])  # type: ignore[call-overload]
+    world.close()
+    with pytest.raises(cg.ContextClosedError):
+        world.split_by(0)
+
+
+def test_a_rank_that_never_comes_to_split_by_is_a_timeout() -> None:
+    store, gave_up = dist.HashStore(), threading.Event()
+
+    def run(rank: int) -> None:
+        world = cg.World.from_store(store, rank=rank, world_size=2, timeout=timedelta(seconds=2))
+        try:
+            if rank == 0:
+                with pytest.raises(cg.CollectiveTimeoutError, match="all_gather_object"):
+                    world.split_by(0)
+                gave_up.set()
+            else:
+                gave_up.wait(20)
+        finally:
+            world.close(timeout=timedelta(seconds=1))
+
+    assert together(lambda: run(0), lambda: run(1)) == [None, None]
+
+
+SPLIT_BY = """
+import sys
+import torch
+import commgraph as cg
+where, rank = sys.argv[1], int(sys.argv[2])
+with cg.World.connect(f"file://{where}", rank=rank, world_size=4) as world:
+    part = world.split_by("trainer" if rank < 2 else "generator" if rank < 3 else None, key=-rank)
+    if part is None:
+        print(world.rank, "none")
+    else:
+        ctx = part.context(cg.Layout(part.size, tp=part.size), name="part")
+        print(world.rank, part.rank, part.size, int(ctx.tp.all_reduce(torch.tensor(10**rank))))
+"""
+
+
+def test_split_by_between_processes(tmp_path: Path) -> None:
+    children = [
+        subprocess.Popen([sys.executable, "-c", SPLIT_BY, str(tmp_path / "meet"), str(rank)], stdout=subprocess.PIPE, text=True)
+        for rank in range(4)
+    ]
+    printed = [child.communicate(timeout=100)[0].split() for child in children]
+    assert [child.returncode for child in children] == [0] * 4
+    assert printed == [["0", "1", "2", "11"], ["1", "0", "2", "11"], ["2", "0", "1", "100"], ["3", "none"]]

@@ -17,9 +17,32 @@ int64_t deadline_after(int64_t timeout_ns) {
 
 uint64_t call_word(const Group *group, int operation) { return (group->sequence ? group->sequence - 1 : 0) << 8 | (uint64_t)operation; }
 
-PyObject *no_answer(void) { return PyErr_Occurred() ? NULL : Py_NewRef(Py_None); }
+int parse_timeout(PyObject *self, PyObject *value, int64_t standard_ns, int64_t *ns) {
+    if (value == Py_None) {
+        *ns = standard_ns;
+        return 1;
+    }
+    PyObject *total = NULL;
+    if (!PyFloat_CheckExact(value) && !PyLong_CheckExact(value)) {
+        module_state *state = state_of(self);
+        if (!PyObject_TypeCheck(value, state->timedelta)) return 0;
+        value = total = PyObject_CallMethodObjArgs(value, state->total_seconds, NULL);
+        if (total == NULL) return -1;
+    }
+    double seconds = PyFloat_AsDouble(value);
+    Py_XDECREF(total);
+    if (seconds == -1.0 && PyErr_Occurred()) {
+        PyErr_Clear(); /* a number beyond a double */
+        return 0;
+    }
+    if (!(seconds > 0 && seconds < 1e9)) return 0; /* the general path says what is wrong, or cuts it */
+    *ns = (int64_t)(seconds * 1e9);
+    return 1;
+}
 
-uint32_t tagged(uint32_t kind, uint64_t number, uint32_t digest) { return kind << 28 | ((digest ^ (uint32_t)number * 0x9E3779B1u) & 0xFFFFFFF); }
+PyObject *not_handled(void) { return PyErr_Occurred() ? NULL : Py_NewRef(Py_None); }
+
+uint32_t make_tag(uint32_t kind, uint64_t number, uint32_t digest) { return kind << 28 | ((digest ^ (uint32_t)number * 0x9E3779B1u) & 0xFFFFFFF); }
 
 /* Threads that wake up together would all ask for the interpreter, and be handed it by one futex after the other, each of which takes
  * longer than what most of them want to do. So those of one process take turns: who has come back from a wait keeps the turn until its next one,
@@ -365,17 +388,22 @@ static int module_exec(PyObject *module) {
     if (add_type(module, &state->segment, &segment_spec) < 0 || add_type(module, &state->pool, &pool_spec) < 0 ||
         add_type(module, &state->block, &block_spec) < 0 || add_type(module, &state->team, &team_spec) < 0 ||
         add_type(module, &state->group, &group_spec) < 0 || add_type(module, &state->ring, &ring_spec) < 0 ||
-        add_type(module, &state->tensors, &tensors_spec) < 0 || add_type(module, &state->door, &door_spec) < 0 ||
-        add_type(module, &state->post, &post_spec) < 0)
+        add_type(module, &state->tensors, &tensors_spec) < 0 || add_type(module, &state->fast, &fast_spec) < 0 ||
+        add_type(module, &state->messages, &messages_spec) < 0)
         return -1;
     state->requires_grad = PyUnicode_InternFromString("requires_grad");
     state->is_neg = PyUnicode_InternFromString("is_neg");
     state->version = PyUnicode_InternFromString("_version");
+    state->total_seconds = PyUnicode_InternFromString("total_seconds");
+    PyObject *times = PyImport_ImportModule("datetime");
+    state->timedelta = times == NULL ? NULL : (PyTypeObject *)PyObject_GetAttrString(times, "timedelta");
+    Py_XDECREF(times);
+    if (state->timedelta == NULL) return -1;
     static const struct {
         const char *name;
         int value;
     } numbers[] = {
-        {"OP_ALL_GATHER", OP_ALL_GATHER}, {"OP_GATHER", OP_GATHER}, {"OP_BROADCAST", OP_BROADCAST}, {"OP_OBJECT", OP_OBJECT},
+        {"OP_ALL_GATHER", OP_ALL_GATHER}, {"OP_GATHER", OP_GATHER}, {"OP_BROADCAST", OP_BROADCAST},
     };
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
         if (PyModule_AddIntConstant(module, numbers[i].name, numbers[i].value) < 0) return -1;
@@ -394,8 +422,9 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg) {
     Py_VISIT(state->group);
     Py_VISIT(state->ring);
     Py_VISIT(state->tensors);
-    Py_VISIT(state->door);
-    Py_VISIT(state->post);
+    Py_VISIT(state->fast);
+    Py_VISIT(state->messages);
+    Py_VISIT(state->timedelta);
     return 0;
 }
 

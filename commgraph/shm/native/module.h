@@ -18,8 +18,8 @@ typedef struct {
 
 typedef struct {
     PyObject *stopped, *busy; /* exceptions */
-    PyTypeObject *segment, *pool, *block, *team, *group, *ring, *tensors, *door, *post;
-    PyObject *requires_grad, *is_neg, *version; /* names, interned */
+    PyTypeObject *segment, *pool, *block, *team, *group, *ring, *tensors, *fast, *messages, *timedelta;
+    PyObject *requires_grad, *is_neg, *version, *total_seconds; /* names, interned */
     turn turn;
 } module_state;
 
@@ -54,7 +54,7 @@ typedef struct Team {
 
 /* Operations, as a line and a seat name them. */
 enum {
-    OP_BARRIER = 1, OP_ALL_REDUCE, OP_ALL_REDUCE_, OP_ALL_GATHER, OP_REDUCE_SCATTER, OP_ALL_TO_ALL, OP_GATHER, OP_BROADCAST, OP_OBJECT
+    OP_BARRIER = 1, OP_ALL_REDUCE, OP_ALL_REDUCE_, OP_ALL_GATHER, OP_REDUCE_SCATTER, OP_ALL_TO_ALL, OP_GATHER, OP_BROADCAST
 };
 
 enum { CACHED = 64, KEY_DIMS = 4 };
@@ -71,13 +71,9 @@ typedef struct {
     Team *team;
     Pool *pool;
     PyObject *regions; /* segments that are kept mapped */
-    PyObject *describe;
-    PyTypeObject *tensor_type;
-    const void *exchange; /* dl_exchange, or NULL */
     uint64_t sequence;
-    int64_t timeout_ns;
     int enabled;
-    int held; /* calls that were begun before wait for another thread to make them: the short way may not overtake them */
+    int paused; /* calls that were begun before wait for another thread to make them: native calls may not overtake them */
     cached_call cache[CACHED];
 } Group;
 
@@ -90,7 +86,7 @@ typedef struct {
     size_t done;
 } Ring;
 
-extern PyType_Spec group_spec, ring_spec, tensors_spec, door_spec, post_spec;
+extern PyType_Spec group_spec, ring_spec, tensors_spec, fast_spec, messages_spec;
 
 module_state *state_of(PyObject *self);
 /* Begins and ends a call on a team, during which other threads of Python run. 0 if the team is in use. */
@@ -115,9 +111,11 @@ Team *new_view(module_state *state, Team *of, cg_bell *bell, cg_bell *theirs);
 uint64_t call_word(const Group *group, int operation);
 /* The seat says which call it is in. */
 void say_posted(Ring *ring, uint64_t posted);
-/* The answer of a short way: None, or NULL with the error that is set. */
-PyObject *no_answer(void);
-/* As commgraph.communicators.signature.tagged. */
-uint32_t tagged(uint32_t kind, uint64_t number, uint32_t digest);
+/* A timeout as Python's callers give it, in nanoseconds; `standard_ns` for None. 1; 0 if it is none that is plain, -1 with an error set. */
+int parse_timeout(PyObject *self, PyObject *value, int64_t standard_ns, int64_t *ns);
+/* The answer of a native call that does not handle its arguments: None, or NULL with the error that is set. */
+PyObject *not_handled(void);
+/* As commgraph.communicators.tags.tag_of. */
+uint32_t make_tag(uint32_t kind, uint64_t number, uint32_t digest);
 
 #endif

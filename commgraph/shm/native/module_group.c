@@ -1,65 +1,36 @@
 /* Group: collectives of a team over one piece of shared memory, as Python sees it. */
 #include "module.h"
 
-#include "dlpack.h"
-
 #include <errno.h>
 #include <string.h>
 
 static PyObject *group_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     (void)kwargs;
-    PyObject *team, *pool, *tensor_type, *exchange, *describe;
+    PyObject *team, *pool;
     Py_ssize_t offset, slot_bytes;
-    long long timeout;
-    if (!PyArg_ParseTuple(args, "OOnnLOOO", &team, &pool, &offset, &slot_bytes, &timeout, &tensor_type, &exchange, &describe)) return NULL;
+    if (!PyArg_ParseTuple(args, "OOnn", &team, &pool, &offset, &slot_bytes)) return NULL;
     module_state *state = PyType_GetModuleState(type);
-    if (state == NULL || !PyObject_TypeCheck(team, state->team) || !PyObject_TypeCheck(pool, state->pool) || !PyType_Check(tensor_type))
-        return PyErr_Format(PyExc_TypeError, "Group(team, pool, offset, slot_bytes, timeout_ns, tensor_type, exchange, describe)");
+    if (state == NULL || !PyObject_TypeCheck(team, state->team) || !PyObject_TypeCheck(pool, state->pool))
+        return PyErr_Format(PyExc_TypeError, "Group(team, pool, offset, slot_bytes)");
     cg_team *view = &((Team *)team)->team;
     if (offset % 4096 || slot_bytes % 4096 || (size_t)offset + cg_group_bytes(view->n, (size_t)slot_bytes) > ((Team *)team)->segment->bytes)
         return PyErr_Format(PyExc_ValueError, "a group at %zd with slots of %zd bytes does not fit into the segment", offset, slot_bytes);
-    const dl_exchange *api = NULL;
-    if (exchange != Py_None) {
-        api = PyCapsule_GetPointer(exchange, "dlpack_exchange_api");
-        if (api == NULL) return NULL;
-        if (api->version.major != 1 || api->view_of_object == NULL) api = NULL; /* then tensors come by their addresses */
-    }
     Group *self = (Group *)allocate(type);
     if (self == NULL) return NULL;
     self->regions = PyList_New(0);
     cg_group_join(&self->group, view, ((Team *)team)->segment->base + offset, (size_t)slot_bytes);
     self->team = (Team *)Py_NewRef(team);
     self->pool = (Pool *)Py_NewRef(pool);
-    self->tensor_type = (PyTypeObject *)Py_NewRef(tensor_type);
-    self->describe = Py_NewRef(describe);
-    self->exchange = api;
-    self->timeout_ns = timeout;
     self->enabled = 1;
     return (PyObject *)self;
 }
 
-static int group_traverse(PyObject *self, visitproc visit, void *arg) {
-    Group *group = (Group *)self;
-    Py_VISIT(Py_TYPE(self));
-    Py_VISIT(group->describe);
-    Py_VISIT(group->regions);
-    return 0;
-}
-
-static int group_clear(PyObject *self) {
-    Py_CLEAR(((Group *)self)->describe);
-    return 0;
-}
-
 static void group_dealloc(PyObject *self) {
-    PyObject_GC_UnTrack(self);
     Group *group = (Group *)self;
     cg_group_leave(&group->group);
     Py_XDECREF((PyObject *)group->team);
     Py_XDECREF((PyObject *)group->pool);
     Py_XDECREF(group->regions);
-    Py_XDECREF((PyObject *)group->tensor_type);
-    Py_XDECREF(group->describe);
     free_object(self);
 }
 
@@ -259,28 +230,6 @@ static PyObject *group_read_note(PyObject *self, PyObject *arg) {
     return PyBytes_FromStringAndSize(note + 4, (Py_ssize_t)length);
 }
 
-/* Bytes that each rank said to send to and to expect from each, in the call last begun: a list of (out, in) per rank. */
-static PyObject *group_pairs(PyObject *self, PyObject *unused) {
-    (void)unused;
-    cg_group *g = &((Group *)self)->group;
-    PyObject *all = PyList_New(0);
-    for (int rank = 0; all != NULL && rank < g->n; rank++) {
-        PyObject *both = PyList_New(0);
-        for (int side = 0; both != NULL && side < 2; side++) {
-            uint64_t *row = cg_pair_row(g, rank, side == 0 ? CG_OUT : CG_IN);
-            for (int p = 0; p < g->n; p++) {
-                PyObject *number = PyLong_FromUnsignedLongLong(row[p]);
-                if (number == NULL || PyList_Append(both, number) < 0) Py_CLEAR(both);
-                Py_XDECREF(number);
-                if (both == NULL) break;
-            }
-        }
-        if (both == NULL || PyList_Append(all, both) < 0) Py_CLEAR(all);
-        Py_XDECREF(both);
-    }
-    return all;
-}
-
 #define PROPERTY_UINT(name, field)                                                   \
     static PyObject *get_##name(PyObject *self, void *closure) {                     \
         (void)closure;                                                               \
@@ -296,28 +245,19 @@ static PyObject *group_pairs(PyObject *self, PyObject *unused) {
     }
 PROPERTY_UINT(sequence, sequence)
 PROPERTY_UINT(enabled, enabled)
-PROPERTY_UINT(held, held)
-PROPERTY_UINT(bytes_sent, group.bytes_sent)
+PROPERTY_UINT(paused, paused)
 
-static PyObject *get_way(PyObject *self, void *closure) {
+static PyObject *get_bytes_sent(PyObject *self, void *closure) {
     (void)closure;
-    return PyLong_FromLong(((Group *)self)->group.way);
-}
-static int set_way(PyObject *self, PyObject *value, void *closure) {
-    (void)closure;
-    long way = value == NULL ? -1 : PyLong_AsLong(value);
-    if (PyErr_Occurred()) return -1;
-    ((Group *)self)->group.way = (int)way;
-    return 0;
+    return PyLong_FromUnsignedLongLong(((Group *)self)->group.bytes_sent);
 }
 
 static PyGetSetDef group_getset[] = {
     {"sequence", get_sequence, set_sequence, "calls begun", NULL},
-    {"enabled", get_enabled, set_enabled, "whether the short way is open", NULL},
-    {"held", get_held, set_held, "whether the short way waits for calls that were begun before", NULL},
-    {"bytes_sent", get_bytes_sent, set_bytes_sent, "bytes given to the others", NULL},
+    {"enabled", get_enabled, set_enabled, "whether native calls are taken", NULL},
+    {"paused", get_paused, set_paused, "whether native calls are refused while calls that were begun before are pending", NULL},
+    {"bytes_sent", get_bytes_sent, NULL, "bytes given to the others", NULL},
     {"reaches", get_reaches, NULL, "whether the ranks may read each other's memory", NULL},
-    {"way", get_way, set_way, "how slots are written, but for those that two ranks relay: 0 plain, 1 streaming, -1 by measurement", NULL},
     {0}};
 static PyMethodDef group_methods[] = {
     {"barrier", group_barrier, METH_VARARGS, "barrier(tag, timeout_ns)\n--\n\n"},
@@ -330,10 +270,9 @@ static PyMethodDef group_methods[] = {
     {"post_note", group_post_note, METH_O, "post_note(text)\n--\n\n"},
     {"read_note", group_read_note, METH_O, "read_note(rank)\n--\n\n"},
     {"reach", group_reach, METH_VARARGS, "reach(tag, timeout_ns)\n--\n\nFinds out whether the ranks may read each other's memory."},
-    {"pairs", group_pairs, METH_NOARGS, "pairs()\n--\n\n"},
     {0}};
 static PyType_Slot group_slots[] = {
-    {Py_tp_doc, "Group(team, pool, offset, slot_bytes, timeout_ns, tensor_type, exchange, describe)\n--\n\nCollectives of a team."},
-    {Py_tp_new, group_new}, {Py_tp_dealloc, group_dealloc}, {Py_tp_traverse, group_traverse}, {Py_tp_clear, group_clear},
+    {Py_tp_doc, "Group(team, pool, offset, slot_bytes)\n--\n\nCollectives of a team."},
+    {Py_tp_new, group_new}, {Py_tp_dealloc, group_dealloc},
     {Py_tp_methods, group_methods}, {Py_tp_getset, group_getset}, {0}};
-PyType_Spec group_spec = {"commgraph.shm._native.Group", sizeof(Group), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, group_slots};
+PyType_Spec group_spec = {"commgraph.shm._native.Group", sizeof(Group), 0, Py_TPFLAGS_DEFAULT, group_slots};

@@ -49,6 +49,11 @@ int look(const Tensors *tensors, PyObject *x, view *v) {
     if (t.dtype.code > DL_BFLOAT && t.dtype.code != DL_BOOL) return 0;
     module_state *state = state_of((PyObject *)tensors);
     int set = flag(x, state->requires_grad, 0);
+    if (set > 0) { /* which matters only where gradients are recorded */
+        PyObject *recorded = PyObject_CallNoArgs(tensors->grad_mode);
+        set = recorded == NULL ? -1 : PyObject_IsTrue(recorded);
+        Py_XDECREF(recorded);
+    }
     if (set == 0) set = flag(x, state->is_neg, 1);
     if (set != 0) return set < 0 ? -1 : 0;
     v->data = (char *)t.data + t.byte_offset;
@@ -123,9 +128,9 @@ PyObject *new_tensor(const Tensors *tensors, Pool *pool, dl_dtype kind, int ndim
 
 static PyObject *tensors_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     (void)kwargs;
-    PyObject *tensor_type, *exchange, *inference_mode, *modes, *mark_written;
-    if (!PyArg_ParseTuple(args, "OOOOO", &tensor_type, &exchange, &inference_mode, &modes, &mark_written)) return NULL;
-    if (!PyType_Check(tensor_type)) return PyErr_Format(PyExc_TypeError, "Tensors(tensor_type, exchange, inference_mode, modes, mark_written)");
+    PyObject *tensor_type, *exchange, *inference_mode, *grad_mode, *modes, *mark_written;
+    if (!PyArg_ParseTuple(args, "OOOOOO", &tensor_type, &exchange, &inference_mode, &grad_mode, &modes, &mark_written)) return NULL;
+    if (!PyType_Check(tensor_type)) return PyErr_Format(PyExc_TypeError, "Tensors(tensor_type, exchange, inference_mode, grad_mode, modes, mark_written)");
     const dl_exchange *api = NULL;
     if (exchange != Py_None && (api = PyCapsule_GetPointer(exchange, "dlpack_exchange_api")) == NULL) return NULL;
     if (api != NULL && (api->version.major != 1 || api->view_of_object == NULL)) api = NULL;
@@ -134,6 +139,7 @@ static PyObject *tensors_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     self->tensor_type = (PyTypeObject *)Py_NewRef(tensor_type);
     self->exchange = api;
     self->inference_mode = Py_NewRef(inference_mode);
+    self->grad_mode = Py_NewRef(grad_mode);
     self->modes = Py_NewRef(modes);
     self->mark_written = Py_NewRef(mark_written);
     return (PyObject *)self;
@@ -143,12 +149,13 @@ static void tensors_dealloc(PyObject *self) {
     Tensors *tensors = (Tensors *)self;
     Py_XDECREF((PyObject *)tensors->tensor_type);
     Py_XDECREF(tensors->inference_mode);
+    Py_XDECREF(tensors->grad_mode);
     Py_XDECREF(tensors->modes);
     Py_XDECREF(tensors->mark_written);
     free_object(self);
 }
 
 static PyType_Slot tensors_slots[] = {
-    {Py_tp_doc, "Tensors(tensor_type, exchange, inference_mode, modes, mark_written)\n--\n\nHow plain tensors are looked at and made."},
+    {Py_tp_doc, "Tensors(tensor_type, exchange, inference_mode, grad_mode, modes, mark_written)\n--\n\nHow plain tensors are inspected and made."},
     {Py_tp_new, tensors_new}, {Py_tp_dealloc, tensors_dealloc}, {0}};
 PyType_Spec tensors_spec = {"commgraph.shm._native.Tensors", sizeof(Tensors), 0, Py_TPFLAGS_DEFAULT, tensors_slots};

@@ -1,4 +1,4 @@
-/* Tensors as the short ways see them: contiguous ones on the host, looked at by DLPack and never through torch's headers. */
+/* Tensors as native calls see them: contiguous ones on the host, looked at by DLPack and never through torch's headers. */
 #ifndef COMMGRAPH_TENSORS_H
 #define COMMGRAPH_TENSORS_H
 
@@ -14,6 +14,7 @@ typedef struct {
     PyTypeObject *tensor_type;
     const dl_exchange *exchange; /* NULL: this torch has none, and no tensor is plain */
     PyObject *inference_mode; /* tells whether it is on */
+    PyObject *grad_mode;      /* tells whether gradients are recorded */
     PyObject *modes; /* tells how many modes look at every operator, and so have to see this one */
     PyObject *mark_written; /* called with a tuple of tensors that are going to be filled */
 } Tensors;

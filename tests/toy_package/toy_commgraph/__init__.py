@@ -11,6 +11,7 @@ import torch
 import commgraph as cg
 from commgraph.communicators.base import Refused
 from commgraph.communicators.gloo import GlooCommunicator
+from commgraph.deadline import Deadline
 from commgraph.platforms import GroupFacts
 
 MOST_BYTES = 4096
@@ -19,9 +20,9 @@ MOST_BYTES = 4096
 class ToyCommunicator(cg.Communicator):
     """All-reduce of up to 4 KiB of float32 or int64, for up to 4 ranks."""
 
-    name: ClassVar[str] = "toy"
-    operations: ClassVar[frozenset[str]] = frozenset({"all_reduce"})
-    selective: ClassVar[bool] = True
+    name = "toy"
+    operations = frozenset({"all_reduce"})
+    size_dependent = True
 
     def __init__(self, host: GlooCommunicator) -> None:
         super().__init__(host.rank_in_group, host.world_size)
@@ -37,10 +38,10 @@ class ToyCommunicator(cg.Communicator):
         small = dtype is not None and torch.Size(shape).numel() * dtype.itemsize <= MOST_BYTES
         return device.type == "cpu" and small and dtype in (torch.float32, torch.int64)
 
-    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
         self.calls += 1
         everyone = torch.empty((self.world_size, *x.shape), dtype=x.dtype)
-        self.host.all_gather(x.unsqueeze(0), 0, [1] * self.world_size, everyone, tag=tag, timeout=timeout)
+        self.host.all_gather(x.unsqueeze(0), 0, [1] * self.world_size, everyone, tag=tag, deadline=deadline)
         if op in ("sum", "avg"):
             return everyone.sum(0) / (self.world_size if op == "avg" else 1) if x.is_floating_point() else everyone.sum(0)
         if op == "product":

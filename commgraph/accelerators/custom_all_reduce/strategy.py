@@ -6,15 +6,16 @@ import logging
 import math
 import threading
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
+from commgraph.accelerators.custom_all_reduce.kernels import ALIGNMENT, Kernels
+from commgraph.accelerators.kernel_table import KERNELS, OTHERS, Plan
+from commgraph.accelerators.streams import Streams
 from commgraph.communicators.base import Communicator, PeerClosed
-from commgraph.communicators.custom_all_reduce.kernels import ALIGNMENT, Kernels
-from commgraph.communicators.memory import are_slices_joined, as_bytes, dense, is_dense
-from commgraph.kernel_table import KERNELS, OTHERS, Plan
-from commgraph.streams import Streams
+from commgraph.communicators.memory import are_slices_joined, as_bytes, is_packed, packed
+from commgraph.deadline import Deadline
 
 __all__ = ["CustomAllReduce"]
 
@@ -37,10 +38,10 @@ class CustomAllReduce(Communicator):
     all the same.
     """
 
-    name: ClassVar[str] = "custom_all_reduce"
-    operations: ClassVar[frozenset[str]] = frozenset(KERNELS)
-    selective: ClassVar[bool] = True
-    enqueues: ClassVar[bool] = True
+    name = "custom_all_reduce"
+    operations = frozenset(KERNELS)
+    size_dependent = True
+    stream_ordered = True
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class CustomAllReduce(Communicator):
             streams: of that device; None where calls are made and not enqueued.
         """
         super().__init__(rest.rank_in_group, rest.world_size)
-        self.serves_host = device.type == "cpu"  # type: ignore[misc]  # of this one: there are stand-ins for devices on the host
+        self.serves_host = device.type == "cpu"
         self._kernels: Kernels | None = kernels
         self._room = kernels.room
         self._plan = plan
@@ -83,18 +84,18 @@ class CustomAllReduce(Communicator):
             return OTHERS
         return self._plan.kernel(operation, str(dtype).removeprefix("torch."), nbytes)
 
-    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
         if op not in ("sum", "avg"):
-            return self._rest.all_reduce(x, op, tag=tag, timeout=timeout)
+            return self._rest.all_reduce(x, op, tag=tag, deadline=deadline)
         out = self.new(x.shape, x.dtype, x.device)
-        self._reduce(dense(x), out, op)
+        self._reduce(packed(x), out, op)
         return out
 
-    def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
+    def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
         if op not in ("sum", "avg"):
-            return self._rest.all_reduce_(x, op, tag=tag, timeout=timeout)
-        out = x if is_dense(x) else self.new(x.shape, x.dtype, x.device)
-        self._reduce(dense(x), out, op)
+            return self._rest.all_reduce_(x, op, tag=tag, deadline=deadline)
+        out = x if is_packed(x) else self.new(x.shape, x.dtype, x.device)
+        self._reduce(packed(x), out, op)
         return x if out is x else x.copy_(out)
 
     def _reduce(self, x: torch.Tensor, out: torch.Tensor, op: str) -> None:
@@ -105,12 +106,12 @@ class CustomAllReduce(Communicator):
         self._bytes += x.nbytes
         self._average(out, op)
 
-    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, timeout: float) -> None:
+    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, deadline: Deadline) -> None:
         if len(set(sizes)) > 1:
-            self._rest.all_gather(x, dim, sizes, out, tag=tag, timeout=timeout)
+            self._rest.all_gather(x, dim, sizes, out, tag=tag, deadline=deadline)
             return
         kernels, kernel = self._begin(), self.kernel_for("all_gather", out.nbytes, out.dtype)
-        flat = as_bytes(dense(x))
+        flat = as_bytes(packed(x))
         # Straight into the result where its pieces lie one after the other.
         straight = are_slices_joined(out, dim)
         whole = as_bytes(out) if straight else torch.empty(out.nbytes, dtype=torch.uint8, device=out.device)
@@ -129,15 +130,15 @@ class CustomAllReduce(Communicator):
             out.copy_(torch.cat(list(pieces), dim))
 
     def reduce_scatter(
-        self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, timeout: float
+        self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, deadline: Deadline
     ) -> None:
         if len(set(sizes)) > 1 or op not in ("sum", "avg"):
-            self._rest.reduce_scatter(x, dim, sizes, op, out, tag=tag, timeout=timeout)
+            self._rest.reduce_scatter(x, dim, sizes, op, out, tag=tag, deadline=deadline)
             return
         kernels, kernel = self._begin(), self.kernel_for("reduce_scatter", x.nbytes, x.dtype)
-        landing = out if is_dense(out) else self.new(out.shape, out.dtype, out.device)
+        landing = out if is_packed(out) else self.new(out.shape, out.dtype, out.device)
         step = self._step(x.itemsize, self.world_size)
-        cut = [dense(piece).view(-1).split(step) for piece in x.split(list(sizes), dim)]
+        cut = [packed(piece).view(-1).split(step) for piece in x.split(list(sizes), dim)]
         for part, pieces in zip(landing.view(-1).split(step), zip(*cut, strict=True), strict=True):
             kernels.reduce_scatter(kernel, pieces, part)
         self._bytes += x.nbytes
@@ -159,13 +160,13 @@ class CustomAllReduce(Communicator):
             return
         now = streams.current()
         if self._last is not None and self._last != now:
-            streams.after(self._end())
+            streams.wait_event(self._end())
         self._last = now
 
     def _end(self) -> Any:
         assert self._streams is not None
         with self._streams.use(self._last):
-            return self._streams.mark()
+            return self._streams.record_event()
 
     def _average(self, out: torch.Tensor, op: str) -> None:
         if op == "avg":
@@ -177,7 +178,7 @@ class CustomAllReduce(Communicator):
 
     # Life.
 
-    def warmup(self) -> None:
+    def warmup(self, model: torch.nn.Module | None = None) -> None:
         """Runs every kernel that it has once: the first run of each loads it."""
         unit = ALIGNMENT * self.world_size
         smallest = sorted({0, *(step.max_bytes for steps in self._plan.steps.values() for step in steps)})
@@ -193,7 +194,7 @@ class CustomAllReduce(Communicator):
         n, me = self.world_size, self.rank_in_group
         part = whole.view(n, -1)[me].clone()
         each = [part.numel()] * n
-        limits: dict[str, Any] = {"tag": 0, "timeout": 0.0}
+        limits: dict[str, Any] = {"tag": 0, "deadline": Deadline.after(0.0)}
         if operation == "all_reduce":
             self.all_reduce_(whole, "sum", **limits)
         elif operation == "all_gather":

@@ -1,4 +1,4 @@
-"""A child's trial of its peers' device memory: ``python -m commgraph.communicators.custom_all_reduce.trial PORT RANK SIZE DEVICE``.
+"""A child's trial of its peers' device memory: ``python -m commgraph.accelerators.custom_all_reduce.trial PORT RANK SIZE DEVICE``.
 
 Prints a `peers.Word`. Not yet run on a GPU.
 """
@@ -14,8 +14,8 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from commgraph.communicators.custom_all_reduce.kernels import TorchKernels
-from commgraph.communicators.custom_all_reduce.peers import MARK, Word
+from commgraph.accelerators.custom_all_reduce.kernels import TorchKernels
+from commgraph.accelerators.custom_all_reduce.peers import MARK, Word
 
 _BYTES = 8 << 20
 _NUMEL = 1024

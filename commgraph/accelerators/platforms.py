@@ -17,21 +17,22 @@ import torch
 import torch.distributed as dist
 
 from commgraph import compat
+from commgraph.accelerators.custom_all_reduce import CustomAllReduce, Kernels, TorchKernels, prove
+from commgraph.accelerators.custom_all_reduce.peers import command_of
+from commgraph.accelerators.host_staged import HostStagedCommunicator
+from commgraph.accelerators.kernel_table import KernelTable
+from commgraph.accelerators.streams import Streams, TorchStreams
+from commgraph.accelerators.together import together
+from commgraph.accelerators.torch_backend import TorchCommunicator
+from commgraph.accelerators.xla import XlaCommunicator
 from commgraph.communicators.base import Communicator, Refused
-from commgraph.communicators.custom_all_reduce import CustomAllReduce, Kernels, TorchKernels, prove
-from commgraph.communicators.custom_all_reduce.peers import command_of
 from commgraph.communicators.gloo import GlooCommunicator
 from commgraph.communicators.gloo_transport import GlooTransport
-from commgraph.communicators.shm import teller
-from commgraph.communicators.staged import StagedCommunicator
-from commgraph.communicators.torch_backend import TorchCommunicator
-from commgraph.communicators.xla import XlaCommunicator
+from commgraph.communicators.shm import exchange_bytes
+from commgraph.deadline import Deadline
 from commgraph.errors import BackendUnavailableError, ConfigurationError
-from commgraph.kernel_table import KernelTable
 from commgraph.platforms.base import GroupFacts, Platform
 from commgraph.platforms.cpu import host_chain
-from commgraph.platforms.together import together
-from commgraph.streams import Streams, TorchStreams
 
 __all__ = ["CudaPlatform", "DevicePlatform", "RocmPlatform", "TpuPlatform", "XpuPlatform"]
 
@@ -87,7 +88,7 @@ class DevicePlatform(Platform):
         if not facts.wants_device:
             return host
         live = [one for one in host if isinstance(one, Communicator)]
-        staged = StagedCommunicator(facts.device, live)
+        staged = HostStagedCommunicator(facts.device, live)
         backend = self._over_backend(facts, transport, staged)
         custom = self._custom(facts, transport, staged if isinstance(backend, Refused) else backend)
         return [*custom, backend, *host, staged]
@@ -118,7 +119,7 @@ class DevicePlatform(Platform):
         name = self.backend()
         if facts.options.backend == "gloo":
             return Refused(name, "options.backend='gloo'")
-        tell = teller(GlooCommunicator(transport), name, facts.limits.build_timeout)
+        tell = exchange_bytes(GlooCommunicator(transport), name, Deadline.after(facts.limits.build_timeout))
         mine = _Word(self.problem(facts)[:500], facts.nodes[facts.rank_in_group], self.identity(facts.device))
         said = [msgspec.msgpack.decode(word, type=_Word) for word in tell(msgspec.msgpack.encode(mine))]
         problems = [f"rank {rank}: {word.problem}" for rank, word in zip(facts.ranks, said, strict=True) if word.problem]
@@ -160,7 +161,7 @@ class DevicePlatform(Platform):
         if len(set(facts.nodes)) > 1:
             return [Refused(name, f"its {n} ranks are on {len(set(facts.nodes))} hosts")]
         table = options.custom_all_reduce if isinstance(options.custom_all_reduce, KernelTable) else KernelTable.shipped()
-        tell = teller(GlooCommunicator(transport), name, facts.limits.build_timeout)
+        tell = exchange_bytes(GlooCommunicator(transport), name, Deadline.after(facts.limits.build_timeout))
         mine = _PeerWord(self.peer_problem()[:500], self.peer_process(), self.capability(facts.device), os.urandom(8).hex())
         said = [msgspec.msgpack.decode(word, type=_PeerWord) for word in tell(msgspec.msgpack.encode(mine))]
         reason = _no_kernels(facts.ranks, said, table, self.kernel_ranks)

@@ -13,7 +13,7 @@ __all__ = ["Streams", "TorchStreams"]
 
 
 class Streams(abc.ABC):
-    """Streams of one device. What is enqueued on one runs in order; marks order one after another. Nothing here holds up the host."""
+    """Streams of one device. Calls enqueued on one run in order; events order one stream after another. Nothing here holds up the host."""
 
     @abc.abstractmethod
     def new(self) -> Any:
@@ -28,19 +28,19 @@ class Streams(abc.ABC):
         """A block in which `stream` is current for this thread."""
 
     @abc.abstractmethod
-    def mark(self) -> Any:
-        """A point of the current stream: all that was enqueued on it so far."""
+    def record_event(self) -> Any:
+        """An event on the current stream, reached when all that was enqueued on it so far is done."""
 
     @abc.abstractmethod
-    def after(self, mark: Any) -> None:
-        """Whatever is enqueued on the current stream from now on comes after the mark."""
+    def wait_event(self, event: Any) -> None:
+        """Whatever is enqueued on the current stream from now on comes after the event."""
 
     @abc.abstractmethod
-    def reached(self, mark: Any) -> bool:
-        """Whether the device has come so far."""
+    def reached(self, event: Any) -> bool:
+        """Whether the device has come to the event."""
 
     @abc.abstractmethod
-    def keep(self, x: torch.Tensor) -> None:
+    def record_stream(self, x: torch.Tensor) -> None:
         """The memory of x is not given to anybody else before what the current stream has to do with it is done."""
 
     @abc.abstractmethod
@@ -53,9 +53,9 @@ class Streams(abc.ABC):
         if stream == self.current():
             yield stream
             return
-        before = self.mark()
+        before = self.record_event()
         with self.use(stream):
-            self.after(before)
+            self.wait_event(before)
             yield stream
 
 
@@ -78,16 +78,16 @@ class TorchStreams(Streams):
         with self._torch.device(self._device), self._torch.stream(stream):
             yield stream
 
-    def mark(self) -> Any:
+    def record_event(self) -> Any:
         return self.current().record_event()
 
-    def after(self, mark: Any) -> None:
-        self.current().wait_event(mark)
+    def wait_event(self, event: Any) -> None:
+        self.current().wait_event(event)
 
-    def reached(self, mark: Any) -> bool:
-        return bool(mark.query())
+    def reached(self, event: Any) -> bool:
+        return bool(event.query())
 
-    def keep(self, x: torch.Tensor) -> None:
+    def record_stream(self, x: torch.Tensor) -> None:
         x.record_stream(self.current())
 
     def is_capturing(self) -> bool:

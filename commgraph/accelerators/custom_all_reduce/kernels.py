@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from commgraph import compat
-from commgraph.communicators.custom_all_reduce.renumbered import Renumbered
+from commgraph.accelerators.custom_all_reduce.renumbered import Renumbered
 
 __all__ = ["ALIGNMENT", "Kernels", "TorchKernels"]
 

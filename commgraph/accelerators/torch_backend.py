@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,8 @@ import torch.distributed as dist
 from commgraph import compat
 from commgraph.communicators.base import OPERATIONS, Communicator, PeerClosed, PeerLate
 from commgraph.communicators.gloo_transport import milliseconds
-from commgraph.communicators.memory import are_slices_joined, as_bytes, dense, is_dense, land, landing_for
+from commgraph.communicators.memory import are_slices_joined, as_bytes, copy_back, is_packed, packed, staging_for
+from commgraph.deadline import Deadline
 
 __all__ = ["TorchCommunicator"]
 
@@ -30,7 +31,7 @@ _OPS = MappingProxyType(
         "product": dist.ReduceOp.PRODUCT,
     }
 )
-_REDUCTIONS = frozenset({"all_reduce", "reduce_scatter"})
+_REDUCTIONS = frozenset({"all_reduce", "reduce", "reduce_scatter"})
 _WARMUP_SECONDS = 120.0
 _ABORT_SECONDS = 10.0
 # What NCCL and its relatives add up. Everything else travels as bytes, and is reduced by the strategy behind this one.
@@ -47,7 +48,7 @@ class TorchCommunicator(Communicator):
     one order.
     """
 
-    operations: ClassVar[frozenset[str]] = frozenset(name for name in OPERATIONS if name != "barrier")
+    operations = frozenset(name for name in OPERATIONS if name != "barrier")
 
     def __init__(self, name: str, backend: Any, device: torch.device, rank_in_group: int, world_size: int, store: dist.Store) -> None:
         """Over a live backend.
@@ -60,9 +61,9 @@ class TorchCommunicator(Communicator):
             store: that of the backend.
         """
         super().__init__(rank_in_group, world_size)
-        self.name = name  # type: ignore[misc]  # of this one: the class serves backends of several names
-        self.serves_host = device.type == "cpu"  # type: ignore[misc]  # of this one
-        self.enqueues = device.type != "cpu"  # type: ignore[misc]  # of this one
+        self.name = name
+        self.serves_host = device.type == "cpu"
+        self.stream_ordered = device.type != "cpu"
         self.process_group = compat.wrap(store, rank_in_group, world_size, backend, device)
         self._backend: Any = backend
         self._device = device
@@ -77,81 +78,84 @@ class TorchCommunicator(Communicator):
 
     # Reductions.
 
-    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
-        return self.all_reduce_(x.clone(memory_format=torch.contiguous_format), op, tag=tag, timeout=timeout)
+    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
+        return self.all_reduce_(x.clone(memory_format=torch.contiguous_format), op, tag=tag, deadline=deadline)
 
-    def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
-        whole = dense(x)
-        options = compat.backend_options("Allreduce", milliseconds(timeout), reduceOp=_OPS[op])
+    def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
+        whole = packed(x)
+        options = compat.backend_options("Allreduce", milliseconds(deadline), reduceOp=_OPS[op])
         if x.numel():
             self._do(lambda backend: backend.allreduce([whole], options), whole)
-        land([whole], [x])
+        copy_back([whole], [x])
         return x
 
     def reduce_scatter(
-        self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, timeout: float
+        self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, deadline: Deadline
     ) -> None:
-        landing = landing_for(out)
+        landing = staging_for(out)
         if len(set(sizes)) == 1:
             if out.numel():
                 whole = x if are_slices_joined(x, dim) else torch.stack(x.split(list(sizes), dim))
-                options = compat.backend_options("ReduceScatter", milliseconds(timeout), reduceOp=_OPS[op])
+                options = compat.backend_options("ReduceScatter", milliseconds(deadline), reduceOp=_OPS[op])
                 self._do(lambda backend: backend._reduce_scatter_base(landing.view(-1), whole.view(-1), options), whole)
         else:
-            mine = [dense(piece).clone() for piece in x.split(list(sizes), dim)]  # a reduce may write to what its other ranks give
+            mine = [packed(piece).clone() for piece in x.split(list(sizes), dim)]  # a reduce may write to what its other ranks give
             with self._at_once():
                 for root, piece in enumerate(mine):
-                    options = compat.backend_options("Reduce", milliseconds(timeout), coalesced=True, reduceOp=_OPS[op], rootRank=root)
+                    options = compat.backend_options("Reduce", milliseconds(deadline), coalesced=True, reduceOp=_OPS[op], rootRank=root)
                     if piece.numel():
                         self._do(lambda backend, piece=piece, options=options: backend.reduce([piece], options), piece)  # type: ignore[misc]  # defaults of a lambda have no types
             landing.copy_(mine[self.rank_in_group])
-        land([landing], [out])
+        copy_back([landing], [out])
 
     # Gathers and exchanges.
 
-    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, timeout: float) -> None:
-        flat = as_bytes(dense(x))
+    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, deadline: Deadline) -> None:
+        flat = as_bytes(packed(x))
         if len(set(sizes)) == 1:
             straight = are_slices_joined(out, dim)
             whole = out if straight else torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
             if flat.numel():
                 self._do(
                     lambda backend: backend._allgather_base(
-                        as_bytes(whole), flat, compat.backend_options("Allgather", milliseconds(timeout))
+                        as_bytes(whole), flat, compat.backend_options("Allgather", milliseconds(deadline))
                     ),
                     flat,
                 )
             if not straight:
-                torch.cat(list(whole), dim, out=out) if is_dense(out) else out.copy_(torch.cat(list(whole), dim))
+                torch.cat(list(whole), dim, out=out) if is_packed(out) else out.copy_(torch.cat(list(whole), dim))
             return
         views = out.split(list(sizes), dim)
         pieces = [
-            dense(x) if i == self.rank_in_group else torch.empty(view.shape, dtype=x.dtype, device=x.device) for i, view in enumerate(views)
+            packed(x) if i == self.rank_in_group else torch.empty(view.shape, dtype=x.dtype, device=x.device)
+            for i, view in enumerate(views)
         ]
         with self._at_once():
             for root, piece in enumerate(pieces):
                 if piece.numel():
-                    self._broadcast(as_bytes(piece), root, timeout, coalesced=True)
-        land(pieces, views)
+                    self._broadcast(as_bytes(piece), root, deadline, coalesced=True)
+        copy_back(pieces, views)
 
-    def broadcast(self, x: torch.Tensor, src: int, *, tag: int, timeout: float) -> None:
-        whole = dense(x)
+    def broadcast(self, x: torch.Tensor, src: int, *, tag: int, deadline: Deadline) -> None:
+        whole = packed(x)
         if x.numel():
-            self._broadcast(as_bytes(whole), src, timeout)
+            self._broadcast(as_bytes(whole), src, deadline)
         if self.rank_in_group != src:
-            land([whole], [x])
+            copy_back([whole], [x])
 
-    def _broadcast(self, flat: torch.Tensor, src: int, timeout: float, *, coalesced: bool = False) -> None:
-        options = compat.backend_options("Broadcast", milliseconds(timeout), coalesced=coalesced, rootRank=src)
+    def _broadcast(self, flat: torch.Tensor, src: int, deadline: Deadline, *, coalesced: bool = False) -> None:
+        options = compat.backend_options("Broadcast", milliseconds(deadline), coalesced=coalesced, rootRank=src)
         self._do(lambda backend: backend.broadcast([flat], options), flat)
 
-    def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], *, tag: int, timeout: float) -> None:
-        given = torch.cat([as_bytes(dense(piece)) for piece in sends])
+    def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], *, tag: int, deadline: Deadline) -> None:
+        given = torch.cat([as_bytes(packed(piece)) for piece in sends])
         coming = [view.numel() * view.element_size() for view in receives]
         landing = torch.empty(sum(coming), dtype=torch.uint8, device=given.device)
         going = [piece.numel() * piece.element_size() for piece in sends]
         self._do(
-            lambda backend: backend.alltoall_base(landing, given, coming, going, compat.backend_options("AllToAll", milliseconds(timeout))),
+            lambda backend: backend.alltoall_base(
+                landing, given, coming, going, compat.backend_options("AllToAll", milliseconds(deadline))
+            ),
             given,
         )
         for view, piece in zip(receives, landing.split(coming), strict=True):
@@ -159,10 +163,13 @@ class TorchCommunicator(Communicator):
                 # Not a view of the landing as it is: its pieces may begin at no multiple of their entries' size.
                 view.copy_(piece.clone().view(view.dtype).view(view.shape))
 
-    def gather(self, x: torch.Tensor, pieces: Sequence[torch.Tensor] | None, dst: int, *, tag: int, timeout: float) -> None:
-        nothing = x.new_empty((0, *x.shape[1:]))
+    def gather(
+        self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor | None, dst: int, *, tag: int, deadline: Deadline
+    ) -> None:
+        nothing = x.new_empty(0)
         sends = [x if rank == dst else nothing for rank in range(self.world_size)]
-        self.all_to_all(sends, [nothing] * self.world_size if pieces is None else pieces, tag=tag, timeout=timeout)
+        receives = [nothing] * self.world_size if out is None else out.split(list(sizes), dim)
+        self.all_to_all(sends, receives, tag=tag, deadline=deadline)
 
     def exchange(
         self,
@@ -170,11 +177,11 @@ class TorchCommunicator(Communicator):
         receives: Sequence[tuple[torch.Tensor, int]],
         *,
         tag: int,
-        timeout: float,
+        deadline: Deadline,
     ) -> None:
-        landing = [landing_for(x) for x, _ in receives]
+        landing = [staging_for(x) for x, _ in receives]
         # Kept until all are launched: the memory of a copy that is dropped before would be given to the next one.
-        given = [as_bytes(dense(x)) for x, _ in sends]
+        given = [as_bytes(packed(x)) for x, _ in sends]
         with self._at_once():
             for x, (_, peer) in zip(landing, receives, strict=True):
                 if x.numel():
@@ -182,7 +189,7 @@ class TorchCommunicator(Communicator):
             for flat, (_, peer) in zip(given, sends, strict=True):
                 if flat.numel():
                     self._do(lambda backend, flat=flat, peer=peer: backend.send([flat], peer, 0), flat)  # type: ignore[misc]  # as above
-        land(landing, [x for x, _ in receives])
+        copy_back(landing, [x for x, _ in receives])
 
     # How the backend is called.
 
@@ -235,10 +242,10 @@ class TorchCommunicator(Communicator):
 
     # Life.
 
-    def warmup(self) -> None:
+    def warmup(self, model: torch.nn.Module | None = None) -> None:
         """Does once what makes a backend allocate: a reduction, a gather, an exchange with every peer."""
         n = self.world_size
-        limits: dict[str, Any] = {"tag": 0, "timeout": _WARMUP_SECONDS}
+        limits: dict[str, Any] = {"tag": 0, "deadline": Deadline.after(_WARMUP_SECONDS)}
         x = torch.zeros(n, device=self._device)
         each = [1] * n
         self.all_reduce_(x, "sum", **limits)

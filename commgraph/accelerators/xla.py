@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from commgraph.communicators.base import Communicator, PeerClosed
-from commgraph.communicators.memory import land, landing_for
+from commgraph.communicators.memory import copy_back, staging_for
+from commgraph.deadline import Deadline
 
 __all__ = ["XlaCommunicator"]
 
@@ -24,9 +25,9 @@ class XlaCommunicator(Communicator):
     group. Uneven pieces go to the strategy behind it. Nothing holds up the host, and XLA keeps its own deadlines.
     """
 
-    name: ClassVar[str] = "xla"
-    operations: ClassVar[frozenset[str]] = frozenset({"all_reduce", "all_gather", "reduce_scatter"})
-    serves_host: ClassVar[bool] = False
+    name = "xla"
+    operations = frozenset({"all_reduce", "all_gather", "reduce_scatter"})
+    serves_host = False
 
     def __init__(self, xla_model: Any, partition: Sequence[Sequence[int]], rest: Communicator, device: torch.device) -> None:
         """Of a group of the ranks of `rest`.
@@ -49,25 +50,25 @@ class XlaCommunicator(Communicator):
         fine = dtype is not None and not dtype.is_complex and dtype != torch.bool and not (dtype.is_floating_point and dtype.itemsize == 1)
         return device.type == self._device.type and fine and 0 not in shape
 
-    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, timeout: float) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
         y: torch.Tensor = self._open().all_reduce(_KINDS[op], x.contiguous(), scale=self._scale(op), groups=self._partition)
         self._bytes += x.nbytes
         return y
 
-    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, timeout: float) -> None:
+    def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, deadline: Deadline) -> None:
         if len(set(sizes)) > 1:
-            self._rest.all_gather(x, dim, sizes, out, tag=tag, timeout=timeout)
+            self._rest.all_gather(x, dim, sizes, out, tag=tag, deadline=deadline)
             return
         out.copy_(self._open().all_gather(x.contiguous(), dim=dim, groups=self._partition))
         self._bytes += x.nbytes
 
     def reduce_scatter(
-        self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, timeout: float
+        self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, deadline: Deadline
     ) -> None:
         if len(set(sizes)) > 1:
-            self._rest.reduce_scatter(x, dim, sizes, op, out, tag=tag, timeout=timeout)
+            self._rest.reduce_scatter(x, dim, sizes, op, out, tag=tag, deadline=deadline)
             return
-        landing = landing_for(out)
+        landing = staging_for(out)
         piece = self._open().reduce_scatter(
             _KINDS[op],
             x.contiguous(),
@@ -77,7 +78,7 @@ class XlaCommunicator(Communicator):
             groups=self._partition,
         )
         landing.copy_(piece)
-        land([landing], [out])
+        copy_back([landing], [out])
         self._bytes += x.nbytes
 
     def _scale(self, op: str) -> float:

@@ -14,7 +14,8 @@ import torch
 
 from commgraph.communicators.base import PeerClosed, PeerLate
 from commgraph.communicators.gloo_transport import GlooTransport
-from commgraph.communicators.signature import CHECK, make_tag
+from commgraph.communicators.tags import CHECK, make_tag
+from commgraph.deadline import Deadline
 
 __all__ = ["DeviceOrder"]
 
@@ -40,13 +41,13 @@ class DeviceOrder:
         self._transport, self._broken, self._counts = transport, False, {}
         self.connections += 1
 
-    def swap(self, ranks: Sequence[int], texts: Mapping[int, torch.Tensor], timeout: float) -> dict[int, torch.Tensor]:
+    def swap(self, ranks: Sequence[int], texts: Mapping[int, torch.Tensor], deadline: Deadline) -> dict[int, torch.Tensor]:
         """Tells peers what this rank is about to begin, and hears the same of them, whatever it is.
 
         Args:
             ranks: global ranks of the group.
             texts: by rank in the group, one for each peer, all of one size.
-            timeout: seconds.
+            deadline: of the exchange.
 
         Raises:
             PeerLate, PeerClosed: with the rank in the group. The order is unknown from then on: later calls end in the same way, until it
@@ -64,7 +65,7 @@ class DeviceOrder:
                 [(text, ranks[peer]) for peer, text in texts.items()],
                 [(text, ranks[peer]) for peer, text in heard.items()],
                 tag=tags,
-                timeout=timeout,
+                deadline=deadline,
             )
         except PeerLate as error:
             raise PeerLate(ranks.index(error.peer)) from None

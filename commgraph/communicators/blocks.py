@@ -1,0 +1,85 @@
+"""Tensors as the native module takes them: as blocks, which are rows of contiguous bytes at equal distances."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from commgraph.communicators.memory import copy_back, is_packed
+
+__all__ = ["Block", "Staging", "block", "cut", "run"]
+
+# (address, rows, bytes of a row, bytes from row to row), as native/copy.h has it.
+Block = tuple[int, int, int, int]
+
+
+def run(x: torch.Tensor) -> Block:
+    """Return a packed tensor as one row."""
+    nbytes = x.nbytes
+    return (x.data_ptr(), 1, nbytes, nbytes)
+
+
+def cut(x: torch.Tensor, dim: int, sizes: Sequence[int]) -> list[Block]:
+    """Return the pieces of a packed tensor along `dim`, which add up to it."""
+    shape = x.shape
+    item = x.element_size()
+    rows = math.prod(shape[:dim]) if dim else 1
+    inner = math.prod(shape[dim + 1 :]) * item
+    pitch = shape[dim] * inner
+    at = x.data_ptr()
+    blocks = []
+    for size in sizes:
+        row = size * inner
+        blocks.append((at, rows, row, pitch))
+        at += row
+    return blocks
+
+
+def block(x: torch.Tensor) -> Block | None:
+    """Return a tensor as rows of contiguous bytes at equal distances, None if it is nothing of the kind."""
+    if is_packed(x):
+        nbytes = x.nbytes
+        return (x.data_ptr(), 1, nbytes, nbytes) if nbytes else (0, 0, 0, 0)
+    if x.is_conj() or x.is_neg():
+        return None
+    size = x.element_size()
+    dims = [(extent, stride) for extent, stride in zip(x.shape, x.stride(), strict=True) if extent > 1]
+    row = 1
+    while dims and dims[-1][1] == row:
+        row *= dims.pop()[0]
+    if not dims:
+        return (x.data_ptr(), 1, row * size, row * size)
+    rows, pitch = dims.pop()
+    if pitch < row:
+        return None
+    while dims:
+        extent, stride = dims.pop()
+        if stride != pitch * rows:
+            return None
+        rows *= extent
+    return (x.data_ptr(), rows, row * size, pitch * size)
+
+
+class Staging:
+    """Where pieces are written to: themselves, or a buffer where one is no block."""
+
+    __slots__ = ("_buffers", "_pieces", "blocks")
+
+    def __init__(self, pieces: Sequence[torch.Tensor]) -> None:
+        self._pieces = pieces
+        self._buffers: list[torch.Tensor] | None = None
+        self.blocks = [block(piece) for piece in pieces]
+        if None in self.blocks:
+            buffers = [
+                piece if found is not None else torch.empty(piece.shape, dtype=piece.dtype)
+                for piece, found in zip(pieces, self.blocks, strict=True)
+            ]
+            self._buffers = buffers
+            self.blocks = [block(piece) for piece in buffers]
+
+    def copy_back(self) -> None:
+        """Copy buffers to the pieces."""
+        if self._buffers is not None:
+            copy_back(self._buffers, self._pieces)

@@ -1,0 +1,126 @@
+"""Native calls of ranks that share memory, past the coordinator's general path."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from commgraph import compat
+from commgraph.communicators.base import CallsDiffer, PeerClosed, PeerLate
+from commgraph.communicators.memory import packed
+from commgraph.shm.host_memory import HostMemory
+from commgraph.shm.mailbox import TENSORS, Mailbox
+from commgraph.shm.stopped import GONE, LOST, MISMATCH, TIMEOUT, Stopped
+
+__all__ = ["ShmFastPath", "by_peer", "native_calls"]
+
+
+class ShmFastPath:
+    """`commgraph.communicators.base.FastPath` of one group in shared memory."""
+
+    def __init__(self, group: Any, memory: HostMemory, mailbox: Mailbox | None, timeout: float) -> None:
+        """Over a native group.
+
+        Args:
+            group: counts collectives, and makes them (native/module_group.c).
+            memory: in which the ranks meet.
+            mailbox: carries messages and objects; None where there are no rings.
+            timeout: default deadline of a call, in seconds.
+        """
+        self.counter = group
+        self.mailbox = mailbox
+        self._memory: HostMemory | None = memory
+        self._rank_in_group = memory.rank_in_group
+        self._timeout_ns = int(timeout * 1e9)
+
+    def open(self, describe: Callable[[str, tuple[Any, ...]], int]) -> Any:
+        assert self._memory is not None
+        return native_calls(self._memory.native, self.counter, describe, self._timeout_ns)
+
+    def pause(self, paused: bool) -> None:
+        self.counter.paused = int(paused)
+
+    def offer(self, x: torch.Tensor, dst: int, *, tag: int) -> bool:
+        assert self.mailbox is not None
+        whole = packed(x)
+        return self.mailbox.offer(dst, TENSORS, tag, ((whole.data_ptr(), whole.nbytes),))
+
+    def translate(self, error: BaseException) -> Exception | None:
+        if not isinstance(error, Stopped):
+            return None
+        if error.code == TIMEOUT:
+            return PeerLate(error.seat)
+        if error.code == MISMATCH:
+            return CallsDiffer(error.seat)
+        reason = {LOST: "its process ended", GONE: "it closed its side"}.get(error.code, "this rank closed the group")
+        return PeerClosed(error.seat if error.code in (LOST, GONE) else self._rank_in_group, reason)
+
+    @property
+    def interrupted(self) -> bool:
+        return self._memory is None or not self.counter.enabled
+
+    def post_note(self, text: str) -> None:
+        self.counter.post_note(text.encode(errors="replace"))
+
+    def read_note(self, rank: int) -> str | None:
+        text = self.counter.read_note(rank)
+        return None if text is None else text.decode(errors="replace")
+
+    def break_off(self) -> None:
+        """End every call, here and on the ranks that wait for this one."""
+        with contextlib.suppress(AttributeError):  # another thread closes it at this very moment
+            self.counter.enabled = 0
+            self._memory.team.close(True)  # type: ignore[union-attr]  # suppressed above
+
+    def close(self) -> None:
+        """Leave the group; the memory goes with its last reference."""
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            self.counter.enabled = 0
+            memory.team.close()
+            # The count stays readable where errors name it; the native group goes with its last reference.
+            self.counter = Closed(int(self.counter.sequence))
+            self.mailbox = None
+
+
+class Closed:
+    """Stands in for the native group of a closed one."""
+
+    def __init__(self, sequence: int) -> None:
+        self.sequence = sequence
+        self.enabled = 0
+        self.paused = 0
+
+    def post_note(self, text: bytes) -> None:
+        """Tell nobody."""
+
+    def read_note(self, rank: int) -> None:
+        """Nobody says anything."""
+
+
+def native_calls(native: Any, group: Any, describe: Callable[[str, tuple[Any, ...]], int] | None, timeout_ns: int) -> Any:
+    """Return the native calls of a coordinator; `group` and `describe` are None for one rank."""
+    return native.FastCalls(group, tensors_of(native), describe, timeout_ns)
+
+
+def tensors_of(native: Any) -> Any:
+    """Return how the native module looks at tensors, and makes them (native/module_tensors.h)."""
+    return native.Tensors(
+        torch.Tensor,
+        compat.dlpack_exchange(),
+        torch.is_inference_mode_enabled,
+        torch.is_grad_enabled,
+        compat.count_modes,
+        compat.increment_version,
+    )
+
+
+def by_peer(pairs: Sequence[tuple[torch.Tensor, int]]) -> dict[int, list[torch.Tensor]]:
+    """Return the tensors of each peer, in order."""
+    found: dict[int, list[torch.Tensor]] = {}
+    for x, peer in pairs:
+        found.setdefault(peer, []).append(x)
+    return found

@@ -1,0 +1,31 @@
+"""Tags: 31 bits that the messages of one call share, and by which calls that do not fit together are told apart."""
+
+from __future__ import annotations
+
+import zlib
+
+__all__ = ["CHECK", "COLLECTIVE", "MESSAGE", "OBJECT", "OBJECT_REST", "SETUP", "digest", "make_tag", "tag_of"]
+
+# Kinds of messages: those of different kinds never pair, however they are interleaved. SETUP: of strategies that are being built. The
+# highest of 3 bits stays free.
+COLLECTIVE, MESSAGE, OBJECT, OBJECT_REST, CHECK, SETUP = range(6)
+
+_MASK = (1 << 28) - 1
+
+
+def digest(text: str) -> int:
+    """Return 28 bits of a text."""
+    return zlib.crc32(text.encode()) & _MASK
+
+
+def make_tag(kind: int, sequence: int, text: str = "") -> int:
+    """Return the tag of a call: its kind, and a hash of its number and of the text that all ranks of the call have in common."""
+    return kind << 28 | ((zlib.crc32(text.encode()) ^ sequence * 0x9E3779B1) & _MASK)
+
+
+def tag_of(kind: int, sequence: int, hashed: int) -> int:
+    """Return the tag of a call whose text has the digest `hashed`.
+
+    The native module computes it alike (`make_tag` in native/module.c). The multiplier is odd, so the tags of 2**28 equal calls differ.
+    """
+    return kind << 28 | ((hashed ^ sequence * 0x9E3779B1) & _MASK)

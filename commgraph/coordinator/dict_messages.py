@@ -1,0 +1,257 @@
+"""Dicts of tensors and objects from rank to rank: tensors as tensors, everything else as objects."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import attrs
+import torch
+
+from commgraph.accelerators.side_streams import StreamTask
+from commgraph.communicators.base import CallsDiffer
+from commgraph.coordinator import checks
+from commgraph.coordinator.asynchronous import joined, submit
+from commgraph.coordinator.checks import BadArgument
+from commgraph.coordinator.failures import Call
+from commgraph.coordinator.gathers import AllGather, BroadcastPart
+from commgraph.coordinator.messages import begin_message, exchange
+from commgraph.coordinator.objects import Objects, checked_peer
+from commgraph.coordinator.operation import Group, explain, perform, run, run_generally, wait_pending
+from commgraph.coordinator.tensor_dict import Entry, Plan, join_dict, places, split_dict
+from commgraph.deadline import Deadline, Timeout
+from commgraph.work import Work
+
+__all__ = ["broadcast_dict", "irecv_dict", "isend_dict", "recv_dict", "send_dict"]
+
+
+def broadcast_dict(group: Group, objects: Objects, tree: Any, src: int, timeout: Timeout) -> Any:
+    """`GroupCoordinator.broadcast_tensor_dict`."""
+    operation = "broadcast_tensor_dict"
+    if objects.broadcast_plain(group, tree, src, timeout):
+        return tree
+    begin_message(group, operation, timeout)
+    src = checked_peer(group, operation, src, "src", group._state.sequence)
+    if group.rank_in_group != src:
+        received = objects.broadcast_dict(group, operation, None, (), src, timeout)
+        if isinstance(received, dict):
+            return received
+        entries, carried = received
+        whole = places(entries, group.device, carried)
+        for i, x in enumerate(whole):
+            if i not in carried:
+                run_generally(BroadcastPart, group, (x, src), timeout)
+        return join_dict(entries, whole)
+    if tree is None:
+        raise explain(BadArgument("tensor_dict is None on src, which has to give it"), group, operation, group._state.sequence)
+    entries, tensors = _split(group, operation, tree)
+    if group.world_size > 1:
+        # Counted only now: of what was refused above the others know nothing, and go on waiting.
+        given = objects.broadcast_dict(group, operation, entries, tensors, src, timeout)
+        assert not isinstance(given, dict)  # but the parts of what this rank gave
+        _, sent = given
+        for i, x in enumerate(tensors):
+            if i not in sent:
+                run_generally(BroadcastPart, group, (x.detach(), src), timeout)
+    return tree
+
+
+def send_dict(
+    group: Group,
+    objects: Objects,
+    tree: Any,
+    dst: int | None,
+    slicing: Group | None,
+    override: Mapping[str, bool] | None,
+    timeout: Timeout,
+) -> None:
+    """`GroupCoordinator.send_tensor_dict`."""
+    operation = "send_tensor_dict"
+    to = group.next_in_group if dst is None else dst
+    if slicing is None and override is None and objects.send_plain(group, tree, to, timeout):
+        return
+    deadline = begin_message(group, operation, timeout)
+    peer = checked_peer(group, operation, to, "dst", group._state.sequence, other=True)
+    wait_pending(group, (peer, True), operation, deadline)
+    _pack(group, objects, operation, tree, peer, slicing, override)(deadline, timeout is not None)
+
+
+def _pack(
+    group: Group,
+    objects: Objects,
+    operation: str,
+    tree: Any,
+    dst: int,
+    slicing: Group | None,
+    override: Mapping[str, bool] | None,
+) -> Callable[[Deadline, bool], None]:
+    """Check and describe a dict that goes to `dst`; what is returned sends it, by a deadline for each part."""
+    entries, tensors = _split(group, operation, tree)
+    plan, sliced = _sliced(group, operation, entries, slicing, override)
+    outgoing = [plan.slice(x) if cut else x for x, cut in zip(tensors, sliced, strict=True)]
+    carried, post = objects.pack_dict(group, operation, entries, outgoing, dst)
+    rest = [x for i, x in enumerate(outgoing) if i not in carried]
+
+    def send(deadline: Deadline, limited: bool) -> None:
+        group._state.ensure_open(group.name)
+        post(deadline)
+        exchange(group, operation, rest, dst, True, Deadline.after(deadline.seconds), limited=limited)
+
+    return send
+
+
+def recv_dict(
+    group: Group,
+    objects: Objects,
+    src: int | None,
+    slicing: Group | None,
+    override: Mapping[str, bool] | None,
+    timeout: Timeout,
+) -> dict[Any, Any]:
+    """`GroupCoordinator.recv_tensor_dict`."""
+    operation = "recv_tensor_dict"
+    source = group.prev_in_group if src is None else src
+    if slicing is None and override is None:
+        tree = objects.recv_plain(group, source, timeout)
+        if tree is not None:
+            return tree
+    deadline = begin_message(group, operation, timeout)
+    peer = checked_peer(group, operation, source, "src", group._state.sequence, other=True)
+    wait_pending(group, (peer, False), operation, deadline)
+    received = _receive(group, objects, operation, peer, slicing, override, deadline, timeout is not None)
+    return received.gathered(slicing, timeout)
+
+
+def _receive(
+    group: Group,
+    objects: Objects,
+    operation: str,
+    src: int,
+    slicing: Group | None,
+    override: Mapping[str, bool] | None,
+    deadline: Deadline,
+    limited: bool,
+) -> Received:
+    """Receive a dict as it comes from `src`: its slices are still to be gathered."""
+    state = group._state
+    state.ensure_open(group.name)
+    entries, carried = objects.recv_dict(group, operation, src, deadline)
+    plan, sliced = _sliced(group, operation, entries, slicing, override)
+    if not _fits(entries, carried, sliced, plan):
+
+        def differ() -> None:
+            raise CallsDiffer(src)
+
+        perform(group, operation, state.sequence, f"{operation}(...)", deadline, differ)
+    whole = places(entries, group.device, {i: x for i, x in carried.items() if not sliced[i]})
+    pieces = {i: carried[i] if i in carried else plan.slice(whole[i]) for i, cut in enumerate(sliced) if cut}
+    missing = [pieces.get(i, x) for i, x in enumerate(whole) if i not in carried]
+    exchange(group, operation, missing, src, False, Deadline.after(deadline.seconds), limited=limited)
+    return Received(entries, whole, [(whole[i], piece) for i, piece in pieces.items()])
+
+
+@attrs.frozen
+class Received:
+    """A dict that has come, with the tensors of which this rank has a slice and that slice."""
+
+    entries: list[Entry]
+    tensors: list[torch.Tensor]
+    slices: list[tuple[torch.Tensor, torch.Tensor]]
+
+    def on_device(self) -> list[torch.Tensor]:
+        """Return its tensors that are not on the host."""
+        return [x for x in (*self.tensors, *(piece for _, piece in self.slices)) if not x.is_cpu]
+
+    def gathered(self, slicing: Group | None, timeout: Timeout) -> dict[Any, Any]:
+        """Return the whole dict; collective over `slicing`, where there are slices."""
+        for x, piece in self.slices:
+            assert slicing is not None
+            run(AllGather, slicing, (piece, 0, x.view(-1)), timeout)
+        return join_dict(self.entries, self.tensors)
+
+
+# Waited for later.
+
+
+def isend_dict(
+    group: Group,
+    objects: Objects,
+    tree: Any,
+    dst: int | None,
+    slicing: Group | None,
+    override: Mapping[str, bool] | None,
+    timeout: Timeout,
+) -> Work[None]:
+    """`GroupCoordinator.isend_tensor_dict`."""
+    operation = "isend_tensor_dict"
+    deadline = begin_message(group, operation, timeout)
+    state = group._state
+    peer = checked_peer(group, operation, group.next_in_group if dst is None else dst, "dst", state.sequence, other=True)
+    call = Call(group.name, operation, state.members, state.sequence)
+    send = _pack(group, objects, operation, tree, peer, slicing, override)
+    tasks: list[StreamTask] = []
+    job = submit(group, (peer, True), lambda: send(Deadline.after(deadline.seconds), timeout is not None), (), tasks)
+    return Work(call, [job], lambda _: joined(tasks, None), tasks)
+
+
+def irecv_dict(
+    group: Group,
+    objects: Objects,
+    src: int | None,
+    slicing: Group | None,
+    override: Mapping[str, bool] | None,
+    timeout: Timeout,
+) -> Work[dict[Any, Any]]:
+    """`GroupCoordinator.irecv_tensor_dict`."""
+    operation = "irecv_tensor_dict"
+    deadline = begin_message(group, operation, timeout)
+    state = group._state
+    peer = checked_peer(group, operation, group.prev_in_group if src is None else src, "src", state.sequence, other=True)
+    call = Call(group.name, operation, state.members, state.sequence)
+    tasks: list[StreamTask] = []
+    receive = partial(_receive, group, objects, operation, peer, slicing, override)
+    job = submit(group, (peer, False), lambda: receive(Deadline.after(deadline.seconds), timeout is not None), (), tasks)
+
+    def finish(results: Sequence[Any]) -> dict[Any, Any]:
+        received: Received = results[0]
+        return joined(tasks, received, received.on_device()).gathered(slicing, timeout)
+
+    return Work(call, [job], finish, tasks)
+
+
+def _split(group: Group, operation: str, tree: Any) -> tuple[list[Entry], list[torch.Tensor]]:
+    """Describe a dict that can be sent, and list its tensors."""
+    sequence = group._state.sequence
+    try:
+        entries, tensors = split_dict(tree)
+    except TypeError as error:
+        raise TypeError(f"{Call(group.name, operation, group._state.members, sequence).where}: {error}. Nothing was sent.") from None
+    try:
+        return entries, [checks.tensor(group, x, gradient=operation) for x in tensors]
+    except BadArgument:
+        # Once more, with names, which most dicts do without.
+        paths = [".".join(map(str, path)) for path, what in entries if what[0] == "t"]
+        try:
+            return entries, [
+                checks.tensor(group, x, f"the tensor {path!r}", gradient=operation) for path, x in zip(paths, tensors, strict=True)
+            ]
+        except BadArgument as error:
+            raise explain(error, group, operation, sequence) from None
+
+
+def _fits(entries: Sequence[Entry], carried: Mapping[int, torch.Tensor], sliced: Sequence[bool], plan: Plan) -> bool:
+    """Whether the sender has sliced what is going to be gathered here, and nothing else."""
+    whole = [math.prod(what[2]) for _, what in entries if what[0] == "t"]
+    return all(x.numel() == whole[i] // (plan.world_size if sliced[i] else 1) for i, x in carried.items())
+
+
+def _sliced(
+    group: Group, operation: str, entries: Sequence[Entry], slicing: Group | None, override: Mapping[str, bool] | None
+) -> tuple[Plan, list[bool]]:
+    plan = Plan() if slicing is None else Plan(slicing.world_size, slicing.rank_in_group, dict(override or {}))
+    try:
+        return plan, plan.sliced(entries)
+    except ValueError as error:
+        raise ValueError(f"{Call(group.name, operation, group._state.members, group._state.sequence).where}: {error}") from None

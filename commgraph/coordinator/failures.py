@@ -1,0 +1,263 @@
+"""What broke a group, said once to every rank: each failure below becomes a public error that names rank, group, operation and place."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import attrs
+import torch.distributed as dist
+
+from commgraph.communicators.base import CallsDiffer, FastPath, PeerClosed, PeerLate
+from commgraph.errors import (
+    CollectiveError,
+    CollectiveMismatchError,
+    CollectiveTimeoutError,
+    ContextClosedError,
+    PeerLostError,
+)
+
+__all__ = ["EXPECTED", "Call", "Failures", "Members", "call_site"]
+
+# Failures of a strategy, which end a call.
+EXPECTED = (PeerLate, PeerClosed, CallsDiffer, CollectiveError)
+
+# Frames that are not the user's: this package's, and those of the context managers in it.
+_OURS = (str(Path(__file__).parent.parent), contextlib.__file__)
+
+
+@attrs.frozen
+class Members:
+    """The ranks of a group.
+
+    Attributes:
+        ident: names the group among all groups of all contexts of the job; the same on its ranks.
+        ranks: global ranks in group order.
+        rank_in_group: this rank's place among them.
+    """
+
+    ident: str
+    ranks: tuple[int, ...]
+    rank_in_group: int
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in the group."""
+        return len(self.ranks)
+
+    @property
+    def rank(self) -> int:
+        """Global rank of this process."""
+        return self.ranks[self.rank_in_group]
+
+
+@attrs.frozen
+class Call:
+    """Who called what; made when something is wrong.
+
+    Attributes:
+        group: name of the coordinator.
+        operation: name of the method.
+        members: of the group.
+        sequence: collectives that this rank had begun on the group before.
+    """
+
+    group: str
+    operation: str
+    members: Members
+    sequence: int
+
+    @property
+    def where(self) -> str:
+        """The head of every message."""
+        m = self.members
+        return f"{self.operation} on group {self.group!r} (rank {m.rank}, {m.rank_in_group} of {m.world_size} in the group)"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a `CollectiveError` carries."""
+        return {"group": self.group, "operation": self.operation, "rank": self.members.rank, "sequence": self.sequence}
+
+
+@attrs.frozen
+class _Fault:
+    """What a rank leaves in the store when its group breaks, for its peers to read."""
+
+    kind: str
+    at: str
+    lost: int | None
+    sequence: int
+    text: str
+
+
+class Failures:
+    """The first error of a group, which every later call raises again; told to the peers through the store and through notes."""
+
+    def __init__(self, members: Members, store: dist.Store | None, abort: Callable[[], None], notes: FastPath | None) -> None:
+        """Of a group that is whole.
+
+        Args:
+            members: of the group.
+            store: holds this group's keys only; None for one rank.
+            abort: ends what runs on the group, here and on the peers.
+            notes: by which ranks that share memory tell each other what they called.
+        """
+        self.broken: CollectiveError | None = None
+        self.closed = False
+        self._members = members
+        self._store = store
+        self._abort = abort
+        self._notes = notes
+        # One thread at a time finds out what broke the group.
+        self._failing = threading.Lock()
+
+    def forget(self) -> None:
+        """Drop what would keep a closed group's memory: the store, and the traceback of the error."""
+        self._store = None
+        self.broken = None
+
+    def end(self, call: Call, what: str, seconds: float, error: Exception) -> NoReturn:
+        """Raise the public error for what ended a call, break the group and release the peers.
+
+        Args:
+            call: who called what.
+            what: the call with its arguments, as all ranks have them in common.
+            seconds: deadline that it had.
+            error: one of `EXPECTED`.
+        """
+        if isinstance(error, PeerClosed) and error.peer == self._members.rank_in_group:
+            # A call of another lane ended this one and is about to say why.
+            patience = time.monotonic() + 1.0
+            while self.broken is None and not self.closed and time.monotonic() < patience:
+                time.sleep(0.001)
+        with self._failing:
+            if self.broken is not None:
+                raise copy.copy(self.broken) from None
+            if isinstance(error, PeerLate):
+                self._timed_out(call, what, seconds, error)
+            if isinstance(error, PeerClosed):
+                self._lost(call, what, error)
+            if isinstance(error, CallsDiffer):
+                self._differ(call, what)
+            assert isinstance(error, CollectiveError)
+            self._break(call, error, what)
+
+    def break_off(self, call: Call, why: str) -> None:
+        """End the group because of an error outside of any call, so that the peers, who go on, raise as well. Send nothing to them."""
+        with self._failing:
+            if self.broken is None and self._members.world_size > 1:
+                self._publish(_Fault("lost", f"{call.sequence} {why}", self._members.rank, call.sequence, why))
+                self._abort()
+                self._remember(PeerLostError(f"{call.where}: {why}", **call.facts))
+
+    def _timed_out(self, call: Call, what: str, seconds: float, error: PeerLate) -> NoReturn:
+        ranks, me = self._members.ranks, self._members.rank_in_group
+        at = call_site()
+        head = f"{call.where}: call #{call.sequence}, {what}, at {at}, did not end within {seconds:g} s; "
+        head += f"it waited for rank {ranks[error.peer]}"
+        self._publish(_Fault("timeout", f"{call.sequence} {what}", None, call.sequence, f"{what} at {at}"))
+        self._abort()
+        faults = self._read_faults(range(len(ranks)), wait=1.0)
+        lines = [f"  rank {ranks[peer]} gave up in call #{fault.sequence}, {fault.text}" for peer, fault in sorted(faults.items())]
+        silent = [ranks[i] for i in range(len(ranks)) if i != me and i not in faults]
+        if silent:
+            named = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
+            lines.append(f"  no word from {named}: late, dead, or elsewhere in the program")
+        message = head + ":\n" + "\n".join(lines)
+        differs = any(fault.kind == "timeout" and fault.at != f"{call.sequence} {what}" for fault in faults.values())
+        kind: type[CollectiveError] = CollectiveMismatchError if differs else CollectiveTimeoutError
+        raise self._remember(kind(message, **call.facts)) from None
+
+    def _lost(self, call: Call, what: str, error: PeerClosed) -> NoReturn:
+        if self.closed:
+            raise ContextClosedError(f"{call.where}: its context was closed during the call") from None
+        ranks = self._members.ranks
+        # Its deadline may have passed: then the connection closes a moment before it has told why.
+        faults = self._read_faults([error.peer], wait=0.25)
+        fault = faults.get(error.peer) or next(iter(faults.values()), None)
+        at = call_site()
+        lost: int | None = ranks[error.peer]
+        kind: type[CollectiveError] = PeerLostError
+        during = f"call #{call.sequence}, {what}, at {at}"
+        if fault is None:
+            message = f"{call.where}: rank {lost} is gone (died, or closed its side) during {during}: {error.reason}"
+        else:
+            kind = {"timeout": CollectiveTimeoutError, "mismatch": CollectiveMismatchError}.get(fault.kind, PeerLostError)
+            lost = fault.lost
+            gone = f"rank {lost} is gone (a peer reported it in its call #{fault.sequence})"
+            gave_up = f"rank {ranks[error.peer]} gave up in call #{fault.sequence}, {fault.text}"
+            message = f"{call.where}: ended in {during}, because {gave_up if lost is None else gone}"
+        self._publish(_Fault(fault.kind if fault else "lost", f"{call.sequence} {what}", lost, call.sequence, f"{what} at {at}"))
+        self._abort()
+        raise self._remember(kind(message, **call.facts | ({} if lost is None else {"rank": lost}))) from None
+
+    def _differ(self, call: Call, what: str) -> NoReturn:
+        """Each rank says what it called, and reads what the others did."""
+        ranks, n, me = self._members.ranks, self._members.world_size, self._members.rank_in_group
+        said: dict[int, str] = {me: f"call #{call.sequence}, {what}, at {call_site()}"}
+        if self._notes is not None:
+            self._notes.post_note(said[me])
+            patience = time.monotonic() + 1.0
+            while len(said) < n and time.monotonic() < patience:
+                said |= {peer: note for peer in range(n) if peer not in said and (note := self._notes.read_note(peer)) is not None}
+                time.sleep(0.001)
+        lines = [f"  rank {ranks[peer]}: {said.get(peer, 'has not said what it called')}" for peer in range(n)]
+        self._break(
+            call,
+            CollectiveMismatchError(f"{call.where}: the ranks of the group called different things:\n" + "\n".join(lines), **call.facts),
+            what,
+        )
+
+    def _break(self, call: Call, error: CollectiveError, what: str) -> NoReturn:
+        kind = (
+            "mismatch" if isinstance(error, CollectiveMismatchError) else "timeout" if isinstance(error, CollectiveTimeoutError) else "lost"
+        )
+        lost = error.rank if isinstance(error, PeerLostError) else None
+        self._publish(_Fault(kind, f"{call.sequence} {what}", lost, call.sequence, f"{what}: {error}"))
+        self._abort()
+        raise self._remember(error)
+
+    def _remember(self, error: CollectiveError) -> CollectiveError:
+        if self.broken is None:
+            self.broken = error
+        return error
+
+    def _publish(self, fault: _Fault) -> None:
+        # The job may be falling apart, its store with it: what cannot be said is left unsaid.
+        if self._store is not None and self.broken is None:
+            with contextlib.suppress(RuntimeError):
+                self._store.set(f"fault/{self._members.rank_in_group}", json.dumps(attrs.asdict(fault)))
+
+    def _read_faults(self, awaited: Sequence[int], *, wait: float) -> dict[int, _Fault]:
+        """What the peers left, waiting up to `wait` seconds for those of `awaited`."""
+        me = self._members.rank_in_group
+        missing = set(awaited) - {me}
+        found: dict[int, _Fault] = {}
+        patience = time.monotonic() + wait
+        with contextlib.suppress(RuntimeError):
+            while (store := self._store) is not None:
+                for peer in range(self._members.world_size):
+                    if peer != me and peer not in found and store.check([f"fault/{peer}"]):
+                        found[peer] = _Fault(**json.loads(store.get(f"fault/{peer}")))
+                if missing <= found.keys() or time.monotonic() >= patience:
+                    break
+                time.sleep(0.02)
+        return found
+
+
+def call_site() -> str:
+    """File and line of the innermost caller outside commgraph: in a job of a lane, of the one who asked for it."""
+    site: str | None = getattr(threading.current_thread(), "commgraph_site", None)
+    if site is not None:
+        return site
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

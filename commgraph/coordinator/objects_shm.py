@@ -1,0 +1,377 @@
+"""Python objects and tensor dicts between the ranks of one host, through the memory that they share.
+
+An object is one record: a pickle and the large buffers in it. A tensor dict is one record, too: the pickled description, then the memory of
+each host tensor. What arrives lies in memory of its own, writable, and is not touched by later messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import msgspec
+import torch
+
+from commgraph.communicators.base import CallsDiffer, Communicator, FastPath
+from commgraph.communicators.memory import is_packed
+from commgraph.communicators.tags import COLLECTIVE, digest, make_tag, tag_of
+from commgraph.coordinator.checks import BadArgument
+from commgraph.coordinator.failures import EXPECTED, Call
+from commgraph.coordinator.objects import NetworkObjects, Objects, checked_peer, nothing_yet, refuse_object
+from commgraph.coordinator.operation import Group, begin, deadline_of, explain, wait_pending
+from commgraph.coordinator.state import GroupState
+from commgraph.coordinator.tensor_dict import Entry, split_dict
+from commgraph.deadline import Deadline, Timeout
+from commgraph.errors import ContextClosedError
+from commgraph.shm.mailbox import DICT, OBJECT, SIZES, Mailbox
+from commgraph.shm.pickling import buffer_of, loads, tensor_over
+from commgraph.shm.stopped import TIMEOUT, Stopped
+
+__all__ = ["ShmObjects", "objects_of"]
+
+
+def objects_of(state: GroupState) -> Objects:
+    """Return how the objects of a group travel."""
+    strategy, fast, mailbox = state.detecting, state.detects, state.mailbox
+    if strategy is None or fast is None or mailbox is None:
+        return NetworkObjects(state)
+    return ShmObjects(state, strategy, fast, mailbox)
+
+
+class ShmObjects(Objects):
+    """Objects of a group whose ranks have a mailbox."""
+
+    def __init__(self, state: GroupState, strategy: Communicator, fast: FastPath, mailbox: Mailbox) -> None:
+        self._state = state
+        self._strategy = strategy
+        self._fast = fast
+        self._mailbox: Mailbox | None = mailbox
+        self._digests: dict[tuple[str, int | None], int] = {}
+        self._timeout_ns = int(state.timeouts.host * 1e9)
+
+    # Objects.
+
+    def send(self, group: Group, operation: str, obj: object, dst: Any, timeout: Timeout) -> None:
+        mailbox = self._open(group)
+        dst, timeout_ns = self._begin_message(group, operation, dst, "dst", timeout)
+        parts = self._dumps(group, operation, obj)
+        try:
+            mailbox.send(dst, OBJECT, 0, parts, timeout_ns)
+        except BaseException as error:
+            self._stop(group, operation, timeout_ns, error)
+
+    def recv(self, group: Group, operation: str, src: Any, timeout: Timeout) -> Any:
+        mailbox = self._open(group)
+        src, timeout_ns = self._begin_message(group, operation, src, "src", timeout)
+        try:
+            _, parts = mailbox.receive(src, OBJECT, timeout_ns)
+        except BaseException as error:
+            self._stop(group, operation, timeout_ns, error, awaited=src)
+        return loads(parts[0], parts[1:])
+
+    def broadcast(self, group: Group, operation: str, obj: object, src: Any, timeout: Timeout) -> Any:
+        mailbox = self._open(group)
+        sequence, timeout_ns = self._begin(group, operation, timeout)
+        if type(src) is not int or not 0 <= src < group.world_size:
+            src = checked_peer(group, operation, src, "src", sequence)
+        if src == group.rank_in_group:
+            self._put(group, operation, mailbox, OBJECT, lambda: self._dumps(group, operation, obj), sequence, timeout_ns)
+            return obj
+        parts = self._get(group, operation, mailbox, src, OBJECT, sequence, timeout_ns)
+        return loads(parts[0], parts[1:])
+
+    def all_gather(self, group: Group, operation: str, obj: object, timeout: Timeout) -> list[Any]:
+        # Each rank puts its own for all, and reads those of all. Nobody reads before it has put its own, so one that does not fit into its
+        # ring only tells its sizes there, and follows as a tensor.
+        mailbox = self._open(group)
+        n, me = group.world_size, group.rank_in_group
+        sequence, timeout_ns = self._begin(group, operation, timeout)
+        meta, posted = self._number(operation, sequence, None)
+        parts = self._dumps(group, operation, obj)
+        # A small object is one part, of bytes.
+        if len(parts) == 1 and type(parts[0]) is bytes and len(parts[0]) <= mailbox.room:
+            fits, record, sizes = True, parts, []
+        else:
+            sizes = [memoryview(part).nbytes for part in parts]
+            fits = sum(sizes) <= mailbox.room
+            record = parts if fits else (msgspec.msgpack.encode(sizes),)
+        found: dict[int, list[Any]] = {}
+        later: dict[int, list[int]] = {} if fits else {me: sizes}
+        try:
+            mailbox.broadcast(OBJECT if fits else SIZES, meta, record, timeout_ns, posted)
+            for src in range(n):
+                if src == me:
+                    continue
+                kind, number, got = mailbox.receive_broadcast(src, timeout_ns, posted)
+                if number != meta or kind not in (OBJECT, SIZES):
+                    raise CallsDiffer(src)
+                if kind == OBJECT:
+                    found[src] = got
+                else:
+                    later[src] = msgspec.msgpack.decode(got[0], type=list[int])
+            if later:
+                deadline = Deadline.after(timeout_ns * 1e-9)
+                found |= self._gather_large(group, operation, sequence, () if fits else parts, later, deadline)
+        except BaseException as error:
+            self._stop(group, operation, timeout_ns, error, sequence=sequence)
+        return [obj if rank == me else loads(found[rank][0], found[rank][1:]) for rank in range(n)]
+
+    def _gather_large(
+        self, group: Group, operation: str, sequence: int, parts: Sequence[Any], sizes: Mapping[int, list[int]], deadline: Deadline
+    ) -> dict[int, list[Any]]:
+        """Return the parts of the records that did not fit, by rank. Each begins at a multiple of 64 bytes, as tensors like it."""
+        mailbox = self._open(group)
+        totals = [sum(map(_padded, sizes.get(rank, ()))) for rank in range(group.world_size)]
+        mine, memory = bytearray(totals[group.rank_in_group]), mailbox.take(sum(totals))
+        at = 0
+        for part in parts:
+            mine[at : at + memoryview(part).nbytes] = part
+            at += _padded(memoryview(part).nbytes)
+        x, out = (tensor_over(buffer, torch.uint8, (len(buffer),)) for buffer in (mine, memory))
+        tag = make_tag(COLLECTIVE, sequence, f"{operation} {totals}")
+        self._strategy.all_gather(x, 0, totals, out, tag=tag, deadline=deadline)
+        found: dict[int, list[Any]] = {rank: [] for rank in sizes}
+        at = 0
+        for rank in sorted(sizes):
+            for size in sizes[rank]:
+                found[rank].append(memoryview(memory)[at : at + size])
+                at += _padded(size)
+        return found
+
+    # Dicts that the native module describes by itself.
+
+    def send_plain(self, group: Group, tree: object, dst: Any, timeout: Timeout) -> bool:
+        mailbox = self._open(group)
+        if mailbox.native is None or timeout is not None or not self._is_free(mailbox, dst, outgoing=True):
+            return False
+        try:
+            return mailbox.native.put_dict(mailbox.outgoing[dst], tree, 0, self._timeout_ns, 0) is True
+        except BaseException as error:
+            self._stop(group, "send_tensor_dict", self._timeout_ns, error)
+
+    def recv_plain(self, group: Group, src: Any, timeout: Timeout) -> dict[Any, Any] | None:
+        mailbox = self._open(group)
+        if timeout is not None or not self._is_free(mailbox, src, outgoing=False) or mailbox.has_aside(src, DICT):
+            return None
+        try:
+            found, meta, parts = mailbox.receive_any(src, self._timeout_ns)
+        except BaseException as error:
+            self._stop(group, "recv_tensor_dict", self._timeout_ns, error, awaited=src)
+        tree = mailbox.unpack(parts) if found == DICT else None
+        if tree is None:
+            mailbox.lay_aside(src, found, meta, parts)
+        return tree
+
+    def broadcast_plain(self, group: Group, tree: object, src: Any, timeout: Timeout) -> bool:
+        state, mailbox = self._state, self._open(group)
+        if mailbox.native is None or timeout is not None or type(src) is not int or src != group.rank_in_group:
+            return False
+        if state.pending.lanes and not state.pending.is_idle(None):
+            return False
+        sequence, timeout_ns = self._begin(group, "broadcast_tensor_dict", None)
+        meta, posted = self._number("broadcast_tensor_dict", sequence, src)
+        try:
+            if mailbox.native.put_dict(mailbox.mine, tree, meta, timeout_ns, posted):
+                return True
+        except BaseException as error:
+            self._stop(group, "broadcast_tensor_dict", timeout_ns, error, sequence=sequence, take_back=True)
+        state.uncount_collective()
+        return False
+
+    # Dicts, taken apart.
+
+    def pack_dict(
+        self, group: Group, operation: str, entries: Sequence[Entry], tensors: Sequence[torch.Tensor], dst: int
+    ) -> tuple[frozenset[int], Callable[[Deadline], None]]:
+        carried, parts = self._dict_parts(group, operation, entries, tensors)
+
+        # Tensors that are sent by their addresses live as long as this can be called.
+        def post(deadline: Deadline, kept: Sequence[torch.Tensor] = tensors) -> None:
+            mailbox, timeout_ns = self._open(group), deadline.left_ns()
+            try:
+                mailbox.send(dst, DICT, 0, parts, timeout_ns)
+            except BaseException as error:
+                self._stop(group, operation, timeout_ns, error)
+
+        return frozenset(carried), post
+
+    def recv_dict(self, group: Group, operation: str, src: int, deadline: Deadline) -> tuple[list[Entry], dict[int, torch.Tensor]]:
+        mailbox, timeout_ns = self._open(group), deadline.left_ns()
+        try:
+            _, parts = mailbox.receive(src, DICT, timeout_ns)
+        except BaseException as error:
+            self._stop(group, operation, int(deadline.seconds * 1e9), error, awaited=src)
+        tree = mailbox.unpack(parts)
+        if tree is None:
+            return _joined(parts)
+        entries, tensors = split_dict(tree)
+        return entries, {i: x.view(-1) for i, x in enumerate(tensors)}
+
+    def broadcast_dict(
+        self,
+        group: Group,
+        operation: str,
+        entries: Sequence[Entry] | None,
+        tensors: Sequence[torch.Tensor],
+        src: int,
+        timeout: Timeout,
+    ) -> tuple[list[Entry], Mapping[int, torch.Tensor]] | dict[Any, Any]:
+        mailbox = self._open(group)
+        sequence, timeout_ns = self._begin(group, operation, timeout)
+        if entries is not None:
+            make = lambda: self._dict_parts(group, operation, entries, tensors)[1]  # noqa: E731 - as `broadcast` has it
+            self._put(group, operation, mailbox, DICT, make, sequence, timeout_ns)
+            return list(entries), {i: x for i, x in enumerate(tensors) if x.is_cpu}
+        parts = self._get(group, operation, mailbox, src, DICT, sequence, timeout_ns)
+        tree = mailbox.unpack(parts)
+        return _joined(parts) if tree is None else tree
+
+    def _dict_parts(
+        self, group: Group, operation: str, entries: Sequence[Entry], tensors: Sequence[torch.Tensor]
+    ) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+        carried = tuple([i for i, x in enumerate(tensors) if x.is_cpu])
+        # Buffers of the pickle itself, if any, come first: reading it takes as many as it has.
+        described = self._dumps(group, operation, (list(entries), carried))
+        # Whoever sends it keeps the tensors; a buffer keeps what is in it.
+        return carried, (
+            *described,
+            *[(x.data_ptr(), x.nbytes) if is_packed(x) else buffer_of(x) for x in map(tensors.__getitem__, carried)],
+        )
+
+    # Beginnings and ends.
+
+    def _open(self, group: Group) -> Mailbox:
+        """Return the mailbox of a group that is open. Another thread may close it at any moment: then a call that waits ends."""
+        self._state.ensure_open(group.name)
+        mailbox = self._mailbox
+        if mailbox is None:
+            raise ContextClosedError(f"group {group.name!r} (rank {group.rank}): its context was closed during the call")
+        return mailbox
+
+    def _begin(self, group: Group, operation: str, timeout: Timeout) -> tuple[int, int]:
+        """Count a collective; its number, and nanoseconds that it has."""
+        pending = self._state.pending
+        if timeout is None and not pending.lanes and pending.side_streams is None:
+            return self._state.begin(group.name), self._timeout_ns
+        sequence, deadline = begin(group, operation, timeout)
+        return sequence, deadline.left_ns()
+
+    def _begin_message(self, group: Group, operation: str, peer: Any, name: str, timeout: Timeout) -> tuple[int, int]:
+        """Return the peer, and nanoseconds that the message has, after those that were begun before with that peer."""
+        if type(peer) is not int or not 0 <= peer < group.world_size or peer == group.rank_in_group:
+            peer = checked_peer(group, operation, peer, name, self._state.sequence, other=True)
+        if timeout is None and not self._state.pending.lanes:
+            return peer, self._timeout_ns
+        deadline = deadline_of(group, operation, timeout)
+        wait_pending(group, (peer, name == "dst"), operation, deadline)
+        return peer, deadline.left_ns()
+
+    def _is_free(self, mailbox: Mailbox, peer: Any, *, outgoing: bool) -> bool:
+        """Whether that is a peer with whom nothing is under way."""
+        if type(peer) is not int or peer not in mailbox.outgoing:
+            return False
+        return not self._state.pending.lanes or self._state.pending.is_idle((peer, outgoing))
+
+    def _put(
+        self, group: Group, operation: str, mailbox: Mailbox, kind: int, make: Callable[[], tuple[Any, ...]], sequence: int, timeout_ns: int
+    ) -> None:
+        meta, posted = self._number(operation, sequence, group.rank_in_group)
+        try:
+            parts = make()
+        except BaseException:
+            # The others wait for this call's record: the next one is theirs.
+            self._state.uncount_collective()
+            raise
+        try:
+            mailbox.broadcast(kind, meta, parts, timeout_ns, posted)
+        except BaseException as error:
+            self._stop(group, operation, timeout_ns, error, sequence=sequence, take_back=True)
+
+    def _get(self, group: Group, operation: str, mailbox: Mailbox, src: int, kind: int, sequence: int, timeout_ns: int) -> list[Any]:
+        meta, posted = self._number(operation, sequence, src)
+        try:
+            found, number, parts = mailbox.receive_broadcast(src, timeout_ns, posted)
+            if found != kind or number != meta:
+                raise CallsDiffer(src)
+        except BaseException as error:
+            self._stop(group, operation, timeout_ns, error, sequence=sequence, awaited=src, take_back=True)
+        return parts
+
+    def _number(self, operation: str, sequence: int, src: int | None) -> tuple[int, int]:
+        """Return the meta of a record for all, and what the seat says while this rank waits (native/team.h). `src`: who gives it."""
+        key = operation, src
+        hashed = self._digests.get(key)
+        if hashed is None:
+            hashed = self._digests[key] = digest(f"{operation}({'' if src is None else f'src={src}'})")
+        tag = tag_of(COLLECTIVE, sequence, hashed)
+        # Operations of objects are numbered from 128, apart from those of the native module.
+        return sequence << 32 | tag, sequence + 1 << 8 | 128 | (tag & 127)
+
+    def _dumps(self, group: Group, operation: str, obj: object) -> tuple[Any, ...]:
+        try:
+            return self._open(group).pickler.dumps(obj)
+        except ContextClosedError:
+            raise
+        except RecursionError as error:
+            raise explain(
+                BadArgument("the object to send is nested too deep for pickle"), group, operation, self._state.sequence
+            ) from error
+        except Exception as error:
+            raise refuse_object(group, operation, obj, error) from error
+
+    def _stop(
+        self,
+        group: Group,
+        operation: str,
+        timeout_ns: int,
+        error: BaseException,
+        *,
+        sequence: int | None = None,
+        awaited: int | None = None,
+        take_back: bool = False,
+    ) -> NoReturn:
+        """Raise the public error for what ended a record.
+
+        Args:
+            group, operation, timeout_ns: of the call.
+            error: what ended it.
+            sequence: of a collective.
+            awaited: whose record was waited for, so that a deadline is no failure of the group.
+            take_back: whether a call that its deadline or a signal's handler has ended is still to come.
+        """
+        state = self._state
+        seconds = timeout_ns * 1e-9
+        try:
+            number = sequence if sequence is not None else 0 if state.is_closed else state.sequence
+            if awaited is not None and isinstance(error, Stopped) and error.code == TIMEOUT:
+                raise nothing_yet(group, operation, number, awaited, seconds) from None
+            ended = self._fast.translate(error) or error
+            if isinstance(ended, EXPECTED):
+                state.failures.end(Call(group.name, operation, state.members, number), f"{operation}(...)", seconds, ended)
+            if isinstance(error, Exception) and state.is_closed:
+                # The mailbox has let go of what another thread was on its way into.
+                where = Call(group.name, operation, state.members, number).where
+                raise ContextClosedError(f"{where}: its context was closed during the call") from None
+            raise error
+        finally:
+            if take_back and state.failures.broken is None and not state.is_closed:
+                state.uncount_collective()
+                if self._mailbox is not None:
+                    self._mailbox.team.unpost()
+            del error  # whose traceback holds this frame
+
+    def join(self, timeout: float) -> None:
+        # There is no thread to be waited for; the memory of the rings goes with their last reference.
+        self._mailbox = None
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
+
+
+def _joined(parts: list[Any]) -> tuple[list[Entry], dict[int, torch.Tensor]]:
+    """Return the description and the tensors of a record, which are 1-D."""
+    rest = iter(parts[1:])
+    entries, carried = loads(parts[0], rest)
+    kinds = [what[1] for _, what in entries if what[0] == "t"]
+    return entries, {i: tensor_over(buffer, kinds[i], (len(buffer) // kinds[i].itemsize,)) for i, buffer in zip(carried, rest, strict=True)}

@@ -1,0 +1,389 @@
+"""What an operation is, and the paths on which one is run.
+
+An operation is a class with class methods only: its checks, its text, how a strategy serves it, what it gives for fake tensors, its
+derivative. `run` chooses the path: through its torch operator where torch traces, recorded for autograd where a gradient is wanted, else
+straight to the strategy. `perform` is the one place where an operation of any kind, messages and objects included, meets its peers: it
+turns a failure into the public error, and a recorder that is to see every operation stands there (and in the callback of native calls).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
+
+import torch
+from torch.autograd import Function
+from torch.compiler import is_dynamo_compiling
+
+from commgraph import compat
+from commgraph.communicators.base import Communicator
+from commgraph.communicators.tags import COLLECTIVE, digest, make_tag
+from commgraph.coordinator import checks
+from commgraph.coordinator.checks import BadArgument, Place
+from commgraph.coordinator.failures import EXPECTED, Call
+from commgraph.coordinator.state import GroupState
+from commgraph.deadline import Deadline, Timeout
+from commgraph.errors import CollectiveTimeoutError, ContextClosedError, UnsupportedTensorError
+
+__all__ = ["Describe", "Group", "Operation", "begin", "differentiate", "explain", "is_watched", "perform", "raise_native", "run"]
+
+T = TypeVar("T")
+
+
+class Group(Place, Protocol):
+    """A coordinator, as operations know it."""
+
+    name: str
+    rank: int
+    ranks: tuple[int, ...]
+    world_size: int
+    rank_in_group: int
+    next_in_group: int
+    prev_in_group: int
+    device: torch.device
+    _experts: int | None
+    _operations: Mapping[str, type[Operation]]
+    _state: GroupState
+    _fast: Any
+    _token: torch.Tensor
+
+
+class Operation:
+    """A collective operation on tensors. Never instantiated: its methods belong to the class.
+
+    `args` are those of the coordinator's method, in its order and without `timeout`; `checked` is what `check` makes of them.
+    """
+
+    name: ClassVar[str]
+    """As the coordinator's method is called."""
+
+    routed_as: ClassVar[str]
+    """Which entry of `commgraph.communicators.base.OPERATIONS` a strategy is asked for."""
+
+    native: ClassVar[int | None] = None
+    """How many `args` the method of the native calls takes that has this name, beside a timeout; None where there is no such method."""
+
+    schema: ClassVar[str]
+    """Of the torch operator, with ``Group`` in the place of a coordinator's type (`commgraph.ops.library`)."""
+
+    ordered: ClassVar[bool] = False
+    """Whether the operator says that it changes the coordinator's token, so that no compiler drops or moves it."""
+
+    operator: ClassVar[Any]
+    """``torch.ops.commgraph.<name>``, once it was declared."""
+
+    differentiable: ClassVar[bool] = True
+    """Whether a gradient passes; if not an x that requires one is refused."""
+
+    @classmethod
+    def check(cls, place: Place, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Return the checked arguments.
+
+        Raises:
+            BadArgument: one is wrong.
+        """
+        raise NotImplementedError(cls)
+
+    @classmethod
+    def alone(cls, *checked: Any) -> Any:
+        """Return what a group of one rank gets: its input."""
+        return checked[0]
+
+    @classmethod
+    def routed_by(cls, *checked: Any) -> tuple[Any, ...]:
+        """Return shape, dtype, device, and of a reduction the op, by which the strategy is chosen: all ranks have them in common."""
+        x: torch.Tensor = checked[0]
+        return x.shape, x.dtype, x.device
+
+    @classmethod
+    def text(cls, n: int, *checked: Any) -> str:
+        """Return what the n ranks of the call have in common, as text: for its tag, for mismatches and errors, and for a recorder."""
+        raise NotImplementedError(cls)
+
+    @classmethod
+    def pair_sizes(cls, n: int, *checked: Any) -> Sequence[tuple[int, int]] | None:
+        """Return the elements that go to and come from each rank, where they are not in the text."""
+        return None
+
+    @classmethod
+    def serve(cls, group: Group, strategy: Communicator, tag: int, deadline: Deadline, *checked: Any) -> Any:
+        """Have the strategy do it, and return the result."""
+        raise NotImplementedError(cls)
+
+    # Where torch traces or records.
+
+    @classmethod
+    def watched(cls, *args: Any) -> Sequence[Any]:
+        """Return the arguments that torch may want to look at."""
+        return args[:1]
+
+    @classmethod
+    def filled(cls, *args: Any) -> tuple[Any, str]:
+        """Return the argument that is filled, and its name; None where a new tensor is made."""
+        return None, ""
+
+    @classmethod
+    def traced(cls, group: Group, *args: Any) -> Any:
+        """Return the result by way of `call`. torch.compile reads this in place of the eager paths: it holds what has to be in a graph."""
+        return args[0] if group.world_size == 1 else cls.call(group, *args)
+
+    @classmethod
+    def call(cls, group: Group, *args: Any) -> Any:
+        """Call the torch operator, or in eager record the operation for autograd."""
+        if is_dynamo_compiling() or is_watched(*cls.watched(*args)):
+            return cls.operator(args[0], group, *args[1:], cls.token(group)) if cls.ordered else cls.operator(args[0], group, *args[1:])
+        return Recorded.apply(args[0], cls, group, args[1:])  # type: ignore[no-untyped-call]  # torch's
+
+    @classmethod
+    def token(cls, group: Group) -> torch.Tensor:
+        """Return the tensor that ordered operators say they change."""
+        return group._token if is_dynamo_compiling() else compat.known_to_modes(group._token)
+
+    @classmethod
+    def kernel(cls, x: torch.Tensor, group: Group, *args: Any) -> Any:
+        """Do it, as the torch operator: below autograd, and never giving x itself back."""
+        x = x.detach()
+        y = run_directly(cls, group, (x, *(args[:-1] if cls.ordered else args)))
+        return x.clone(memory_format=torch.contiguous_format) if y is x else y
+
+    @classmethod
+    def fake(cls, place: Place, x: torch.Tensor, *args: Any) -> Any:
+        """Return an empty tensor of the result's shape, after the same checks."""
+        raise NotImplementedError(cls)
+
+    @classmethod
+    def keep(cls, node: Any, x: torch.Tensor, group: Any, args: Sequence[Any], output: Any) -> None:
+        """Note what the derivative needs, beside `node.group`, `node.args` and `node.token`."""
+
+    @classmethod
+    def gradient(cls, node: Any, grad: Any) -> Any:
+        """Return the gradient of x from that of the result: the adjoint with respect to the sum of all ranks' losses."""
+        raise NotImplementedError(cls)
+
+
+class Recorded(Function):
+    """An operation in eager, of an x that requires a gradient."""
+
+    @staticmethod
+    def forward(node: Any, x: torch.Tensor, operation: type[Operation], group: Group, args: tuple[Any, ...]) -> Any:
+        node.operation, node.group, node.args, node.token = operation, group, args, group._token
+        y = run_directly(operation, group, (x, *args))
+        operation.keep(node, x, group, args, y)
+        return y
+
+    @staticmethod
+    def backward(node: Any, grad: Any) -> Any:
+        return node.operation.gradient(node, grad), None, None, None
+
+
+def differentiate(name: str, node: Any, *args: Any) -> Any:
+    """Run the operation whose torch operator has that name as part of a derivative.
+
+    Args:
+        name: of the operator: rules refer to each other, as all_gather and reduce_scatter do.
+        node: of autograd, with the group, which may be torch's stand-in for a coordinator, and the token that the operator was given.
+        args: those of the operator, without the group and the token.
+    """
+    group: Group = compat.real_object(node.group)
+    operation = group._operations[name]
+    if group is not node.group or compat.count_modes():
+        more = (node.token,) if operation.ordered else ()
+        return operation.operator(args[0], node.group, *args[1:], *more)
+    if records(group, *operation.watched(*args)):
+        return operation.traced(group, *args)
+    return run_directly(operation, group, args)
+
+
+def is_watched(*tensors: Any) -> bool:
+    """Whether torch wants to see the operator of an eager call: a dispatch mode is active, or a tensor is one of torch's stand-ins."""
+    if compat.count_modes() > 0:
+        return True
+    for x in tensors:  # noqa: SIM110 - the generator of `any` is one more frame
+        if type(x) is not torch.Tensor and isinstance(x, torch.Tensor) and compat.is_traced(x):
+            return True
+    return False
+
+
+def records(group: Place, *tensors: Any) -> bool:
+    """Whether autograd is to record an eager call. Never in a group of one rank, which returns its input."""
+    if group.world_size == 1 or not torch.is_grad_enabled():
+        return False
+    for x in tensors:  # noqa: SIM110 - as above
+        if isinstance(x, torch.Tensor) and x.requires_grad:
+            return True
+    return False
+
+
+def refuse_timeout(timeout: Any) -> None:
+    """Refuse a deadline where an operator has no place for it."""
+    if timeout is not None:
+        raise ValueError(
+            "timeout= cannot go with a call that is traced or that wants a gradient: such calls have the deadline of the options "
+            "(CommunicatorOptions.host_timeout)"
+        )
+
+
+def run(operation: type[Operation], group: Group, args: tuple[Any, ...], timeout: Timeout = None) -> Any:
+    """Run an operation on the way that its tensors need."""
+    if is_dynamo_compiling():
+        refuse_timeout(timeout)
+        return operation.traced(group, *args)
+    watched = operation.watched(*args)
+    if is_watched(*watched) or (operation.differentiable and records(group, *watched)):
+        refuse_timeout(timeout)
+        filled, name = operation.filled(*args)
+        if isinstance(filled, torch.Tensor):
+            try:
+                checks.fillable(filled, name)
+            except BadArgument as error:
+                raise explain(error, group, operation.name, group._state.sequence) from None
+        return operation.traced(group, *args)
+    return run_generally(operation, group, args, timeout)
+
+
+def run_directly(operation: type[Operation], group: Group, args: tuple[Any, ...]) -> Any:
+    """Run an operation below autograd and below every mode: natively where that serves it, else by the general path."""
+    if operation.native is not None and (fast := group._fast) is not None:
+        optional = [None] * (operation.native - len(args))  # operators have no `out`
+        try:
+            y = getattr(fast, operation.name)(*args, *optional, None)
+        except BaseException as error:
+            raise_native(error, operation, group, args, None)
+        if y is not None:
+            return None if y is False or not args else args[0] if y is True else y
+    return run_generally(operation, group, args)
+
+
+def run_generally(operation: type[Operation], group: Group, args: tuple[Any, ...], timeout: Timeout = None) -> Any:
+    """Run an operation by the general path, which serves every tensor and every argument, or says what is wrong with it."""
+    sequence, deadline = begin(group, operation.name, timeout)
+    try:
+        checked = operation.check(group, *args)
+        n = group.world_size
+        if n == 1:
+            return operation.alone(*checked)
+    except BadArgument as error:
+        raise explain(error, group, operation.name, sequence) from None
+    state = group._state
+    strategy = state.strategies.route(operation.routed_as, *operation.routed_by(*checked))
+    what = f"{operation.name}({operation.text(n, *checked)})"
+    if timeout is None and strategy.stream_ordered:
+        deadline = Deadline.after(state.timeouts.device)
+
+    def act() -> Any:
+        if state.comparison is not None:
+            call = Call(group.name, operation.name, state.members, sequence)
+            sizes = operation.pair_sizes(n, *checked)
+            state.comparison.compare(call, what, deadline, pair_sizes=sizes, on_device=strategy.stream_ordered)
+        return operation.serve(group, strategy, make_tag(COLLECTIVE, sequence, what), deadline, *checked)
+
+    return perform(group, operation.name, sequence, what, deadline, act)
+
+
+def perform(group: Group, operation: str, sequence: int, what: str, deadline: Deadline, act: Callable[[], T]) -> T:
+    """Do what meets the peers, and turn a failure into the public error, which breaks the group and releases the peers.
+
+    Args:
+        group: on which.
+        operation: name of the method.
+        sequence: collectives that were begun on the group before.
+        what: the call with its arguments, as text.
+        deadline: of the call.
+        act: does it.
+    """
+    try:
+        return act()
+    except EXPECTED as error:
+        group._state.failures.end(Call(group.name, operation, group._state.members, sequence), what, deadline.seconds, error)
+    except Exception:
+        if not group._state.failures.closed:
+            raise
+        # A strategy has let go of what another thread was on its way into.
+        where = Call(group.name, operation, group._state.members, sequence).where
+        raise ContextClosedError(f"{where}: its context was closed during the call") from None
+
+
+def begin(group: Group, operation: str, timeout: Timeout) -> tuple[int, Deadline]:
+    """Count a collective, after those that were begun and not waited for, whether its arguments are good or not.
+
+    Returns:
+        How many were begun before, and the deadline.
+    """
+    state = group._state
+    pending = state.pending
+    if pending.lanes and not pending.is_idle(None):
+        state.ensure_open(group.name)
+        deadline = deadline_of(group, operation, timeout)
+        wait_pending(group, None, operation, deadline)
+        pending.follow(None)
+        return state.begin(group.name), deadline
+    if pending.side_streams is not None:
+        pending.follow(None)
+    sequence = state.begin(group.name)
+    if timeout is None:
+        return sequence, Deadline.after(state.timeouts.host)
+    return sequence, deadline_of(group, operation, timeout)
+
+
+def wait_pending(group: Group, key: Any, operation: str, deadline: Deadline) -> None:
+    """Wait until what was begun before in a lane has ended, so that a blocking call does not overtake it."""
+    if not group._state.pending.wait(key, deadline):
+        call = Call(group.name, operation, group._state.members, group._state.sequence)
+        raise CollectiveTimeoutError(
+            f"{call.where}: operations that were begun before it and not waited for did not end within {deadline.seconds:g} s, so it was "
+            "not begun. The group is unharmed",
+            **call.facts,
+        )
+
+
+def deadline_of(group: Group, operation: str, timeout: Timeout) -> Deadline:
+    """Return the deadline of a call."""
+    try:
+        return Deadline.of(timeout, group._state.timeouts.host)
+    except ValueError as error:
+        where = Call(group.name, operation, group._state.members, group._state.sequence).where
+        raise ValueError(f"{where}: {error}. Nothing was sent.") from None
+
+
+def explain(error: BadArgument, group: Any, operation: str, sequence: int) -> Exception:
+    """Return the public error for a bad argument: who called what, and what is wrong with it."""
+    call = Call(group.name, operation, group._state.members, sequence)
+    message = f"{call.where}: {error}. Nothing was sent."
+    return UnsupportedTensorError(message, **call.facts) if error.unsupported else ValueError(message)
+
+
+def raise_native(error: BaseException, operation: type[Operation], group: Group, args: tuple[Any, ...], timeout: Timeout) -> NoReturn:
+    """Raise for a native call what the general path would have raised."""
+    state = group._state
+    fast = state.detects
+    try:
+        if fast is None or not fast.interrupted:
+            raise error  # nothing was sent
+        translated = fast.translate(error)
+        if translated is None:
+            state.strategies.abort()  # a signal's handler has raised: the others must not wait for this rank
+            raise error
+        sequence = max(state.sequence - 1, 0)
+        what = f"{operation.name}({operation.text(group.world_size, *operation.check(group, *args))})"
+        seconds = deadline_of(group, operation.name, timeout).seconds
+        state.failures.end(Call(group.name, operation.name, state.members, sequence), what, seconds, translated)
+    finally:
+        del error  # whose traceback holds this frame
+
+
+class Describe:
+    """Gives the native calls the digest of a call's text. It holds a rank's place, and no coordinator, which holds the native calls."""
+
+    __slots__ = ("device", "operations", "rank_in_group", "world_size")
+
+    def __init__(self, operations: Mapping[str, type[Operation]], group: Place) -> None:
+        self.operations = operations
+        self.world_size = group.world_size
+        self.rank_in_group = group.rank_in_group
+        self.device = group.device
+
+    def __call__(self, name: str, args: tuple[Any, ...]) -> int:
+        """Return the digest of a call's text."""
+        operation = self.operations[name]
+        checked = operation.check(self, *args)
+        return digest(f"{name}({operation.text(self.world_size, *checked)})")

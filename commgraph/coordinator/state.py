@@ -1,0 +1,269 @@
+"""What the coordinators over the same ranks share: their members, the live strategies and which of them serves a call, and counts."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+
+from commgraph.accelerators.device_order import DeviceOrder
+from commgraph.accelerators.side_streams import SideStreams
+from commgraph.accelerators.streams import Streams
+from commgraph.communicators.base import OPERATIONS, Communicator, FastPath, Refused
+from commgraph.communicators.gloo_transport import GlooTransport
+from commgraph.coordinator.failures import Failures, Members
+from commgraph.coordinator.order import Comparison
+from commgraph.coordinator.pending import Pending
+from commgraph.coordinator.torch_groups import TorchGroups
+from commgraph.deadline import Deadline
+from commgraph.errors import ContextClosedError, UnsupportedTensorError
+
+__all__ = ["GroupState", "Members", "Network", "Strategies", "Timeouts"]
+
+_HOST = torch.device("cpu")
+
+
+@attrs.frozen
+class Network:
+    """The connections of a group of more than one rank.
+
+    Attributes:
+        transport: carries objects and comparisons.
+        store: holds this group's keys only.
+        key: authenticates pickled objects; None: plain data only.
+    """
+
+    transport: GlooTransport
+    store: dist.Store
+    key: bytes | None = attrs.field(repr=False)
+
+
+@attrs.frozen
+class Timeouts:
+    """Default deadlines in seconds: of host tensors and objects, and of calls that are enqueued on a device."""
+
+    host: float
+    device: float
+
+
+class Strategies:
+    """The live strategies of one group, first choice first, and which of them serves a call."""
+
+    def __init__(self, members: Members, communicators: Sequence[Communicator] = (), refused: Sequence[Refused] = ()) -> None:
+        """`refused`: those that the group could have had, and why it has not. Both are empty for one rank."""
+        self.members = members
+        self.communicators = tuple(communicators)
+        self.refused = tuple(refused)
+        # Streams of the group's device, asked whether a graph is being captured.
+        self.streams: Streams | None = None
+        self.device = _HOST
+
+    @property
+    def table(self) -> Mapping[str, tuple[str, ...]]:
+        """Operation -> names of the strategies that may serve it, first choice first."""
+        served = {name: tuple(c.name for c in self.communicators if name in c.operations) for name in OPERATIONS}
+        return MappingProxyType({name: names for name, names in served.items() if names})
+
+    def route(
+        self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, op: str | None = None
+    ) -> Communicator:
+        """Return the strategy for such a call, of a reduction by `op`; the same on every rank."""
+        streams = self.streams
+        capturing = streams is not None and device.type == self.device.type and streams.is_capturing()
+        for communicator in self.communicators:
+            if operation not in communicator.operations or (op is not None and op not in communicator.reductions):
+                continue
+            if communicator.accepts(operation, shape, dtype, device, capturing=capturing):
+                return communicator
+        if capturing:
+            raise UnsupportedTensorError(
+                f"{operation} in group {self.members.ident} (rank {self.members.rank}): a graph is being captured, and of its "
+                f"strategies {', '.join(c.name for c in self.communicators)} none that can be captured serves {dtype} {tuple(shape)} on "
+                f"{device}. Nothing was sent.",
+                operation=operation,
+                rank=self.members.rank,
+            )
+        raise RuntimeError(
+            f"no strategy of group {self.members.ident} serves {operation} of {dtype} on {device}: the platform's chain is incomplete"
+        )
+
+    def fast(self) -> FastPath | None:
+        """Return the fast path that passes the choice of a strategy: that of the first one that serves the host."""
+        first = next((c for c in self.communicators if c.serves_host), None)
+        return None if first is None else first.fast
+
+    def by_fast_path(self) -> tuple[Communicator | None, FastPath | None]:
+        """Return the strategy whose calls find out by themselves that ranks called different things, and its fast path."""
+        found = next((c for c in self.communicators if c.fast is not None), None)
+        return found, None if found is None else found.fast
+
+    def abort(self) -> None:
+        """End what runs on any of them, here and on the peers."""
+        for communicator in self.communicators:
+            communicator.abort()
+
+    def close(self) -> None:
+        """Release what all of them hold."""
+        for communicator in self.communicators:
+            communicator.close()
+
+
+@attrs.define
+class _Counter:
+    sequence: int = 0
+
+
+class GroupState:
+    """Shared by the coordinators of one context whose ranks (and options) are equal. One thread at a time calls it."""
+
+    def __init__(
+        self,
+        members: Members,
+        strategies: Strategies,
+        network: Network | None,
+        timeouts: Timeouts,
+        *,
+        check: bool = False,
+        experts: int | None = None,
+        device: torch.device = _HOST,
+        streams: Streams | None = None,
+        order: DeviceOrder | None = None,
+        rebuild: Callable[[GroupState, str], GroupState] | None = None,
+    ) -> None:
+        """Not for users: made while a context is built.
+
+        Args:
+            members: who is in the group.
+            strategies: that serve it.
+            network: that connects it; None for one rank.
+            timeouts: default deadlines.
+            check: compare every call with the peers'.
+            experts: how many there are, where rows go only to the ranks whose experts they need.
+            device: of this rank.
+            streams: of that device; None where its calls are made and not enqueued.
+            order: in which calls that are only enqueued are compared with the peers', whatever group they are of.
+            rebuild: makes a state of the same ranks with communicators of their own, for a sibling of the given name. Collective.
+        """
+        self.members = members
+        self.strategies = strategies
+        self.network = network
+        self.timeouts = timeouts
+        self.experts = experts
+        self.rebuild = rebuild
+        strategies.streams, strategies.device = streams, device
+        self.detecting, self.detects = strategies.by_fast_path()
+        # Calls may pass the choice of a strategy where there is none to make, and comparison with the peers where none is asked for.
+        self.fast = None if check else strategies.fast()
+        # Whoever puts a record for all does not wait for anybody, and so could not learn of a mismatch at once, as `check` promises.
+        self.mailbox = self.detects.mailbox if self.detects is not None and not check else None
+        self.counter: Any = _Counter() if self.detects is None else self.detects.counter
+        self.comparison = Comparison(members, network.transport, order) if check and network is not None else None
+        side_streams = None if streams is None else SideStreams(streams)
+        self.pending = Pending(members.ident, side_streams, None if self.detects is None else self.detects.pause)
+        self.failures = Failures(members, None if network is None else network.store, self._abort, self.detects)
+        self.torch_groups = TorchGroups(self)
+        # `commgraph.coordinator.native_messages.NativeMessages`, where there are such.
+        self.native_messages: Any = None
+        self._order = order
+        self._open: set[str] = set()
+        self._counts: dict[Any, int] = {}
+        self._lock = threading.Lock()
+
+    # Who and how many.
+
+    @property
+    def side_streams(self) -> SideStreams | None:
+        """The streams of calls with device tensors that nobody waits for."""
+        return self.pending.side_streams
+
+    def streams(self, device: torch.device) -> Streams | None:
+        """Return the streams on which calls with tensors of such a device are enqueued; None where they are made."""
+        return None if device.type != self.strategies.device.type else self.strategies.streams
+
+    @property
+    def sequence(self) -> int:
+        """Collectives begun on the group."""
+        return int(self.counter.sequence)
+
+    def begin(self, name: str) -> int:
+        """Count one collective, failed ones too, so that ranks that raised stay level with each other and with nobody else."""
+        if name not in self._open or self.failures.broken is not None:
+            self.ensure_open(name)
+        counter = self.counter
+        number: int = counter.sequence
+        counter.sequence = number + 1
+        return number
+
+    def uncount_collective(self) -> None:
+        """Take the last collective's number back: it is still to come."""
+        self.counter.sequence -= 1
+
+    def count(self, key: Any) -> int:
+        """Number the messages of one kind to (or from) one peer."""
+        number = self._counts.get(key, 0)
+        self._counts[key] = number + 1
+        return number
+
+    def uncount(self, key: Any) -> None:
+        """Take the last number back: its message is still awaited."""
+        self._counts[key] -= 1
+
+    # Life.
+
+    def ensure_open(self, name: str) -> None:
+        """Raise where the coordinator of that name was closed or the group is broken."""
+        if name not in self._open:
+            raise ContextClosedError(f"group {name!r} (rank {self.members.rank}): its context was closed; build another with world.context")
+        if (broken := self.failures.broken) is not None:
+            raise copy.copy(broken) from broken
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed."""
+        return self.failures.closed
+
+    def enter(self, name: str) -> None:
+        """Add a coordinator at build."""
+        self._open.add(name)
+
+    def leave(self, name: str) -> None:
+        """Close one coordinator; the last one takes the connections along."""
+        with self._lock:
+            self._open.discard(name)
+            last = not self._open
+        if last:
+            self.close()
+
+    def _abort(self) -> None:
+        self.strategies.abort()
+        if self._order is not None:
+            self._order.abort()
+
+    def abort(self) -> None:
+        """End what runs on this group, here and on the peers. From any thread."""
+        self.failures.closed = True
+        self._open.clear()
+        self._abort()
+
+    def close(self) -> None:
+        """Release everything this rank holds, without communicating. Idempotent."""
+        self.failures.closed = True
+        self._open.clear()
+        self.rebuild = None
+        self.torch_groups.close()
+        self.strategies.close()
+        if self.detects is not None:
+            self.counter = self.detects.counter  # no longer the native one, which would keep the memory
+        self.pending.join(Deadline.after(1.0))  # its jobs have ended, or do now: with an error
+        self.mailbox = None
+        self.native_messages = None
+        self.fast = None
+        self.network = None
+        self.comparison = None
+        self.failures.forget()

@@ -1,0 +1,76 @@
+"""The torch process groups of a coordinator, and their entries in the tables of torch.distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from commgraph import compat
+from commgraph.communicators.base import Communicator
+
+__all__ = ["TorchGroups"]
+
+
+class _State(Protocol):
+    """What is asked of a `GroupState`."""
+
+    members: Any
+    network: Any
+    timeouts: Any
+
+    @property
+    def strategies(self) -> Any: ...
+
+
+class TorchGroups:
+    """torch's process groups over the ranks of one group; those that were asked for by `enter` are listed with torch.distributed."""
+
+    def __init__(self, state: _State) -> None:
+        self._members = state.members
+        self._network = state.network
+        self._communicators: tuple[Communicator, ...] = state.strategies.communicators
+        self._host_timeout: float = state.timeouts.host
+        self._entered: list[dist.ProcessGroup] = []
+
+    @property
+    def cpu(self) -> dist.ProcessGroup | None:
+        """Of host tensors; None for one rank."""
+        group: dist.ProcessGroup | None = None if self._network is None else self._network.transport.process_group
+        return group
+
+    @property
+    def device(self) -> dist.ProcessGroup | None:
+        """Of device tensors, where a backend serves them; else that of host tensors."""
+        return next((c.process_group for c in self._communicators if c.process_group is not None), self.cpu)
+
+    def enter(self, kind: str, exchange: Callable[[int], Sequence[int]]) -> dist.ProcessGroup:
+        """Return `cpu` or `device`, listed with torch.distributed until closed. Collective the first time.
+
+        Args:
+            kind: "device" or "cpu".
+            exchange: gives a rank's number to all ranks and returns those of all.
+        """
+        group = self.cpu if kind == "cpu" else self.device
+        if group is None:
+            group = next(iter(self._entered), None)
+        if group is None or group not in self._entered:
+            ranks = exchange(dist.get_rank())
+            store = dist.HashStore() if self._network is None else self._network.store
+            if group is None:
+                backend = compat.make_gloo(store, 0, 1, timedelta(seconds=self._host_timeout), compat.gloo_device(loopback=True))
+                group = compat.wrap(store, 0, 1, backend, torch.device("cpu"))
+            device = "" if group is self.cpu or self.cpu is None else " device"
+            compat.enter_tables(group, f"commgraph {self._members.ident}{device}", ranks, store)
+            self._entered.append(group)
+        return group
+
+    def close(self) -> None:
+        """Take them out of the tables."""
+        for group in self._entered:
+            compat.leave_tables(group)
+        self._entered = []
+        self._network = None

@@ -1,0 +1,84 @@
+"""Deadlines: one value for how long a call may wait, handed through every layer down to the native module."""
+
+from __future__ import annotations
+
+import math
+import time
+from datetime import timedelta
+from typing import Self
+
+import attrs
+
+__all__ = ["LONGEST", "Deadline", "Timeout", "seconds_of"]
+
+# Accepted wherever a public method has `timeout=`.
+Timeout = timedelta | float | None
+
+# Seconds. Ten years count as for ever; clocks and thread primitives overflow not far beyond.
+LONGEST = 10 * 365 * 86400.0
+
+# Seconds that a wait has at the least, also after its deadline: backends take zero for "no deadline".
+_LEAST = 0.001
+_LEAST_NS = 1_000_000
+
+
+@attrs.frozen(eq=False, slots=False)  # frozen slots are filled one by one by object.__setattr__, in twice the time
+class Deadline:
+    """The end of a wait.
+
+    Attributes:
+        seconds: length of the wait when it began.
+        at_ns: its end on `time.monotonic_ns`.
+    """
+
+    seconds: float
+    at_ns: int
+
+    @classmethod
+    def after(cls, seconds: float) -> Self:
+        """A deadline that many seconds from now."""
+        return cls(seconds, time.monotonic_ns() + int(seconds * 1e9))
+
+    @classmethod
+    def of(cls, timeout: Timeout, default: float) -> Self:
+        """The deadline of a call.
+
+        Args:
+            timeout: as the caller gave it; None takes the default.
+            default: seconds.
+
+        Raises:
+            ValueError: as `seconds_of`.
+        """
+        return cls.after(default if timeout is None else seconds_of(timeout))
+
+    def left(self) -> float:
+        """Seconds until the deadline, at least a millisecond."""
+        return max((self.at_ns - time.monotonic_ns()) * 1e-9, _LEAST)
+
+    def left_ns(self) -> int:
+        """Nanoseconds until the deadline, at least a million."""
+        return max(self.at_ns - time.monotonic_ns(), _LEAST_NS)
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether the deadline lies in the past."""
+        return time.monotonic_ns() >= self.at_ns
+
+    def at_least(self, seconds: float) -> Deadline:
+        """This deadline, or one that many seconds from now if that is later."""
+        return self if self.left() >= seconds else Deadline.after(seconds)
+
+
+def seconds_of(timeout: timedelta | float) -> float:
+    """`timeout` in seconds, cut to `LONGEST`.
+
+    Raises:
+        ValueError: neither a timedelta nor a number, or not a time in the future.
+    """
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise ValueError(f"timeout={timeout!r} is neither a datetime.timedelta nor seconds")
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"timeout={timeout!r}: a deadline must lie in the future, and every wait has one")
+    return float(min(seconds, LONGEST))

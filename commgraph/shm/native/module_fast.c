@@ -1,0 +1,648 @@
+/* Native calls of a coordinator: plain tensors, checked here and not in Python.
+ *
+ * Every method answers None, with nothing sent, for whatever is not plain: another kind of tensor or argument, a closed or broken group.
+ * The coordinator then takes the general path, which knows every case and every error. Both paths count alike and tag alike, so that ranks may
+ * take different ones. The last argument of each is a timeout as the coordinator's method has it: seconds, a timedelta, or None. */
+#include "module_tensors.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct {
+    PyObject_HEAD
+    Group *group; /* NULL: a group of one rank */
+    Tensors *tensors;
+    PyObject *describe; /* gives the digest of a call's text, which the general path has: (name, arguments) -> int */
+    int64_t timeout_ns; /* of calls without a timeout of their own */
+    PyObject *filled; /* by the call that runs, if that is a tensor of the caller's */
+    int open; /* one that was closed may have no group any more */
+} FastCalls;
+
+static int parse_op(PyObject *name) {
+    static const char *const names[CG_OPS] = {"sum", "avg", "max", "min", "product"};
+    if (!PyUnicode_Check(name)) return -1;
+    for (int op = 0; op < CG_OPS; op++)
+        if (PyUnicode_CompareWithASCIIString(name, names[op]) == 0) return op;
+    return -1;
+}
+
+/* The kernel's kind and op of a reduction; 0 if there is none. On bool, sum is "or" and product is "and". */
+static int reduces(const view *v, int *dtype, int *op) {
+    *dtype = v->dtype;
+    if (v->is_bool && *op != CG_AVG) {
+        *dtype = CG_U8;
+        *op = *op == CG_SUM || *op == CG_MAX ? CG_MAX : CG_MIN;
+        return 1;
+    }
+    return *op >= 0 && *dtype != ANY_DTYPE && cg_find_kernel(*dtype, *op) != NULL;
+}
+
+/* Begins a call: its tag, as commgraph.communicators.tags.tag_of has it, and its deadline. `args` are those of the coordinator's method that its
+ * text depends on; `extra` tells calls apart whose tensor is of one kind and shape. 0 with an error set. */
+static int prepare(FastCalls *fast, const char *name, int operation, const view *v, int64_t extra, PyObject *const *args, int n_args,
+                   int64_t timeout_ns, cg_call *call) {
+    Group *group = fast->group;
+    int kind = v->kind.code << 8 | v->kind.bits;
+    uint64_t hash = ((uint64_t)operation << 32 ^ (uint64_t)kind << 16 ^ (uint64_t)extra) * 0x9E3779B97F4A7C15ull;
+    for (int i = 0; i < v->ndim; i++) hash = (hash ^ (uint64_t)v->shape[i]) * 0x9E3779B97F4A7C15ull;
+    cached_call *cell = &group->cache[hash >> 58];
+    int known = v->ndim <= KEY_DIMS && cell->operation == operation && cell->dtype == kind && cell->ndim == v->ndim && cell->extra == extra &&
+                memcmp(cell->shape, v->shape, sizeof(int64_t) * (size_t)v->ndim) == 0;
+    uint32_t digest = cell->digest;
+    if (!known) {
+        PyObject *arguments = PyTuple_New(n_args);
+        for (int i = 0; arguments != NULL && i < n_args; i++) PyTuple_SetItem(arguments, i, Py_NewRef(args[i]));
+        PyObject *answer = arguments == NULL ? NULL : PyObject_CallFunction(fast->describe, "sN", name, arguments);
+        digest = answer == NULL ? 0 : (uint32_t)PyLong_AsUnsignedLong(answer);
+        Py_XDECREF(answer);
+        if (PyErr_Occurred()) return 0;
+        if (v->ndim <= KEY_DIMS) {
+            *cell = (cached_call){operation, kind, v->ndim, extra, {0}, digest};
+            memcpy(cell->shape, v->shape, sizeof(int64_t) * (size_t)v->ndim);
+        }
+    }
+    group->sequence++;
+    call->tag = make_tag(0, group->sequence - 1, digest); /* 0: a collective */
+    call->call = call_word(group, operation);
+    call->meanwhile = NULL;
+    /* One of a single step waits once, and need not look at the clock before. */
+    call->deadline = v->bytes <= BRIEF ? -timeout_ns : deadline_after(timeout_ns);
+    return 1;
+}
+
+/* The result: the caller's if it fits and lies apart from x, a new one if there is none; NULL, with or without an error. */
+static PyObject *result_for(FastCalls *fast, PyObject *given, const view *x, const int64_t *shape, char **data) {
+    size_t bytes = x->size;
+    for (int i = 0; i < x->ndim; i++) bytes *= (size_t)shape[i];
+    if (given == Py_None) return new_tensor(fast->tensors, fast->group->pool, x->kind, x->ndim, shape, bytes, data);
+    view out;
+    if (look(fast->tensors, given, &out) <= 0) return NULL;
+    if (out.ndim != x->ndim || memcmp(&out.kind, &x->kind, sizeof out.kind) || memcmp(out.shape, shape, sizeof *shape * (size_t)x->ndim) ||
+        (out.data < x->data + x->bytes && x->data < out.data + out.bytes) || may_fill(fast->tensors, given) <= 0)
+        return NULL;
+    *data = out.data;
+    return Py_NewRef(given);
+}
+
+/* The answer of a call with x, or the exception. */
+static PyObject *answer(FastCalls *fast, int result, int who, PyObject *x, PyObject *value) {
+    if (result == CG_OK) return value;
+    /* Where others may still be at x and the result, both stay for ever. */
+    if (fast->group->group.exposed) Py_INCREF(x);
+    else Py_DECREF(value);
+    fast->group->enabled = 0;
+    return raise_stopped((PyObject *)fast, result, who);
+}
+
+static void mark_filled(void *of) {
+    FastCalls *fast = of;
+    if (!mark(fast->tensors, fast->filled)) PyErr_WriteUnraisable(fast->filled);
+}
+
+/* Enters the group. What is filled is marked while the others come, if this thread keeps the interpreter. */
+static int begin(FastCalls *fast, cg_call *call, PyObject *filled, size_t bytes) {
+    Team *team = fast->group->team;
+    int keep = keeps_interpreter(team, bytes);
+    if ((filled == NULL || keep || mark(fast->tensors, filled)) && enter_keeping(team, keep)) {
+        fast->filled = filled;
+        if (filled != NULL && keep) call->meanwhile = mark_filled, call->of = fast;
+        return 1;
+    }
+    fast->group->sequence--; /* refused, and so not begun */
+    return 0;
+}
+
+static int is_open(const FastCalls *fast) {
+    if (!fast->open || (fast->group != NULL && (!fast->group->enabled || fast->group->paused))) return 0;
+    return is_unwatched(fast->tensors) > 0;
+}
+
+/* A dimension, counted from the front; -1 if it is none. */
+static int dim_of(PyObject *value, const view *v) {
+    if (!PyLong_CheckExact(value)) return -1;
+    int overflow;
+    long dim = PyLong_AsLongAndOverflow(value, &overflow);
+    if (overflow || dim < -v->ndim || dim >= v->ndim) return -1;
+    return (int)(dim < 0 ? dim + v->ndim : dim);
+}
+
+/* `n` pieces of dimension `dim`, which has `extent` entries in all of them together: as blocks of a tensor that begins at `data`. */
+static void cut(cg_block *blocks, int n, char *data, const view *v, int dim, int64_t extent) {
+    size_t rows = 1, inner = v->size;
+    for (int i = 0; i < dim; i++) rows *= (size_t)v->shape[i];
+    for (int i = dim + 1; i < v->ndim; i++) inner *= (size_t)v->shape[i];
+    size_t row = (size_t)(extent / n) * inner;
+    for (int p = 0; p < n; p++) blocks[p] = (cg_block){data + (size_t)p * row, rows, row, row * (size_t)n};
+}
+
+static PyObject *fast_all_reduce_(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    FastCalls *fast = (FastCalls *)self;
+    if (nargs != 3) return PyErr_Format(PyExc_TypeError, "all_reduce_(x, op, timeout)");
+    view v;
+    int64_t timeout;
+    int dtype, op = parse_op(args[1]), given = op, who = 0;
+    if (!is_open(fast) || look(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) || may_fill(fast->tensors, args[0]) <= 0 ||
+        parse_timeout(self, args[2], fast->timeout_ns, &timeout) <= 0)
+        return not_handled();
+    if (fast->group == NULL) return Py_NewRef(Py_True);
+    cg_call call;
+    if (!prepare(fast, "all_reduce_", OP_ALL_REDUCE_, &v, given, args, 2, timeout, &call)) return NULL;
+    if (!begin(fast, &call, args[0], v.bytes)) return NULL;
+    int result = cg_all_reduce(&fast->group->group, &call, v.data, v.data, v.bytes / v.size, dtype, op, 1, &who);
+    leave(fast->group->team);
+    return answer(fast, result, who, args[0], Py_NewRef(Py_True));
+}
+
+static PyObject *fast_all_reduce(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    FastCalls *fast = (FastCalls *)self;
+    if (nargs != 3) return PyErr_Format(PyExc_TypeError, "all_reduce(x, op, timeout)");
+    view v;
+    int64_t timeout;
+    int dtype, op = parse_op(args[1]), given = op, who = 0;
+    if (!is_open(fast) || look(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) || parse_timeout(self, args[2], fast->timeout_ns, &timeout) <= 0)
+        return not_handled();
+    if (fast->group == NULL) return Py_NewRef(args[0]);
+    char *out;
+    PyObject *tensor = new_tensor(fast->tensors, fast->group->pool, v.kind, v.ndim, v.shape, v.bytes, &out);
+    if (tensor == NULL) return NULL;
+    cg_call call;
+    if (!prepare(fast, "all_reduce", OP_ALL_REDUCE, &v, given, args, 2, timeout, &call) || !begin(fast, &call, NULL, v.bytes)) {
+        Py_DECREF(tensor);
+        return NULL;
+    }
+    int result = cg_all_reduce(&fast->group->group, &call, v.data, out, v.bytes / v.size, dtype, op, 0, &who);
+    leave(fast->group->team);
+    return answer(fast, result, who, args[0], tensor);
+}
+
+static PyObject *fast_all_gather(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    FastCalls *fast = (FastCalls *)self;
+    if (nargs != 4) return PyErr_Format(PyExc_TypeError, "all_gather(x, dim, out, timeout)");
+    view v;
+    int64_t timeout;
+    int dim, who = 0;
+    if (!is_open(fast) || fast->group == NULL || look(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
+        parse_timeout(self, args[3], fast->timeout_ns, &timeout) <= 0)
+        return not_handled();
+    int n = fast->group->group.n;
+    int64_t shape[MAX_DIMS];
+    memcpy(shape, v.shape, sizeof shape);
+    shape[dim] *= n;
+    char *data;
+    PyObject *out = result_for(fast, args[2], &v, shape, &data);
+    if (out == NULL) return not_handled();
+    cg_block into[n];
+    size_t bytes[n];
+    cut(into, n, data, &v, dim, shape[dim]);
+    for (int p = 0; p < n; p++) bytes[p] = v.bytes;
+    cg_call call;
+    if (!prepare(fast, "all_gather", OP_ALL_GATHER, &v, dim, args, 2, timeout, &call) || !begin(fast, &call, args[2] == Py_None ? NULL : out, v.bytes)) {
+        Py_DECREF(out);
+        return NULL;
+    }
+    int result = cg_share(&fast->group->group, &call, v.data, bytes, into, 1, &who);
+    leave(fast->group->team);
+    return answer(fast, result, who, args[0], out);
+}
+
+static PyObject *fast_reduce_scatter(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    FastCalls *fast = (FastCalls *)self;
+    if (nargs != 5) return PyErr_Format(PyExc_TypeError, "reduce_scatter(x, dim, op, out, timeout)");
+    view v;
+    int64_t timeout;
+    int dim, dtype, op = parse_op(args[2]), given = op, who = 0;
+    if (!is_open(fast) || fast->group == NULL || look(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 || !reduces(&v, &dtype, &op) ||
+        parse_timeout(self, args[4], fast->timeout_ns, &timeout) <= 0)
+        return not_handled();
+    int n = fast->group->group.n;
+    if (v.shape[dim] % n) return not_handled();
+    int64_t shape[MAX_DIMS];
+    memcpy(shape, v.shape, sizeof shape);
+    shape[dim] /= n;
+    char *data;
+    PyObject *out = result_for(fast, args[3], &v, shape, &data);
+    if (out == NULL) return not_handled();
+    cg_block pieces[n];
+    cut(pieces, n, v.data, &v, dim, v.shape[dim]);
+    cg_call call;
+    if (!prepare(fast, "reduce_scatter", OP_REDUCE_SCATTER, &v, dim * CG_OPS + given, args, 3, timeout, &call) || !begin(fast, &call, args[3] == Py_None ? NULL : out, v.bytes)) {
+        Py_DECREF(out);
+        return NULL;
+    }
+    int result = cg_reduce_scatter(&fast->group->group, &call, pieces, data, dtype, op, &who);
+    leave(fast->group->team);
+    return answer(fast, result, who, args[0], out);
+}
+
+static PyObject *all_to_all_by_sizes(FastCalls *fast, PyObject *const *args, const view *v, int dim, int64_t timeout);
+
+static PyObject *fast_all_to_all(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    FastCalls *fast = (FastCalls *)self;
+    if (nargs != 7) return PyErr_Format(PyExc_TypeError, "all_to_all(x, scatter_dim, gather_dim, input_sizes, output_sizes, out, timeout)");
+    view v;
+    int64_t timeout;
+    int dim, who = 0;
+    if (!is_open(fast) || fast->group == NULL || look(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
+        dim_of(args[2], &v) != dim || parse_timeout(self, args[6], fast->timeout_ns, &timeout) <= 0)
+        return not_handled();
+    if (args[3] != Py_None || args[4] != Py_None) return all_to_all_by_sizes(fast, args, &v, dim, timeout);
+    int n = fast->group->group.n;
+    if (v.shape[dim] % n) return not_handled();
+    char *data;
+    PyObject *out = result_for(fast, args[5], &v, v.shape, &data);
+    if (out == NULL) return not_handled();
+    cg_block sends[n], receives[n];
+    cut(sends, n, v.data, &v, dim, v.shape[dim]);
+    cut(receives, n, data, &v, dim, v.shape[dim]);
+    cg_call call;
+    if (!prepare(fast, "all_to_all", OP_ALL_TO_ALL, &v, dim, args, 3, timeout, &call) ||
+        !begin(fast, &call, args[5] == Py_None ? NULL : out, v.bytes)) {
+        Py_DECREF(out);
+        return NULL;
+    }
+    int result = cg_trade(&fast->group->group, &call, sends, receives, &who);
+    leave(fast->group->team);
+    return answer(fast, result, who, args[0], out);
+}
+
+static PyObject *fast_broadcast(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    FastCalls *fast = (FastCalls *)self;
+    if (nargs != 3) return PyErr_Format(PyExc_TypeError, "broadcast(x, src, timeout)");
+    view v;
+    int64_t timeout;
+    int who = 0;
+    if (!is_open(fast) || fast->group == NULL || !PyLong_CheckExact(args[1]) || look(fast->tensors, args[0], &v) <= 0 ||
+        parse_timeout(self, args[2], fast->timeout_ns, &timeout) <= 0)
+        return not_handled();
+    int n = fast->group->group.n, overflow;
+    long src = PyLong_AsLongAndOverflow(args[1], &overflow);
+    if (overflow || src < 0 || src >= n || may_fill(fast->tensors, args[0]) <= 0) return not_handled();
+    cg_block into[n];
+    size_t bytes[n];
+    memset(into, 0, sizeof into);
+    memset(bytes, 0, sizeof bytes);
+    bytes[src] = v.bytes;
+    into[src] = (cg_block){v.data, 1, v.bytes, v.bytes};
+    cg_call call;
+    if (!prepare(fast, "broadcast", OP_BROADCAST, &v, src, args, 2, timeout, &call) || !begin(fast, &call, args[0], v.bytes)) return NULL;
+    int result = cg_share(&fast->group->group, &call, v.data, bytes, into, 0, &who);
+    leave(fast->group->team);
+    return answer(fast, result, who, args[0], Py_NewRef(Py_True));
+}
+
+static PyObject *fast_barrier(PyObject *self, PyObject *timeout_given) {
+    FastCalls *fast = (FastCalls *)self;
+    int64_t timeout;
+    if (!is_open(fast) || parse_timeout(self, timeout_given, fast->timeout_ns, &timeout) <= 0) return not_handled();
+    if (fast->group == NULL) return Py_NewRef(Py_True);
+    view nothing = {.ndim = 0, .bytes = 0};
+    cg_call call;
+    int who = 0;
+    if (!prepare(fast, "barrier", OP_BARRIER, &nothing, 0, NULL, 0, timeout, &call) || !begin(fast, &call, NULL, 0)) return NULL;
+    int result = cg_barrier(&fast->group->group, &call, &who);
+    leave(fast->group->team);
+    return answer(fast, result, who, Py_None, Py_NewRef(Py_True));
+}
+
+/* Operations of pieces of any sizes, and those to or from one rank. */
+
+/* One size per rank, of a list or tuple of whole numbers: 1; None: 2. 0 if it is nothing of the kind. */
+static int parse_sizes(PyObject *value, int n, int64_t *sizes) {
+    if (value == Py_None) return 2;
+    int list = PyList_CheckExact(value);
+    if ((!list && !PyTuple_CheckExact(value)) || (list ? PyList_Size(value) : PyTuple_Size(value)) != n) return 0;
+    for (int i = 0; i < n; i++) {
+        PyObject *item = list ? PyList_GetItem(value, i) : PyTuple_GetItem(value, i);
+        int overflow;
+        if (item == NULL || !PyLong_CheckExact(item)) return PyErr_Clear(), 0;
+        sizes[i] = PyLong_AsLongLongAndOverflow(item, &overflow);
+        if (overflow || sizes[i] < 0) return 0;
+    }
+    return 1;
+}
+
+/* A rank of the group; -1 if it is none. */
+static int rank_of(PyObject *value, int n) {
+    if (!PyLong_CheckExact(value)) return -1;
+    int overflow;
+    long rank = PyLong_AsLongAndOverflow(value, &overflow);
+    return overflow || rank < 0 || rank >= n ? -1 : (int)rank;
+}
+
+static int64_t sum_of(const int64_t *sizes, int n) {
+    int64_t sum = 0;
+    for (int i = 0; i < n; i++) sum += sizes[i];
+    return sum;
+}
+
+/* What tells calls of one tensor apart: a number and sizes. */
+static int64_t hash_of(int64_t number, const int64_t *sizes, int n) {
+    uint64_t hash = (uint64_t)number + 1;
+    for (int i = 0; i < n; i++) hash = (hash ^ (uint64_t)sizes[i]) * 0x9E3779B97F4A7C15ull, hash ^= hash >> 29;
+    return (int64_t)hash;
+}
+
+/* Pieces of any sizes of dimension `dim`, as blocks of a packed tensor that begins at `data`. */
+static void cut_by(cg_block *blocks, const int64_t *sizes, int n, char *data, const view *v, int dim) {
+    size_t rows = 1, inner = v->size;
+    for (int i = 0; i < dim; i++) rows *= (size_t)v->shape[i];
+    for (int i = dim + 1; i < v->ndim; i++) inner *= (size_t)v->shape[i];
+    size_t pitch = (size_t)sum_of(sizes, n) * inner;
+    for (int p = 0; p < n; p++) {
+        size_t row = (size_t)sizes[p] * inner;
+        blocks[p] = (cg_block){data, rows, row, pitch};
+        data += row;
+    }
+}
+
+/* Bytes of what has one index along `dim`. */
+static size_t row_bytes(const view *v, int dim) { return v->bytes / (size_t)v->shape[dim]; }
+
+/* A call that may take several steps has one deadline for all of them. */
+static void limit(cg_call *call, size_t bytes, int64_t timeout_ns) {
+    if (bytes > BRIEF && call->deadline < 0) call->deadline = deadline_after(timeout_ns);
+}
+
+static PyObject *fast_all_gatherv(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    FastCalls *fast = (FastCalls *)self;
+    if (nargs != 4) return PyErr_Format(PyExc_TypeError, "all_gatherv(x, dim, sizes, timeout)");
+    view v;
+    int64_t timeout;
+    int dim, who = 0;
+    if (!is_open(fast) || fast->group == NULL || look(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
+        parse_timeout(self, args[3], fast->timeout_ns, &timeout) <= 0)
+        return not_handled();
+    int n = fast->group->group.n, me = fast->group->group.me;
+    int64_t sizes[n], shape[MAX_DIMS];
+    int given = parse_sizes(args[2], n, sizes);
+    if (given == 2)
+        for (int p = 0; p < n; p++) sizes[p] = v.shape[dim];
+    if (!given || sizes[me] != v.shape[dim]) return not_handled();
+    memcpy(shape, v.shape, sizeof shape);
+    shape[dim] = sum_of(sizes, n);
+    char *data;
+    PyObject *out = result_for(fast, Py_None, &v, shape, &data);
+    if (out == NULL) return not_handled();
+    cg_block into[n];
+    size_t bytes[n], row = row_bytes(&v, dim);
+    cut_by(into, sizes, n, data, &v, dim);
+    for (int p = 0; p < n; p++) bytes[p] = row * (size_t)sizes[p];
+    cg_call call;
+    if (!prepare(fast, "all_gatherv", OP_ALL_GATHER, &v, hash_of(dim, sizes, n), args, 3, timeout, &call)) return Py_DECREF(out), NULL;
+    limit(&call, row * (size_t)shape[dim], timeout);
+    if (!begin(fast, &call, NULL, v.bytes)) return Py_DECREF(out), NULL;
+    int result = cg_share(&fast->group->group, &call, v.data, bytes, into, 1, &who);
+    leave(fast->group->team);
+    return answer(fast, result, who, args[0], out);
+}
+
+static PyObject *fast_gather(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    FastCalls *fast = (FastCalls *)self;
+    if (nargs != 5) return PyErr_Format(PyExc_TypeError, "gather(x, dst, dim, sizes, timeout)");
+    view v;
+    int64_t timeout;
+    int dim, who = 0;
+    if (!is_open(fast) || fast->group == NULL || look(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[2], &v)) < 0 ||
+        parse_timeout(self, args[4], fast->timeout_ns, &timeout) <= 0)
+        return not_handled();
+    int n = fast->group->group.n, me = fast->group->group.me, dst = rank_of(args[1], n);
+    int64_t sizes[n], shape[MAX_DIMS];
+    int given = parse_sizes(args[3], n, sizes);
+    if (given == 2)
+        for (int p = 0; p < n; p++) sizes[p] = v.shape[dim];
+    if (dst < 0 || !given || sizes[me] != v.shape[dim]) return not_handled();
+    memcpy(shape, v.shape, sizeof shape);
+    shape[dim] = sum_of(sizes, n);
+    char *data = NULL;
+    PyObject *out = me == dst ? result_for(fast, Py_None, &v, shape, &data) : Py_NewRef(Py_False);
+    if (out == NULL) return not_handled();
+    cg_block into[n];
+    size_t bytes[n], row = row_bytes(&v, dim);
+    if (me == dst) cut_by(into, sizes, n, data, &v, dim);
+    else memset(into, 0, sizeof into);
+    for (int p = 0; p < n; p++) bytes[p] = row * (size_t)sizes[p];
+    cg_call call;
+    if (!prepare(fast, "gather", OP_GATHER, &v, hash_of(dst * MAX_DIMS + dim, sizes, n), args, 4, timeout, &call)) return Py_DECREF(out), NULL;
+    limit(&call, row * (size_t)shape[dim], timeout);
+    if (!begin(fast, &call, NULL, v.bytes)) return Py_DECREF(out), NULL;
+    int result = cg_share(&fast->group->group, &call, v.data, bytes, into, 0, &who);
+    leave(fast->group->team);
+    return answer(fast, result, who, args[0], out);
+}
+
+static PyObject *fast_reduce_scatterv(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    FastCalls *fast = (FastCalls *)self;
+    if (nargs != 5) return PyErr_Format(PyExc_TypeError, "reduce_scatterv(x, dim, sizes, op, timeout)");
+    view v;
+    int64_t timeout;
+    int dim, dtype, op = parse_op(args[3]), given = op, who = 0;
+    if (!is_open(fast) || fast->group == NULL || look(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
+        !reduces(&v, &dtype, &op) || parse_timeout(self, args[4], fast->timeout_ns, &timeout) <= 0)
+        return not_handled();
+    int n = fast->group->group.n, me = fast->group->group.me;
+    int64_t sizes[n], shape[MAX_DIMS];
+    if (parse_sizes(args[2], n, sizes) != 1 || sum_of(sizes, n) != v.shape[dim] || sizes[me] == 0) return not_handled();
+    memcpy(shape, v.shape, sizeof shape);
+    shape[dim] = sizes[me];
+    char *data;
+    PyObject *out = result_for(fast, Py_None, &v, shape, &data);
+    if (out == NULL) return not_handled();
+    cg_block pieces[n];
+    cut_by(pieces, sizes, n, v.data, &v, dim);
+    cg_call call;
+    int64_t extra = hash_of(dim * CG_OPS + given, sizes, n);
+    if (!prepare(fast, "reduce_scatterv", OP_REDUCE_SCATTER, &v, extra, args, 4, timeout, &call) || !begin(fast, &call, NULL, v.bytes))
+        return Py_DECREF(out), NULL;
+    int result = cg_reduce_scatter(&fast->group->group, &call, pieces, data, dtype, op, &who);
+    leave(fast->group->team);
+    return answer(fast, result, who, args[0], out);
+}
+
+/* Bytes up to which `dst` alone reduces; beyond each rank reduces a share (commgraph/communicators/shm.py). */
+enum { ONE_RANK_BYTES = 256 * 1024 };
+
+static PyObject *fast_reduce(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    FastCalls *fast = (FastCalls *)self;
+    if (nargs != 4) return PyErr_Format(PyExc_TypeError, "reduce(x, dst, op, timeout)");
+    view v;
+    int64_t timeout;
+    int dtype, op = parse_op(args[2]), given = op, who = 0;
+    if (!is_open(fast) || fast->group == NULL || look(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) ||
+        parse_timeout(self, args[3], fast->timeout_ns, &timeout) <= 0)
+        return not_handled();
+    int n = fast->group->group.n, me = fast->group->group.me, dst = rank_of(args[1], n);
+    if (dst < 0 || (n > 2 && v.bytes > ONE_RANK_BYTES)) return not_handled();
+    char *data = NULL;
+    PyObject *out = me == dst ? result_for(fast, Py_None, &v, v.shape, &data) : Py_NewRef(Py_False);
+    if (out == NULL) return not_handled();
+    cg_block pieces[n];
+    for (int p = 0; p < n; p++) pieces[p] = (cg_block){v.data, 1, p == dst ? v.bytes : 0, p == dst ? v.bytes : 0};
+    cg_call call;
+    if (!prepare(fast, "reduce", OP_REDUCE_SCATTER, &v, -1 - (dst * CG_OPS + given), args, 3, timeout, &call) || !begin(fast, &call, NULL, v.bytes))
+        return Py_DECREF(out), NULL;
+    int result = cg_reduce_scatter(&fast->group->group, &call, pieces, data, dtype, op, &who);
+    leave(fast->group->team);
+    return answer(fast, result, who, args[0], out);
+}
+
+/* `all_to_all` along one dimension, by sizes. */
+static PyObject *all_to_all_by_sizes(FastCalls *fast, PyObject *const *args, const view *v, int dim, int64_t timeout) {
+    int n = fast->group->group.n, me = fast->group->group.me, who = 0;
+    int64_t cut[n], joined[n], shape[MAX_DIMS];
+    if (parse_sizes(args[3], n, cut) != 1 || parse_sizes(args[4], n, joined) != 1 || sum_of(cut, n) != v->shape[dim] || cut[me] != joined[me])
+        return not_handled();
+    memcpy(shape, v->shape, sizeof shape);
+    shape[dim] = sum_of(joined, n);
+    if (shape[dim] == 0) return not_handled();
+    char *data;
+    PyObject *out = result_for(fast, args[5], v, shape, &data);
+    if (out == NULL) return not_handled();
+    cg_block sends[n], receives[n];
+    cut_by(sends, cut, n, v->data, v, dim);
+    cut_by(receives, joined, n, data, v, dim);
+    cg_call call;
+    /* The text has no sizes, nor what each rank may choose of the shape: the key is told apart from that of even pieces. */
+    if (!prepare(fast, "all_to_all", OP_ALL_TO_ALL, v, MAX_DIMS + dim, args, 5, timeout, &call)) return Py_DECREF(out), NULL;
+    limit(&call, v->bytes + row_bytes(v, dim) * (size_t)shape[dim], timeout);
+    if (!begin(fast, &call, args[5] == Py_None ? NULL : out, v->bytes)) return Py_DECREF(out), NULL;
+    int result = cg_trade(&fast->group->group, &call, sends, receives, &who);
+    leave(fast->group->team);
+    return answer(fast, result, who, args[0], out);
+}
+
+/* The header that goes before the pieces of a scatter, as commgraph/coordinator/exchanges.py has it: DLPack's code and bits, dim, number of dims, whether it lies
+ * on the host, shape, sizes. */
+enum { HEADER_DIMS = 24, HEADER_FIXED = 4 };
+
+static PyObject *fast_scatter(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    FastCalls *fast = (FastCalls *)self;
+    if (nargs != 5) return PyErr_Format(PyExc_TypeError, "scatter(x, src, dim, sizes, timeout)");
+    int64_t timeout;
+    if (!is_open(fast) || fast->group == NULL || fast->tensors->exchange == NULL || parse_timeout(self, args[4], fast->timeout_ns, &timeout) <= 0)
+        return not_handled();
+    int n = fast->group->group.n, me = fast->group->group.me, src = rank_of(args[1], n), dim = 0, who = 0;
+    int64_t header[HEADER_FIXED + HEADER_DIMS + n], *sizes = header + HEADER_FIXED + HEADER_DIMS;
+    view v = {.ndim = 0, .bytes = 0};
+    memset(header, 0, sizeof header);
+    if (src < 0) return not_handled();
+    if (me == src) {
+        if (look(fast->tensors, args[0], &v) <= 0 || v.ndim == 0 || (dim = dim_of(args[2], &v)) < 0) return not_handled();
+        int given = parse_sizes(args[3], n, sizes);
+        if (given == 2)
+            for (int p = 0; p < n; p++) sizes[p] = v.shape[dim] / n;
+        if (!given || sum_of(sizes, n) != v.shape[dim]) return not_handled();
+        header[0] = v.kind.code << 8 | v.kind.bits;
+        header[1] = dim;
+        header[2] = v.ndim;
+        header[3] = 1;
+        for (int i = 0; i < v.ndim; i++) header[HEADER_FIXED + i] = v.shape[i];
+    } else if (args[0] != Py_None || args[3] != Py_None) {
+        return not_handled();
+    }
+    view nothing = {.ndim = 0, .bytes = 0};
+    cg_call call;
+    if (!prepare(fast, "scatter", OP_BROADCAST, &nothing, 1000 + src, args, 4, timeout, &call)) return NULL;
+    call.deadline = deadline_after(timeout);
+    if (!begin(fast, &call, NULL, sizeof header)) return NULL;
+    cg_block into[n], sends[n], receives[n];
+    size_t bytes[n];
+    memset(into, 0, sizeof into);
+    memset(bytes, 0, sizeof bytes);
+    bytes[src] = sizeof header;
+    into[src] = (cg_block){(char *)header, 1, sizeof header, sizeof header};
+    int result = cg_share(&fast->group->group, &call, (char *)header, bytes, into, 0, &who);
+    leave(fast->group->team);
+    if (result != CG_OK) return answer(fast, result, who, args[0], Py_NewRef(Py_None));
+    /* What is awaited now is known on every rank. A tensor that is none of the native module's is left to the general path, which goes on from here. */
+    if (me != src) {
+        int64_t code = header[0];
+        v = (view){.kind = {(uint8_t)(code >> 8), (uint8_t)code, 1}, .ndim = (int)header[2], .size = (size_t)(code & 0xFF) / 8};
+        dim = (int)header[1];
+    }
+    int plain = header[0] < 1 << 16 && header[2] <= MAX_DIMS && header[3] && sizes[me] > 0;
+    if (plain && me != src) {
+        memcpy(v.shape, header + HEADER_FIXED, sizeof *v.shape * (size_t)v.ndim);
+        v.bytes = v.size;
+        for (int i = 0; i < v.ndim; i++) v.bytes *= (size_t)v.shape[i];
+    }
+    if (!plain) {
+        PyObject *numbers = PyList_New(0);
+        for (int i = 0; numbers != NULL && i < HEADER_FIXED + HEADER_DIMS + n; i++) {
+            PyObject *number = PyLong_FromLongLong(header[i]);
+            if (number == NULL || PyList_Append(numbers, number) < 0) Py_CLEAR(numbers);
+            Py_XDECREF(number);
+        }
+        return numbers;
+    }
+    int64_t shape[MAX_DIMS];
+    memcpy(shape, v.shape, sizeof shape);
+    shape[dim] = sizes[me];
+    char *data;
+    PyObject *out = new_tensor(fast->tensors, fast->group->pool, v.kind, v.ndim, shape, v.bytes / (size_t)v.shape[dim] * (size_t)sizes[me], &data);
+    if (out == NULL) return NULL;
+    memset(sends, 0, sizeof sends);
+    memset(receives, 0, sizeof receives);
+    if (me == src) cut_by(sends, sizes, n, v.data, &v, dim);
+    size_t own = v.bytes / (size_t)v.shape[dim] * (size_t)sizes[me];
+    receives[src] = (cg_block){data, 1, own, own};
+    call.call = call_word(fast->group, OP_ALL_TO_ALL);
+    if (!enter_for(fast->group->team, v.bytes)) return Py_DECREF(out), NULL;
+    result = cg_trade(&fast->group->group, &call, sends, receives, &who);
+    leave(fast->group->team);
+    return answer(fast, result, who, args[0], out);
+}
+
+static PyObject *fast_close(PyObject *self, PyObject *unused) {
+    (void)unused;
+    FastCalls *fast = (FastCalls *)self;
+    fast->open = 0;
+    /* Its memory goes with the last reference, unless another thread is in a call on it: then this one goes with these calls. */
+    if (fast->group != NULL && !fast->group->team->busy) Py_CLEAR(fast->group);
+    Py_RETURN_NONE;
+}
+
+static PyObject *fast_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    (void)kwargs;
+    PyObject *group, *tensors, *describe;
+    long long timeout_ns;
+    if (!PyArg_ParseTuple(args, "OOOL", &group, &tensors, &describe, &timeout_ns)) return NULL;
+    module_state *state = PyType_GetModuleState(type);
+    if (state == NULL || (group != Py_None && !PyObject_TypeCheck(group, state->group)) || !PyObject_TypeCheck(tensors, state->tensors))
+        return PyErr_Format(PyExc_TypeError, "FastCalls(group, tensors, describe, timeout_ns)");
+    FastCalls *self = (FastCalls *)allocate(type);
+    if (self == NULL) return NULL;
+    self->group = group == Py_None ? NULL : (Group *)Py_NewRef(group);
+    self->tensors = (Tensors *)Py_NewRef(tensors);
+    self->describe = Py_NewRef(describe);
+    self->timeout_ns = timeout_ns;
+    self->open = 1;
+    return (PyObject *)self;
+}
+
+static void fast_dealloc(PyObject *self) {
+    Py_XDECREF((PyObject *)((FastCalls *)self)->group);
+    Py_XDECREF((PyObject *)((FastCalls *)self)->tensors);
+    Py_XDECREF(((FastCalls *)self)->describe);
+    free_object(self);
+}
+
+#define FAST(name, doc) {#name, (PyCFunction)(void (*)(void))fast_##name, METH_FASTCALL, doc}
+static PyMethodDef fast_methods[] = {
+    FAST(all_reduce, "all_reduce(x, op, timeout)\n--\n\nA new tensor, or None."),
+    FAST(all_reduce_, "all_reduce_(x, op, timeout)\n--\n\nTrue, or None."),
+    FAST(all_gather, "all_gather(x, dim, out, timeout)\n--\n\nThe result, or None."),
+    FAST(reduce_scatter, "reduce_scatter(x, dim, op, out, timeout)\n--\n\nThe result, or None."),
+    FAST(all_to_all, "all_to_all(x, scatter_dim, gather_dim, input_sizes, output_sizes, out, timeout)\n--\n\nThe result, or None."),
+    FAST(broadcast, "broadcast(x, src, timeout)\n--\n\nTrue, or None."),
+    FAST(all_gatherv, "all_gatherv(x, dim, sizes, timeout)\n--\n\nA new tensor, or None."),
+    FAST(reduce_scatterv, "reduce_scatterv(x, dim, sizes, op, timeout)\n--\n\nA new tensor, or None."),
+    FAST(gather, "gather(x, dst, dim, sizes, timeout)\n--\n\nA new tensor on dst and False elsewhere, or None."),
+    FAST(reduce, "reduce(x, dst, op, timeout)\n--\n\nA new tensor on dst and False elsewhere, or None."),
+    FAST(scatter, "scatter(x, src, dim, sizes, timeout)\n--\n\nA new tensor, or None; a list is the header that was sent, after which the pieces are due."),
+    {"barrier", fast_barrier, METH_O, "barrier(timeout)\n--\n\nTrue, or None."},
+    {"close", fast_close, METH_NOARGS, "close()\n--\n\nFrom now on every answer is None."},
+    {0}};
+static PyType_Slot fast_slots[] = {
+    {Py_tp_doc, "FastCalls(group, tensors, describe, timeout_ns)\n--\n\nNative calls of one coordinator; `group` is None for one rank."},
+    {Py_tp_new, fast_new}, {Py_tp_dealloc, fast_dealloc}, {Py_tp_methods, fast_methods}, {0}};
+PyType_Spec fast_spec = {"commgraph.shm._native.FastCalls", sizeof(FastCalls), 0, Py_TPFLAGS_DEFAULT, fast_slots};

@@ -1,0 +1,372 @@
+/* Native messages between the ranks of a host: plain tensors, and dicts of them, checked here and not in Python.
+ *
+ * As the collectives (module_fast.c) they answer None, with nothing sent or read, for whatever is not plain. Native and general path tag alike, so that
+ * the two ranks of a message may take different ones. */
+#include "module_tensors.h"
+
+#include <string.h>
+
+enum { TENSORS = 1, DICT = 3 }; /* kinds of records, as in commgraph/shm/mailbox.py */
+enum { MESSAGE = 1 };           /* as in commgraph/communicators/signature.py */
+enum { FEW_TENSORS = 32, DESCRIPTION = 4096 };
+/* The first byte of the description of a plain dict, where a pickle has 0x80. */
+enum { PLAIN = 1 };
+
+/* In the description of a dict, for each tensor; its shape and its key follow. For a plain value `lanes` is 0, `code` says which, `ndim` is the number of
+ * its bytes, and these take the place of the shape. */
+typedef struct {
+    dl_dtype kind;
+    uint32_t ndim, key_bytes;
+} entry;
+enum { VALUE_NONE, VALUE_FALSE, VALUE_TRUE, VALUE_INT, VALUE_FLOAT, VALUE_STR };
+
+typedef struct {
+    int kind;
+    int64_t count;
+    uint32_t digest;
+} known_kind;
+
+typedef struct {
+    PyObject_HEAD
+    Tensors *tensors;
+    PyObject *digest; /* called with a kind and a count: as commgraph.communicators.tags.digest has it */
+    int64_t timeout_ns; /* of calls without a timeout of their own */
+    uint64_t sent;      /* bytes */
+    known_kind known[CACHED];
+} Messages;
+
+/* NULL with an error set. */
+static Ring *ring_of(PyObject *self, PyObject *ring) {
+    if (PyObject_TypeCheck(ring, state_of(self)->ring)) return (Ring *)ring;
+    PyErr_SetString(PyExc_TypeError, "a Ring is needed");
+    return NULL;
+}
+
+static int code_of(dl_dtype kind) { return kind.code << 8 | kind.bits; }
+
+/* The tag of message `number`. 0 with an error set. */
+static int tag_of(Messages *messages, dl_dtype kind, int64_t count, uint64_t number, uint64_t *tag) {
+    int code = code_of(kind);
+    known_kind *cell = &messages->known[((uint64_t)count ^ (uint64_t)code << 32) * 0x9E3779B97F4A7C15ull >> 58];
+    if (cell->kind != code || cell->count != count) {
+        PyObject *answer = PyObject_CallFunction(messages->digest, "iL", code, (long long)count);
+        uint32_t digest = answer == NULL ? 0 : (uint32_t)PyLong_AsUnsignedLong(answer);
+        Py_XDECREF(answer);
+        if (PyErr_Occurred()) return 0;
+        *cell = (known_kind){code, count, digest};
+    }
+    *tag = make_tag(MESSAGE, number, cell->digest);
+    return 1;
+}
+
+static PyObject *messages_send(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    Messages *messages = (Messages *)self;
+    if (nargs != 4) return PyErr_Format(PyExc_TypeError, "send(ring, x, number, timeout)");
+    view v;
+    Ring *ring = ring_of(self, args[0]);
+    if (ring == NULL || is_unwatched(messages->tensors) <= 0 || look(messages->tensors, args[1], &v) <= 0) return not_handled();
+    uint64_t number = PyLong_AsUnsignedLongLong(args[2]), tag;
+    int64_t timeout;
+    if (parse_timeout(self, args[3], messages->timeout_ns, &timeout) <= 0) return not_handled();
+    if (PyErr_Occurred() || !tag_of(messages, v.kind, (int64_t)(v.bytes / v.size), number, &tag) || !enter_for(ring->team, v.bytes)) return NULL;
+    cg_part part = {v.data, v.bytes};
+    int who = 0, result = cg_ring_put(&ring->ring, TENSORS, tag, &part, 1, deadline_after(timeout), &who);
+    leave(ring->team);
+    if (result != CG_OK) return raise_stopped(self, result, who);
+    messages->sent += v.bytes;
+    return Py_NewRef(Py_True);
+}
+
+/* The shape that is asked for; 0 if it is none with entries, or not plain. */
+static int parse_shape(PyObject *size, view *v) {
+    Py_ssize_t ndim = PyTuple_Check(size) ? PyTuple_Size(size) : 1;
+    if (ndim > MAX_DIMS) return 0;
+    int64_t count = 1;
+    for (Py_ssize_t i = 0; i < ndim; i++) {
+        PyObject *extent = PyTuple_Check(size) ? PyTuple_GetItem(size, i) : size;
+        int overflow;
+        if (!PyLong_CheckExact(extent)) return 0;
+        v->shape[i] = PyLong_AsLongLongAndOverflow(extent, &overflow);
+        if (overflow || v->shape[i] <= 0 || v->shape[i] > INT64_MAX / (int64_t)v->size / count) return 0;
+        count *= v->shape[i];
+    }
+    v->ndim = (int)ndim;
+    v->bytes = (size_t)count * v->size;
+    return 1;
+}
+
+/* Reads the tensor that comes next to `memory`, if it is the one that is meant: 1. 0 if it is not, and nothing was read. -1 with an error set, and
+ * `*kept` if another process may still write there. */
+static int read_tensor(Ring *ring, uint64_t tag, void *memory, size_t bytes, int64_t deadline, int *kept) {
+    *kept = 0;
+    if (!enter_for(ring->team, bytes)) return -1;
+    int who = 0, mine = 0, result = cg_ring_next(&ring->ring, deadline, &who);
+    if (result == CG_OK) {
+        const cg_record *record = &ring->ring.record;
+        mine = record->kind == TENSORS && record->meta == tag && record->n_parts == 1 && cg_ring_size(&ring->ring, 0) == bytes;
+        size_t done = 0;
+        if (mine) result = cg_ring_read(&ring->ring, 0, memory, &done, deadline, &who);
+    }
+    if (mine && result != CG_RESTART) {
+        if (result != CG_OK) *kept = !cg_ring_give_up(&ring->ring);
+        cg_ring_finish(&ring->ring);
+    }
+    leave(ring->team);
+    if (result == CG_OK) return mine;
+    if (result == CG_RESTART) return 0; /* its writer gave it up */
+    raise_stopped((PyObject *)ring, result, who);
+    return -1;
+}
+
+static PyObject *messages_recv(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    Messages *messages = (Messages *)self;
+    if (nargs != 6) return PyErr_Format(PyExc_TypeError, "recv(ring, size, kind, out, number, timeout)");
+    Ring *ring = ring_of(self, args[0]);
+    if (ring == NULL || ring->parts != NULL || messages->tensors->exchange == NULL || is_unwatched(messages->tensors) <= 0) return not_handled();
+    long kind = PyLong_AsLong(args[2]);
+    uint64_t number = PyLong_AsUnsignedLongLong(args[4]), tag;
+    int64_t timeout;
+    if (PyErr_Occurred()) return NULL;
+    if (parse_timeout(self, args[5], messages->timeout_ns, &timeout) <= 0) return not_handled();
+    int64_t deadline = deadline_after(timeout);
+    view v = {.kind = {(uint8_t)(kind >> 8), (uint8_t)kind, 1}, .size = (size_t)(kind & 0xFF) / 8}, out;
+    PyObject *given = args[3] == Py_None ? NULL : args[3];
+    if (!parse_shape(args[1], &v)) return not_handled();
+    if (given != NULL && (look(messages->tensors, given, &out) <= 0 || code_of(out.kind) != kind || out.ndim != v.ndim ||
+                          memcmp(out.shape, v.shape, sizeof *v.shape * (size_t)v.ndim) || may_fill(messages->tensors, given) <= 0))
+        return not_handled();
+    if (!tag_of(messages, v.kind, (int64_t)(v.bytes / v.size), number, &tag)) return NULL;
+    void *memory = given != NULL ? out.data : cg_pool_take(ring->pool->pool, v.bytes);
+    if (memory == NULL) Py_RETURN_NONE; /* the long way says so, and the group goes on */
+    int kept, came = read_tensor(ring, tag, memory, v.bytes, deadline, &kept);
+    if (came > 0 && given == NULL) return tensor_over(messages->tensors, memory, v.kind, v.ndim, v.shape);
+    if (came > 0) return mark(messages->tensors, given) ? Py_NewRef(given) : NULL;
+    if (given == NULL && !kept) cg_pool_give(memory);
+    if (given != NULL && kept) Py_INCREF(given); /* for ever */
+    return came < 0 ? NULL : not_handled();
+}
+
+/* Dicts of plain tensors: one record, of a description and the memory of each. */
+
+static int put(char *description, size_t *at, const void *data, size_t bytes) {
+    if (bytes > DESCRIPTION - *at) return 0;
+    memcpy(description + *at, data, bytes);
+    *at += bytes;
+    return 1;
+}
+
+/* What is going to be sent of a dict. */
+typedef struct {
+    char description[DESCRIPTION];
+    size_t length;
+    PyObject *held[FEW_TENSORS]; /* another thread may change the dict meanwhile */
+    cg_part parts[1 + FEW_TENSORS];
+    Py_ssize_t n;
+} packed;
+
+/* Adds a plain value. 0 if it is none. */
+static int pack_value(packed *p, const char *key, size_t key_bytes, PyObject *value) {
+    int64_t number;
+    double real;
+    const void *data = NULL;
+    Py_ssize_t bytes = 0;
+    int code, overflow;
+    if (value == Py_None) code = VALUE_NONE;
+    else if (PyBool_Check(value)) code = value == Py_True ? VALUE_TRUE : VALUE_FALSE;
+    else if (PyLong_CheckExact(value)) {
+        number = PyLong_AsLongLongAndOverflow(value, &overflow);
+        if (overflow) return 0;
+        code = VALUE_INT, data = &number, bytes = sizeof number;
+    } else if (PyFloat_CheckExact(value)) {
+        real = PyFloat_AsDouble(value);
+        code = VALUE_FLOAT, data = &real, bytes = sizeof real;
+    } else if (PyUnicode_CheckExact(value)) {
+        code = VALUE_STR, data = PyUnicode_AsUTF8AndSize(value, &bytes);
+        if (data == NULL) return PyErr_Clear(), 0; /* half of a surrogate pair: the pickle can have it */
+        if (bytes > DESCRIPTION) return 0;
+    } else return 0;
+    entry e = {{(uint8_t)code, 0, 0}, (uint32_t)bytes, (uint32_t)key_bytes};
+    return put(p->description, &p->length, &e, sizeof e) && put(p->description, &p->length, data, (size_t)bytes) &&
+           put(p->description, &p->length, key, key_bytes);
+}
+
+/* Adds a tensor. 0, with or without an error, if it is not plain. */
+static int pack(Messages *messages, packed *p, PyObject *key, PyObject *value) {
+    view v;
+    Py_ssize_t key_bytes;
+    if (!PyUnicode_CheckExact(key)) return 0;
+    const char *text = PyUnicode_AsUTF8AndSize(key, &key_bytes);
+    if (text == NULL) {
+        PyErr_Clear(); /* half of a surrogate pair: the pickle can have it */
+        return 0;
+    }
+    if (key_bytes > DESCRIPTION) return 0;
+    if (Py_TYPE(value) != messages->tensors->tensor_type) return pack_value(p, text, (size_t)key_bytes, value);
+    if (p->n == FEW_TENSORS) return 0;
+    p->held[p->n++] = Py_NewRef(value);
+    if (look(messages->tensors, value, &v) <= 0) return 0;
+    entry e = {v.kind, (uint32_t)v.ndim, (uint32_t)key_bytes};
+    p->parts[p->n] = (cg_part){v.data, v.bytes};
+    return put(p->description, &p->length, &e, sizeof e) &&
+           put(p->description, &p->length, v.shape, sizeof *v.shape * (size_t)v.ndim) && put(p->description, &p->length, text, (size_t)key_bytes);
+}
+
+static PyObject *messages_put_dict(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    Messages *messages = (Messages *)self;
+    if (nargs != 5) return PyErr_Format(PyExc_TypeError, "put_dict(ring, tensors, meta, timeout_ns, posted)");
+    uint64_t meta = PyLong_AsUnsignedLongLong(args[2]), posted = PyLong_AsUnsignedLongLong(args[4]);
+    int64_t timeout = PyLong_AsLongLong(args[3]);
+    if (PyErr_Occurred()) return NULL;
+    Ring *ring = ring_of(self, args[0]);
+    /* Without the means to read one nobody sends one. */
+    if (ring == NULL || !PyDict_CheckExact(args[1]) || messages->tensors->exchange == NULL || is_unwatched(messages->tensors) <= 0) return not_handled();
+    packed p;
+    p.description[0] = PLAIN;
+    p.length = 1;
+    p.n = 0;
+    PyObject *key, *value, *sent = NULL;
+    int plain = 1;
+    for (Py_ssize_t position = 0; plain && PyDict_Next(args[1], &position, &key, &value);) plain = pack(messages, &p, key, value);
+    if (!plain) sent = not_handled();
+    else {
+        p.parts[0] = (cg_part){p.description, p.length};
+        size_t bytes = 0;
+        for (Py_ssize_t i = 0; i <= p.n; i++) bytes += p.parts[i].bytes;
+        if (enter_for(ring->team, bytes)) {
+            if (posted) say_posted(ring, posted);
+            int who = 0, result = cg_ring_put(&ring->ring, DICT, meta, p.parts, 1 + (uint32_t)p.n, deadline_after(timeout), &who);
+            leave(ring->team);
+            sent = result == CG_OK ? Py_NewRef(Py_True) : raise_stopped(self, result, who);
+            if (result == CG_OK) messages->sent += bytes;
+        }
+    }
+    for (Py_ssize_t i = 0; i < p.n; i++) Py_DECREF(p.held[i]);
+    return sent;
+}
+
+static int get(const char *description, size_t length, size_t *at, void *to, size_t bytes) {
+    if (bytes > length - *at) return 0;
+    memcpy(to, description + *at, bytes);
+    *at += bytes;
+    return 1;
+}
+
+/* The next item of a dict, if it is a plain value: 1. 0 if it is a tensor, -1 with an error set. */
+static int add_value(PyObject *dict, const char *description, size_t length, size_t *at) {
+    entry e;
+    size_t after = *at;
+    if (!get(description, length, &after, &e, sizeof e) || e.kind.lanes != 0) return 0;
+    const char *data = description + after, *key = data + e.ndim;
+    int fits = e.ndim <= length - after && e.key_bytes <= length - after - e.ndim;
+    int64_t number;
+    double real;
+    PyObject *value = NULL;
+    if (!fits) value = NULL;
+    else if (e.kind.code == VALUE_NONE) value = Py_NewRef(Py_None);
+    else if (e.kind.code == VALUE_FALSE || e.kind.code == VALUE_TRUE) value = PyBool_FromLong(e.kind.code == VALUE_TRUE);
+    else if (e.kind.code == VALUE_INT && e.ndim == sizeof number) value = (memcpy(&number, data, sizeof number), PyLong_FromLongLong(number));
+    else if (e.kind.code == VALUE_FLOAT && e.ndim == sizeof real) value = (memcpy(&real, data, sizeof real), PyFloat_FromDouble(real));
+    else if (e.kind.code == VALUE_STR) value = PyUnicode_DecodeUTF8(data, (Py_ssize_t)e.ndim, "strict");
+    if (value == NULL) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "the description of a dict of tensors is damaged");
+        return -1;
+    }
+    PyObject *name = PyUnicode_DecodeUTF8(key, (Py_ssize_t)e.key_bytes, "strict");
+    int added = name != NULL && PyDict_SetItem(dict, name, value) == 0;
+    Py_XDECREF(name);
+    Py_DECREF(value);
+    *at = after + e.ndim + e.key_bytes;
+    return added ? 1 : -1;
+}
+
+/* The next tensor of a dict over its block. 0 with an error set. */
+static int add_tensor(Messages *messages, PyObject *dict, const char *description, size_t length, size_t *at, PyObject *part) {
+    entry e;
+    int64_t shape[MAX_DIMS];
+    size_t bytes;
+    int sound = get(description, length, at, &e, sizeof e) && e.ndim <= MAX_DIMS && get(description, length, at, shape, sizeof *shape * e.ndim) &&
+                e.key_bytes <= length - *at && PyObject_TypeCheck(part, state_of((PyObject *)messages)->block) && ((Block *)part)->base != NULL;
+    if (sound) {
+        bytes = e.kind.bits / 8;
+        for (uint32_t i = 0; i < e.ndim; i++) bytes *= (size_t)shape[i];
+        sound = bytes == (size_t)((Block *)part)->bytes;
+    }
+    if (!sound) {
+        PyErr_SetString(PyExc_ValueError, "the description of a dict of tensors does not fit what came with it");
+        return 0;
+    }
+    PyObject *key = PyUnicode_DecodeUTF8(description + *at, (Py_ssize_t)e.key_bytes, "strict");
+    *at += e.key_bytes;
+    if (key == NULL) return 0;
+    void *memory = ((Block *)part)->base;
+    ((Block *)part)->base = NULL; /* it is the tensor's now */
+    PyObject *tensor = tensor_over(messages->tensors, memory, e.kind, (int)e.ndim, shape);
+    int added = tensor != NULL && PyDict_SetItem(dict, key, tensor) == 0;
+    Py_DECREF(key);
+    Py_XDECREF(tensor);
+    return added;
+}
+
+/* The dict of a record, None if it is not a plain one. */
+static PyObject *messages_unpack(PyObject *self, PyObject *parts) {
+    char *description;
+    Py_ssize_t length, n = PyList_Size(parts);
+    PyObject *first = n > 0 ? PyList_GetItem(parts, 0) : NULL;
+    if (first == NULL || PyBytes_AsStringAndSize(first, &description, &length) < 0) return not_handled();
+    if (length == 0 || description[0] != PLAIN || ((Messages *)self)->tensors->exchange == NULL) Py_RETURN_NONE;
+    PyObject *dict = PyDict_New();
+    size_t at = 1;
+    Py_ssize_t i = 1;
+    while (dict != NULL && at < (size_t)length) {
+        int value = add_value(dict, description, (size_t)length, &at);
+        if (value > 0) continue;
+        if (value < 0 || i == n || !add_tensor((Messages *)self, dict, description, (size_t)length, &at, PyList_GetItem(parts, i++))) {
+            if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "the description of a dict of tensors does not fit what came with it");
+            Py_CLEAR(dict);
+        }
+    }
+    if (dict != NULL && i != n) {
+        PyErr_SetString(PyExc_ValueError, "the description of a dict of tensors does not fit what came with it");
+        Py_CLEAR(dict);
+    }
+    return dict;
+}
+
+static PyObject *messages_sent(PyObject *self, void *closure) {
+    (void)closure;
+    return PyLong_FromUnsignedLongLong(((Messages *)self)->sent);
+}
+
+static PyObject *messages_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    (void)kwargs;
+    PyObject *tensors, *digest;
+    long long timeout_ns;
+    if (!PyArg_ParseTuple(args, "OOL", &tensors, &digest, &timeout_ns)) return NULL;
+    module_state *state = PyType_GetModuleState(type);
+    if (state == NULL || !PyObject_TypeCheck(tensors, state->tensors)) return PyErr_Format(PyExc_TypeError, "Messages(tensors, digest, timeout_ns)");
+    Messages *self = (Messages *)allocate(type);
+    if (self == NULL) return NULL;
+    self->tensors = (Tensors *)Py_NewRef(tensors);
+    self->digest = Py_NewRef(digest);
+    self->timeout_ns = timeout_ns;
+    return (PyObject *)self;
+}
+
+static void messages_dealloc(PyObject *self) {
+    Py_XDECREF((PyObject *)((Messages *)self)->tensors);
+    Py_XDECREF(((Messages *)self)->digest);
+    free_object(self);
+}
+
+#define FAST(name, doc) {#name, (PyCFunction)(void (*)(void))messages_##name, METH_FASTCALL, doc}
+static PyMethodDef messages_methods[] = {
+    FAST(send, "send(ring, x, number, timeout)\n--\n\nTrue, or None."),
+    FAST(recv, "recv(ring, size, kind, out, number, timeout)\n--\n\nThe tensor, or None."),
+    FAST(put_dict, "put_dict(ring, tensors, meta, timeout_ns, posted)\n--\n\nTrue, or None."),
+    {"unpack", messages_unpack, METH_O, "unpack(parts)\n--\n\nThe plain dict of a record, or None."},
+    {0}};
+static PyGetSetDef messages_getset[] = {{"bytes_sent", messages_sent, NULL, "bytes that were sent so", NULL}, {0}};
+static PyType_Slot messages_slots[] = {
+    {Py_tp_doc, "Messages(tensors, digest, timeout_ns)\n--\n\nNative messages through rings."},
+    {Py_tp_new, messages_new}, {Py_tp_dealloc, messages_dealloc}, {Py_tp_methods, messages_methods}, {Py_tp_getset, messages_getset}, {0}};
+PyType_Spec messages_spec = {"commgraph.shm._native.Messages", sizeof(Messages), 0, Py_TPFLAGS_DEFAULT, messages_slots};
