@@ -53,7 +53,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype | None:
 
 def refuse_reduction(dtype: torch.dtype, op: str) -> str | None:
     """Why `op` over `dtype` means nothing, None where it does."""
-    if accumulator(dtype) is None:
+    if dtype not in _ACCUMULATORS:
         return f"{dtype} has no arithmetic"
     if op == "avg" and not (dtype.is_floating_point or dtype.is_complex):
         return f"the average of {dtype} is not a {dtype}; reduce with op='sum' and divide in the type that you want"

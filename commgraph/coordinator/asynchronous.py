@@ -21,7 +21,17 @@ from commgraph.accelerators.side_streams import StreamTask
 from commgraph.coordinator import checks
 from commgraph.coordinator.checks import BadArgument
 from commgraph.coordinator.failures import Call, call_site
-from commgraph.coordinator.operation import Group, Operation, deadline_of, explain, is_watched, run, run_directly, run_generally
+from commgraph.coordinator.operation import (
+    Group,
+    Operation,
+    count_in_turn,
+    deadline_of,
+    explain,
+    is_watched,
+    run,
+    run_directly,
+    run_generally,
+)
 from commgraph.coordinator.pending import LaneKey
 from commgraph.deadline import Timeout
 from commgraph.work import Finished, Job, Work
@@ -52,14 +62,14 @@ def begin_collective(operation: type[Operation], group: Group, args: tuple[Any, 
         except BadArgument as error:
             raise explain(error, group, name, state.sequence) from None
     except Exception:
-        state.pending.submit(None, Job(lambda: state.begin(group.name), call_site()))
+        count_in_turn(group)
         raise
     call = Call(group.name, name, state.members, state.sequence)
 
     def work() -> Any:
         return run_directly(operation, group, args) if timeout is None else run_generally(operation, group, args, timeout)
 
-    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    tensors = tensors_in(args)
     if group.world_size == 1:
         job = Job(work, call_site())
         job.run()
@@ -76,7 +86,12 @@ def begin_collective(operation: type[Operation], group: Group, args: tuple[Any, 
         job.run()
     else:
         state.pending.submit(None, job)
-    return Work(call, [job], lambda results: joined([task], results[0], results), [task])
+    return Work(call, [job], lambda results: joined([task], results[0], tensors_in(results)), [task])
+
+
+def tensors_in(values: Sequence[Any]) -> list[torch.Tensor]:
+    """Return those values that are tensors, as the result of a gather is on one rank alone."""
+    return [x for x in values if isinstance(x, torch.Tensor)]
 
 
 def submit(

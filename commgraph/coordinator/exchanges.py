@@ -90,8 +90,8 @@ class AllToAll(Operation):
         return result
 
     @classmethod
-    def filled(cls, *args: Any) -> tuple[Any, str]:
-        return args[-1], "out"
+    def filled(cls, *args: Any) -> Sequence[tuple[Any, str]]:
+        return [(args[-1], "out")]
 
     @classmethod
     def traced(
@@ -180,6 +180,10 @@ class Scatter(Operation):
             if x is not None:  # its shape is compared with that of src
                 checks.tensor(place, x, gradient="scatter")
                 dim = checks.dim(x, dim)
+            elif place.device.type == "meta":
+                raise BadArgument(
+                    "x is None, and no peer gives its shape: give a meta tensor of the shape that src's has", unsupported=True
+                )
             return x, src, checks.index(dim, "dim"), None if sizes is None else checks.sizes(place, sizes)
         checks.tensor(place, x, gradient="scatter")
         if x.dim() > _DIMS or x.dtype not in _NUMBERS:
@@ -189,8 +193,9 @@ class Scatter(Operation):
 
     @classmethod
     def routed_by(cls, *checked: Any) -> tuple[Any, ...]:
-        # Of the header, the only part whose shape all ranks know.
-        return (), torch.int64, _HOST
+        # Of the header, the only part whose shape all ranks know; a meta tensor has none, for want of peers.
+        x = checked[0]
+        return (), torch.int64, _HOST if x is None or not x.is_meta else x.device
 
     @classmethod
     def text(cls, n: int, x: torch.Tensor | None, src: int, dim: int, sizes: list[int] | None) -> str:
@@ -199,6 +204,8 @@ class Scatter(Operation):
     @classmethod
     def serve(cls, group: Group, strategy: Communicator, tag: int, deadline: Deadline, *checked: Any) -> torch.Tensor:
         x, src, dim, sizes = checked
+        if x is not None and x.is_meta:
+            return cls.fake(group, x, src, dim, sizes)
         if group.rank_in_group == src:
             numbers = [_NUMBERS[x.dtype], dim, x.dim(), int(x.is_cpu), *x.shape, *[0] * (_DIMS - x.dim()), *sizes]
             header = torch.tensor(numbers)

@@ -90,8 +90,8 @@ class AllGather(Operation):
         return out
 
     @classmethod
-    def filled(cls, *args: Any) -> tuple[Any, str]:
-        return args[2], "out"
+    def filled(cls, *args: Any) -> Sequence[tuple[Any, str]]:
+        return [(args[2], "out")]
 
     @classmethod
     def traced(cls, group: Group, x: torch.Tensor, dim: int, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -124,8 +124,8 @@ class AllGatherV(AllGather):
         return cls._checked(place, x, dim, checks.joined(place, x, dim, sizes, name), None)
 
     @classmethod
-    def filled(cls, *args: Any) -> tuple[Any, str]:
-        return None, ""
+    def filled(cls, *args: Any) -> Sequence[tuple[Any, str]]:
+        return ()
 
     @classmethod
     def traced(cls, group: Group, x: torch.Tensor, dim: int, sizes: Sequence[int] | None) -> torch.Tensor:
@@ -301,8 +301,8 @@ class Broadcast(BroadcastCopy):
         return x
 
     @classmethod
-    def filled(cls, *args: Any) -> tuple[Any, str]:
-        return args[0], "x"
+    def filled(cls, *args: Any) -> Sequence[tuple[Any, str]]:
+        return [(args[0], "x")]
 
     @classmethod
     def traced(cls, group: Group, x: torch.Tensor, src: int) -> torch.Tensor:

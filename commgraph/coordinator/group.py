@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NoReturn, Self, TypeVar
+from typing import Any, ClassVar, Literal, NoReturn, Self, TypeVar, overload
 
 import attrs
 import torch
@@ -19,6 +19,13 @@ from commgraph.coordinator import dict_messages, experts, messages
 from commgraph.coordinator.asynchronous import begin_collective
 from commgraph.coordinator.capture import GraphCapture, capture
 from commgraph.coordinator.checks import BadArgument, like, shape
+from commgraph.coordinator.coalesced import (
+    CoalescedAllGather,
+    CoalescedAllReduce,
+    CoalescedAllReduceInPlace,
+    CoalescedBroadcast,
+    CoalescedReduceScatter,
+)
 from commgraph.coordinator.exchanges import AllToAll, Barrier, Scatter
 from commgraph.coordinator.experts import Dispatched, Sizes
 from commgraph.coordinator.gathers import AllGather, AllGatherList, AllGatherV, Broadcast, Gather
@@ -271,17 +278,23 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
 
     # Reductions.
 
-    def all_reduce(self, x: torch.Tensor, *, op: str = "sum", timeout: Timeout = None) -> torch.Tensor:
+    @overload
+    def all_reduce(self, x: torch.Tensor, *, op: str = ..., timeout: Timeout = ...) -> torch.Tensor: ...
+    @overload
+    def all_reduce(self, x: Sequence[torch.Tensor], *, op: str = ..., timeout: Timeout = ...) -> list[torch.Tensor]: ...
+    def all_reduce(
+        self, x: torch.Tensor | Sequence[torch.Tensor], *, op: str = "sum", timeout: Timeout = None
+    ) -> torch.Tensor | list[torch.Tensor]:
         """Reduces x over the group.
 
         Args:
-            x: any shape, equal on all ranks; any dtype with arithmetic. Unchanged.
+            x: any shape, equal on all ranks; any dtype with arithmetic. Unchanged. Or a list of them, as one call (coalesced).
             op: "sum", "avg" (not of integers), "max", "min" or "product"; of integers and bool also "band", "bor" or "bxor". Taken in rank
                 order, small floats in float32.
             timeout: deadline.
 
         Returns:
-            A new tensor of x's shape and dtype, with the same bits on every rank.
+            A new tensor of x's shape and dtype, with the same bits on every rank; of a list a list.
         """
         if not is_dynamo_compiling() and (fast := self._fast) is not None:
             try:
@@ -289,18 +302,28 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
                     return y  # type: ignore[no-any-return]  # the native module has no types
             except BaseException as error:
                 raise_native(error, AllReduce, self, (x, op), timeout)
-        result: torch.Tensor = run(AllReduce, self, (x, op), timeout)
+        result: torch.Tensor | list[torch.Tensor] = run(
+            CoalescedAllReduce if isinstance(x, list | tuple) else AllReduce, self, (x, op), timeout
+        )
         return result
 
-    def all_reduce_(self, x: torch.Tensor, *, op: str = "sum", timeout: Timeout = None) -> torch.Tensor:
-        """`all_reduce` into x itself, which is returned."""
+    @overload
+    def all_reduce_(self, x: torch.Tensor, *, op: str = ..., timeout: Timeout = ...) -> torch.Tensor: ...
+    @overload
+    def all_reduce_(self, x: Sequence[torch.Tensor], *, op: str = ..., timeout: Timeout = ...) -> list[torch.Tensor]: ...
+    def all_reduce_(
+        self, x: torch.Tensor | Sequence[torch.Tensor], *, op: str = "sum", timeout: Timeout = None
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """`all_reduce` into x itself, which is returned; of a list into each of its tensors."""
         if not is_dynamo_compiling() and (fast := self._fast) is not None:
             try:
                 if fast.all_reduce_(x, op, timeout):
-                    return x
+                    return x  # type: ignore[return-value]  # native calls take no list
             except BaseException as error:
                 raise_native(error, AllReduceInPlace, self, (x, op), timeout)
-        result: torch.Tensor = run(AllReduceInPlace, self, (x, op), timeout)
+        result: torch.Tensor | list[torch.Tensor] = run(
+            CoalescedAllReduceInPlace if isinstance(x, list | tuple) else AllReduceInPlace, self, (x, op), timeout
+        )
         return result
 
     def reduce(self, x: torch.Tensor, dst: int = 0, *, op: str = "sum", timeout: Timeout = None) -> torch.Tensor | None:
@@ -324,20 +347,32 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
         result: torch.Tensor | None = run(Reduce, self, (x, dst, op), timeout)
         return result
 
+    @overload
     def reduce_scatter(
-        self, x: torch.Tensor, dim: int = -1, *, op: str = "sum", out: torch.Tensor | None = None, timeout: Timeout = None
-    ) -> torch.Tensor:
+        self, x: torch.Tensor, dim: int = ..., *, op: str = ..., out: torch.Tensor | None = ..., timeout: Timeout = ...
+    ) -> torch.Tensor: ...
+    @overload
+    def reduce_scatter(self, x: Sequence[torch.Tensor], dim: int = ..., *, op: str = ..., timeout: Timeout = ...) -> list[torch.Tensor]: ...
+    def reduce_scatter(
+        self,
+        x: torch.Tensor | Sequence[torch.Tensor],
+        dim: int = -1,
+        *,
+        op: str = "sum",
+        out: torch.Tensor | None = None,
+        timeout: Timeout = None,
+    ) -> torch.Tensor | list[torch.Tensor]:
         """Reduces x over the group and keeps this rank's piece of `dim`.
 
         Args:
-            x: equal shapes on all ranks; `x.shape[dim]` divides by the group's size. Unchanged.
+            x: equal shapes on all ranks; `x.shape[dim]` divides by the group's size. Unchanged. Or a list of them, as one call.
             dim: which dimension is cut, in rank order.
             op: as for `all_reduce`.
-            out: filled and returned in place of a new tensor.
+            out: filled and returned in place of a new tensor; not with a list.
             timeout: deadline.
 
         Returns:
-            x's shape with `dim` divided by the group's size.
+            x's shape with `dim` divided by the group's size; of a list a list.
         """
         if not is_dynamo_compiling() and (fast := self._fast) is not None:
             try:
@@ -345,7 +380,9 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
                     return y  # type: ignore[no-any-return]  # the native module has no types
             except BaseException as error:
                 raise_native(error, ReduceScatter, self, (x, dim, op, out), timeout)
-        result: torch.Tensor = run(ReduceScatter, self, (x, dim, op, out), timeout)
+        result: torch.Tensor | list[torch.Tensor] = run(
+            CoalescedReduceScatter if isinstance(x, list | tuple) else ReduceScatter, self, (x, dim, op, out), timeout
+        )
         return result
 
     def reduce_scatterv(
@@ -374,17 +411,23 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
 
     # Gathers, scatter, broadcast.
 
-    def all_gather(self, x: torch.Tensor, dim: int = -1, *, out: torch.Tensor | None = None, timeout: Timeout = None) -> torch.Tensor:
+    @overload
+    def all_gather(self, x: torch.Tensor, dim: int = ..., *, out: torch.Tensor | None = ..., timeout: Timeout = ...) -> torch.Tensor: ...
+    @overload
+    def all_gather(self, x: Sequence[torch.Tensor], dim: int = ..., *, timeout: Timeout = ...) -> list[torch.Tensor]: ...
+    def all_gather(
+        self, x: torch.Tensor | Sequence[torch.Tensor], dim: int = -1, *, out: torch.Tensor | None = None, timeout: Timeout = None
+    ) -> torch.Tensor | list[torch.Tensor]:
         """Concatenates every rank's x along `dim`.
 
         Args:
-            x: equal shapes on all ranks, at least 1-D. Unchanged.
+            x: equal shapes on all ranks, at least 1-D. Unchanged. Or a list of them, as one call (coalesced).
             dim: where the pieces are joined, in rank order.
-            out: filled and returned in place of a new tensor.
+            out: filled and returned in place of a new tensor; not with a list.
             timeout: deadline.
 
         Returns:
-            x's shape with `dim` multiplied by the group's size.
+            x's shape with `dim` multiplied by the group's size; of a list a list.
         """
         if not is_dynamo_compiling() and (fast := self._fast) is not None:
             try:
@@ -392,7 +435,9 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
                     return y  # type: ignore[no-any-return]  # the native module has no types
             except BaseException as error:
                 raise_native(error, AllGather, self, (x, dim, out), timeout)
-        result: torch.Tensor = run(AllGather, self, (x, dim, out), timeout)
+        result: torch.Tensor | list[torch.Tensor] = run(
+            CoalescedAllGather if isinstance(x, list | tuple) else AllGather, self, (x, dim, out), timeout
+        )
         return result
 
     def all_gatherv(
@@ -475,24 +520,32 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
         result: torch.Tensor = run(Scatter, self, (x, src, dim, sizes), timeout)
         return result
 
-    def broadcast(self, x: torch.Tensor, src: int = 0, *, timeout: Timeout = None) -> torch.Tensor:
+    @overload
+    def broadcast(self, x: torch.Tensor, src: int = ..., *, timeout: Timeout = ...) -> torch.Tensor: ...
+    @overload
+    def broadcast(self, x: Sequence[torch.Tensor], src: int = ..., *, timeout: Timeout = ...) -> list[torch.Tensor]: ...
+    def broadcast(
+        self, x: torch.Tensor | Sequence[torch.Tensor], src: int = 0, *, timeout: Timeout = None
+    ) -> torch.Tensor | list[torch.Tensor]:
         """Fills x on every rank with that of `src`, in place.
 
         Args:
-            x: equal shapes and dtypes on all ranks.
+            x: equal shapes and dtypes on all ranks. Or a list of them, as one call (coalesced).
             src: rank in the group whose x is sent.
             timeout: deadline.
 
         Returns:
-            x.
+            x; of a list a list of its tensors.
         """
         if not is_dynamo_compiling() and (fast := self._fast) is not None:
             try:
                 if fast.broadcast(x, src, timeout):
-                    return x
+                    return x  # type: ignore[return-value]  # native calls take no list
             except BaseException as error:
                 raise_native(error, Broadcast, self, (x, src), timeout)
-        result: torch.Tensor = run(Broadcast, self, (x, src), timeout)
+        result: torch.Tensor | list[torch.Tensor] = run(
+            CoalescedBroadcast if isinstance(x, list | tuple) else Broadcast, self, (x, src), timeout
+        )
         return result
 
     # Exchanges.

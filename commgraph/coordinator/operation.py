@@ -20,12 +20,25 @@ from commgraph.communicators.base import Communicator
 from commgraph.communicators.tags import COLLECTIVE, digest, make_tag
 from commgraph.coordinator import checks
 from commgraph.coordinator.checks import BadArgument, Place
-from commgraph.coordinator.failures import EXPECTED, Call
+from commgraph.coordinator.failures import EXPECTED, Call, call_site
 from commgraph.coordinator.state import GroupState
 from commgraph.deadline import Deadline, Timeout
 from commgraph.errors import CollectiveTimeoutError, ContextClosedError, UnsupportedTensorError
+from commgraph.work import Job
 
-__all__ = ["Describe", "Group", "Operation", "begin", "differentiate", "explain", "is_watched", "perform", "raise_native", "run"]
+__all__ = [
+    "Describe",
+    "Group",
+    "Operation",
+    "begin",
+    "count_in_turn",
+    "differentiate",
+    "explain",
+    "is_watched",
+    "perform",
+    "raise_native",
+    "run",
+]
 
 T = TypeVar("T")
 
@@ -118,9 +131,9 @@ class Operation:
         return args[:1]
 
     @classmethod
-    def filled(cls, *args: Any) -> tuple[Any, str]:
-        """Return the argument that is filled, and its name; None where a new tensor is made."""
-        return None, ""
+    def filled(cls, *args: Any) -> Sequence[tuple[Any, str]]:
+        """Return the arguments that are filled, and their names; None in the place of one where a new tensor is made."""
+        return ()
 
     @classmethod
     def traced(cls, group: Group, *args: Any) -> Any:
@@ -231,12 +244,12 @@ def run(operation: type[Operation], group: Group, args: tuple[Any, ...], timeout
     watched = operation.watched(*args)
     if is_watched(*watched) or (operation.differentiable and records(group, *watched)):
         refuse_timeout(timeout)
-        filled, name = operation.filled(*args)
-        if isinstance(filled, torch.Tensor):
-            try:
-                checks.fillable(filled, name)
-            except BadArgument as error:
-                raise explain(error, group, operation.name, group._state.sequence) from None
+        try:
+            for filled, name in operation.filled(*args):
+                if isinstance(filled, torch.Tensor):
+                    checks.fillable(filled, name)
+        except BadArgument as error:
+            raise explain(error, group, operation.name, group._state.sequence) from None
         return operation.traced(group, *args)
     return run_generally(operation, group, args, timeout)
 
@@ -313,7 +326,11 @@ def begin(group: Group, operation: str, timeout: Timeout) -> tuple[int, Deadline
     pending = state.pending
     if pending.lanes and not pending.is_idle(None):
         state.ensure_open(group.name)
-        deadline = deadline_of(group, operation, timeout)
+        try:
+            deadline = deadline_of(group, operation, timeout)
+        except ValueError:
+            count_in_turn(group)
+            raise
         wait_pending(group, None, operation, deadline)
         pending.follow(None)
         return state.begin(group.name), deadline
@@ -323,6 +340,12 @@ def begin(group: Group, operation: str, timeout: Timeout) -> tuple[int, Deadline
     if timeout is None:
         return sequence, Deadline.after(state.timeouts.host)
     return sequence, deadline_of(group, operation, timeout)
+
+
+def count_in_turn(group: Group) -> None:
+    """Count a collective that was refused when its turn would have come, after those that were begun before it."""
+    state, name = group._state, group.name
+    state.pending.submit(None, Job(lambda: state.begin(name), call_site()))
 
 
 def wait_pending(group: Group, key: Any, operation: str, deadline: Deadline) -> None:

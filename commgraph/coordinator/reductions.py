@@ -103,8 +103,8 @@ class AllReduceInPlace(AllReduce):
         return strategy.all_reduce_(checks.announce_filling(x), op, tag=tag, deadline=deadline)
 
     @classmethod
-    def filled(cls, *args: Any) -> tuple[Any, str]:
-        return args[0], "x"
+    def filled(cls, *args: Any) -> Sequence[tuple[Any, str]]:
+        return [(args[0], "x")]
 
     @classmethod
     def traced(cls, group: Group, x: torch.Tensor, op: str) -> torch.Tensor:
@@ -131,7 +131,7 @@ class Reduce(Operation):
 
     @classmethod
     def text(cls, n: int, x: torch.Tensor, dst: int, op: str) -> str:
-        return f"dst={dst} {op} {describe(x)}"
+        return f"dst={dst} {op} {x.dtype} {tuple(x.shape)}"
 
     @classmethod
     def serve(
@@ -246,8 +246,8 @@ class ReduceScatter(Operation):
         return out
 
     @classmethod
-    def filled(cls, *args: Any) -> tuple[Any, str]:
-        return args[3], "out"
+    def filled(cls, *args: Any) -> Sequence[tuple[Any, str]]:
+        return [(args[3], "out")]
 
     @classmethod
     def traced(cls, group: Group, x: torch.Tensor, dim: int, op: str, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -289,8 +289,8 @@ class ReduceScatterV(ReduceScatter):
         return x, dim, pieces, checks.reduction(op, x.dtype), None
 
     @classmethod
-    def filled(cls, *args: Any) -> tuple[Any, str]:
-        return None, ""
+    def filled(cls, *args: Any) -> Sequence[tuple[Any, str]]:
+        return ()
 
     @classmethod
     def traced(cls, group: Group, x: torch.Tensor, dim: int, sizes: Sequence[int] | None, op: str) -> torch.Tensor:

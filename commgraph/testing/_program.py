@@ -36,6 +36,10 @@ OPERATIONS = (
     "all_to_all",
     "all_to_allv",
     "gather",
+    "gatherv",
+    "scatter",
+    "scatterv",
+    "reduce",
     "broadcast",
     "ring",
     "pair",
@@ -51,7 +55,20 @@ OPERATIONS = (
 )
 """What a step may do. ``ring``: every rank sends to the next and receives from the previous one; ``pair``: one rank sends to one other."""
 
-LATER = ("all_reduce", "all_gather", "reduce_scatter", "ring", "pair", "tensor_dict_ring")
+LATER = (
+    "all_reduce",
+    "all_gather",
+    "reduce_scatter",
+    "all_to_all",
+    "all_to_allv",
+    "gather",
+    "gatherv",
+    "broadcast",
+    "barrier",
+    "ring",
+    "pair",
+    "tensor_dict_ring",
+)
 """Those that can be begun in one step and waited for in a later one."""
 
 
@@ -116,7 +133,7 @@ class Step:
         root: source or destination, modulo the size of the group.
         hop: how far from `root` the peer of a ``pair`` is.
         sizes: uneven extents; ranks and pairs of ranks take theirs in turn.
-        out: whether the result goes to a tensor that the caller gives.
+        out: whether the result goes to a tensor that the caller gives; of ``scatter`` whether all ranks give one.
         tree: a dict of tensor specs, objects and dicts; for objects its whole is the object.
         gather: the all-gather group of ``tensor_dict_ring``, None for none.
         override: its ``all_gather_tensors``.
@@ -151,13 +168,13 @@ class Step:
     def extents(self, n: int, i: int) -> tuple[int, ...]:
         """The shape of what rank i of n gives."""
         shape, operation = list(self.tensor.shape), self.operation
-        if operation in ("reduce_scatter", "all_to_all"):
+        if operation in ("reduce_scatter", "all_to_all", "scatter"):
             shape[self.dim] *= n
-        elif operation in ("all_gatherv", "all_gatherv_list"):
+        elif operation in ("all_gatherv", "all_gatherv_list", "gatherv"):
             shape[self.dim] = self.extent(i)
         elif operation in ("dispatch", "combine"):
             shape[0] = self.extent(i)
-        elif operation == "reduce_scatterv":
+        elif operation in ("reduce_scatterv", "scatterv"):
             shape[self.dim] = sum(map(self.extent, range(n)))
         elif operation == "all_to_allv" and self.same_dims:
             shape[self.dim] = sum(self.crossing(i, j) for j in range(n))
@@ -190,6 +207,8 @@ class Step:
         root = self.root % n
         mine = seed(group.rank)
         if operation == "barrier":
+            if self.later is not None:
+                return None, group.barrier_async().wait
             group.barrier()
             return None, None
         if "object" in operation:
@@ -223,6 +242,12 @@ class Step:
             return group.all_gather_async(x, dim, out=self._out(x, dim, n * x.shape[dim])).wait
         if operation == "reduce_scatter":
             return group.reduce_scatter_async(x, dim, op=self.op, out=self._out(x, dim, x.shape[dim] // n)).wait
+        if operation in ("all_to_all", "all_to_allv"):
+            return group.all_to_all_async(x, scatter_dim=dim, gather_dim=self.other_dim, **self._cuts(n, me)).wait
+        if operation in ("gather", "gatherv"):
+            return group.gather_async(x, root, dim, sizes=self._uneven(n)).wait
+        if operation == "broadcast":
+            return group.broadcast_async(x, root).wait
         into = self._out(x, 0, x.shape[0]) if x.dim() else None
         if operation == "ring" and self.batch and into is not None and n > 1:
             from commgraph.work import Recv, Send
@@ -236,6 +261,21 @@ class Step:
         if n > 1 and me == root:
             return group.isend(x, to).wait
         return group.irecv(x.shape, x.dtype, root, out=into).wait if n > 1 and me == to else lambda: None
+
+    def _uneven(self, n: int) -> list[int] | None:
+        """The sizes of an operation whose pieces are uneven."""
+        return [self.extent(i) for i in range(n)] if self.operation.endswith("v") else None
+
+    def _cuts(self, n: int, me: int) -> dict[str, Any]:
+        """The sizes of an `all_to_all`."""
+        if self.operation == "all_to_all":
+            return {}
+        if self.same_dims:
+            return {
+                "input_sizes": [self.crossing(me, j) for j in range(n)],
+                "output_sizes": [self.crossing(j, me) for j in range(n)],
+            }
+        return {"input_sizes": self._uneven(n), "output_sizes": [self.extent(j + 1) for j in range(n)]}
 
     @staticmethod
     def _ring_later(group: GroupCoordinator, send: Callable[[], Work[None]], receive: Callable[[], Work[Any]]) -> Callable[[], Any]:
@@ -278,20 +318,18 @@ class Step:
         if operation == "reduce_scatter":
             return group.reduce_scatter(x, dim, op=self.op, out=self._out(x, dim, x.shape[dim] // n))
         if operation == "reduce_scatterv":
-            return group.reduce_scatterv(x, dim, spread)
-        if operation == "all_to_all":
-            return group.all_to_all(x, scatter_dim=dim, gather_dim=self.other_dim)
-        if operation == "all_to_allv":
-            same = self.same_dims
-            return group.all_to_all(
-                x,
-                scatter_dim=dim,
-                gather_dim=self.other_dim,
-                input_sizes=[self.crossing(me, j) for j in range(n)] if same else spread,
-                output_sizes=[self.crossing(j, me) for j in range(n)] if same else [self.extent(j + 1) for j in range(n)],
-            )
-        if operation == "gather":
-            return group.gather(x, root, dim)
+            return group.reduce_scatterv(x, dim, spread, op=self.op)
+        if operation in ("all_to_all", "all_to_allv"):
+            return group.all_to_all(x, scatter_dim=dim, gather_dim=self.other_dim, **self._cuts(n, me))
+        if operation in ("gather", "gatherv"):
+            return group.gather(x, root, dim, sizes=self._uneven(n))
+        if operation in ("scatter", "scatterv"):
+            # Elsewhere than on the root there is nothing to give, or a tensor whose values are ignored: for its shape.
+            if me != root and not self.out:
+                return group.scatter(None, root, dim)
+            return group.scatter(x, root, dim, sizes=self._uneven(n))
+        if operation == "reduce":
+            return group.reduce(x, root, op=self.op)
         if operation == "broadcast":
             return group.broadcast(x, root)
         if operation in ("dispatch", "combine"):

@@ -147,10 +147,12 @@ def tensors(
     return st.builds(TensorSpec.make, specs, st.integers(0, 2**31 - 1))
 
 
-_REDUCTIONS = frozenset({"all_reduce", "all_reduce_", "reduce_scatter", "reduce_scatterv", "combine"})
+_REDUCTIONS = frozenset({"all_reduce", "all_reduce_", "reduce", "reduce_scatter", "reduce_scatterv", "combine"})
+_OPS = ("sum", "avg", "max", "min", "product", "band", "bor", "bxor")
+_BITWISE = _OPS[-3:]
 _IN_PLACE = frozenset({"all_reduce_", "broadcast"})
 # Those that have no dim take tensors without one.
-_WITHOUT_DIM = frozenset({"all_reduce", "all_reduce_", "broadcast", "ring", "pair"})
+_WITHOUT_DIM = frozenset({"all_reduce", "all_reduce_", "reduce", "broadcast", "ring", "pair"})
 _AROUND = ("replica", *_AXES)
 
 
@@ -187,14 +189,11 @@ def _steps(draw: st.DrawFn, layout: Layout, operations: Sequence[str]) -> Step:
         gather = draw(st.sampled_from([None, *(axis for axis in axes if axis != group)]))
         return Step(operation, group, tree=draw(_trees()), gather=gather, later=later)
     if operation == "barrier":
-        return Step(operation, group)
+        return Step(operation, group, later=later)
     reduces = operation in _REDUCTIONS
-    op = (
-        draw(st.sampled_from(("sum", "avg", "max", "min", "product")))
-        if reduces and operation not in ("reduce_scatterv", "combine")
-        else "sum"
-    )
-    dtypes = [name for name in _DTYPES if not (op == "avg" and name in _WHOLE) and not (op in ("max", "min") and name in _COMPLEX)]
+    op = draw(st.sampled_from(_OPS)) if reduces and operation != "combine" else "sum"
+    unfit = {"avg": _WHOLE, "max": _COMPLEX, "min": _COMPLEX, **dict.fromkeys(_BITWISE, (*_FLOATS, *_COMPLEX))}.get(op, ())
+    dtypes = [name for name in _DTYPES if name not in unfit]
     strides = [kind for kind in STRIDES if not (kind == "expanded" and operation in _IN_PLACE)]
     tensor = draw(_tensor_specs(dtypes, min_dims=0 if operation in _WITHOUT_DIM else 1, strides=strides, bits=not reduces))
     sides = len(tensor.shape)

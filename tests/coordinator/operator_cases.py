@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from types import MappingProxyType
 from typing import Any
 
@@ -80,6 +81,59 @@ def _all_to_allv(xs: Sequence[torch.Tensor]) -> Outputs:
 def _gather(tp: GroupCoordinator, x: torch.Tensor) -> torch.Tensor:
     gathered = tp.gather(x, 1, 0)
     return x * 2 if gathered is None else gathered + 1
+
+
+def _gather_uneven(tp: GroupCoordinator, x: torch.Tensor) -> torch.Tensor:
+    gathered = tp.gather(x, 1, 0, sizes=rows(tp.world_size))
+    return x * 2 if gathered is None else gathered + 1
+
+
+def _reduce(tp: GroupCoordinator, x: torch.Tensor) -> torch.Tensor:
+    total = tp.reduce(x, 1, op="max")
+    return x * 2 if total is None else total + 1
+
+
+def _scatter(tp: GroupCoordinator, x: torch.Tensor) -> torch.Tensor:
+    """On every rank a tensor, for its shape; the values are those of rank 1."""
+    return tp.scatter(x, 1, 0) + tp.scatter(x * 2, 0, 0)
+
+
+def _bits(tp: GroupCoordinator, x: torch.Tensor) -> torch.Tensor:
+    whole = x.long()
+    joined = tp.all_reduce(whole, op="band") + tp.all_reduce(whole, op="bor") * 10 + tp.all_reduce(whole, op="bxor") * 100
+    return joined.to(x.dtype) + tp.reduce_scatter(whole, 0, op="bxor").repeat(tp.world_size, 1) + x
+
+
+def _bits_oracle(xs: Sequence[torch.Tensor]) -> Outputs:
+    whole = [x.detach().long() for x in xs]
+    band, bor, bxor = (reduce(op, whole) for op in (torch.bitwise_and, torch.bitwise_or, torch.bitwise_xor))
+    joined = (band + bor * 10 + bxor * 100).to(xs[0].dtype)
+    return [joined + piece.repeat(len(xs), 1) + x for piece, x in zip(bxor.chunk(len(xs)), xs, strict=True)]
+
+
+def _begun_too(tp: GroupCoordinator, x: torch.Tensor) -> torch.Tensor:
+    filled, crossed = tp.broadcast_async(x.sin(), 1), tp.all_to_all_async(x)
+    tp.barrier_async().wait()
+    gathered = tp.gather_async(crossed.wait(), 0, 0).wait()
+    return filled.wait() if gathered is None else filled.wait() + gathered[: len(x)]
+
+
+def _begun_too_oracle(xs: Sequence[torch.Tensor]) -> Outputs:
+    first = _all_to_all(xs, 0, 0)[0]
+    return [xs[1].sin() + first if rank == 0 else xs[1].sin() for rank in range(len(xs))]
+
+
+def _lists(tp: GroupCoordinator, x: torch.Tensor) -> torch.Tensor:
+    a, b = tp.all_reduce([x, x * 2])
+    c, d = tp.all_gather((a, b), 0)
+    e, f = tp.reduce_scatter([c, d], 0, op="avg")
+    g, h = tp.all_reduce_([e * 1, f * 1])
+    i, j = tp.broadcast([g * 1, h + tp.rank_in_group], 1)
+    return i + j
+
+
+def _lists_oracle(xs: Sequence[torch.Tensor]) -> Outputs:
+    return [summed(xs) * 3 * len(xs) + 1] * len(xs)
 
 
 def _in_place(tp: GroupCoordinator, x: torch.Tensor) -> torch.Tensor:
@@ -162,6 +216,37 @@ CASES = MappingProxyType(
         "gather": Case(
             _gather, lambda xs: [torch.cat(list(xs)) + 1 if rank == 1 else 2 * x for rank, x in enumerate(xs)], differentiable=False
         ),
+        "gather of uneven pieces": Case(
+            _gather_uneven,
+            lambda xs: [torch.cat(list(xs)) + 1 if rank == 1 else 2 * x for rank, x in enumerate(xs)],
+            lambda n, rank: (rows(n)[rank], 3),
+            differentiable=False,
+        ),
+        "reduce": Case(
+            _reduce,
+            lambda xs: [torch.stack(list(xs)).amax(0) + 1 if rank == 1 else 2 * x for rank, x in enumerate(xs)],
+            differentiable=False,
+        ),
+        "scatter": Case(
+            _scatter, lambda xs: [a + 2 * b for a, b in zip(xs[1].chunk(len(xs)), xs[0].chunk(len(xs)), strict=True)], differentiable=False
+        ),
+        "scatter of uneven pieces": Case(
+            lambda tp, x: tp.scatter(x, 1, 0, sizes=rows(tp.world_size)),
+            lambda xs: _split(xs[1], rows(len(xs))),
+            lambda n, rank: (sum(rows(n)), 3),
+            differentiable=False,
+        ),
+        "bits": Case(_bits, _bits_oracle, differentiable=False),
+        "reduce_scatterv product": Case(
+            lambda tp, x: tp.reduce_scatterv(x, 0, rows(tp.world_size), op="product"),
+            lambda xs: _split(torch.stack(list(xs)).prod(0), rows(len(xs))),
+            lambda n, rank: (sum(rows(n)), 3),
+        ),
+        "reduce_scatterv max": Case(
+            lambda tp, x: tp.reduce_scatterv(x, 0, rows(tp.world_size), op="max"),
+            lambda xs: _split(torch.stack(list(xs)).amax(0), rows(len(xs))),
+            lambda n, rank: (sum(rows(n)), 3),
+        ),
         "all_to_all": Case(lambda tp, x: tp.all_to_all(x), lambda xs: _all_to_all(xs, 0, 0)),
         "all_to_all over two dims": Case(lambda tp, x: tp.all_to_all(x, scatter_dim=0, gather_dim=1), lambda xs: _all_to_all(xs, 0, 1)),
         "all_to_all of uneven pieces": Case(
@@ -176,6 +261,8 @@ CASES = MappingProxyType(
         "broadcast": Case(_broadcast, lambda xs: [xs[1].sin() * 2] * len(xs)),
         "out": Case(_out, lambda xs: [len(xs) * x + 1 for x in xs]),
         "begun and waited for": Case(_begun, lambda xs: [summed(xs) + len(xs) * x for x in xs], differentiable=False),
+        "lists": Case(_lists, _lists_oracle),
+        "begun and waited for, the others": Case(_begun_too, _begun_too_oracle, differentiable=False),
         "send and recv": Case(_ring, _ring_oracle, differentiable=False),
         "dispatch and combine": Case(_dispatched, lambda xs: [len(xs) * 3 * x * x for x in xs], lambda n, rank: (rows(n)[rank], 3)),
         "dispatch and combine of equal rows": Case(_dispatched_evenly, lambda xs: [x * x * (len(xs) * (len(xs) + 1) // 2) for x in xs]),

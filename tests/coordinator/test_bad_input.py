@@ -41,6 +41,8 @@ TENSOR: dict[str, Callable[..., Any]] = {
     "reduce_scatterv": lambda g, x, **how: g.reduce_scatterv(x, **how),
     "all_to_all": lambda g, x, **how: g.all_to_all(x, **how),
     "gather": lambda g, x, **how: g.gather(x, **how),
+    "reduce": lambda g, x, **how: g.reduce(x, **how),
+    "scatter": lambda g, x, **how: g.scatter(x, g.rank_in_group, **how),
     "broadcast": lambda g, x, **how: g.broadcast(x, **how),
     "send": lambda g, x, **how: g.send(x, **how),
     "send_tensor_dict": lambda g, x, **how: g.send_tensor_dict({"a": {"b": x}}, **how),
@@ -93,6 +95,7 @@ BAD_TENSORS: dict[str, tuple[Callable[[], Any], str]] = {
 _WITH_GRADIENTS = ("gradient", "parameter", "part of a graph")
 _DIFFERENTIABLE = ("all_reduce", "all_gather", "all_gatherv", "all_gatherv of a list", "reduce_scatter", "reduce_scatterv", "all_to_all")
 _FILLED = ("all_reduce_", "broadcast")
+_LISTED = ("all_reduce", "all_reduce_", "all_gather", "all_gatherv", "reduce_scatter", "broadcast")
 
 Case = tuple[Callable[[GroupCoordinator], Any], str, str]
 CASES: dict[str, Case] = {}
@@ -111,7 +114,7 @@ for _op, _call in TENSOR.items():
             continue
         if _kind in _WITH_GRADIENTS and _op in _FILLED:
             _named = "leaf"
-        if _op == "all_gatherv" and _kind == "list":
+        if _op in _LISTED and _kind == "list":
             _named = "x[0] is a float"
         case(f"{_op}: {_kind}", NAMES.get(_op, _op), lambda g, call=_call, make=_make: call(g, make()), _named)  # type: ignore[misc]
 
@@ -127,7 +130,19 @@ _TIMEOUTS: dict[str, Any] = {
 for _op, _other in OTHERS.items():
     for _kind, _value in _TIMEOUTS.items():
         case(f"{_op}: timeout {_kind}", _op, lambda g, call=_other, value=_value: call(g, timeout=value), repr(_value))  # type: ignore[call-arg,misc]
-for _op, _call in TENSOR.items():
+BEGUN: dict[str, Callable[..., Any]] = {
+    "all_reduce_async": lambda g, x, **how: g.all_reduce_async(x, **how),
+    "all_gather_async": lambda g, x, **how: g.all_gather_async(x, **how),
+    "reduce_scatter_async": lambda g, x, **how: g.reduce_scatter_async(x, **how),
+    "all_to_all_async": lambda g, x, **how: g.all_to_all_async(x, **how),
+    "gather_async": lambda g, x, **how: g.gather_async(x, **how),
+    "broadcast_async": lambda g, x, **how: g.broadcast_async(x, **how),
+}
+for _op, _call in BEGUN.items():
+    for _kind, (_make, _named) in BAD_TENSORS.items():
+        case(f"{_op}: {_kind}", _op, lambda g, call=_call, make=_make: call(g, make()), "gradient" if _kind in _WITH_GRADIENTS else _named)  # type: ignore[misc]
+
+for _op, _call in {**TENSOR, **BEGUN, "barrier_async": lambda g, _, **how: g.barrier_async(**how)}.items():
     for _kind, _value in _TIMEOUTS.items():
         case(
             f"{_op}: timeout {_kind}",
@@ -140,6 +155,10 @@ for _op, _call in TENSOR.items():
 _PEERS: dict[str, Callable[[GroupCoordinator, Any], Any]] = {
     "broadcast src": lambda g, rank: g.broadcast(x46(), rank),
     "gather dst": lambda g, rank: g.gather(x46(), rank),
+    "gather_async dst": lambda g, rank: g.gather_async(x46(), rank),
+    "broadcast_async src": lambda g, rank: g.broadcast_async(x46(), rank),
+    "reduce dst": lambda g, rank: g.reduce(x46(), rank),
+    "scatter src": lambda g, rank: g.scatter(x46(), rank),
     "send dst": lambda g, rank: g.send(x46(), rank),
     "recv src": lambda g, rank: g.recv(3, torch.float32, rank),
     "broadcast_object src": lambda g, rank: g.broadcast_object(1, rank),
@@ -163,6 +182,10 @@ _DIMS: dict[str, Callable[[GroupCoordinator, Any], Any]] = {
     "reduce_scatter dim": lambda g, dim: g.reduce_scatter(x46(), dim),
     "reduce_scatterv dim": lambda g, dim: g.reduce_scatterv(x46(), dim),
     "gather dim": lambda g, dim: g.gather(x46(), 0, dim),
+    "gather_async dim": lambda g, dim: g.gather_async(x46(), 0, dim),
+    "scatter dim": lambda g, dim: g.scatter(x46(), g.rank_in_group, dim),
+    "all_to_all_async scatter_dim": lambda g, dim: g.all_to_all_async(x46(), scatter_dim=dim),
+    "all_to_all_async gather_dim": lambda g, dim: g.all_to_all_async(x46(), gather_dim=dim),
     "all_to_all scatter_dim": lambda g, dim: g.all_to_all(x46(), scatter_dim=dim),
     "all_to_all gather_dim": lambda g, dim: g.all_to_all(x46(), gather_dim=dim),
 }
@@ -170,9 +193,9 @@ for _op, _peer in _DIMS.items():
     _name, _argument = _op.split()
     for _value in (2, -3, 0.0, None, "0", False):
         case(f"{_op} = {_value!r}", _name, lambda g, call=_peer, value=_value: call(g, value), f"{_argument}={_value!r}")  # type: ignore[misc]
-    case(f"{_op} of a scalar", _name, lambda g, call=TENSOR[_name]: call(g, torch.tensor(1.0)), "reshape")  # type: ignore[misc]
+    case(f"{_op} of a scalar", _name, lambda g, call={**TENSOR, **BEGUN}[_name]: call(g, torch.tensor(1.0)), "reshape")  # type: ignore[misc]
 
-_REDUCTIONS = ("all_reduce", "all_reduce_", "reduce_scatter")
+_REDUCTIONS = ("all_reduce", "all_reduce_", "reduce", "reduce_scatter", "reduce_scatterv")
 for _op in _REDUCTIONS:
     _call = TENSOR[_op]
     for _value in ("mean", "SUM", None, 0, ("sum",)):
@@ -191,7 +214,15 @@ for _op in _REDUCTIONS:
             lambda g, call=_call, op=_value: call(g, torch.ones(4, 6, dtype=torch.complex64), op=op),  # type: ignore[misc]
             "complex64",
         )
-for _op in (*_REDUCTIONS, "reduce_scatterv"):
+    for _value in ("band", "bor", "bxor"):
+        for _dtype in (torch.float32, torch.bfloat16, torch.complex64):
+            case(
+                f"{_op}: {_value} of {_dtype}",
+                _op,
+                lambda g, call=_call, op=_value, dtype=_dtype: call(g, torch.ones(4, 6, dtype=dtype), op=op),  # type: ignore[misc]
+                str(_dtype),
+            )
+for _op in _REDUCTIONS:
     case(
         f"{_op}: no arithmetic",
         _op,
@@ -202,6 +233,10 @@ for _op in (*_REDUCTIONS, "reduce_scatterv"):
 _SIZES: dict[str, Callable[[GroupCoordinator, Any], Any]] = {
     "all_gatherv sizes": lambda g, sizes: g.all_gatherv(x46(), 0, sizes),
     "reduce_scatterv sizes": lambda g, sizes: g.reduce_scatterv(x46(), 0, sizes),
+    "gather sizes": lambda g, sizes: g.gather(x46(), 0, 0, sizes=sizes),
+    "gather_async sizes": lambda g, sizes: g.gather_async(x46(), 0, 0, sizes=sizes),
+    "scatter sizes": lambda g, sizes: g.scatter(x46(), g.rank_in_group, 0, sizes=sizes),
+    "all_to_all_async output_sizes": lambda g, sizes: g.all_to_all_async(x46(), output_sizes=sizes),
     "all_to_all input_sizes": lambda g, sizes: g.all_to_all(x46(), input_sizes=sizes, output_sizes=[2, 2]),
     "all_to_all output_sizes": lambda g, sizes: g.all_to_all(x46(), output_sizes=sizes),
 }
@@ -213,6 +248,16 @@ for _op, _peer in _SIZES.items():
 
 case("reduce_scatter: uneven", "reduce_scatter", lambda g: g.reduce_scatter(torch.ones(3, 5), 1), "5 entries")
 case("reduce_scatterv: uneven without sizes", "reduce_scatterv", lambda g: g.reduce_scatterv(torch.ones(3, 5), 1), "5 entries")
+case("scatter: uneven", "scatter", lambda g: g.scatter(torch.ones(3, 5), g.rank_in_group), "5 entries")
+case("scatter: a dim that is none, of nothing", "scatter", lambda g: g.scatter(None, g.next_in_group, 1.5), "dim=1.5")
+case("scatter: sizes that are none, of nothing", "scatter", lambda g: g.scatter(None, g.next_in_group, sizes=[1, 2, 3]), "sizes")
+case("scatter: 25 dims", "scatter", lambda g: g.scatter(torch.ones([1] * 24 + [2]), g.rank_in_group), "24 dims")
+case(
+    "scatter: no arithmetic",
+    "scatter",
+    lambda g: g.scatter(torch.zeros(4, 6, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), g.rank_in_group),
+    "float4",
+)
 case("all_to_all: uneven", "all_to_all", lambda g: g.all_to_all(torch.ones(3, 5), scatter_dim=1), "5 entries")
 case("all_to_all: no output_sizes", "all_to_all", lambda g: g.all_to_all(x46(), input_sizes=[1, 3]), "without output_sizes")
 case("all_gatherv: nothing", "all_gatherv", lambda g: g.all_gatherv(7), "int")
@@ -245,9 +290,19 @@ _BAD_OUTS: dict[str, tuple[Any, str]] = {
 for _op, _peer in _OUTS.items():
     for _kind, (_value, _named) in _BAD_OUTS.items():
         case(f"{_op}: out's {_kind}", _op, lambda g, call=_peer, value=_value: call(g, value), _named)  # type: ignore[misc]
-for _op in ("all_reduce_", "broadcast"):
-    case(f"{_op}: expanded", _op, lambda g, call=TENSOR[_op]: call(g, torch.ones(1).expand(3)), "expanded")  # type: ignore[misc]
-    case(f"{_op}: inference", _op, lambda g, call=TENSOR[_op]: call(g, _INFERENCE), "inference")  # type: ignore[misc]
+for _op in ("all_gather_async", "reduce_scatter_async", "all_to_all_async"):
+    _given = {"all_gather_async": (4, 6), "reduce_scatter_async": (16, 6)}.get(_op, (8, 6))
+    for _kind, (_value, _named) in _BAD_OUTS.items():
+        _how = {"out": _value} if _op == "all_to_all_async" else {"dim": 0, "out": _value}
+        case(
+            f"{_op}: out's {_kind}",
+            _op,
+            lambda g, call=BEGUN[_op], given=_given, how=_how: call(g, torch.ones(given), **how),  # type: ignore[misc]
+            _named,
+        )
+for _op in ("all_reduce_", "broadcast", "broadcast_async"):
+    case(f"{_op}: expanded", _op, lambda g, call={**TENSOR, **BEGUN}[_op]: call(g, torch.ones(1).expand(3)), "expanded")  # type: ignore[misc]
+    case(f"{_op}: inference", _op, lambda g, call={**TENSOR, **BEGUN}[_op]: call(g, _INFERENCE), "inference")  # type: ignore[misc]
 
 for _title, _value in {"negative": (-1,), "float": 3.0, "text": "33", "None": None, "bool": True}.items():
     case(f"recv: size {_title}", "recv", lambda g, value=_value: g.recv(value, torch.float32), "size=")  # type: ignore[misc]
@@ -404,7 +459,27 @@ def test_one_rank_gives_its_input_back_and_checks_all_the_same() -> None:
         assert g.all_to_all(x) is x
         assert g.all_to_all(x, input_sizes=[6], output_sizes=[6]) is x
         assert g.gather(x) is x
+        assert g.gather(x, sizes=[4]) is x
         assert g.broadcast(x) is x
+        assert g.scatter(x) is x
+        assert g.scatter(x, sizes=[4]) is x
+        for op in ("band", "bor", "bxor"):
+            whole = x.long()
+            assert g.all_reduce(whole, op=op) is whole
+            assert g.all_reduce_(whole, op=op) is whole
+            assert g.reduce(whole, op=op) is whole
+            assert g.reduce_scatter(whole, 1, op=op) is whole
+            assert g.reduce_scatterv(whole, 1, [4], op=op) is whole
+        for begun in (
+            g.all_reduce_async,
+            g.all_gather_async,
+            g.reduce_scatter_async,
+            g.all_to_all_async,
+            g.gather_async,
+            g.broadcast_async,
+        ):
+            assert begun(x).wait() is x
+        assert g.barrier_async().wait() is None
         for fill in (g.all_gather, g.reduce_scatter):
             out = torch.zeros(6, 4)
             assert fill(x, 0, out=out) is out
@@ -432,7 +507,7 @@ def test_one_rank_gives_its_input_back_and_checks_all_the_same() -> None:
             with pytest.raises(ValueError, match="nobody to talk to"):
                 call()
         # Left out: what is right for one rank, and what is refused for another reason before (nobody is there to send to).
-        other = re.compile(r"^(send|recv)(_|:| (src|dst))|sizes = |itself|lambda|uneven|another extent|out's|no output_sizes")
+        other = re.compile(r"^(send|recv)(_|:| (src|dst))|sizes = |itself|of nothing|lambda|uneven|another extent|out's|no output_sizes")
         for title in CASES:
             if not other.search(title):
                 refuse(g, title)
@@ -468,6 +543,19 @@ MISMATCHES: dict[str, Callable[[GroupCoordinator], Any]] = {
     "op": lambda g: g.all_reduce(torch.ones(4), op="max" if g.rank == 1 else "sum"),
     "dim": lambda g: g.all_gather(torch.ones(3, 3), g.rank % 2),
     "src": lambda g: g.broadcast(torch.ones(3), g.rank % 2),
+    "bitwise op": lambda g: g.all_reduce(torch.ones(4, dtype=torch.int64), op="bxor" if g.rank == 1 else "bor"),
+    "op of uneven pieces": lambda g: g.reduce_scatterv(torch.ones(6), 0, [1, 2, 3], op="max" if g.rank == 1 else "sum"),
+    "dst of a reduction": lambda g: g.reduce(torch.ones(3), g.rank % 2),
+    "op of a reduction to one": lambda g: g.reduce(torch.ones(3), 0, op="max" if g.rank == 1 else "sum"),
+    "src of a scatter": lambda g: g.scatter(torch.ones(6), g.rank % 2),
+    "shape of a scatter": lambda g: g.scatter(torch.ones(6 + 3 * (g.rank % 2))),
+    "sizes of a scatter": lambda g: g.scatter(torch.ones(6) if g.rank == 0 else None, sizes=[1, 2, 3] if g.rank == 1 else [2, 2, 2]),
+    "sizes of a gather": lambda g: g.gather(torch.ones(2), sizes=[2, 2, 1] if g.rank == 1 else [2, 2, 2]),
+    "reduce or gather": lambda g: g.reduce(torch.ones(3)) if g.rank == 1 else g.gather(torch.ones(3)),
+    "one of a list": lambda g: g.all_reduce([torch.ones(3), torch.ones(3 + g.rank % 2)]),
+    "length of a list": lambda g: g.all_gather([torch.ones(3)] * (2 + g.rank % 2)),
+    "begun": lambda g: g.broadcast_async(torch.ones(3 + g.rank)).wait(),
+    "begun or not": lambda g: g.barrier_async().wait() if g.rank == 1 else g.all_to_all_async(torch.ones(3)).wait(),
     "sizes": lambda g: g.reduce_scatterv(torch.ones(6), 0, [1, 2, 3] if g.rank == 1 else [2, 2, 2]),
     "skipped": lambda g: [g.all_reduce(torch.ones(2 if i < 3 else 1)) for i in range(1 if g.rank == 2 else 0, 4)],
     "reordered": lambda g: [g.all_gather_object(1) if (i + g.rank) % 2 else g.all_reduce(torch.ones(2)) for i in range(2)],
@@ -521,7 +609,8 @@ def test_without_check_a_mismatch_ends_at_the_deadline_and_tells_what_each_was_d
 
     messages = [message for message in on(3, body, host_timeout=timedelta(seconds=0.4), timeout=20, shm=False) if message]
     assert messages
-    assert any("did not end within" in message and "gave up in call" in message for message in messages) or "object" in kind
+    told = re.compile(r"did not end within(?s:.)*gave up in call|called different things")  # a scatter's header tells at once
+    assert any(map(told.search, messages)) or "object" in kind
     assert all("test_bad_input.py:" in message for message in messages) or "object" in kind
 
 

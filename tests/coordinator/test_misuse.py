@@ -17,7 +17,7 @@ REFUSED = (cg.UnsupportedTensorError, ValueError, TypeError)
 
 # What is called, and what its message must name beside operation and group.
 BAD: dict[str, tuple[Callable[[cg.GroupCoordinator], Any], str]] = {
-    "no tensor": (lambda g: g.all_reduce([1.0]), "list"),
+    "no tensor": (lambda g: g.all_reduce(1.0), "float"),
     "meta": (lambda g: g.all_reduce(X.to("meta")), "meta"),
     "sparse": (lambda g: g.all_gather(X.to_sparse()), "sparse"),
     "gradient": (lambda g: g.all_reduce_(X.clone().requires_grad_()), "leaf"),

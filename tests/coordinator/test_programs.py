@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import operator
 import pickle
 import subprocess
 import sys
@@ -26,10 +27,11 @@ from commgraph.coordinator import GroupCoordinator
 from commgraph.testing import spmd
 from commgraph.testing._program import OPERATIONS, Program, Step, TensorSpec, fill
 from commgraph.testing.strategies import programs, tensors
-from tests.helpers import ROOT, bits, on, same
+from tests.helpers import ROOT, bits, on, on_ctx, same
 from tests.stand_ins import FakeDevice, Memory
 
-REDUCTIONS = ("all_reduce", "all_reduce_", "reduce_scatter", "reduce_scatterv", "combine")
+REDUCTIONS = ("all_reduce", "all_reduce_", "reduce", "reduce_scatter", "reduce_scatterv", "combine")
+BITWISE: dict[str, Callable[[int, int], int]] = {"band": operator.and_, "bor": operator.or_, "bxor": operator.xor}
 
 
 # Comparison
@@ -49,7 +51,9 @@ def assert_reduced(result: torch.Tensor, pieces: Sequence[torch.Tensor], op: str
     assert result.shape == pieces[0].shape
     whole = not (dtype.is_floating_point or dtype.is_complex)
     columns = list(zip(*(piece.flatten().tolist() for piece in pieces), strict=True)) if whole else []
-    if dtype == torch.bool:
+    if op in BITWISE:
+        assert result.flatten().tolist() == [reduce(BITWISE[op], column) for column in columns]
+    elif dtype == torch.bool:
         either: Any = any if op in ("sum", "max") else all
         assert result.flatten().tolist() == [either(column) for column in columns]
     elif whole:
@@ -109,7 +113,10 @@ def expected(step: Step, ranks: Sequence[int], me: int, seed: Callable[[int], in
         return [torch.cat(given, dim)] * 2
     if operation == "dispatch":
         return [torch.cat(given)] * 2
-    if operation == "gather":
+    if operation in ("scatter", "scatterv"):
+        cut = [step.extent(i) for i in range(n)] if operation == "scatterv" else [given[root].shape[dim] // n] * n
+        return given[root].split(cut, dim)[me]
+    if operation in ("gather", "gatherv"):
         return torch.cat(given, dim) if me == root else None
     if operation == "broadcast":
         return given[root]
@@ -131,7 +138,7 @@ def reduced_slices(step: Step, ranks: Sequence[int], me: int, seed: Callable[[in
     """What is reduced to the result of rank `me`."""
     n = len(ranks)
     given = [step.given(n, i, seed(rank)) for i, rank in enumerate(ranks)]
-    if step.operation in ("all_reduce", "all_reduce_"):
+    if step.operation in ("all_reduce", "all_reduce_", "reduce"):
         return given
     if step.operation == "combine":
         return [given[me]] * n  # every rank gives back what it was handed
@@ -178,6 +185,9 @@ def check(program: Program, results: Sequence[Sequence[tuple[Any, Any]]]) -> Non
             if n == 1:
                 assert same(result, step.given(n, me, seed(rank))), place
                 assert step.out or result is given, f"{place}: one rank gets its very input back"
+                continue
+            if step.operation == "reduce" and me != step.root % n:
+                assert result is None, place
                 continue
             assert_reduced(result, reduced_slices(step, ranks, me, seed), step.op)
             if "all_reduce" in step.operation:
@@ -243,11 +253,12 @@ def test_programs_on_a_stand_in_for_a_device(options: dict[str, Any]) -> None:
     calls: list[str] = []
 
     served = ("all_reduce", "all_reduce_", "all_gather", "reduce_scatter")
+    others = ("reduce", "gather", "gatherv", "scatter", "scatterv", "broadcast", "all_to_all", "all_to_allv", "reduce_scatterv", "barrier")
 
-    @settings(QUICK, max_examples=30)
+    @settings(QUICK, max_examples=40)
     @given(
         n=st.integers(2, 4),
-        program=programs(max_steps=8, operations=(*served, "ring", "tensor_dict_ring", "broadcast_object")),
+        program=programs(max_steps=8, operations=(*served, *others, "ring", "tensor_dict_ring", "broadcast_object")),
         dtypes=st.lists(st.sampled_from(["float32", "bfloat16", ""]), min_size=8),
     )
     def play(n: int, program: Program, dtypes: list[str]) -> None:
@@ -257,7 +268,12 @@ def test_programs_on_a_stand_in_for_a_device(options: dict[str, Any]) -> None:
                 step,
                 group="tp",
                 gather=None,
-                tensor=attrs.evolve(step.tensor, dtype=dtype or step.tensor.dtype, shape=wider(step.tensor.shape), bits=False),
+                tensor=attrs.evolve(
+                    step.tensor,
+                    dtype=step.tensor.dtype if step.op in BITWISE else dtype or step.tensor.dtype,
+                    shape=wider(step.tensor.shape),
+                    bits=False,
+                ),
             )
             for step, dtype in zip(program.steps, dtypes, strict=False)
             if step.op != "avg" or dtype
@@ -366,23 +382,27 @@ SILENT = {
 
 
 def ops_of(operation: str, dtype: torch.dtype) -> list[str]:
-    if operation not in ("all_reduce", "all_reduce_", "reduce_scatter"):
+    if operation not in ("all_reduce", "all_reduce_", "reduce", "reduce_scatter", "reduce_scatterv"):
         return ["sum"]
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return ["sum", "product", "max", "min", *BITWISE]
     ordered = ["max", "min"] if not dtype.is_complex else []
     return ["sum", "product", *ordered, *(["avg"] if dtype.is_floating_point or dtype.is_complex else [])]
 
 
-def test_every_operation_over_every_dtype() -> None:
-    """What random choice may leave out."""
+@pytest.mark.parametrize("options", [{}, {"shm": False}], ids=str)
+def test_every_operation_over_every_dtype(options: dict[str, bool]) -> None:
+    """Random programs may leave some of these out."""
     steps = [
-        Step(operation, "tp", TensorSpec(str(x.dtype).removeprefix("torch."), (2, 3), "transposed"), op=op, sizes=(2, 0, 3))
+        Step(operation, "tp", TensorSpec(str(x.dtype).removeprefix("torch."), (2, 3), strides), op=op, sizes=(2, 0, 3))
         for x in ALL
+        for strides in ("plain", "transposed")  # by the fast path, where there is one, and by the general path
         for operation in OPERATIONS
         if operation not in SILENT
         for op in ops_of(operation, x.dtype)
     ]
     program = Program(cg.Layout(3, tp=3), tuple(steps))
-    check(program, spmd(program, 3))
+    check(program, on_ctx(3, program.perform, **options))
 
 
 def test_large_reductions_have_the_bits_of_small_ones() -> None:

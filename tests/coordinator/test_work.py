@@ -218,9 +218,22 @@ def test_collectives_come_about_in_the_order_in_which_they_were_begun(options: d
         gathered = pp.all_gather_async(torch.full((2, 2), float(pp.rank_in_group)), 0)
         out = torch.empty(2)
         piece = pp.reduce_scatter_async(torch.arange(2.0 * n), out=out)
+        filled = torch.full((3,), float(pp.rank_in_group))
+        sent = pp.broadcast_async(filled, 1)
+        crossed = pp.all_to_all_async(torch.arange(2.0 * n) + 100 * pp.rank_in_group)
+        on_one = pp.gather_async(filled[: pp.rank_in_group], n - 1, 0, sizes=list(range(n)))
+        met = pp.barrier_async()
         # A blocking one waits for all of them, also through the short way.
         assert pp.all_reduce(torch.ones(2)).tolist() == [n, n]
-        assert all(work.is_completed() for work in (*sums, gathered, piece))
+        begun: list[cg.Work[Any]] = [*sums, gathered, piece, sent, crossed, on_one, met]
+        assert all(work.is_completed() for work in begun)
+        assert sent.wait() is filled
+        assert filled.tolist() == [1, 1, 1]
+        assert crossed.wait()[::2].tolist() == [2.0 * pp.rank_in_group + 100 * i for i in range(n)]
+        joined = on_one.wait()
+        # It was begun after the broadcast, and so gathers what that filled in.
+        assert (None if joined is None else joined.tolist()) == ([1.0] * (n * (n - 1) // 2) if pp.is_last_rank else None)
+        assert met.wait() is None
         assert piece.wait() is out
         assert out.tolist() == [n * 2.0 * pp.rank_in_group, n * (2.0 * pp.rank_in_group + 1)]
         assert gathered.wait()[:, 0].tolist() == [float(i // 2) for i in range(2 * n)]
@@ -232,6 +245,32 @@ def test_collectives_come_about_in_the_order_in_which_they_were_begun(options: d
 
     each(3, run, **options)
     each(4, run, nodes=2, **options)
+
+
+@WAYS
+def test_a_refused_call_counts_in_its_turn(options: dict[str, Any]) -> None:
+    """Whether calls that were begun before it have ended is each rank's own affair; how many calls it has made is not."""
+
+    def run(pp: GroupCoordinator) -> None:
+        if pp.is_first_rank:
+            work = pp.all_reduce_async(torch.ones(2))
+            for call in (pp.all_reduce, pp.gather, pp.all_reduce_async):
+                with pytest.raises(ValueError, match="timeout=0"):
+                    call(torch.ones(2), timeout=0)
+            assert not work.is_completed()
+            pp.send_object("now", 1)
+        else:
+            pp.recv_object(0)
+            work = pp.all_reduce_async(torch.ones(2))
+            work.wait()
+            for call in (pp.all_reduce, pp.gather, pp.all_reduce_async):
+                with pytest.raises(ValueError, match="timeout=0"):
+                    call(torch.ones(2), timeout=0)
+        pp.barrier()
+        assert pp._state.sequence == 5
+        assert work.wait().tolist() == [2, 2]
+
+    each(2, run, **options)
 
 
 @WAYS
@@ -275,6 +314,10 @@ def test_one_rank_has_everything_at_once() -> None:
         assert tp.all_gather_async(x, out=out).wait() is out
         assert tp.reduce_scatter_async(x).wait() is x
         assert tp.all_reduce_async(x).is_completed()
+        assert tp.broadcast_async(x).wait() is x
+        assert tp.gather_async(x).wait() is x
+        assert tp.all_to_all_async(x, out=out).wait() is out
+        assert tp.barrier_async().wait() is None
         for call in (lambda: tp.isend(x, 0), lambda: tp.irecv(3, torch.float32), lambda: tp.batch([cg.Send(x)])):
             with pytest.raises(ValueError, match="nobody to talk to"):
                 call()
@@ -285,7 +328,7 @@ def test_one_rank_has_everything_at_once() -> None:
 def test_a_gradient_is_refused_and_inference_mode_goes_along() -> None:
     def run(pp: GroupCoordinator) -> None:
         x = torch.ones(3, requires_grad=True)
-        for call in (pp.all_reduce_async, pp.all_gather_async, pp.isend):
+        for call in (pp.all_reduce_async, pp.all_gather_async, pp.broadcast_async, pp.all_to_all_async, pp.gather_async, pp.isend):
             with pytest.raises(cg.UnsupportedTensorError, match="requires a gradient"):
                 call(x)
         with torch.no_grad():
@@ -312,6 +355,12 @@ def test_bad_input_raises_when_it_is_begun() -> None:
             (cg.UnsupportedTensorError, "out is", lambda: pp.all_gather_async(x, out=torch.empty(5))),
             (cg.UnsupportedTensorError, "out is", lambda: pp.reduce_scatter_async(torch.ones(4), out=torch.empty(5))),
             (ValueError, "timeout=-1", lambda: pp.all_reduce_async(x, timeout=-1)),
+            (ValueError, "timeout=-1", lambda: pp.barrier_async(timeout=-1)),
+            (ValueError, "src=2", lambda: pp.broadcast_async(x, 2)),
+            (ValueError, "dst=-1", lambda: pp.gather_async(x, -1)),
+            (ValueError, r"sizes=\[1, 1\]", lambda: pp.gather_async(x, sizes=[1, 1])),
+            (ValueError, "without output_sizes", lambda: pp.all_to_all_async(x, input_sizes=[1, 2])),
+            (cg.UnsupportedTensorError, "expanded", lambda: pp.broadcast_async(x[:1].expand(3))),
             (cg.UnsupportedTensorError, r"messages\[1\] is a Tensor", lambda: pp.batch([cg.Send(x), x])),  # type: ignore[list-item]
             (ValueError, r"messages\[0\].dst=2 is not a rank", lambda: pp.batch([cg.Send(x, 2)])),
             (ValueError, r"messages\[0\].src=\d is this rank", lambda: pp.batch([cg.Recv(x, pp.rank_in_group)])),

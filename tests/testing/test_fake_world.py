@@ -42,11 +42,21 @@ def every_shape(group: GroupCoordinator, x: torch.Tensor) -> dict[str, Any]:
         "all_to_all": group.all_to_all(x, scatter_dim=0, gather_dim=1),
         "all_to_allv": group.all_to_all(x.new_empty(sum(sizes), 3), input_sizes=sizes, output_sizes=[group.rank_in_group] * n),
         "gather": group.gather(x, 1),
+        "gatherv": group.gather(piece, group.rank_in_group, 0, sizes=sizes),
+        "scatter": group.scatter(x, 1, 0),
+        "scatterv": group.scatter(x.new_empty(sum(sizes), 3), 0, 0, sizes=sizes),
+        "reduce": group.reduce(x, group.rank_in_group),
+        "reduce elsewhere": group.reduce(x, 1, op="max"),
+        "bits": group.reduce_scatterv(x.new_empty((sum(sizes), 3), dtype=torch.int32), 0, sizes, op="bxor"),
+        "broadcast_async": group.broadcast_async(x.clone(), 1).wait(),
+        "all_to_all_async": group.all_to_all_async(x, gather_dim=1).wait(),
+        "gather_async": group.gather_async(x, 1).wait(),
         "broadcast": group.broadcast(x.clone(), 1),
         "recv": group.recv((4, 5), torch.bfloat16, device=x.device),
     }
     group.send(x)
     group.barrier()
+    assert group.barrier_async().wait() is None
     dispatched = group.dispatch(piece, x.new_empty(len(piece), 8), sizes=sizes)
     results["dispatch"] = dispatched[0]
     results["combine"] = group.combine(dispatched[0], dispatched)
@@ -64,6 +74,15 @@ EXPECTED = {
     "all_to_all": (2, 12),
     "all_to_allv": (8, 3),
     "gather": None,
+    "gatherv": (6, 3),
+    "scatter": (2, 3),
+    "scatterv": (2, 3),
+    "reduce": (8, 3),
+    "reduce elsewhere": None,
+    "bits": (2, 3),
+    "broadcast_async": (8, 3),
+    "all_to_all_async": (2, 12),
+    "gather_async": None,
     "broadcast": (8, 3),
     "recv": (4, 5),
     "dispatch": (6, 3),
@@ -147,12 +166,12 @@ META = tuple(name for name in OPERATIONS if "object" not in name and "dict" not 
 @settings(deadline=None, max_examples=40)
 @given(programs(max_world_size=5, max_steps=6, operations=META))
 def test_random_programs_have_the_shapes_that_real_ranks_see(program: Program) -> None:
-    # Messages that are waited for later cannot be traced, nor rows be counted.
+    # Messages that are waited for later cannot be traced, nor rows be counted, nor shapes be guessed that only the source knows.
     steps = [
         attrs.evolve(step, later=None)
         if step.operation in ("ring", "pair")
         else attrs.evolve(step, out=True)
-        if step.operation in COUNTED
+        if step.operation in (*COUNTED, "scatter", "scatterv")
         else step
         for step in program.steps
     ]
@@ -245,6 +264,8 @@ def test_real_tensors_and_objects_of_peers_are_refused() -> None:
         for receive in receives:
             with pytest.raises(cg.BackendUnavailableError, match="there is no such peer"):
                 receive()
+        with pytest.raises(cg.UnsupportedTensorError, match="x is None, and no peer gives its shape"):
+            tp.scatter(None, 0)
         assert tp.broadcast_object("mine", 1) == "mine"
         tp.send_object("lost", 2)
         # Nothing of it did any harm.

@@ -29,12 +29,13 @@ static int parse_op(PyObject *name) {
 /* The kernel's kind and op of a reduction; 0 if there is none. On bool, sum is "or" and product is "and". */
 static int reduces(const view *v, int *dtype, int *op) {
     *dtype = v->dtype;
+    if (*op < 0) return 0;
     if (v->is_bool && *op != CG_AVG) {
         *dtype = CG_U8;
         *op = *op == CG_SUM || *op == CG_MAX ? CG_MAX : CG_MIN;
         return 1;
     }
-    return *op >= 0 && *dtype != ANY_DTYPE && cg_find_kernel(*dtype, *op) != NULL;
+    return *dtype != ANY_DTYPE && cg_find_kernel(*dtype, *op) != NULL;
 }
 
 /* Begins a call: its tag, as commgraph.communicators.tags.tag_of has it, and its deadline. `args` are those of the coordinator's method that its
