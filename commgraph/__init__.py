@@ -41,12 +41,13 @@ if TYPE_CHECKING:
     from commgraph.options import CommunicatorOptions
     from commgraph.platforms import CpuPlatform, Platform
     from commgraph.shm.message_queue import MessageQueue
-    from commgraph.work import Recv, Send, Work
+    from commgraph.work import ANY, Recv, Send, Work
     from commgraph.world import World
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ANY",
     "BackendUnavailableError",
     "BuildError",
     "CollectiveError",
@@ -86,6 +87,7 @@ __all__ = [
 
 _HOMES = MappingProxyType(
     {
+        "ANY": "commgraph.work",
         "Communicator": "commgraph.communicators.base",
         "CommunicatorOptions": "commgraph.options",
         "CpuPlatform": "commgraph.platforms",

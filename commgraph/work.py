@@ -11,19 +11,31 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import attrs
 import torch
 
 from commgraph.errors import CollectiveTimeoutError, CommGraphError
 
-__all__ = ["Finished", "Job", "Lane", "LaneThread", "Recv", "Send", "Work"]
+__all__ = ["ANY", "AnySource", "Finished", "Job", "Lane", "LaneThread", "Recv", "Send", "Work"]
 
 T = TypeVar("T")
 
 # Seconds that a thread without jobs stays: the next job of a pipeline comes sooner, and a group that is idle for longer has none.
 _LINGERING = 0.5
+
+
+@attrs.frozen(repr=False)
+class AnySource:
+    """The type of `ANY`."""
+
+    def __repr__(self) -> str:
+        return "commgraph.ANY"
+
+
+ANY: Final = AnySource()
+"""As `src` of a receive: whichever rank of the group has sent first."""
 
 
 @attrs.frozen(eq=False)
@@ -32,11 +44,13 @@ class Send:
 
     Attributes:
         x: any shape; not to be changed until the batch has ended.
-        dst: rank in the group, by default the next one.
+        dst: rank in the group, by default the next one; the rank itself is one, too.
+        tag: as for `GroupCoordinator.send`.
     """
 
     x: torch.Tensor
     dst: int | None = None
+    tag: int = 0
 
 
 @attrs.frozen(eq=False)
@@ -45,11 +59,13 @@ class Recv:
 
     Attributes:
         out: filled; of the shape and dtype of what is sent.
-        src: rank in the group, by default the previous one.
+        src: rank in the group, by default the previous one; the rank itself is one, too.
+        tag: that of the message.
     """
 
     out: torch.Tensor
     src: int | None = None
+    tag: int = 0
 
 
 class End:
@@ -325,6 +341,11 @@ class Lane:
                 self._hold(False)
             if not self._open or self._jobs:
                 self._changed.notify_all()
+
+    @property
+    def has_gone(self) -> bool:
+        """Whether there is neither a job nor a thread."""
+        return not self._open and self._thread is None
 
     def settle(self, seconds: float) -> bool:
         """Waits until everything that was begun has ended; False where that takes longer."""

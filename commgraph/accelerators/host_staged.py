@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -31,6 +31,7 @@ class HostStagedCommunicator(Communicator):
         super().__init__(host[0].rank_in_group, host[0].world_size)
         self._device = device
         self._host = tuple(host)
+        self.tagged = all(one.tagged for one in host if "send" in one.operations)
 
     def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:
         """Every call on its device that is not being captured."""
@@ -103,16 +104,27 @@ class HostStagedCommunicator(Communicator):
         *,
         tag: int,
         deadline: Deadline,
+        label: int = 0,
     ) -> None:
         landing = [torch.empty(x.shape, dtype=x.dtype) for x, _ in receives]
         route = self._route("send", torch.empty(0))
+        how = {"label": label} if label else {}
         route.exchange(
             [(x.cpu(), peer) for x, peer in sends],
             [(piece, peer) for piece, (_, peer) in zip(landing, receives, strict=True)],
             tag=tag,
             deadline=deadline,
+            **how,
         )
         copy_back(landing, [x for x, _ in receives])
+
+    def receive_any(self, x: torch.Tensor, tags: Mapping[int, int], *, label: int, patience: float, deadline: Deadline) -> int | None:
+        landing = torch.empty(x.shape, dtype=x.dtype)
+        route = self._route("send", torch.empty(0))
+        src = route.receive_any(landing, tags, label=label, patience=patience, deadline=deadline)
+        if src is not None:
+            x.copy_(landing)
+        return src
 
     def abort(self) -> None:
         """Nothing runs here that the host's strategies do not run."""

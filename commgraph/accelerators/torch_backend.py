@@ -178,6 +178,7 @@ class TorchCommunicator(Communicator):
         *,
         tag: int,
         deadline: Deadline,
+        label: int = 0,
     ) -> None:
         landing = [staging_for(x) for x, _ in receives]
         # Kept until all are launched: the memory of a copy that is dropped before would be given to the next one.

@@ -89,12 +89,12 @@ def _gradients(group: GroupCoordinator, x: torch.Tensor) -> dict[str, Callable[[
     def both(forward: Callable[[], torch.Tensor], given: torch.Tensor) -> Callable[[], object]:
         def call() -> None:
             whole.grad = None
-            forward().backward(given)  # type: ignore[no-untyped-call]  # torch's
+            forward().backward(given)
 
         return call
 
     return {
-        "autograd.Function around a copy": both(lambda: _Copy.apply(whole, group), grad),  # type: ignore[no-untyped-call, no-any-return]  # torch's
+        "autograd.Function around a copy": both(lambda: _Copy.apply(whole, group), grad),  # type: ignore[no-untyped-call]  # torch's
         "reduce_from": both(lambda: functional.reduce_from(whole, group), grad),
         "copy_to": both(lambda: functional.copy_to(whole, group), grad),
         "gather_from": both(lambda: functional.gather_from(whole, group, 0), joined),

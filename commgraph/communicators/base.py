@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import attrs
@@ -92,7 +92,7 @@ class FastPath(Protocol):
     def pause(self, paused: bool) -> None:
         """Refuse native calls while calls that were begun before are made by another thread, and take them again."""
 
-    def offer(self, x: torch.Tensor, dst: int, *, tag: int) -> bool:
+    def offer(self, x: torch.Tensor, dst: int, *, tag: int, label: int = 0) -> bool:
         """Send x, if it need not wait for its receiver; otherwise return False with nothing sent."""
 
     def translate(self, error: BaseException) -> Exception | None:
@@ -138,6 +138,9 @@ class Communicator(abc.ABC):
 
     stream_ordered: bool = False
     """Whether its calls only enqueue on the current stream of their device, and never hold up the host."""
+
+    tagged: bool = False
+    """Whether messages pair by their tags, and not by their order alone: `exchange` takes a `label`, and there is `receive_any`."""
 
     process_group: Any = None
     """torch's process group of its backend, where it has one for device tensors."""
@@ -260,11 +263,34 @@ class Communicator(abc.ABC):
         *,
         tag: int,
         deadline: Deadline,
+        label: int = 0,
     ) -> None:
-        """Serve "send" and "recv": send and fill (tensor, rank) pairs, all at once; between two ranks they pair in order."""
+        """Serve "send" and "recv": send and fill (tensor, rank) pairs, all at once; between two ranks they pair in order.
+
+        Args:
+            sends, receives: tensors, and to or from whom.
+            tag, deadline: as for every operation.
+            label: the user's tag of these messages, up to 20 bits. Those of each label pair in an order of their own. Given to strategies
+                that are `tagged`, where it is not 0.
+        """
         raise RuntimeError(
             f"strategy {self.name!r} has no exchange, on which the operations rest that it lists and does not define: a bug of the strategy"
         )
+
+    def receive_any(self, x: torch.Tensor, tags: Mapping[int, int], *, label: int, patience: float, deadline: Deadline) -> int | None:
+        """Fill x with the next message of that label from whichever of several ranks has one first; of strategies that are `tagged`.
+
+        Args:
+            x: to be filled; not empty.
+            tags: tag of the next message of each rank; ranks that come first are looked at first.
+            label: the user's tag.
+            patience: seconds to wait for one.
+            deadline: of the call.
+
+        Returns:
+            Whose it was; None where none came, and nothing was lost.
+        """
+        raise RuntimeError(f"strategy {self.name!r} is tagged and cannot receive from any rank: a bug of the strategy")
 
     # Memory.
 

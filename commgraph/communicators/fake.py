@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -19,6 +19,7 @@ class FakeCommunicator(Communicator):
     name = "fake"
     operations = frozenset(OPERATIONS)
     reductions = frozenset(REDUCE_OPS)
+    tagged = True
 
     def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:
         """Tensors without data, and what has no tensor."""
@@ -67,8 +68,12 @@ class FakeCommunicator(Communicator):
         *,
         tag: int,
         deadline: Deadline,
+        label: int = 0,
     ) -> None:
         pass
+
+    def receive_any(self, x: torch.Tensor, tags: Mapping[int, int], *, label: int, patience: float, deadline: Deadline) -> int | None:
+        return next(iter(tags))
 
     def abort(self) -> None:
         pass

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 
-from commgraph.communicators.base import OPERATIONS, Communicator
+from commgraph.communicators.base import OPERATIONS, Communicator, PeerLate
+from commgraph.communicators.gloo_transport import Background
 from commgraph.communicators.memory import copy_back, packed, staging_for
 from commgraph.communicators.reduction import REDUCE_OPS, reduce_pieces
 from commgraph.deadline import Deadline
@@ -34,6 +36,8 @@ class Transport(Protocol):
         self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]], *, tag: int, deadline: Deadline
     ) -> None: ...
 
+    def receive_later(self, tensor: torch.Tensor, peer: int, *, tag: int, then: Callable[[], None] | None = None) -> Background: ...
+
     def abort(self) -> None: ...
 
     def close(self) -> None: ...
@@ -51,10 +55,14 @@ class GlooCommunicator(Communicator):
     name = "gloo"
     operations = frozenset(OPERATIONS)
     reductions = frozenset(REDUCE_OPS)
+    tagged = True
 
     def __init__(self, transport: Transport) -> None:
         super().__init__(transport.rank_in_group, transport.world_size)
         self.transport = transport
+        # Receives of `receive_any` that are still to come, by rank, tag and bytes: gloo knows no source but one, and takes none back.
+        self._posted: dict[tuple[int, int, int], tuple[Background, torch.Tensor]] = {}
+        self._came = threading.Condition(threading.Lock())
 
     def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:
         """Every call on the host."""
@@ -158,7 +166,11 @@ class GlooCommunicator(Communicator):
         *,
         tag: int,
         deadline: Deadline,
+        label: int = 0,
     ) -> None:
+        # The tag tells messages of different labels apart.
+        earlier = [(x, peer, self._posted.pop((peer, tag, x.nbytes), None) if self._posted else None) for x, peer in receives]
+        receives = [(x, peer) for x, peer, posted in earlier if posted is None]
         landing = [staging_for(view) for view, _ in receives]
         self.transport.exchange(
             [(packed(x), peer) for x, peer in sends],
@@ -167,12 +179,41 @@ class GlooCommunicator(Communicator):
             deadline=deadline,
         )
         copy_back(landing, [view for view, _ in receives])
+        for x, peer, posted in earlier:
+            if posted is not None:
+                late, buffer = posted
+                if not late.wait(deadline.left()):
+                    raise PeerLate(peer)
+                x.copy_(buffer.view(x.shape))
+
+    def receive_any(self, x: torch.Tensor, tags: Mapping[int, int], *, label: int, patience: float, deadline: Deadline) -> int | None:
+        keys = {peer: (peer, tag, x.nbytes) for peer, tag in tags.items()}
+        for peer, key in keys.items():
+            if key not in self._posted:
+                buffer = torch.empty(x.shape, dtype=x.dtype)
+                self._posted[key] = self.transport.receive_later(buffer, peer, tag=key[1], then=self._wake), buffer
+        with self._came:
+            self._came.wait_for(lambda: any(self._posted[key][0].has_ended for key in keys.values()), patience)
+        for peer, key in keys.items():
+            late, buffer = self._posted[key]
+            if late.has_ended and late.wait(0):
+                del self._posted[key]
+                x.copy_(buffer.view(x.shape))
+                return peer
+        return None
+
+    def _wake(self) -> None:
+        with self._came:
+            self._came.notify_all()
 
     def abort(self) -> None:
         self.transport.abort()
 
     def close(self) -> None:
         self.transport.close()
+        for late, _ in list(self._posted.values()):
+            late.join(1.0)
+        self._posted.clear()
 
     @property
     def bytes_sent(self) -> int:

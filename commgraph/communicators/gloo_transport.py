@@ -118,8 +118,11 @@ class GlooTransport:
             self.abort()
             raise
 
-    def receive_later(self, tensor: torch.Tensor, peer: int, *, tag: int) -> Background:
-        """A receive that may be waited for several times: gloo's own wait closes the group when it runs out, this one does not."""
+    def receive_later(self, tensor: torch.Tensor, peer: int, *, tag: int, then: Callable[[], None] | None = None) -> Background:
+        """A receive that may be waited for several times: gloo's own wait closes the group when it runs out, this one does not.
+
+        `then` is called, from another thread, once it has ended.
+        """
         if self._backend is None:
             raise PeerClosed(self.rank_in_group, "this rank closed the group")
         try:
@@ -134,7 +137,7 @@ class GlooTransport:
             except RuntimeError as error:
                 raise PeerClosed(peer, str(error)) from None
 
-        return Background(receive)
+        return Background(receive, then)
 
     def abort(self) -> None:
         """Closes every connection at once: all waits end with an error, here and on the peers. Never raises."""
@@ -166,7 +169,8 @@ class GlooTransport:
 class Background:
     """Something that waits for peers, on a thread of its own so that a caller's deadline can pass without harm to the group."""
 
-    def __init__(self, wait: Callable[[], object]) -> None:
+    def __init__(self, wait: Callable[[], object], then: Callable[[], None] | None = None) -> None:
+        self._then = then
         self._error: Exception | None = None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(wait,), name="commgraph-wait", daemon=True)
@@ -179,6 +183,14 @@ class Background:
             self._error = error
         finally:
             self._done.set()
+            if (then := self._then) is not None:
+                self._then = None
+                then()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._done.is_set()
 
     def wait(self, timeout: float) -> bool:
         """Whether it has ended, False after `timeout` seconds; raises what it raised."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from commgraph.communicators.base import CallsDiffer, Communicator, Limits, PeerClosed, PeerLate, Refused
 from commgraph.communicators.gloo import GlooCommunicator, Transport
+from commgraph.communicators.gloo_transport import Background
 from commgraph.communicators.reduction import REDUCE_OPS, accumulator
 from commgraph.communicators.shm import ShmCommunicator, exchange_bytes
 from commgraph.deadline import Deadline
@@ -162,6 +163,9 @@ class _Part:
             tag=tag,
             deadline=deadline,
         )
+
+    def receive_later(self, tensor: torch.Tensor, peer: int, *, tag: int, then: Callable[[], None] | None = None) -> Background:
+        return self._whole.receive_later(tensor, self._members[peer], tag=tag, then=then)
 
     def abort(self) -> None:
         self._whole.abort()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -21,7 +21,7 @@ from commgraph.communicators.tags import SETUP, make_tag
 from commgraph.deadline import Deadline
 from commgraph.options import CommunicatorOptions
 from commgraph.shm import host_memory, segments
-from commgraph.shm.mailbox import TENSORS, Mailbox
+from commgraph.shm.mailbox import Mailbox, tensors_with
 from commgraph.shm.pickling import tensor_over
 from commgraph.shm.stopped import Busy
 
@@ -64,12 +64,14 @@ class ShmCommunicator(Communicator):
     name = "shm"
     operations = frozenset(OPERATIONS)
     reductions = frozenset(REDUCE_OPS)
+    tagged = True
     fast: ShmFastPath
 
     def __init__(self, memory: host_memory.HostMemory, timeout: float) -> None:
         super().__init__(memory.rank_in_group, memory.sizes.n)
         self._memory = memory
         self._native = memory.native
+        self._timeout = timeout
         self._extra_bytes = 0
         self._closed: int | None = None  # what `bytes_sent` was when it was closed
         self._group = memory.native.Group(memory.team, memory.pool, memory.group_offset, memory.sizes.slot_bytes)
@@ -258,24 +260,42 @@ class ShmCommunicator(Communicator):
         *,
         tag: int,
         deadline: Deadline,
+        label: int = 0,
     ) -> None:
-        mailbox = self._mailbox
+        mailbox, kind = self._mailbox, tensors_with(label)
         assert mailbox is not None
         for peer, tensors in by_peer(sends).items():
             given = [packed(x) for x in tensors]
             try:
-                mailbox.send(peer, TENSORS, tag, tuple([(x.data_ptr(), x.nbytes) for x in given]), deadline.left_ns())
+                mailbox.send(peer, kind, tag, tuple([(x.data_ptr(), x.nbytes) for x in given]), deadline.left_ns())
             except BaseException as error:
                 self._raise(error, halfway=True)
         for peer, tensors in by_peer(receives).items():
             landing = [staging_for(x) for x in tensors]
             try:
-                fits = mailbox.receive_into(peer, tag, [(x.data_ptr(), x.nbytes) for x in landing], landing, deadline.left_ns())
+                fits = mailbox.receive_into(peer, kind, tag, [(x.data_ptr(), x.nbytes) for x in landing], landing, deadline.left_ns())
             except BaseException as error:
                 self._raise(error, halfway=True)
             if not fits:
                 raise CallsDiffer(peer)
             copy_back(landing, tensors)
+
+    def receive_any(self, x: torch.Tensor, tags: Mapping[int, int], *, label: int, patience: float, deadline: Deadline) -> int | None:
+        mailbox, landing = self._mailbox, staging_for(x)
+        assert mailbox is not None
+        rest_ns = deadline.at_least(self._timeout).left_ns()
+        into = [(landing.data_ptr(), landing.nbytes)]
+        try:
+            found = mailbox.receive_first(tags, tensors_with(label), into, landing, int(patience * 1e9), rest_ns)
+        except BaseException as error:
+            self._raise(error, halfway=True)
+        if found is None:
+            return None
+        src, fits = found
+        if not fits:
+            raise CallsDiffer(src)
+        copy_back([landing], [x])
+        return src
 
     # Memory.
 

@@ -12,7 +12,7 @@ from commgraph import compat
 from commgraph.communicators.base import CallsDiffer, PeerClosed, PeerLate
 from commgraph.communicators.memory import packed
 from commgraph.shm.host_memory import HostMemory
-from commgraph.shm.mailbox import TENSORS, Mailbox
+from commgraph.shm.mailbox import Mailbox, tensors_with
 from commgraph.shm.stopped import GONE, LOST, MISMATCH, TIMEOUT, Stopped
 
 __all__ = ["ShmFastPath", "by_peer", "native_calls"]
@@ -43,10 +43,10 @@ class ShmFastPath:
     def pause(self, paused: bool) -> None:
         self.counter.paused = int(paused)
 
-    def offer(self, x: torch.Tensor, dst: int, *, tag: int) -> bool:
+    def offer(self, x: torch.Tensor, dst: int, *, tag: int, label: int = 0) -> bool:
         assert self.mailbox is not None
         whole = packed(x)
-        return self.mailbox.offer(dst, TENSORS, tag, ((whole.data_ptr(), whole.nbytes),))
+        return self.mailbox.offer(dst, tensors_with(label), tag, ((whole.data_ptr(), whole.nbytes),))
 
     def translate(self, error: BaseException) -> Exception | None:
         if not isinstance(error, Stopped):

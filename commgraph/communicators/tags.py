@@ -4,13 +4,35 @@ from __future__ import annotations
 
 import zlib
 
-__all__ = ["CHECK", "COLLECTIVE", "MESSAGE", "OBJECT", "OBJECT_REST", "SETUP", "digest", "make_tag", "tag_of"]
+__all__ = [
+    "CHECK",
+    "COLLECTIVE",
+    "MESSAGE",
+    "OBJECT",
+    "OBJECT_REST",
+    "SETUP",
+    "digest",
+    "make_tag",
+    "message_text",
+    "tag_of",
+    "tagged_text",
+]
 
 # Kinds of messages: those of different kinds never pair, however they are interleaved. SETUP: of strategies that are being built. The
 # highest of 3 bits stays free.
 COLLECTIVE, MESSAGE, OBJECT, OBJECT_REST, CHECK, SETUP = range(6)
 
 _MASK = (1 << 28) - 1
+
+
+def message_text(dtype: object, numel: int) -> str:
+    """Return the text of a message; its two sides may give the tensor different shapes."""
+    return f"{dtype} {numel}"
+
+
+def tagged_text(text: str, tag: int) -> str:
+    """Return the text of messages with a tag of the user's; 0 is that of messages without one."""
+    return f"{text} tag={tag}" if tag else text
 
 
 def digest(text: str) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, SupportsIndex, TypeVar
+from typing import Any, Final, Protocol, SupportsIndex, TypeVar
 
 import torch
 
@@ -16,9 +16,12 @@ from commgraph import compat
 from commgraph.communicators.reduction import REDUCE_OPS, refuse_reduction
 from commgraph.errors import UnsupportedTensorError
 
-__all__ = ["BadArgument", "Place"]
+__all__ = ["TAGS", "BadArgument", "Place"]
 
 T = TypeVar("T")
+
+TAGS: Final = 1 << 20
+"""How many tags there are for messages."""
 
 
 class BadArgument(Exception):  # noqa: N818 - never leaves commgraph.coordinator and commgraph.ops
@@ -205,6 +208,14 @@ def peer(place: Place, value: Any, name: str, *, other: bool = False) -> int:
             f"{name}={found} is this rank itself"
             + ("; a group of one rank has nobody to talk to" if n == 1 else "; isend, irecv and batch serve messages to oneself")
         )
+    return found
+
+
+def message_tag(value: Any) -> int:
+    """The tag of a message."""
+    found: int = value if type(value) is int else index(value, "tag")
+    if not 0 <= found < TAGS:
+        raise BadArgument(f"tag={found} is not a tag: 0 to {TAGS - 1}")
     return found
 
 

@@ -74,7 +74,7 @@ def send_dict(
         return
     deadline = begin_message(group, operation, timeout)
     peer = checked_peer(group, operation, to, "dst", group._state.sequence, other=True)
-    wait_pending(group, (peer, True), operation, deadline)
+    wait_pending(group, (peer, True, 0), operation, deadline)
     _pack(group, objects, operation, tree, peer, slicing, override)(deadline, timeout is not None)
 
 
@@ -119,7 +119,7 @@ def recv_dict(
             return tree
     deadline = begin_message(group, operation, timeout)
     peer = checked_peer(group, operation, source, "src", group._state.sequence, other=True)
-    wait_pending(group, (peer, False), operation, deadline)
+    wait_pending(group, (peer, False, 0), operation, deadline)
     received = _receive(group, objects, operation, peer, slicing, override, deadline, timeout is not None)
     return received.gathered(slicing, timeout)
 
@@ -192,7 +192,7 @@ def isend_dict(
     call = Call(group.name, operation, state.members, state.sequence)
     send = _pack(group, objects, operation, tree, peer, slicing, override)
     tasks: list[StreamTask] = []
-    job = submit(group, (peer, True), lambda: send(Deadline.after(deadline.seconds), timeout is not None), (), tasks)
+    job = submit(group, (peer, True, 0), lambda: send(Deadline.after(deadline.seconds), timeout is not None), (), tasks)
     return Work(call, [job], lambda _: joined(tasks, None), tasks)
 
 
@@ -212,7 +212,7 @@ def irecv_dict(
     call = Call(group.name, operation, state.members, state.sequence)
     tasks: list[StreamTask] = []
     receive = partial(_receive, group, objects, operation, peer, slicing, override)
-    job = submit(group, (peer, False), lambda: receive(Deadline.after(deadline.seconds), timeout is not None), (), tasks)
+    job = submit(group, (peer, False, 0), lambda: receive(Deadline.after(deadline.seconds), timeout is not None), (), tasks)
 
     def finish(results: Sequence[Any]) -> dict[Any, Any]:
         received: Received = results[0]

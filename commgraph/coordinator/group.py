@@ -15,7 +15,7 @@ from commgraph import compat
 from commgraph.communicators.base import Communicator, Refused
 from commgraph.communicators.shm_fast import native_calls
 from commgraph.communicators.tags import COLLECTIVE, make_tag
-from commgraph.coordinator import dict_messages, experts, messages
+from commgraph.coordinator import dict_messages, experts, messages, object_work
 from commgraph.coordinator.asynchronous import begin_collective
 from commgraph.coordinator.capture import GraphCapture, capture
 from commgraph.coordinator.checks import BadArgument, like, shape
@@ -39,7 +39,7 @@ from commgraph.coordinator.state import GroupState
 from commgraph.deadline import Deadline, Timeout
 from commgraph.errors import BackendUnavailableError
 from commgraph.shm import native_module
-from commgraph.work import Recv, Send, Work
+from commgraph.work import AnySource, Recv, Send, Work
 
 __all__ = ["GroupCoordinator"]
 
@@ -86,6 +86,7 @@ class Family:
         "broadcast",
         "send",
         "recv",
+        "sendrecv",
         "barrier",
         "all_reduce_async",
         "all_gather_async",
@@ -599,77 +600,184 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
 
     # Messages. Only the two ranks concerned count these, so they may fall between collectives as they like.
 
-    def send(self, x: torch.Tensor, dst: int | None = None, *, timeout: Timeout = None) -> None:
+    def send(self, x: torch.Tensor, dst: int | None = None, *, tag: int = 0, timeout: Timeout = None) -> None:
         """Sends x to one rank; returns when it was taken.
+
+        A message with a tag of up to 64 KiB is taken at once, so that the receiver may ask for the tags in an order of its own.
 
         Args:
             x: any shape.
-            dst: rank in the group, by default `next_in_group`.
+            dst: rank in the group, by default `next_in_group`; not this rank itself, which `isend` serves.
+            tag: 0 to 2**20 - 1. Messages from one rank to another pair by their tags, those of each tag in order. Tensors on a device whose
+                strategy pairs messages by their order alone (NCCL) can have no tag but 0.
             timeout: deadline.
-        """
-        messages.send(self, x, dst, timeout)
 
+        Raises:
+            UnsupportedTensorError: also for a tag, where x's strategy knows none.
+            ValueError: also for a tag, where torch traces.
+        """
+        messages.send(self, x, dst, tag, timeout)
+
+    @overload
     def recv(
         self,
         size: Sequence[int] | int,
         dtype: torch.dtype,
         src: int | None = None,
         *,
+        tag: int = 0,
         device: torch.device | str | None = None,
         out: torch.Tensor | None = None,
         timeout: Timeout = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor: ...
+    @overload
+    def recv(
+        self,
+        size: Sequence[int] | int,
+        dtype: torch.dtype,
+        src: AnySource,
+        *,
+        tag: int = 0,
+        device: torch.device | str | None = None,
+        out: torch.Tensor | None = None,
+        timeout: Timeout = None,
+    ) -> tuple[torch.Tensor, int]: ...
+    def recv(
+        self,
+        size: Sequence[int] | int,
+        dtype: torch.dtype,
+        src: int | AnySource | None = None,
+        *,
+        tag: int = 0,
+        device: torch.device | str | None = None,
+        out: torch.Tensor | None = None,
+        timeout: Timeout = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, int]:
         """Receives a tensor of a known shape and dtype.
 
         Args:
             size: its shape.
             dtype: its dtype.
-            src: rank in the group, by default `prev_in_group`.
+            src: rank in the group, by default `prev_in_group`; not this rank itself, which `irecv` serves. `commgraph.ANY`: whichever rank
+                has sent first, and where several have, each in its turn. Of the next message with that tag of every rank size and dtype
+                must be these, and not empty. A deadline that passes loses nothing: call again. A rank that died is a PeerLostError; one
+                that has closed its side is passed over on one host, unless none is left.
+            tag: that of the message, as for `send`; messages of other tags are kept for whoever asks for them.
             device: where to put it, by default the group's device.
             out: filled and returned in place of a new tensor.
             timeout: deadline.
-        """
-        return messages.recv(self, size, dtype, src, device, out, timeout)
 
-    def isend(self, x: torch.Tensor, dst: int | None = None, *, timeout: Timeout = None) -> Work[None]:
+        Returns:
+            The tensor; with `commgraph.ANY` the tensor and the rank in the group from which it came.
+
+        Raises:
+            UnsupportedTensorError: also for a tag or `commgraph.ANY`, where the strategy for such tensors knows neither.
+            ValueError: also for a tag or `commgraph.ANY`, where torch traces.
+        """
+        received: torch.Tensor | tuple[torch.Tensor, int] = messages.recv(self, size, dtype, src, tag, device, out, timeout)
+        return received
+
+    def sendrecv(
+        self,
+        x: torch.Tensor,
+        dst: int,
+        size: Sequence[int] | int,
+        dtype: torch.dtype,
+        src: int,
+        *,
+        device: torch.device | str | None = None,
+        out: torch.Tensor | None = None,
+        timeout: Timeout = None,
+    ) -> torch.Tensor:
+        """Sends x to one rank and receives a tensor from another one, or the same, both at once.
+
+        Ranks that all do so cannot wait for each other. The other side of either message may be a `send` or `recv` as well.
+
+        Args:
+            x: any shape.
+            dst: rank in the group; this rank itself where `src` is, too.
+            size, dtype: of what comes.
+            src: rank in the group.
+            device: where to put what comes, by default the group's device.
+            out: filled and returned in place of a new tensor; apart from x.
+            timeout: deadline.
+
+        Returns:
+            The tensor that came.
+        """
+        return messages.sendrecv(self, x, dst, size, dtype, src, device, out, timeout)
+
+    def isend(self, x: torch.Tensor, dst: int | None = None, *, tag: int = 0, timeout: Timeout = None) -> Work[None]:
         """`send` without waiting until x was taken.
 
         Args:
             x: any shape. Not to be changed until the work has ended.
-            dst: rank in the group, by default `next_in_group`.
+            dst: rank in the group, by default `next_in_group`; this rank itself gets a copy, which its `irecv` takes.
+            tag: as for `send`.
             timeout: deadline, a timedelta or seconds, from when its turn comes.
 
         Returns:
             Work whose result is None.
         """
-        return messages.isend(self, x, dst, timeout)
+        return messages.isend(self, x, dst, tag, timeout)
 
+    @overload
     def irecv(
         self,
         size: Sequence[int] | int,
         dtype: torch.dtype,
         src: int | None = None,
         *,
+        tag: int = 0,
         device: torch.device | str | None = None,
         out: torch.Tensor | None = None,
         timeout: Timeout = None,
-    ) -> Work[torch.Tensor]:
-        """`recv`, whose tensor `Work.wait` gives.
+    ) -> Work[torch.Tensor]: ...
+    @overload
+    def irecv(
+        self,
+        size: Sequence[int] | int,
+        dtype: torch.dtype,
+        src: AnySource,
+        *,
+        tag: int = 0,
+        device: torch.device | str | None = None,
+        out: torch.Tensor | None = None,
+        timeout: Timeout = None,
+    ) -> Work[tuple[torch.Tensor, int]]: ...
+    def irecv(
+        self,
+        size: Sequence[int] | int,
+        dtype: torch.dtype,
+        src: int | AnySource | None = None,
+        *,
+        tag: int = 0,
+        device: torch.device | str | None = None,
+        out: torch.Tensor | None = None,
+        timeout: Timeout = None,
+    ) -> Work[torch.Tensor] | Work[tuple[torch.Tensor, int]]:
+        """`recv`, whose result `Work.wait` gives.
 
         Args:
             size, dtype: of what comes.
-            src: rank in the group, by default `prev_in_group`.
+            src: rank in the group, by default `prev_in_group`; this rank itself gives what it has sent itself by `isend`.
+                `commgraph.ANY`: as for `recv`, this rank included.
+            tag: that of the message.
             device: where to put it, by default the group's device.
             out: filled and given in place of a new tensor. Not to be touched until the work has ended.
             timeout: deadline, a timedelta or seconds, from when its turn comes.
+
+        Returns:
+            Work whose result is the tensor; with `commgraph.ANY` the tensor and the rank in the group from which it came.
         """
-        return messages.irecv(self, size, dtype, src, device, out, timeout)
+        begun: Work[torch.Tensor] | Work[tuple[torch.Tensor, int]] = messages.irecv(self, size, dtype, src, tag, device, out, timeout)
+        return begun
 
     def batch(self, messages_: Sequence[Send | Recv], *, timeout: Timeout = None) -> Work[list[torch.Tensor | None]]:
         """Sends and receives all of these at once, so that it does not matter in which order the ranks list them.
 
-        Between two ranks the messages of each direction pair in the order in which they are listed; the other side may be a batch, or
-        single sends and receives of either kind.
+        Between two ranks the messages of each direction and tag pair in the order in which they are listed; the other side may be a batch,
+        or single sends and receives of either kind. A rank may send to itself.
 
         Args:
             messages: `commgraph.Send` and `commgraph.Recv`.
@@ -716,6 +824,61 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
     def all_gather_object(self, obj: T, *, timeout: Timeout = None) -> list[T]:
         """Every rank's object, in rank order; which objects: as for `broadcast_object`."""
         return self._objects.all_gather(self, "all_gather_object", obj, timeout)
+
+    def scatter_object(self, objs: Sequence[Any] | None = None, src: int = 0, *, timeout: Timeout = None) -> Any:
+        """This rank's object of those that `src` gives.
+
+        Which objects, and receivers whose deadline passes: as for `broadcast_object`.
+
+        Args:
+            objs: one object for each rank, in rank order; ignored elsewhere than on `src`, which gets its own one itself.
+            src: rank in the group.
+            timeout: deadline.
+
+        Raises:
+            TypeError: one of them cannot be sent; nothing was.
+            ValueError: they are not as many as there are ranks; nothing was sent. The others go on waiting: the next call is theirs.
+        """
+        return self._objects.scatter(self, "scatter_object", objs, src, timeout)
+
+    def gather_object(self, obj: T, dst: int = 0, *, timeout: Timeout = None) -> list[T] | None:
+        """Every rank's object, in rank order, on one rank; which objects: as for `broadcast_object`.
+
+        Args:
+            obj: of this rank.
+            dst: rank in the group that gets them.
+            timeout: deadline.
+
+        Returns:
+            On `dst` a list of all, its own one itself; None elsewhere.
+        """
+        return self._objects.gather(self, "gather_object", obj, dst, timeout)
+
+    def isend_object(self, obj: Any, dst: int, *, timeout: Timeout = None) -> Work[None]:
+        """`send_object` without waiting until the object was taken.
+
+        Args:
+            obj: pickled at once: it may be changed afterwards.
+            dst: rank in the group; this rank itself gets a copy, which its `irecv_object` takes.
+            timeout: deadline, a timedelta or seconds, from when its turn comes.
+
+        Returns:
+            Work whose result is None.
+        """
+        return object_work.isend_object(self, self._objects, obj, dst, timeout)
+
+    def irecv_object(self, src: int, *, timeout: Timeout = None) -> Work[Any]:
+        """`recv_object`, whose object `Work.wait` gives.
+
+        Args:
+            src: rank in the group; this rank itself gives what it has sent itself by `isend_object`.
+            timeout: deadline, a timedelta or seconds, from when its turn comes. One that passes before anything arrived loses nothing: the
+                next receive of an object from that rank goes on waiting for the same one.
+
+        Returns:
+            Work whose result is the object.
+        """
+        return object_work.irecv_object(self, self._objects, src, timeout)
 
     def send_object(self, obj: Any, dst: int, *, timeout: Timeout = None) -> None:
         """Sends an object to one rank in the group; which objects: as for `broadcast_object`."""

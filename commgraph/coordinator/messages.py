@@ -12,8 +12,9 @@ from torch.compiler import is_dynamo_compiling
 
 from commgraph.accelerators.side_streams import StreamTask
 from commgraph.communicators.base import Communicator
-from commgraph.communicators.tags import MESSAGE, digest, make_tag
+from commgraph.communicators.tags import MESSAGE, digest, make_tag, message_text, tagged_text
 from commgraph.coordinator import checks
+from commgraph.coordinator.any_source import from_self, receive_any, to_self
 from commgraph.coordinator.asynchronous import joined, submit
 from commgraph.coordinator.checks import BadArgument, Place
 from commgraph.coordinator.failures import Call, call_site
@@ -28,19 +29,29 @@ from commgraph.coordinator.operation import (
     refuse_timeout,
     wait_pending,
 )
-from commgraph.coordinator.pending import MessageKey
+from commgraph.coordinator.pending import ANY_RANK, MessageKey
 from commgraph.deadline import Deadline, Timeout
 from commgraph.shm.kinds import KINDS
-from commgraph.work import Job, Recv, Send, Work
+from commgraph.work import AnySource, Job, Recv, Send, Work
 
-__all__ = ["Receive", "Transmit", "batch", "exchange", "irecv", "isend", "message_digest", "message_text", "recv", "send"]
+__all__ = [
+    "Receive",
+    "SendReceive",
+    "Transmit",
+    "batch",
+    "exchange",
+    "irecv",
+    "isend",
+    "message_digest",
+    "recv",
+    "send",
+    "sendrecv",
+]
 
 T = TypeVar("T")
 
-
-def message_text(dtype: torch.dtype, numel: int) -> str:
-    """Return the text of a message; its two sides may give the tensor different shapes."""
-    return f"{dtype} {numel}"
+# Bytes up to which `send` of a message with a tag does not wait for its receiver, also where no ring takes it.
+_BUFFERED: Final = 64 << 10
 
 
 class Transmit(Operation):
@@ -57,7 +68,7 @@ class Transmit(Operation):
 
     @classmethod
     def kernel(cls, x: torch.Tensor, group: Group, dst: int, token: torch.Tensor) -> None:
-        send(group, x.detach(), dst, None)
+        send(group, x.detach(), dst, 0, None)
 
     @classmethod
     def fake(cls, place: Place, x: torch.Tensor, dst: int) -> None:
@@ -73,8 +84,7 @@ class Receive(Operation):
 
     @classmethod
     def traced(cls, group: Group, size: Any, dtype: torch.dtype, src: int | None, device: Any, out: torch.Tensor | None) -> torch.Tensor:
-        place = torch.device(device) if device is not None else group.device if out is None else out.device
-        extents = [size] if isinstance(size, int | torch.SymInt) else list(size)
+        extents, place = _asked(group, size, device, out)
         source = group.prev_in_group if src is None else src
         return into(out, cls.operator(group, extents, dtype, source, place, cls.token(group)))
 
@@ -82,7 +92,8 @@ class Receive(Operation):
     def kernel(
         cls, group: Group, size: Sequence[int], dtype: torch.dtype, src: int, device: torch.device, token: torch.Tensor
     ) -> torch.Tensor:
-        return recv(group, list(size), dtype, src, device, None, None)
+        received: torch.Tensor = recv(group, list(size), dtype, src, 0, device, None, None)
+        return received
 
     @classmethod
     def fake(cls, place: Place, size: Sequence[int], dtype: torch.dtype, src: int, device: torch.device) -> torch.Tensor:
@@ -90,59 +101,175 @@ class Receive(Operation):
         return torch.empty(tuple(size), dtype=dtype, device=device)
 
 
+class SendReceive(Operation):
+    """The torch operator of `sendrecv`."""
+
+    name = "sendrecv"
+    schema = "sendrecv(Tensor x, Group group, int dst, SymInt[] size, ScalarType dtype, int src, Device device, Tensor(a!) token) -> Tensor"
+    ordered = True
+
+    @classmethod
+    def traced(
+        cls, group: Group, x: torch.Tensor, dst: int, size: Any, dtype: torch.dtype, src: int, device: Any, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        checks.refuse_gradient(group, x, "sendrecv")
+        extents, place = _asked(group, size, device, out)
+        return into(out, cls.operator(x, group, dst, extents, dtype, src, place, cls.token(group)))
+
+    @classmethod
+    def kernel(
+        cls,
+        x: torch.Tensor,
+        group: Group,
+        dst: int,
+        size: Sequence[int],
+        dtype: torch.dtype,
+        src: int,
+        device: torch.device,
+        token: torch.Tensor,
+    ) -> torch.Tensor:
+        return sendrecv(group, x.detach(), dst, list(size), dtype, src, device, None, None)
+
+    @classmethod
+    def fake(
+        cls, place: Place, x: torch.Tensor, dst: int, size: Sequence[int], dtype: torch.dtype, src: int, device: torch.device
+    ) -> torch.Tensor:
+        _both(place, checks.peer(place, dst, "dst"), checks.peer(place, src, "src"))
+        return torch.empty(tuple(size), dtype=dtype, device=device)
+
+
+def _asked(group: Group, size: Any, device: Any, out: torch.Tensor | None) -> tuple[list[Any], torch.device]:
+    """Return shape and device of a tensor to receive, where torch traces."""
+    place = torch.device(device) if device is not None else group.device if out is None else out.device
+    return [size] if isinstance(size, int | torch.SymInt) else list(size), place
+
+
 # Blocking.
 
 
-def send(group: Group, x: torch.Tensor, dst: int | None, timeout: Timeout) -> None:
+def send(group: Group, x: torch.Tensor, dst: int | None, tag: int, timeout: Timeout) -> None:
     """`GroupCoordinator.send`."""
     if is_dynamo_compiling():
         refuse_timeout(timeout)
+        _refuse_tag("send", tag)
         Transmit.traced(group, x, dst)
         return
     native = group._state.native_messages
-    if native is not None and native.send(group, x, group.next_in_group if dst is None else dst, timeout):
+    if native is not None and _is_plain(tag) and native.send(group, x, group.next_in_group if dst is None else dst, timeout):
         return
     if is_watched(x):
         refuse_timeout(timeout)
+        _refuse_tag("send", tag)
         Transmit.traced(group, x, dst)
         return
     deadline = begin_message(group, "send", timeout)
     try:
         checks.tensor(group, x, gradient="send")
         peer = checks.peer(group, group.next_in_group if dst is None else dst, "dst", other=True)
+        tag = checks.message_tag(tag)
+        strategy = _tagged(group, x, True, tag)
     except BadArgument as error:
         raise explain(error, group, "send", group._state.sequence) from None
-    exchange(group, "send", [x], peer, True, deadline, limited=timeout is not None)
+    if strategy is not None and x.is_cpu and strategy.fast is None and x.nbytes <= _BUFFERED:
+        # As a ring does: who asks for messages in another order than that in which they are sent finds them all the same.
+        seconds = group._state.timeouts.host
+        _under_way(group, "send", {(peer, True, tag): [x.detach().clone()]}, seconds, False, None)
+        return
+    exchange(group, "send", [x], peer, True, deadline, tag=tag, limited=timeout is not None)
 
 
 def recv(
     group: Group,
     size: Sequence[int] | int,
     dtype: torch.dtype,
-    src: int | None,
+    src: int | AnySource | None,
+    tag: int,
     device: torch.device | str | None,
     out: torch.Tensor | None,
     timeout: Timeout,
-) -> torch.Tensor:
+) -> Any:
     """`GroupCoordinator.recv`."""
     if is_dynamo_compiling():
         refuse_timeout(timeout)
-        return Receive.traced(group, size, dtype, src, device, out)
+        _refuse_tag("recv", tag, src)
+        return Receive.traced(group, size, dtype, src, device, out)  # type: ignore[arg-type]  # `ANY` is refused
     native = group._state.native_messages
-    if native is not None and device is None:
+    if native is not None and device is None and _is_plain(tag):
         received: torch.Tensor | None = native.recv(group, size, dtype, group.prev_in_group if src is None else src, out, timeout)
         if received is not None:
             return received
     if is_watched(out):
         refuse_timeout(timeout)
-        return Receive.traced(group, size, dtype, src, device, out)
+        _refuse_tag("recv", tag, src)
+        return Receive.traced(group, size, dtype, src, device, out)  # type: ignore[arg-type]  # as above
     deadline = begin_message(group, "recv", timeout)
     try:
-        result, peer = _result(group, size, dtype, src, device, out)
+        if isinstance(src, AnySource) and group.world_size == 1:
+            raise BadArgument("src=commgraph.ANY is nobody: a group of one rank has nobody to talk to")
+        result, peer, tag = _result(group, size, dtype, src, tag, device, out, other=True)
     except BadArgument as error:
         raise explain(error, group, "recv", group._state.sequence) from None
-    exchange(group, "recv", [result], peer, False, deadline, limited=timeout is not None)
+    if peer == ANY_RANK:
+        wait_pending(group, (ANY_RANK, False, tag), "recv", deadline)
+        return result, receive_any(group, "recv", result, tag, deadline)
+    exchange(group, "recv", [result], peer, False, deadline, tag=tag, limited=timeout is not None)
     return result
+
+
+def sendrecv(
+    group: Group,
+    x: torch.Tensor,
+    dst: int,
+    size: Sequence[int] | int,
+    dtype: torch.dtype,
+    src: int,
+    device: torch.device | str | None,
+    out: torch.Tensor | None,
+    timeout: Timeout,
+) -> torch.Tensor:
+    """`GroupCoordinator.sendrecv`."""
+    if is_dynamo_compiling() or is_watched(x, out):
+        refuse_timeout(timeout)
+        return SendReceive.traced(group, x, dst, size, dtype, src, device, out)
+    deadline = begin_message(group, "sendrecv", timeout)
+    try:
+        checks.tensor(group, x, gradient="sendrecv")
+        to, source = checks.peer(group, dst, "dst"), checks.peer(group, src, "src")
+        _both(group, to, source)
+        result, _, _ = _result(group, size, dtype, source, 0, device, out, other=False)
+    except BadArgument as error:
+        raise explain(error, group, "sendrecv", group._state.sequence) from None
+    limited, there, here = timeout is not None, (to, True, 0), (source, False, 0)
+    if _is_stream_ordered(group, there, x) or _is_stream_ordered(group, here, result):
+        return _under_way(group, "sendrecv", {there: [x], here: [result]}, deadline.seconds, limited, result).wait()
+    sending = _under_way(group, "sendrecv", {there: [x]}, deadline.seconds, limited, None)
+    exchange(group, "sendrecv", [result], source, False, deadline, limited=limited)
+    sending.wait()
+    return result
+
+
+def _is_plain(tag: Any) -> bool:
+    """Whether a message without a tag is meant, as native messages are."""
+    return type(tag) is int and tag == 0
+
+
+def _refuse_tag(operation: str, tag: Any, src: Any = None) -> None:
+    """Refuse where torch traces what an operator has no place for."""
+    if isinstance(src, AnySource) or not _is_plain(tag):
+        what = "src=commgraph.ANY" if isinstance(src, AnySource) else f"tag={tag!r}"
+        raise ValueError(
+            f"{operation}: {what} cannot go with a call that is traced: messages in a graph pair by their order. Call it outside of the "
+            "compiled function"
+        )
+
+
+def _both(place: Place, dst: int, src: int) -> None:
+    """Check that a rank sends to itself and receives from itself, or does neither."""
+    me = place.rank_in_group
+    if (dst == me) != (src == me):
+        raise BadArgument(
+            f"dst={dst} and src={src}: one of them is this rank itself and the other one is not, so one message has no other side"
+        )
 
 
 def begin_message(group: Group, operation: str, timeout: Timeout) -> Deadline:
@@ -152,22 +279,58 @@ def begin_message(group: Group, operation: str, timeout: Timeout) -> Deadline:
 
 
 def _result(
-    group: Group, size: Any, dtype: torch.dtype, src: int | None, device: torch.device | str | None, out: torch.Tensor | None
-) -> tuple[torch.Tensor, int]:
-    """Return the tensor that is to be filled, and from whom."""
-    peer = checks.peer(group, group.prev_in_group if src is None else src, "src", other=True)
+    group: Group,
+    size: Any,
+    dtype: torch.dtype,
+    src: int | AnySource | None,
+    tag: Any,
+    device: torch.device | str | None,
+    out: torch.Tensor | None,
+    *,
+    other: bool,
+) -> tuple[torch.Tensor, int, int]:
+    """Return the tensor that is to be filled, from whom, and the tag; `other`: not from the rank itself."""
+    anyone = isinstance(src, AnySource)
+    peer = ANY_RANK if anyone else checks.peer(group, group.prev_in_group if src is None else src, "src", other=other)
+    tag = checks.message_tag(tag)
     if device is None:
         device = group.device if out is None else checks.tensor(group, out, "out").device
     shape, like = checks.shape(size), checks.like(group, dtype, device)
-    if out is None:
-        return torch.empty(shape, dtype=like.dtype, device=like.device), peer
-    return checks.out(group, out, shape, like), peer
+    result = torch.empty(shape, dtype=like.dtype, device=like.device) if out is None else checks.out(group, out, shape, like)
+    if anyone and not result.numel():
+        raise BadArgument("size has no entries: nothing is sent of an empty tensor, so nobody could tell from whom it came")
+    if peer != group.rank_in_group:
+        _tagged(group, result, False, tag, needed=anyone)
+    return result, peer, tag
+
+
+def _tagged(group: Group, x: torch.Tensor, outgoing: bool, tag: int, *, needed: bool = False) -> Communicator | None:
+    """Return the strategy of a message to or from another rank, after a check that it can tell messages by their tags, if it must."""
+    if group.world_size == 1 or not (tag or needed):
+        return None
+    strategy = group._state.strategies.route("send" if outgoing else "recv", x.shape, x.dtype, x.device)
+    if not strategy.tagged:
+        what = f"tag={tag}" if tag else "src=commgraph.ANY"
+        raise BadArgument(
+            f"{what}: messages of tensors on {x.device} pair by their order alone: strategy {strategy.name!r} ignores "
+            "tags; send it from the host, or over a sibling of the group",
+            unsupported=True,
+        )
+    return strategy
 
 
 def exchange(
-    group: Group, operation: str, tensors: Sequence[torch.Tensor], peer: int, outgoing: bool, deadline: Deadline, *, limited: bool = True
+    group: Group,
+    operation: str,
+    tensors: Sequence[torch.Tensor],
+    peer: int,
+    outgoing: bool,
+    deadline: Deadline,
+    *,
+    tag: int = 0,
+    limited: bool = True,
 ) -> None:
-    """Send or receive tensors, all at once, after everything that was begun before with that peer.
+    """Send or receive tensors, all at once, after everything of their tag that was begun before with that peer.
 
     Args:
         group: on which.
@@ -176,56 +339,80 @@ def exchange(
         peer: rank in the group.
         outgoing: whether they are sent.
         deadline: of all.
+        tag: the user's.
         limited: whether the user gave it a deadline of its own.
     """
     if not tensors:
         return
-    state, key = group._state, (peer, outgoing)
+    state, key = group._state, (peer, outgoing, tag)
+    if (lane := state.pending.lane_of(key)) != key:
+        wait_pending(group, lane, operation, deadline)
     wait_pending(group, key, operation, deadline)
     state.ensure_open(group.name)
     state.pending.follow(key)
+    if peer == group.rank_in_group:
+        for x in tensors:
+            from_self(group, operation, x, tag, deadline)
+        return
     by_strategy: dict[Communicator, list[tuple[torch.Tensor, int]]] = {}
     for x in tensors:
         strategy = state.strategies.route("send" if outgoing else "recv", x.shape, x.dtype, x.device)
         by_strategy.setdefault(strategy, []).append((x, peer))
+    how = {"label": tag} if tag else {}
     for strategy, pairs in by_strategy.items():
-        text = " ".join([message_text(x.dtype, x.numel()) for x, _ in pairs])
-        tag = make_tag(MESSAGE, state.count((MESSAGE, peer, outgoing)), text)
+        text = tagged_text(" ".join([message_text(x.dtype, x.numel()) for x, _ in pairs]), tag)
+        number = make_tag(MESSAGE, state.count((MESSAGE, peer, outgoing, tag)), text)
         left = deadline if limited or not strategy.stream_ordered else Deadline.after(state.timeouts.device)
-        act = partial(strategy.exchange, pairs if outgoing else [], [] if outgoing else pairs, tag=tag, deadline=left)
+        act = partial(strategy.exchange, pairs if outgoing else [], [] if outgoing else pairs, tag=number, deadline=left, **how)
         perform(group, operation, state.sequence, f"{'send' if outgoing else 'recv'}({text}, {peer})", left, act)
 
 
 # Waited for later.
 
 
-def isend(group: Group, x: torch.Tensor, dst: int | None, timeout: Timeout) -> Work[None]:
+def isend(group: Group, x: torch.Tensor, dst: int | None, tag: int, timeout: Timeout) -> Work[None]:
     """`GroupCoordinator.isend`."""
     deadline = begin_message(group, "isend", timeout)
     try:
         checks.tensor(group, x, gradient="isend")
-        peer = checks.peer(group, group.next_in_group if dst is None else dst, "dst", other=True)
+        peer = checks.peer(group, group.next_in_group if dst is None else dst, "dst")
+        tag = checks.message_tag(tag)
+        if peer != group.rank_in_group:
+            _tagged(group, x, True, tag)
     except BadArgument as error:
         raise explain(error, group, "isend", group._state.sequence) from None
-    return _under_way(group, "isend", {(peer, True): [x]}, deadline.seconds, timeout is not None, None)
+    return _under_way(group, "isend", {(peer, True, tag): [x]}, deadline.seconds, timeout is not None, None)
 
 
 def irecv(
     group: Group,
     size: Sequence[int] | int,
     dtype: torch.dtype,
-    src: int | None,
+    src: int | AnySource | None,
+    tag: int,
     device: torch.device | str | None,
     out: torch.Tensor | None,
     timeout: Timeout,
-) -> Work[torch.Tensor]:
+) -> Work[Any]:
     """`GroupCoordinator.irecv`."""
     deadline = begin_message(group, "irecv", timeout)
+    state = group._state
     try:
-        result, peer = _result(group, size, dtype, src, device, out)
+        result, peer, tag = _result(group, size, dtype, src, tag, device, out, other=False)
     except BadArgument as error:
-        raise explain(error, group, "irecv", group._state.sequence) from None
-    return _under_way(group, "irecv", {(peer, False): [result]}, deadline.seconds, timeout is not None, result)
+        raise explain(error, group, "irecv", state.sequence) from None
+    if peer != ANY_RANK:
+        return _under_way(group, "irecv", {(peer, False, tag): [result]}, deadline.seconds, timeout is not None, result)
+    call = Call(group.name, "irecv", state.members, state.sequence)
+    tasks: list[StreamTask] = []
+
+    def run() -> int:
+        state.ensure_open(group.name)
+        return receive_any(group, "irecv", result, tag, Deadline.after(deadline.seconds))
+
+    on_device = state.streams(result.device) is not None
+    job = submit(group, (ANY_RANK, False, tag), run, [result], tasks if on_device else None)
+    return Work(call, [job], lambda results: joined(tasks, (result, results[0])), tasks)
 
 
 def batch(group: Group, messages: Sequence[Send | Recv], timeout: Timeout) -> Work[list[torch.Tensor | None]]:
@@ -238,14 +425,17 @@ def batch(group: Group, messages: Sequence[Send | Recv], timeout: Timeout) -> Wo
             what = f"messages[{i}]"
             if isinstance(message, Send):
                 x = checks.tensor(group, message.x, f"{what}.x", gradient="batch")
-                peer = checks.peer(group, group.next_in_group if message.dst is None else message.dst, f"{what}.dst", other=True)
+                peer = checks.peer(group, group.next_in_group if message.dst is None else message.dst, f"{what}.dst")
             elif isinstance(message, Recv):
                 x = checks.fillable(checks.tensor(group, message.out, f"{what}.out", gradient="batch"), f"{what}.out")
-                peer = checks.peer(group, group.prev_in_group if message.src is None else message.src, f"{what}.src", other=True)
+                peer = checks.peer(group, group.prev_in_group if message.src is None else message.src, f"{what}.src")
             else:
                 raise BadArgument(f"{what} is a {type(message).__name__}, a commgraph.Send or a commgraph.Recv is needed", unsupported=True)
-            lanes.setdefault((peer, isinstance(message, Send)), []).append(x)
-            filled.append(x if isinstance(message, Recv) else None)
+            outgoing, tag = isinstance(message, Send), checks.message_tag(message.tag)
+            if peer != group.rank_in_group:
+                _tagged(group, x, outgoing, tag)
+            lanes.setdefault((peer, outgoing, tag), []).append(x)
+            filled.append(None if outgoing else x)
     except BadArgument as error:
         raise explain(error, group, "batch", group._state.sequence) from None
     for out in filled:
@@ -257,7 +447,7 @@ def batch(group: Group, messages: Sequence[Send | Recv], timeout: Timeout) -> Wo
 def _under_way(
     group: Group, operation: str, lanes: Mapping[MessageKey, Sequence[torch.Tensor]], seconds: float, limited: bool, result: T
 ) -> Work[T]:
-    """Begin messages by (peer, whether they go there), each with its own number; the deadline counts from when its turn comes."""
+    """Begin messages by (peer, whether they go there, tag), each with its own number; the deadline counts from when its turn comes."""
     state = group._state
     call = Call(group.name, operation, state.members, state.sequence)
     jobs, tasks = [], []
@@ -268,20 +458,24 @@ def _under_way(
         jobs.append(job)
     for key, tensors in lanes.items():
         rest = [x for x in tensors if not any(x is other for other in enqueued[key])]
-        peer, outgoing = key
-        while rest and outgoing and _offer(group, operation, rest[0], peer, seconds):
+        peer, outgoing, tag = key
+        if outgoing and peer == group.rank_in_group:
+            for x in rest:
+                to_self(group, x, tag)
+            continue
+        while rest and outgoing and _offer(group, operation, rest[0], peer, tag, seconds):
             rest.pop(0)
         if rest:
-            run = partial(_one_by_one, group, operation, rest, peer, outgoing, seconds, limited)
+            run = partial(_one_by_one, group, operation, rest, key, seconds, limited)
             on_device = any(state.streams(x.device) is not None for x in rest)
-            jobs.append(submit(group, key, run, rest, tasks if on_device else None))
+            jobs.append(submit(group, state.pending.lane_of(key), run, rest, tasks if on_device else None))
     return Work(call, jobs, lambda _: joined(tasks, result), tasks)
 
 
 def _is_stream_ordered(group: Group, key: MessageKey, x: torch.Tensor) -> bool:
     """Whether such a message holds up nobody, and need not go by way of a thread."""
     state = group._state
-    if state.streams(x.device) is None:
+    if key[0] == group.rank_in_group or state.streams(x.device) is None:
         return False
     return state.strategies.route("send" if key[1] else "recv", x.shape, x.dtype, x.device).stream_ordered
 
@@ -297,7 +491,7 @@ def _enqueue(
         if tensors:
             wait_pending(group, key, operation, deadline)
     by_strategy: dict[Communicator, tuple[list[tuple[torch.Tensor, int]], list[tuple[torch.Tensor, int]]]] = {}
-    for (peer, outgoing), tensors in lanes.items():
+    for (peer, outgoing, _), tensors in lanes.items():
         for x in tensors:
             strategy = state.strategies.route("send" if outgoing else "recv", x.shape, x.dtype, x.device)
             by_strategy.setdefault(strategy, ([], []))[0 if outgoing else 1].append((x.detach(), peer))
@@ -319,29 +513,28 @@ def _enqueue(
     return task, job
 
 
-def _one_by_one(
-    group: Group, operation: str, tensors: Sequence[torch.Tensor], peer: int, outgoing: bool, seconds: float, limited: bool
-) -> None:
+def _one_by_one(group: Group, operation: str, tensors: Sequence[torch.Tensor], key: MessageKey, seconds: float, limited: bool) -> None:
+    peer, outgoing, tag = key
     for x in tensors:
-        exchange(group, operation, [x], peer, outgoing, Deadline.after(seconds), limited=limited)
+        exchange(group, operation, [x], peer, outgoing, Deadline.after(seconds), tag=tag, limited=limited)
 
 
-def _offer(group: Group, operation: str, x: torch.Tensor, dst: int, seconds: float) -> bool:
+def _offer(group: Group, operation: str, x: torch.Tensor, dst: int, label: int, seconds: float) -> bool:
     """Send x here and now, if it need not wait for anything."""
     state = group._state
     fast = state.detects
-    if fast is None or fast.mailbox is None or not x.is_cpu or not state.pending.is_idle((dst, True)):
+    if fast is None or fast.mailbox is None or not x.is_cpu or not state.pending.is_idle((dst, True, label)):
         return False
     if state.strategies.route("send", x.shape, x.dtype, x.device).fast is not fast:
         return False
-    text = message_text(x.dtype, x.numel())
-    key = (MESSAGE, dst, True)
+    text = tagged_text(message_text(x.dtype, x.numel()), label)
+    key = (MESSAGE, dst, True, label)
     tag = make_tag(MESSAGE, state.count(key), text)
     taken = False
 
     def act() -> bool:
         try:
-            return fast.offer(x.detach(), dst, tag=tag)
+            return fast.offer(x.detach(), dst, tag=tag, label=label)
         except BaseException as error:
             translated = fast.translate(error)
             raise error if translated is None else translated from None

@@ -12,9 +12,9 @@ import torch
 
 from commgraph.communicators.base import FastPath
 from commgraph.communicators.shm_fast import tensors_of
-from commgraph.communicators.tags import MESSAGE
+from commgraph.communicators.tags import MESSAGE, message_text
 from commgraph.coordinator.failures import Call
-from commgraph.coordinator.messages import message_digest, message_text
+from commgraph.coordinator.messages import message_digest
 from commgraph.coordinator.operation import Group, deadline_of
 from commgraph.coordinator.state import GroupState
 from commgraph.deadline import Timeout
@@ -41,9 +41,9 @@ class NativeMessages:
         if ring is None:
             return False
         state.ensure_open(group.name)
-        if state.pending.lanes and not state.pending.is_idle((dst, True)):
+        if state.pending.lanes and not state.pending.is_free(dst, True):
             return False
-        key = (MESSAGE, dst, True)
+        key = (MESSAGE, dst, True, 0)
         number = state.count(key)
         try:
             if self._calls.send(ring, x, number, timeout):
@@ -61,9 +61,9 @@ class NativeMessages:
         if kind is None or ring is None or (out is None and group.device.type != "cpu"):
             return None
         state.ensure_open(group.name)
-        if (state.pending.lanes and not state.pending.is_idle((src, False))) or self._mailbox.has_aside(src, TENSORS):
+        if (state.pending.lanes and not state.pending.is_free(src, False)) or self._mailbox.has_aside(src, TENSORS):
             return None
-        key = (MESSAGE, src, False)
+        key = (MESSAGE, src, False, 0)
         number = state.count(key)
         try:
             result = self._calls.recv(ring, size, kind, out, number, timeout)
@@ -80,7 +80,7 @@ class NativeMessages:
         state = self._state
         try:
             if isinstance(error, Busy):
-                state.uncount((MESSAGE, peer, operation == "send"))
+                state.uncount((MESSAGE, peer, operation == "send", 0))
                 raise error
             translated = self._fast.translate(error)
             if translated is None:

@@ -16,18 +16,20 @@ from typing import Any
 import torch
 
 from commgraph import wire
+from commgraph.communicators.base import Communicator
 from commgraph.communicators.gloo_transport import Background, GlooTransport
 from commgraph.communicators.tags import COLLECTIVE, OBJECT, OBJECT_REST, make_tag
 from commgraph.coordinator import checks
 from commgraph.coordinator.checks import BadArgument
 from commgraph.coordinator.failures import Call, call_site
 from commgraph.coordinator.operation import Group, begin, deadline_of, explain, perform, wait_pending
+from commgraph.coordinator.pending import OBJECTS
 from commgraph.coordinator.state import GroupState
 from commgraph.coordinator.tensor_dict import Entry
 from commgraph.deadline import LONGEST, Deadline, Timeout
 from commgraph.errors import CollectiveTimeoutError
 
-__all__ = ["NetworkObjects", "Objects", "checked_peer", "nothing_yet", "refuse_object"]
+__all__ = ["NetworkObjects", "Objects", "checked_objects", "checked_peer", "gather_frames", "nothing_yet", "refuse_object"]
 
 _BLOCK = 4096
 _LENGTH = struct.Struct("<Q")
@@ -54,6 +56,18 @@ class Objects(abc.ABC):
     @abc.abstractmethod
     def all_gather(self, group: Group, operation: str, obj: object, timeout: Timeout) -> list[Any]:
         """Return every rank's object, in rank order."""
+
+    @abc.abstractmethod
+    def scatter(self, group: Group, operation: str, objs: Any, src: Any, timeout: Timeout) -> Any:
+        """Return this rank's object of those that `src` gives, one for each rank. On `src` it is that very object."""
+
+    @abc.abstractmethod
+    def gather(self, group: Group, operation: str, obj: object, dst: Any, timeout: Timeout) -> list[Any] | None:
+        """Return every rank's object, in rank order, on `dst`, and None elsewhere."""
+
+    @abc.abstractmethod
+    def pack(self, group: Group, operation: str, obj: object, dst: int) -> Callable[[Deadline], None] | None:
+        """Pickle an object for one rank, and number it; what is returned sends it. None: it was sent at once."""
 
     # Dicts that hold nothing but what the native module describes by itself.
 
@@ -112,10 +126,9 @@ class NetworkObjects(Objects):
 
     def send(self, group: Group, operation: str, obj: object, dst: Any, timeout: Timeout) -> None:
         deadline, dst = _begin_message(group, operation, dst, "dst", timeout)
-        self._pack(group, operation, obj, dst)(deadline)
+        self.pack(group, operation, obj, dst)(deadline)
 
-    def _pack(self, group: Group, operation: str, obj: object, dst: int) -> Callable[[Deadline], None]:
-        """Encode and number a message to one rank; what is returned sends it."""
+    def pack(self, group: Group, operation: str, obj: object, dst: int) -> Callable[[Deadline], None]:
         state, key = self._state, (OBJECT, dst, True)
         number = state.count(key)
         try:
@@ -125,7 +138,7 @@ class NetworkObjects(Objects):
             state.uncount(key)
             raise
         tags = make_tag(OBJECT, number), make_tag(OBJECT_REST, number)
-        return lambda deadline: self._post(group, operation, frame, [dst], *tags, deadline)
+        return lambda deadline: self._post(group, operation, {dst: frame}, *tags, deadline)
 
     def recv(self, group: Group, operation: str, src: Any, timeout: Timeout) -> Any:
         deadline, src = _begin_message(group, operation, src, "src", timeout)
@@ -141,28 +154,62 @@ class NetworkObjects(Objects):
         return self._decode(frame, f"message {src} {group.rank_in_group} {number}")
 
     def broadcast(self, group: Group, operation: str, obj: object, src: Any, timeout: Timeout) -> Any:
-        state = self._state
         sequence, deadline = begin(group, operation, timeout)
         src = checked_peer(group, operation, src, "src", sequence)
         if group.world_size == 1:
             return obj
         context = f"broadcast {src} {sequence}"
+
+        def frames() -> Mapping[int, bytes]:
+            return dict.fromkeys(_others(group), self._encode(group, operation, obj, context))
+
+        return (
+            obj
+            if self._give(group, operation, src, sequence, deadline, frames)
+            else self._get(group, operation, src, sequence, deadline, context)
+        )
+
+    def scatter(self, group: Group, operation: str, objs: Any, src: Any, timeout: Timeout) -> Any:
+        sequence, deadline = begin(group, operation, timeout)
+        src, me = checked_peer(group, operation, src, "src", sequence), group.rank_in_group
+        given: list[Any] = []
+
+        def frames() -> Mapping[int, bytes]:
+            given[:] = checked_objects(group, operation, objs, sequence)
+            return {peer: self._encode(group, operation, given[peer], f"scatter {src} {peer} {sequence}") for peer in _others(group)}
+
+        if self._give(group, operation, src, sequence, deadline, frames):
+            return given[me]
+        return self._get(group, operation, src, sequence, deadline, f"scatter {src} {me} {sequence}")
+
+    def _give(
+        self, group: Group, operation: str, src: int, sequence: int, deadline: Deadline, frames: Callable[[], Mapping[int, bytes]]
+    ) -> bool:
+        """Do the part of `src` in a collective in which it gives every other rank a frame; False elsewhere."""
+        if group.rank_in_group != src:
+            return False
+        state = self._state
+        try:
+            made = frames()
+        except (TypeError, ValueError):
+            # The others wait for this call's object: the next one is theirs.
+            state.uncount_collective()
+            raise
+        if group.world_size == 1:
+            return True
         what = f"{operation}(src={src})"
-        tag = make_tag(COLLECTIVE, sequence, what)
-        rest = make_tag(OBJECT_REST, sequence, "broadcast")
-        if group.rank_in_group == src:
-            try:
-                frame = self._encode(group, operation, obj, context)
-            except (TypeError, ValueError):
-                # The others wait for this call's object: the next one is theirs.
-                state.uncount_collective()
-                raise
-            if (comparison := state.comparison) is not None:
-                call = Call(group.name, operation, state.members, sequence)
-                perform(group, operation, sequence, what, deadline, lambda: comparison.compare(call, what, deadline))
-            others = [peer for peer in range(group.world_size) if peer != src]
-            self._post(group, operation, frame, others, tag, rest, deadline, sequence)
-            return obj
+        if (comparison := state.comparison) is not None:
+            call = Call(group.name, operation, state.members, sequence)
+            perform(group, operation, sequence, what, deadline, lambda: comparison.compare(call, what, deadline))
+        tag, rest = make_tag(COLLECTIVE, sequence, what), make_tag(OBJECT_REST, sequence, "broadcast")
+        self._post(group, operation, made, tag, rest, deadline, sequence)
+        return True
+
+    def _get(self, group: Group, operation: str, src: int, sequence: int, deadline: Deadline, context: str) -> Any:
+        """Do the part of another rank than `src`; the object that came."""
+        state = self._state
+        what = f"{operation}(src={src})"
+        tag, rest = make_tag(COLLECTIVE, sequence, what), make_tag(OBJECT_REST, sequence, "broadcast")
         received = None
         if state.comparison is None or self._compared(group, operation, sequence, what, tag, deadline):
             received = self._await(group, operation, src, tag, rest, deadline, sequence)
@@ -210,12 +257,25 @@ class NetworkObjects(Objects):
         frames = perform(group, operation, sequence, what, deadline, act)
         return [obj if i == me else self._decode(frame, f"gather {i} {sequence}") for i, frame in enumerate(frames)]
 
+    def gather(self, group: Group, operation: str, obj: object, dst: Any, timeout: Timeout) -> list[Any] | None:
+        state, n, me = self._state, group.world_size, group.rank_in_group
+        sequence, deadline = begin(group, operation, timeout)
+        dst = checked_peer(group, operation, dst, "dst", sequence)
+        if n == 1:
+            return [obj]
+        frame = self._encode(group, operation, obj, f"gather {me} {sequence}")
+        route = state.strategies.route("gather", (n, 1), torch.uint8, torch.device("cpu"))
+        frames = gather_frames(group, operation, sequence, route, frame, dst, deadline)
+        if frames is None:
+            return None
+        return [obj if i == me else self._decode(frame, f"gather {i} {sequence}") for i, frame in enumerate(frames)]
+
     # Dicts: only the description is an object here, and the tensors go as tensors.
 
     def pack_dict(
         self, group: Group, operation: str, entries: Sequence[Entry], tensors: Sequence[torch.Tensor], dst: int
     ) -> tuple[frozenset[int], Callable[[Deadline], None]]:
-        return frozenset(), self._pack(group, operation, list(entries), dst)
+        return frozenset(), self.pack(group, operation, list(entries), dst)
 
     def recv_dict(self, group: Group, operation: str, src: int, deadline: Deadline) -> tuple[list[Entry], dict[int, torch.Tensor]]:
         return self._recv(group, operation, src, deadline), {}
@@ -250,23 +310,21 @@ class NetworkObjects(Objects):
         self,
         group: Group,
         operation: str,
-        frame: bytes,
-        peers: Sequence[int],
+        frames: Mapping[int, bytes],
         tag: int,
         rest: int,
         deadline: Deadline,
         sequence: int | None = None,
     ) -> None:
-        block = torch.zeros(_BLOCK, dtype=torch.uint8)
-        head = _LENGTH.pack(len(frame)) + frame[:_INLINE]
-        block[: len(head)] = _tensor(head)
+        # A frame that goes to several ranks is copied once.
+        parts = {id(frame): _split(frame) for frame in frames.values()}
 
         def act() -> None:
             transport = self._transport()
-            transport.exchange([(block, peer) for peer in peers], [], tag=tag, deadline=deadline)
-            if len(frame) > _INLINE:
-                tail = _tensor(frame[_INLINE:])
-                transport.exchange([(tail, peer) for peer in peers], [], tag=rest, deadline=deadline)
+            transport.exchange([(parts[id(frame)][0], peer) for peer, frame in frames.items()], [], tag=tag, deadline=deadline)
+            tails = [(tail, peer) for peer, frame in frames.items() if (tail := parts[id(frame)][1]) is not None]
+            if tails:
+                transport.exchange(tails, [], tag=rest, deadline=deadline)
 
         perform(group, operation, self._state.sequence if sequence is None else sequence, f"{operation}(...)", deadline, act)
 
@@ -314,12 +372,62 @@ class NetworkObjects(Objects):
         self._comparing.clear()
 
 
+def _others(group: Group) -> list[int]:
+    return [peer for peer in range(group.world_size) if peer != group.rank_in_group]
+
+
+def _split(frame: bytes) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the block that announces a frame, and what does not fit into it."""
+    block = torch.zeros(_BLOCK, dtype=torch.uint8)
+    head = _LENGTH.pack(len(frame)) + frame[:_INLINE]
+    block[: len(head)] = _tensor(head)
+    return block, _tensor(frame[_INLINE:]) if len(frame) > _INLINE else None
+
+
+def gather_frames(
+    group: Group, operation: str, sequence: int, strategy: Communicator, frame: bytes, dst: int, deadline: Deadline
+) -> list[memoryview] | None:
+    """Return every rank's frame, in rank order, on `dst`, and None elsewhere: first their lengths on every rank, then the frames."""
+    state, n = group._state, group.world_size
+    what = f"{operation}(dst={dst})"
+    tag, rest = make_tag(COLLECTIVE, sequence, what), make_tag(OBJECT_REST, sequence, "gather")
+
+    def act() -> list[memoryview] | None:
+        if state.comparison is not None:
+            state.comparison.compare(Call(group.name, operation, state.members, sequence), what, deadline)
+        lengths = torch.empty(n, dtype=torch.int64)
+        strategy.all_gather(torch.tensor([len(frame)]), 0, [1] * n, lengths, tag=tag, deadline=deadline)
+        sizes = [int(length) for length in lengths]
+        memory, out = _buffer(sum(sizes)) if group.rank_in_group == dst else (bytearray(), None)
+        strategy.gather(_tensor(frame), 0, sizes, out, dst, tag=rest, deadline=deadline)
+        if out is None:
+            return None
+        ends = list(itertools.accumulate(sizes, initial=0))
+        return [memoryview(memory)[start:end] for start, end in itertools.pairwise(ends)]
+
+    return perform(group, operation, sequence, what, deadline, act)
+
+
+def checked_objects(group: Group, operation: str, objs: Any, sequence: int) -> list[Any]:
+    """Return the objects of `scatter_object`, if there is one for each rank."""
+    n = group.world_size
+    try:
+        if objs is None:
+            raise BadArgument(f"objs is None on src, which has to give an object for each of {n} ranks")
+        given = checks.several(objs, "objs")
+        if len(given) != n:
+            raise BadArgument(f"objs has {len(given)} entries, one for each of {n} ranks is needed")
+    except BadArgument as error:
+        raise explain(error, group, operation, sequence) from None
+    return given
+
+
 def _begin_message(group: Group, operation: str, peer: Any, name: str, timeout: Timeout) -> tuple[Deadline, int]:
     state = group._state
     state.ensure_open(group.name)
     deadline = deadline_of(group, operation, timeout)
     found = checked_peer(group, operation, peer, name, state.sequence, other=True)
-    wait_pending(group, (found, name == "dst"), operation, deadline)
+    wait_pending(group, (found, name == "dst", OBJECTS), operation, deadline)
     return deadline, found
 
 

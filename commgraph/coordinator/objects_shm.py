@@ -6,6 +6,7 @@ each host tensor. What arrives lies in memory of its own, writable, and is not t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -17,17 +18,29 @@ from commgraph.communicators.memory import is_packed
 from commgraph.communicators.tags import COLLECTIVE, digest, make_tag, tag_of
 from commgraph.coordinator.checks import BadArgument
 from commgraph.coordinator.failures import EXPECTED, Call
-from commgraph.coordinator.objects import NetworkObjects, Objects, checked_peer, nothing_yet, refuse_object
+from commgraph.coordinator.objects import (
+    NetworkObjects,
+    Objects,
+    checked_objects,
+    checked_peer,
+    gather_frames,
+    nothing_yet,
+    refuse_object,
+)
 from commgraph.coordinator.operation import Group, begin, deadline_of, explain, wait_pending
+from commgraph.coordinator.pending import OBJECTS
 from commgraph.coordinator.state import GroupState
 from commgraph.coordinator.tensor_dict import Entry, split_dict
 from commgraph.deadline import Deadline, Timeout
 from commgraph.errors import ContextClosedError
-from commgraph.shm.mailbox import DICT, OBJECT, SIZES, Mailbox
+from commgraph.shm.mailbox import DICT, OBJECT, PIECES, SIZES, Mailbox
 from commgraph.shm.pickling import buffer_of, loads, tensor_over
 from commgraph.shm.stopped import TIMEOUT, Stopped
 
 __all__ = ["ShmObjects", "objects_of"]
+
+# Objects of `scatter_object` that have so many bytes together are read by every rank, which is cheaper than a step of its own.
+_INLINE_BYTES = 16 << 10
 
 
 def objects_of(state: GroupState) -> Objects:
@@ -116,27 +129,114 @@ class ShmObjects(Objects):
             self._stop(group, operation, timeout_ns, error, sequence=sequence)
         return [obj if rank == me else loads(found[rank][0], found[rank][1:]) for rank in range(n)]
 
+    def pack(self, group: Group, operation: str, obj: object, dst: int) -> Callable[[Deadline], None] | None:
+        mailbox, state = self._open(group), self._state
+        parts = self._dumps(group, operation, obj)
+        try:
+            if state.pending.is_idle((dst, True, OBJECTS)) and mailbox.offer(dst, OBJECT, 0, parts):
+                return None
+        except BaseException as error:
+            self._stop(group, operation, self._timeout_ns, error)
+        # The object may change before its turn comes.
+        kept = tuple([part if type(part) is bytes else bytearray(part) for part in parts])
+
+        def post(deadline: Deadline) -> None:
+            timeout_ns = deadline.left_ns()
+            try:
+                self._open(group).send(dst, OBJECT, 0, kept, timeout_ns)
+            except BaseException as error:
+                self._stop(group, operation, timeout_ns, error)
+
+        return post
+
+    def scatter(self, group: Group, operation: str, objs: Any, src: Any, timeout: Timeout) -> Any:
+        # `src` puts all objects for all, if they are small; else their sizes, and they follow as tensors.
+        mailbox, me = self._open(group), group.rank_in_group
+        sequence, timeout_ns = self._begin(group, operation, timeout)
+        src = checked_peer(group, operation, src, "src", sequence)
+        if src != me:
+            record = self._get(group, operation, mailbox, src, PIECES, sequence, timeout_ns)
+            inline, sizes = msgspec.msgpack.decode(record[0], type=tuple[bool, list[list[int]]])
+            at = 1 + sum(map(len, sizes[:me]))
+            mine = record[at : at + len(sizes[me])]
+            if not inline:
+                mine = self._scatter_large(group, operation, sequence, (), sizes, src, timeout_ns)
+            return loads(mine[0], mine[1:])
+        given: list[Any] = []
+        pieces: list[tuple[Any, ...]] = []
+
+        def make() -> tuple[Any, ...]:
+            given[:] = checked_objects(group, operation, objs, sequence)
+            # Its own object stays where it is.
+            pieces[:] = [() if rank == me else self._dumps(group, operation, one) for rank, one in enumerate(given)]
+            sizes = [[memoryview(part).nbytes for part in parts] for parts in pieces]
+            inline = sum(map(sum, sizes)) <= _INLINE_BYTES
+            head = msgspec.msgpack.encode((inline, sizes))
+            if not inline:
+                return (head,)
+            whole = (head, *itertools.chain.from_iterable(pieces))
+            pieces.clear()
+            return whole
+
+        self._put(group, operation, mailbox, PIECES, make, sequence, timeout_ns)
+        if pieces:
+            sizes = [[memoryview(part).nbytes for part in parts] for parts in pieces]
+            self._scatter_large(group, operation, sequence, list(itertools.chain.from_iterable(pieces)), sizes, src, timeout_ns)
+        return given[me]
+
+    def _scatter_large(
+        self,
+        group: Group,
+        operation: str,
+        sequence: int,
+        parts: Sequence[Any],
+        sizes: Sequence[Sequence[int]],
+        src: int,
+        timeout_ns: int,
+    ) -> list[Any]:
+        """Return the parts of this rank's object, each at a multiple of 64 bytes; `parts`: those of all ranks, on `src`."""
+        me = group.rank_in_group
+        totals = [sum(map(_padded, one)) for one in sizes]
+        memory = self._open(group).take(totals[me])
+        x = _laid_out(parts) if me == src else None
+        out = tensor_over(memory, torch.uint8, (totals[me],))
+        tag = make_tag(COLLECTIVE, sequence, f"{operation} {totals}")
+        try:
+            self._strategy.scatter(x, 0, totals, out, src, tag=tag, deadline=Deadline.after(timeout_ns * 1e-9))
+        except BaseException as error:
+            self._stop(group, operation, timeout_ns, error, sequence=sequence)
+        return _cut(memoryview(memory), sizes[me])
+
+    def gather(self, group: Group, operation: str, obj: object, dst: Any, timeout: Timeout) -> list[Any] | None:
+        self._open(group)
+        sequence, deadline = begin(group, operation, timeout)
+        dst = checked_peer(group, operation, dst, "dst", sequence)
+        parts = self._dumps(group, operation, obj)
+        sizes = msgspec.msgpack.encode([memoryview(part).nbytes for part in parts])
+        head = len(sizes).to_bytes(8, "little") + sizes
+        frame = b"".join([_to_line(head), *map(_to_line, parts)])
+        frames = gather_frames(group, operation, sequence, self._strategy, frame, dst, deadline)
+        if frames is None:
+            return None
+        found = []
+        for rank, got in enumerate(frames):
+            end = 8 + int.from_bytes(got[:8], "little")
+            mine = _cut(got[_padded(end) :], msgspec.msgpack.decode(got[8:end], type=list[int]))
+            found.append(obj if rank == group.rank_in_group else loads(mine[0], mine[1:]))
+        return found
+
     def _gather_large(
         self, group: Group, operation: str, sequence: int, parts: Sequence[Any], sizes: Mapping[int, list[int]], deadline: Deadline
     ) -> dict[int, list[Any]]:
         """Return the parts of the records that did not fit, by rank. Each begins at a multiple of 64 bytes, as tensors like it."""
         mailbox = self._open(group)
         totals = [sum(map(_padded, sizes.get(rank, ()))) for rank in range(group.world_size)]
-        mine, memory = bytearray(totals[group.rank_in_group]), mailbox.take(sum(totals))
-        at = 0
-        for part in parts:
-            mine[at : at + memoryview(part).nbytes] = part
-            at += _padded(memoryview(part).nbytes)
-        x, out = (tensor_over(buffer, torch.uint8, (len(buffer),)) for buffer in (mine, memory))
+        memory = mailbox.take(sum(totals))
+        x, out = _laid_out(parts), tensor_over(memory, torch.uint8, (sum(totals),))
         tag = make_tag(COLLECTIVE, sequence, f"{operation} {totals}")
         self._strategy.all_gather(x, 0, totals, out, tag=tag, deadline=deadline)
-        found: dict[int, list[Any]] = {rank: [] for rank in sizes}
-        at = 0
-        for rank in sorted(sizes):
-            for size in sizes[rank]:
-                found[rank].append(memoryview(memory)[at : at + size])
-                at += _padded(size)
-        return found
+        starts = list(itertools.accumulate(totals, initial=0))
+        return {rank: _cut(memoryview(memory)[starts[rank] :], sizes[rank]) for rank in sizes}
 
     # Dicts that the native module describes by itself.
 
@@ -263,14 +363,14 @@ class ShmObjects(Objects):
         if timeout is None and not self._state.pending.lanes:
             return peer, self._timeout_ns
         deadline = deadline_of(group, operation, timeout)
-        wait_pending(group, (peer, name == "dst"), operation, deadline)
+        wait_pending(group, (peer, name == "dst", OBJECTS), operation, deadline)
         return peer, deadline.left_ns()
 
     def _is_free(self, mailbox: Mailbox, peer: Any, *, outgoing: bool) -> bool:
         """Whether that is a peer with whom nothing is under way."""
         if type(peer) is not int or peer not in mailbox.outgoing:
             return False
-        return not self._state.pending.lanes or self._state.pending.is_idle((peer, outgoing))
+        return not self._state.pending.lanes or self._state.pending.is_free(peer, outgoing)
 
     def _put(
         self, group: Group, operation: str, mailbox: Mailbox, kind: int, make: Callable[[], tuple[Any, ...]], sequence: int, timeout_ns: int
@@ -363,6 +463,28 @@ class ShmObjects(Objects):
     def join(self, timeout: float) -> None:
         # There is no thread to be waited for; the memory of the rings goes with their last reference.
         self._mailbox = None
+
+
+def _to_line(part: Any) -> bytes:
+    """Return a part's bytes up to a multiple of 64."""
+    data = bytes(part)
+    return data.ljust(_padded(len(data)), b"\0")
+
+
+def _laid_out(parts: Sequence[Any]) -> torch.Tensor:
+    """Return parts one after the other, each at a multiple of 64 bytes."""
+    memory = bytearray(sum(_padded(memoryview(part).nbytes) for part in parts))
+    at = 0
+    for part in parts:
+        memory[at : at + memoryview(part).nbytes] = part
+        at += _padded(memoryview(part).nbytes)
+    return tensor_over(memory, torch.uint8, (len(memory),))
+
+
+def _cut(memory: memoryview, sizes: Sequence[int]) -> list[memoryview]:
+    """Return parts that were laid out so."""
+    starts = itertools.accumulate(map(_padded, sizes), initial=0)
+    return [memory[at : at + size] for at, size in zip(starts, sizes, strict=False)]
 
 
 def _padded(nbytes: int) -> int:

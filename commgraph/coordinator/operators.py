@@ -11,7 +11,7 @@ from commgraph.coordinator.checks import BadArgument
 from commgraph.coordinator.exchanges import AllToAll, AllToAllV, Barrier, Scatter
 from commgraph.coordinator.experts import Combine, Dispatch
 from commgraph.coordinator.gathers import AllGather, AllGatherV, BroadcastCopy, Gather
-from commgraph.coordinator.messages import Receive, Transmit
+from commgraph.coordinator.messages import Receive, SendReceive, Transmit
 from commgraph.coordinator.operation import Operation, explain
 from commgraph.coordinator.reductions import AllReduce, AllReduceInPlace, Reduce, ReduceOnOne, ReduceScatter, ReduceScatterV
 from commgraph.ops.library import declare
@@ -37,6 +37,7 @@ OPERATIONS = MappingProxyType(
         "barrier": Barrier,
         "send": Transmit,
         "recv": Receive,
+        "sendrecv": SendReceive,
         "dispatch": Dispatch,
         "combine": Combine,
     }

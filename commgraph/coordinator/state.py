@@ -19,6 +19,7 @@ from commgraph.communicators.base import OPERATIONS, Communicator, FastPath, Ref
 from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.coordinator.failures import Failures, Members
 from commgraph.coordinator.order import Comparison
+from commgraph.coordinator.own_messages import OwnMessages
 from commgraph.coordinator.pending import Pending
 from commgraph.coordinator.torch_groups import TorchGroups
 from commgraph.deadline import Deadline
@@ -166,6 +167,9 @@ class GroupState:
         self.comparison = Comparison(members, network.transport, order) if check and network is not None else None
         side_streams = None if streams is None else SideStreams(streams)
         self.pending = Pending(members.ident, side_streams, None if self.detects is None else self.detects.pause)
+        self.own_messages = OwnMessages(members.rank_in_group)
+        # From whom the last receive from any rank was served.
+        self.served = members.rank_in_group
         self.failures = Failures(members, None if network is None else network.store, self._abort, self.detects)
         self.torch_groups = TorchGroups(self)
         # `commgraph.coordinator.native_messages.NativeMessages`, where there are such.
@@ -210,6 +214,10 @@ class GroupState:
         self._counts[key] = number + 1
         return number
 
+    def counted(self, key: Any) -> int:
+        """Return the number of the next message of one kind to (or from) one peer."""
+        return self._counts.get(key, 0)
+
     def uncount(self, key: Any) -> None:
         """Take the last number back: its message is still awaited."""
         self._counts[key] -= 1
@@ -242,6 +250,7 @@ class GroupState:
 
     def _abort(self) -> None:
         self.strategies.abort()
+        self.own_messages.close()
         if self._order is not None:
             self._order.abort()
 
@@ -258,6 +267,7 @@ class GroupState:
         self.rebuild = None
         self.torch_groups.close()
         self.strategies.close()
+        self.own_messages.close()
         if self.detects is not None:
             self.counter = self.detects.counter  # no longer the native one, which would keep the memory
         self.pending.join(Deadline.after(1.0))  # its jobs have ended, or do now: with an error

@@ -1,28 +1,112 @@
 """Records between the ranks of one host: to one of them, or to all.
 
 A record has a kind, a number that says which message it is (`meta`), and parts. Records of one kind from one rank to another arrive in
-order; one of another kind than is asked for is laid aside.
+order; one of another kind than is asked for is laid aside. Several threads may receive from one rank, each another kind: one of them reads,
+and hands the others what is theirs.
 """
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from commgraph.shm.host_memory import HostMemory
 from commgraph.shm.pickling import Pickler
-from commgraph.shm.stopped import TIMEOUT, Stopped
+from commgraph.shm.stopped import GONE, LOST, SELF, TIMEOUT, Stopped
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DICT", "OBJECT", "SIZES", "TENSORS", "Mailbox"]
+__all__ = ["DICT", "OBJECT", "PIECES", "SIZES", "TENSORS", "Mailbox", "tensors_with"]
 
-TENSORS, OBJECT, DICT, SIZES = 1, 2, 3, 4
+TENSORS, OBJECT, DICT, SIZES, PIECES = 1, 2, 3, 4, 5
+
+# As `Team.state` says that a side was closed, and that it was after an error.
+_CLOSED, _FAILED = 2, 3
 
 # Smaller ones are cheaper through the ring, however small that is.
 _HANDED_FROM = 64 << 10
+
+
+def tensors_with(label: int) -> int:
+    """Return the kind of records of tensors that were sent with a tag of the user's; 0 is that of messages without one."""
+    return TENSORS | label << 8
+
+
+class _Inbox:
+    """Records from one rank that were read before anybody asked for them, and whose turn it is to read further ones."""
+
+    __slots__ = ("_aside", "_changed", "_turn", "_waiting")
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._changed = threading.Condition(threading.Lock())
+        self._waiting = 0
+        self._aside: dict[int, deque[tuple[int, list[Any]]]] = {}
+
+    def has(self, kind: int) -> bool:
+        """Whether a record of that kind lies aside."""
+        return kind in self._aside
+
+    def first(self, kind: int) -> tuple[int, list[Any]]:
+        """Return the first record of that kind that lies aside; it stays."""
+        return self._aside[kind][0]
+
+    def pop(self, kind: int) -> tuple[int, list[Any]]:
+        """Return the first record of that kind that lies aside."""
+        with self._changed:
+            records = self._aside[kind]
+            record = records.popleft()
+            if not records:
+                del self._aside[kind]  # there may be a million kinds
+            return record
+
+    def lay_aside(self, kind: int, meta: int, parts: list[Any]) -> None:
+        """Keep a record for whoever asks for its kind."""
+        with self._changed:
+            self._aside.setdefault(kind, deque()).append((meta, parts))
+            self._changed.notify_all()
+
+    def try_turn(self) -> bool:
+        """Take the turn to read, if nobody has it."""
+        return self._turn.acquire(False)
+
+    def take_turn(self, kind: int, src: int, timeout_ns: int) -> bool:
+        """Wait for the turn to read; False where a record of that kind lies aside, which comes first."""
+        if kind in self._aside or not (self._turn.acquire(False) or self._wait(kind, src, timeout_ns)):
+            return False
+        # Whoever had the turn before may have laid one aside since.
+        if kind in self._aside:
+            self.pass_turn()
+            return False
+        return True
+
+    def _wait(self, kind: int, src: int, timeout_ns: int) -> bool:
+        """Wait while another thread reads; whether it is this one's turn now."""
+        deadline = time.monotonic_ns() + timeout_ns
+        with self._changed:
+            self._waiting += 1
+            try:
+                while kind not in self._aside:
+                    if self._turn.acquire(False):
+                        return True
+                    left = deadline - time.monotonic_ns()
+                    if left <= 0:
+                        raise Stopped(TIMEOUT, src)
+                    self._changed.wait(left * 1e-9)
+                return False
+            finally:
+                self._waiting -= 1
+
+    def pass_turn(self) -> None:
+        """End the turn."""
+        self._turn.release()
+        if self._waiting:
+            with self._changed:
+                self._changed.notify_all()
 
 
 class Mailbox:
@@ -44,7 +128,9 @@ class Mailbox:
         self.mine = self._broadcast[me]
         self.outgoing = {peer: memory.pair_ring(me, peer) for peer in range(n) if peer != me}
         self.incoming = {peer: memory.pair_ring(peer, me) for peer in range(n) if peer != me}
-        self._aside: dict[tuple[int, int], deque[tuple[int, list[Any]]]] = {}
+        self._inboxes = {peer: _Inbox() for peer in self.incoming}
+        # Several threads may send to one rank, one record after the other.
+        self._writing = {peer: threading.Lock() for peer in self.outgoing}
         self._module = memory.native
         # Native calls for plain tensors and dicts of them (native/module_messages.c), once they are open.
         self.native: Any = None
@@ -73,41 +159,55 @@ class Mailbox:
         It returns when the ring has it, which may be before it is read, and the reader those parts that are copied by rendezvous.
         A part is a buffer, or (address, bytes) of memory that the caller keeps alive.
         """
-        self.outgoing[dst].put(kind, meta, parts, timeout_ns, 0)
-        self._sent[dst] += _nbytes(parts)
+        writing = self._writing[dst]
+        if not writing.acquire(False) and not writing.acquire(timeout=timeout_ns * 1e-9):
+            raise Stopped(TIMEOUT, dst)
+        try:
+            self.outgoing[dst].put(kind, meta, parts, timeout_ns, 0)
+            self._sent[dst] += _nbytes(parts)
+        finally:
+            writing.release()
 
     def offer(self, dst: int, kind: int, meta: int, parts: tuple[Any, ...]) -> bool:
         """Put a record where the ring has room for the whole of it; otherwise return False with nothing put."""
-        if _nbytes(parts) + 8 * len(parts) > self._whole:
+        writing = self._writing[dst]
+        if _nbytes(parts) + 8 * len(parts) > self._whole or not writing.acquire(False):
             return False
         try:
-            self.send(dst, kind, meta, parts, 0)
+            self.outgoing[dst].put(kind, meta, parts, 0, 0)
+            self._sent[dst] += _nbytes(parts)
         except Stopped as stopped:
             if stopped.code == TIMEOUT:
                 return False
             raise
+        finally:
+            writing.release()
         return True
 
     def receive(self, src: int, kind: int, timeout_ns: int) -> tuple[int, list[Any]]:
         """Meta and parts of the next record of that kind: the first as bytes, the others as writable buffers of their own."""
-        aside = self._aside.get((src, kind))
-        if aside:
-            return aside.popleft()
-        while True:
-            found, meta, parts = self.receive_any(src, timeout_ns)
-            if found == kind:
-                return meta, parts
-            self.lay_aside(src, found, meta, parts)
+        inbox, ring = self._inboxes[src], self.incoming[src]
+        if not inbox.take_turn(kind, src, timeout_ns):
+            return inbox.pop(kind)
+        try:
+            while True:
+                found, meta, parts = ring.get(timeout_ns, 0)
+                if found == kind:
+                    return meta, parts
+                inbox.lay_aside(found, meta, parts)
+        finally:
+            inbox.pass_turn()
 
     def receive_any(self, src: int, timeout_ns: int) -> tuple[int, int, list[Any]]:
-        """Kind, meta and parts of the next record of any kind."""
+        """Kind, meta and parts of the next record of any kind, where no other thread receives from that rank."""
         return self.incoming[src].get(timeout_ns, 0)  # type: ignore[no-any-return]  # as native/module_ring.c has it
 
-    def receive_into(self, src: int, meta: int, targets: Sequence[tuple[int, int]], owner: object, timeout_ns: int) -> bool:
-        """Reads the next record of tensors to memory of the caller's.
+    def receive_into(self, src: int, kind: int, meta: int, targets: Sequence[tuple[int, int]], owner: object, timeout_ns: int) -> bool:
+        """Reads the next record of a kind to memory of the caller's.
 
         Args:
             src: whose.
+            kind: which.
             meta: what it must be.
             targets: (address, bytes) for each part.
             owner: keeps that memory.
@@ -116,31 +216,96 @@ class Mailbox:
         Returns:
             Whether it was that one; if not nothing was written.
         """
-        aside = self._aside.get((src, TENSORS))
+        inbox = self._inboxes[src]
+        if not inbox.take_turn(kind, src, timeout_ns):
+            return self._take_aside(inbox, kind, meta, targets)
+        try:
+            while (found := self._read(src, kind, meta, targets, owner, timeout_ns)) is None:
+                pass
+            return found
+        finally:
+            inbox.pass_turn()
+
+    def receive_first(
+        self, metas: Mapping[int, int], kind: int, targets: Sequence[tuple[int, int]], owner: object, timeout_ns: int, rest_ns: int
+    ) -> tuple[int, bool] | None:
+        """Reads the next record of a kind, from whichever of several ranks has one first, to memory of the caller's.
+
+        Args:
+            metas: what it must be, by rank; those that come first are looked at first.
+            kind, targets, owner: as for `receive_into`.
+            timeout_ns: for one to begin to come, in nanoseconds. Ranks from which another thread receives are looked at once.
+            rest_ns: for the rest of it.
+
+        Returns:
+            Whose it was, and whether it was the one that it must be (if not nothing was written); None where none came.
+        """
+        taken: list[int] = []
+        deadline = time.monotonic_ns() + timeout_ns
+        try:
+            while True:
+                for src in metas:
+                    inbox = self._inboxes[src]
+                    if src not in taken and inbox.try_turn():
+                        taken.append(src)
+                    if inbox.has(kind):
+                        return src, self._take_aside(inbox, kind, metas[src], targets)
+                at = self._module.any_ring(tuple([self.incoming[src] for src in taken]), max(deadline - time.monotonic_ns(), 0))
+                if at < 0:
+                    self._see_to(metas, taken)
+                    return None
+                src = taken[at]
+                fits = self._read(src, kind, metas[src], targets, owner, rest_ns)
+                if fits is not None:
+                    return src, fits
+        finally:
+            for src in taken:
+                self._inboxes[src].pass_turn()
+
+    def _read(self, src: int, kind: int, meta: int, targets: Sequence[tuple[int, int]], owner: object, timeout_ns: int) -> bool | None:
+        """Read one record, in this thread's turn: to the targets if it is of that kind, else to lay it aside, and return None."""
         ring = self.incoming[src]
-        while not aside:
-            # One that another receive has begun to lay aside is laid aside to its end.
-            kind, number, sizes = (0, 0, ()) if ring.reading else ring.peek(timeout_ns, 0)
-            if kind == TENSORS:
-                if number != meta or list(sizes) != [nbytes for _, nbytes in targets]:
-                    return False
-                if ring.take(timeout_ns, targets, owner):
-                    return True
-                continue  # the writer gave it up
-            kind, number, parts = ring.get(timeout_ns, 0)
-            self.lay_aside(src, kind, number, parts)
-            aside = self._aside.get((src, TENSORS))
-        number, parts = aside[0]
+        # One that another receive has begun to lay aside is laid aside to its end.
+        found, number, sizes = (0, 0, ()) if ring.reading else ring.peek(timeout_ns, 0)
+        if found == kind:
+            if number != meta or list(sizes) != [nbytes for _, nbytes in targets]:
+                return False
+            return True if ring.take(timeout_ns, targets, owner) else None  # None: the writer gave it up
+        found, number, parts = ring.get(timeout_ns, 0)
+        inbox = self._inboxes[src]
+        inbox.lay_aside(found, number, parts)
+        return self._take_aside(inbox, kind, meta, targets) if found == kind else None
+
+    def _take_aside(self, inbox: _Inbox, kind: int, meta: int, targets: Sequence[tuple[int, int]]) -> bool:
+        number, parts = inbox.first(kind)
         if number != meta or [len(part) for part in parts] != [nbytes for _, nbytes in targets]:
             return False
-        aside.popleft()
+        inbox.pop(kind)
         for part, (address, nbytes) in zip(parts, targets, strict=True):
             memory_at(address, nbytes)[:] = part
         return True
 
+    def _see_to(self, sources: Collection[int], taken: Collection[int]) -> None:
+        """Raise where no record can come: one of the sources died or failed, all of them have left, or this rank has."""
+        if self.team.state(self._me) >= _CLOSED:
+            raise Stopped(SELF, self._me)
+        lost = self.team.lost()
+        states = {src: self.team.state(src) for src in sources}
+        gone = [src for src in taken if states[src] >= _CLOSED or (lost == (LOST, src))]
+        # What they did before they left counts.
+        if not gone or self._module.any_ring(tuple([self.incoming[src] for src in gone]), 0) >= 0:
+            return
+        for src in gone:
+            if lost == (LOST, src):
+                raise Stopped(LOST, src)
+            if states[src] == _FAILED:
+                raise Stopped(GONE, src)
+        if len(gone) == len(states):
+            raise Stopped(GONE, gone[0])
+
     def has_aside(self, src: int, kind: int) -> bool:
         """Whether a record of that kind was laid aside, which comes before those in the ring."""
-        return bool(self._aside) and bool(self._aside.get((src, kind)))
+        return self._inboxes[src].has(kind)
 
     def unpack(self, parts: list[Any]) -> dict[str, torch.Tensor] | None:
         """Return the dict that the native module described by itself; None for another record."""
@@ -162,7 +327,7 @@ class Mailbox:
 
     def lay_aside(self, src: int, kind: int, meta: int, parts: list[Any]) -> None:
         """Keeps a record for whoever asks for its kind."""
-        self._aside.setdefault((src, kind), deque()).append((meta, parts))
+        self._inboxes[src].lay_aside(kind, meta, parts)
 
 
 def memory_at(address: int, nbytes: int) -> memoryview:

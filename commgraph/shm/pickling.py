@@ -86,6 +86,6 @@ def tensor_over(buffer: Any, dtype: torch.dtype, shape: Sequence[int]) -> torch.
     return flat if flat.shape == shape else flat.view(tuple(shape))
 
 
-def loads(pickled: bytes, buffers: Iterable[Any]) -> Any:
+def loads(pickled: bytes | memoryview, buffers: Iterable[Any]) -> Any:
     """The object of a record; what it holds in buffers stays in their memory. Takes as many of them as it has."""
     return pickle.loads(pickled, buffers=buffers)

@@ -142,7 +142,7 @@ class _NoTransport(GlooTransport):
         if receives:
             self._nobody(receives[0][1])
 
-    def receive_later(self, tensor: torch.Tensor, peer: int, *, tag: int) -> Background:
+    def receive_later(self, tensor: torch.Tensor, peer: int, *, tag: int, then: Callable[[], None] | None = None) -> Background:
         self._nobody(peer)
 
     def _nobody(self, peer: int) -> NoReturn:

@@ -264,6 +264,11 @@ CASES = MappingProxyType(
         "lists": Case(_lists, _lists_oracle),
         "begun and waited for, the others": Case(_begun_too, _begun_too_oracle, differentiable=False),
         "send and recv": Case(_ring, _ring_oracle, differentiable=False),
+        "sendrecv": Case(
+            lambda tp, x: tp.sendrecv(x, tp.next_in_group, x.shape, x.dtype, tp.prev_in_group),
+            lambda xs: [xs[i - 1].clone() for i in range(len(xs))],
+            differentiable=False,
+        ),
         "dispatch and combine": Case(_dispatched, lambda xs: [len(xs) * 3 * x * x for x in xs], lambda n, rank: (rows(n)[rank], 3)),
         "dispatch and combine of equal rows": Case(_dispatched_evenly, lambda xs: [x * x * (len(xs) * (len(xs) + 1) // 2) for x in xs]),
     }

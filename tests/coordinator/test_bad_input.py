@@ -45,6 +45,8 @@ TENSOR: dict[str, Callable[..., Any]] = {
     "scatter": lambda g, x, **how: g.scatter(x, g.rank_in_group, **how),
     "broadcast": lambda g, x, **how: g.broadcast(x, **how),
     "send": lambda g, x, **how: g.send(x, **how),
+    "sendrecv": lambda g, x, **how: g.sendrecv(x, g.next_in_group, 3, torch.float32, g.prev_in_group, **how),
+    "isend": lambda g, x, **how: g.isend(x, tag=3, **how),
     "send_tensor_dict": lambda g, x, **how: g.send_tensor_dict({"a": {"b": x}}, **how),
     "broadcast_tensor_dict": lambda g, x, **how: g.broadcast_tensor_dict({"a": x}, g.rank_in_group, **how),
 }
@@ -58,6 +60,11 @@ OTHERS: dict[str, Body] = {
     "send_object": lambda g, **how: g.send_object(1, g.next_in_group, **how),
     "recv_object": lambda g, **how: g.recv_object(g.prev_in_group, **how),
     "recv_tensor_dict": lambda g, **how: g.recv_tensor_dict(**how),
+    "irecv": lambda g, **how: g.irecv(3, torch.float32, cg.ANY, **how),
+    "isend_object": lambda g, **how: g.isend_object(1, g.next_in_group, **how),
+    "irecv_object": lambda g, **how: g.irecv_object(g.prev_in_group, **how),
+    "scatter_object": lambda g, **how: g.scatter_object([1, 2], **how),
+    "gather_object": lambda g, **how: g.gather_object(1, **how),
 }
 
 
@@ -168,13 +175,45 @@ _PEERS: dict[str, Callable[[GroupCoordinator, Any], Any]] = {
     "broadcast_tensor_dict src": lambda g, rank: g.broadcast_tensor_dict({}, rank),
     "send_tensor_dict dst": lambda g, rank: g.send_tensor_dict({}, rank),
     "recv_tensor_dict src": lambda g, rank: g.recv_tensor_dict(rank),
+    "sendrecv dst": lambda g, rank: g.sendrecv(x46(), rank, 3, torch.float32, 0),
+    "sendrecv src": lambda g, rank: g.sendrecv(x46(), 0, 3, torch.float32, rank),
+    "isend dst": lambda g, rank: g.isend(x46(), rank),
+    "irecv src": lambda g, rank: g.irecv(3, torch.float32, rank),
+    "isend_object dst": lambda g, rank: g.isend_object(1, rank),
+    "irecv_object src": lambda g, rank: g.irecv_object(rank),
+    "scatter_object src": lambda g, rank: g.scatter_object([1, 2], rank),
+    "gather_object dst": lambda g, rank: g.gather_object(1, rank),
 }
 for _op, _peer in _PEERS.items():
     _name, _argument = _op.split()
     for _value in (7, -1, 1.0, "0", True, [0]):
         case(f"{_op} = {_value!r}", _name, lambda g, call=_peer, value=_value: call(g, value), f"{_argument}={_value!r}")  # type: ignore[misc]
-    if _name.startswith(("send", "recv")):
+    if _name.startswith(("send_", "recv_")) or _name in ("send", "recv"):
         case(f"{_op} = itself", _name, lambda g, call=_peer: call(g, g.rank_in_group), "itself")  # type: ignore[misc]
+
+for _title, _both in {
+    "dst": lambda g: g.sendrecv(x46(), g.rank_in_group, 3, torch.float32, g.next_in_group),
+    "src": lambda g: g.sendrecv(x46(), g.next_in_group, 3, torch.float32, g.rank_in_group),
+}.items():
+    case(f"sendrecv: {_title} alone is itself", "sendrecv", _both, "no other side")  # type: ignore[arg-type]
+
+_TAGGED: dict[str, Callable[[GroupCoordinator, Any], Any]] = {
+    "send": lambda g, tag: g.send(x46(), tag=tag),
+    "recv": lambda g, tag: g.recv(3, torch.float32, tag=tag),
+    "isend": lambda g, tag: g.isend(x46(), tag=tag),
+    "irecv": lambda g, tag: g.irecv(3, torch.float32, cg.ANY, tag=tag),
+    "batch": lambda g, tag: g.batch([cg.Send(x46(), tag=tag)]),
+}
+for _op, _peer in _TAGGED.items():
+    for _value in (-1, 1 << 20, 1.0, "0", None, True):
+        case(f"{_op}: tag {_value!r}", _op, lambda g, call=_peer, value=_value: call(g, value), f"tag={_value!r}")  # type: ignore[misc]
+case("recv: nothing from anybody", "recv", lambda g: g.recv(0, torch.float32, cg.ANY), "no entries")
+case("batch: from anybody", "batch", lambda g: g.batch([cg.Recv(x46(), cg.ANY)]), "src=commgraph.ANY")  # type: ignore[arg-type]
+for _value in (None, [1], [1, 2, 3], 7):
+    case(f"scatter_object: {_value!r}", "scatter_object", lambda g, value=_value: g.scatter_object(value, g.rank_in_group), "objs")  # type: ignore[misc]
+case("scatter_object: a lambda", "scatter_object", lambda g: g.scatter_object([lambda: 0] * 2, g.rank_in_group), "cannot pickle")
+case("gather_object: a lambda", "gather_object", lambda g: g.gather_object([lambda: 0]), "cannot pickle")
+case("isend_object: a lambda", "isend_object", lambda g: g.isend_object(lambda: 0, g.next_in_group), "cannot pickle")
 
 _DIMS: dict[str, Callable[[GroupCoordinator, Any], Any]] = {
     "all_gather dim": lambda g, dim: g.all_gather(x46(), dim),
@@ -273,6 +312,8 @@ _OUTS: dict[str, Callable[[GroupCoordinator, Any], Any]] = {
     "reduce_scatter": lambda g, out: g.reduce_scatter(torch.ones(16, 6), 0, out=out),
     "all_to_all": lambda g, out: g.all_to_all(torch.ones(8, 6), out=out),
     "recv": lambda g, out: g.recv((8, 6), torch.float32, out=out),
+    "irecv": lambda g, out: g.irecv((8, 6), torch.float32, cg.ANY, out=out),
+    "sendrecv": lambda g, out: g.sendrecv(x46(), g.next_in_group, (8, 6), torch.float32, g.prev_in_group, out=out),
 }
 with torch.inference_mode():
     _INFERENCE = torch.empty(8, 6)
@@ -507,7 +548,10 @@ def test_one_rank_gives_its_input_back_and_checks_all_the_same() -> None:
             with pytest.raises(ValueError, match="nobody to talk to"):
                 call()
         # Left out: what is right for one rank, and what is refused for another reason before (nobody is there to send to).
-        other = re.compile(r"^(send|recv)(_|:| (src|dst))|sizes = |itself|of nothing|lambda|uneven|another extent|out's|no output_sizes")
+        other = re.compile(
+            r"^i?(send|recv|sendrecv|batch)(_|:| (src|dst))|scatter_object|gather_object|sizes = |itself|of nothing|lambda|uneven"
+            r"|another extent|out's|no output_sizes"
+        )
         for title in CASES:
             if not other.search(title):
                 refuse(g, title)

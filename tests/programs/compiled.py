@@ -90,20 +90,13 @@ def operators(tp: cg.GroupCoordinator) -> None:
         (ops.broadcast, (x, tp, 1)),
         (ops.reduce_on_one, (x, tp, 1)),
         (ops.reduce, (x.detach(), tp, 1, "max", token)),
-<<<<<<< HEAD
-        (ops.scatter, (x.detach(), tp, 0, 0, None, token)),
-=======
         (ops.scatter, (x.detach(), tp, 1, 0, None, token)),
         (ops.scatter, (x.detach(), tp, 0, 0, even, token)),
->>>>>>> wt-programs
         (ops.all_gatherv, (x, tp, 0, [2 * n] * n, token)),
         (ops.reduce_scatterv, (x, tp, 0, even, "sum", token)),
         (ops.all_to_allv, (x, tp, 0, 0, even, even, token)),
         (ops.gather, (x.detach(), tp, 0, 0, None, token)),
-<<<<<<< HEAD
-=======
         (ops.gather, (x.detach(), tp, 1, 0, [2 * n] * n, token)),
->>>>>>> wt-programs
         (ops.dispatch, ([x, torch.randn(2 * n, 1, requires_grad=True)], tp, None, token)),
         (ops.combine, (x, tp, even, token)),
         (ops.barrier, (tp, token)),

@@ -370,6 +370,7 @@ static PyObject *module_ring_bytes(PyObject *module, PyObject *args) {
 
 static PyMethodDef module_methods[] = {
     {"group_layout", module_layout, METH_VARARGS, "group_layout(n, slot_bytes)\n--\n\nBytes of the seats of n, and of a group's memory."},
+    {"any_ring", module_any_ring, METH_VARARGS, "any_ring(rings, timeout_ns)\n--\n\nWhich of these rings has a record; -1: none in time."},
     {"ring_bytes", module_ring_bytes, METH_VARARGS, "ring_bytes(n_readers, capacity)\n--\n\n"},
     {0}};
 

@@ -111,6 +111,7 @@ Team *new_view(module_state *state, Team *of, cg_bell *bell, cg_bell *theirs);
 uint64_t call_word(const Group *group, int operation);
 /* The seat says which call it is in. */
 void say_posted(Ring *ring, uint64_t posted);
+PyObject *module_any_ring(PyObject *module, PyObject *args);
 /* A timeout as Python's callers give it, in nanoseconds; `standard_ns` for None. 1; 0 if it is none that is plain, -1 with an error set. */
 int parse_timeout(PyObject *self, PyObject *value, int64_t standard_ns, int64_t *ns);
 /* The answer of a native call that does not handle its arguments: None, or NULL with the error that is set. */

@@ -1,5 +1,6 @@
 /* Ring: records from one seat of a team to others, as Python sees it. */
 #include "module.h"
+#include "any_ring.h"
 
 #include <string.h>
 
@@ -235,6 +236,32 @@ static PyObject *ring_take(PyObject *self, PyObject *args) {
     }
     cg_ring_finish(&ring->ring);
     Py_RETURN_TRUE;
+}
+
+/* any_ring(rings, timeout_ns): the index of the first of these rings in which a record lies, -1 where none comes in time. The caller is the only
+ * reader of each. */
+PyObject *module_any_ring(PyObject *module, PyObject *args) {
+    PyObject *given;
+    long long timeout;
+    if (!PyArg_ParseTuple(args, "O!L", &PyTuple_Type, &given, &timeout)) return NULL;
+    Py_ssize_t n = PyTuple_Size(given);
+    cg_ring **rings = PyMem_Malloc(sizeof *rings * (size_t)(n + 1));
+    if (rings == NULL) return PyErr_NoMemory();
+    module_state *state = PyModule_GetState(module);
+    for (Py_ssize_t i = 0; i < n; i++) {
+        PyObject *ring = PyTuple_GetItem(given, i);
+        if (!PyObject_TypeCheck(ring, state->ring) || !((Ring *)ring)->ring.private) {
+            PyMem_Free(rings);
+            return PyErr_Format(PyExc_TypeError, "any_ring(rings, timeout_ns): rings between two");
+        }
+        rings[i] = &((Ring *)ring)->ring;
+    }
+    int found;
+    Py_BEGIN_ALLOW_THREADS
+    found = cg_any_ring(rings, (int)n, deadline_after(timeout));
+    Py_END_ALLOW_THREADS
+    PyMem_Free(rings);
+    return PyLong_FromLong(found);
 }
 
 static int set_handed_from(PyObject *self, PyObject *value, void *closure) {

@@ -194,6 +194,10 @@ static int has_bytes(void *arg) {
     return atomic_load_explicit(&ring->head->position, memory_order_acquire) != ring->at;
 }
 
+int cg_ring_ready(const cg_ring *ring) {
+    return ring->in_record || atomic_load_explicit(&ring->head->position, memory_order_acquire) != ring->at;
+}
+
 static void read_bytes(cg_ring *ring, void *to, size_t bytes) {
     size_t offset = (size_t)(ring->at % ring->capacity), before = smaller(bytes, ring->capacity - offset);
     memcpy(to, ring->bytes + offset, before);

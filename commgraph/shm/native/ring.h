@@ -74,6 +74,8 @@ int cg_ring_put(cg_ring *ring, uint32_t kind, uint64_t meta, const cg_part *part
 /* Goes on without a reader, whose seat stays empty for ever. 0 if it has sat down already. */
 int cg_ring_leave_out(cg_ring *ring, int reader);
 
+/* Reader: whether cg_ring_next would find anything at once. */
+int cg_ring_ready(const cg_ring *ring);
 /* Reader: waits for the next record and its sizes; ring->record holds it, cg_ring_size tells them. CG_TIMEOUT: call again, nothing is lost. */
 int cg_ring_next(cg_ring *ring, int64_t deadline, int *who);
 static inline size_t cg_ring_size(const cg_ring *ring, uint32_t part) { return (size_t)(ring->sizes[part] & ~CG_LIES_THERE); }

@@ -1,0 +1,103 @@
+"""Messages from whichever rank has sent first, and those of a rank to itself."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import torch
+
+from commgraph.communicators.base import CallsDiffer
+from commgraph.communicators.tags import MESSAGE, make_tag, message_text, tagged_text
+from commgraph.coordinator.failures import Call
+from commgraph.coordinator.operation import Group, perform
+from commgraph.deadline import Deadline
+from commgraph.errors import CollectiveTimeoutError
+from commgraph.work import LaneThread
+
+__all__ = ["from_self", "receive_any", "to_self"]
+
+# Seconds between two looks at whether a rank has died, and at messages to oneself, which another thread may begin: at first, and at most.
+# Each look costs a tenth of a millisecond.
+_FIRST, _MOST = 0.002, 0.2
+# The same where the ranks from which another receive is under way have to be looked at.
+_BESIDE_OTHERS = 0.001
+
+
+def receive_any(group: Group, operation: str, x: torch.Tensor, tag: int, deadline: Deadline) -> int:
+    """Fill x with the next message of that tag from any rank, this one included.
+
+    Returns:
+        From whom it came, as a rank in the group.
+
+    Raises:
+        CollectiveTimeoutError: none came; the group is unharmed.
+    """
+    state, me = group._state, group.rank_in_group
+    text = tagged_text(message_text(x.dtype, x.numel()), tag)
+    if group.world_size == 1:
+        from_self(group, operation, x, tag, deadline)
+        return me
+    strategy = state.strategies.route("recv", x.shape, x.dtype, x.device)
+
+    def act() -> int | None:
+        # A blocking call has no thread beside it that could send to itself.
+        look = _FIRST if isinstance(threading.current_thread(), LaneThread) else _MOST
+        while True:
+            own = state.own_messages.poll(tag)
+            if own is not None:
+                _fill(group, x, own)
+                return me
+            # One after the other, beginning behind the one that was served last.
+            ranks = [(state.served + step) % group.world_size for step in range(1, group.world_size + 1)]
+            # What was begun before with one rank alone has its next messages.
+            free = [rank for rank in ranks if rank != me and state.pending.is_idle((rank, False, tag))]
+            tags = {rank: make_tag(MESSAGE, state.counted((MESSAGE, rank, False, tag)), text) for rank in free}
+            patience = look if len(free) == group.world_size - 1 else _BESIDE_OTHERS
+            look = min(2 * look, _MOST)
+            src = None
+            if tags:
+                src = strategy.receive_any(x, tags, label=tag, patience=min(patience, deadline.left()), deadline=deadline)
+            else:
+                time.sleep(patience)
+            if src is not None:
+                state.count((MESSAGE, src, False, tag))
+                state.served = src
+            if src is not None or deadline.has_passed:
+                return src
+
+    src = perform(group, operation, state.sequence, f"recv({text}, commgraph.ANY)", deadline, act)
+    if src is None:
+        call = Call(group.name, operation, state.members, state.sequence)
+        raise CollectiveTimeoutError(
+            f"{call.where}: no {text} came from any rank within {deadline.seconds:g} s. The group is unharmed: call again to go on waiting",
+            **call.facts,
+        )
+    return src
+
+
+def to_self(group: Group, x: torch.Tensor, tag: int) -> None:
+    """Keep a copy of x as the next message of this rank to itself."""
+    state = group._state
+    copy = x.detach().clone(memory_format=torch.contiguous_format)
+    streams = state.streams(x.device)
+    state.own_messages.put(tag, (copy, None if streams is None else streams.record_event()))
+
+
+def from_self(group: Group, operation: str, x: torch.Tensor, tag: int, deadline: Deadline) -> None:
+    """Fill x with the next message of this rank to itself."""
+    state = group._state
+    text = tagged_text(message_text(x.dtype, x.numel()), tag)
+    what = f"recv({text}, {group.rank_in_group})"
+    perform(group, operation, state.sequence, what, deadline, lambda: _fill(group, x, state.own_messages.take(tag, deadline)))
+
+
+def _fill(group: Group, x: torch.Tensor, message: tuple[torch.Tensor, Any]) -> None:
+    copy, event = message
+    if message_text(copy.dtype, copy.numel()) != message_text(x.dtype, x.numel()):
+        raise CallsDiffer(group.rank_in_group)
+    streams = group._state.streams(copy.device)
+    if event is not None and streams is not None:
+        streams.wait_event(event)
+    x.detach().copy_(copy.view(x.shape))
