@@ -274,9 +274,9 @@ class ParallelContext:
         deadline = Deadline.after(seconds_of(timeout))
         if world.world_size > 1 and not any(c.is_broken for c in self._groups.values()):
             try:
-                if not all(coordinator.flush(deadline) for coordinator in self._groups.values()):
+                if not all(coordinator._flush(deadline) for coordinator in self._groups.values()):
                     raise CollectiveTimeoutError("operations that were begun and not waited for did not end in time")
-                world.meet(deadline)
+                world._meet(deadline)
             except CommGraphError as error:
                 # As text: a record that is kept must not keep the connections, through the error's traceback.
                 logger.warning("context %r was closed on rank %d without its peers: %s", self._name, self.rank, str(error))

@@ -465,9 +465,9 @@ class World:
             if self.size > 1 and not self.group.is_broken:
                 deadline = Deadline.after(seconds_of(timeout))
                 try:
-                    if not self.group.flush(deadline):
+                    if not self.group._flush(deadline):
                         raise CollectiveTimeoutError("operations that were begun and not waited for did not end in time")
-                    self.group.meet(deadline)
+                    self.group._meet(deadline)
                 except CommGraphError as error:
                     # As text: a record that is kept must not keep the world, nor the frames of the error.
                     logger.warning("%s was closed without its peers: %s", repr(self), str(error))

@@ -1250,7 +1250,7 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
             self, "empty", sequence, what, deadline, lambda: strategy.empty(extents, one.dtype, one.device, tag=tag, deadline=deadline)
         )
 
-    def flush(self, deadline: Deadline) -> bool:
+    def _flush(self, deadline: Deadline) -> bool:
         """Waits for what the peers cannot do without, here and on siblings: collectives that were begun, and sends.
 
         Args:
@@ -1259,9 +1259,9 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
         Returns:
             Whether all of it has ended.
         """
-        return self._state.pending.flush(deadline) and all(sibling.flush(deadline) for sibling in self.siblings)
+        return self._state.pending.flush(deadline) and all(sibling._flush(deadline) for sibling in self.siblings)
 
-    def meet(self, deadline: Deadline) -> None:
+    def _meet(self, deadline: Deadline) -> None:
         """`barrier` of the hosts, also where torch traces: it is the ranks that wait, and not the program that is traced."""
         run_generally(Barrier, self, (), deadline.left())
 
