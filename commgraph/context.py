@@ -41,9 +41,6 @@ logger = logging.getLogger("commgraph")
 
 CLOSE_TIMEOUT = timedelta(seconds=30)
 
-# Serve host tensors and objects only, unless `groups` names them: every rank is in them, and nobody all-reduces activations there.
-_HOST_GROUPS = frozenset({"world", "replica"})
-
 # Found as attributes of a context; those of the user's own by their names in brackets.
 _GROUPS = ("world", "replica", "dp", "pp", "pcp", "tp", "dcp", "ep")
 
@@ -479,7 +476,7 @@ def _plan(
             )
         if not isinstance(value.isolate, bool) and (unknown := sorted(value.isolate - set(layout.names))):
             raise LayoutError(f"options.isolate names {unknown}; the layout has the groups {', '.join(layout.names)}")
-    wanted = set(layout.names) - _HOST_GROUPS if groups is None else set(groups)
+    wanted = set(layout.names) - layout.host_groups if groups is None else set(groups)
     if unknown := sorted((wanted | set(given)) - set(layout.names)):
         raise LayoutError(f"groups or options name {unknown}; the layout has the groups {', '.join(layout.names)}")
     return {name: (given.get(name, default), name in wanted) for name in layout.names}

@@ -244,6 +244,14 @@ class Layout:
         return tuple(name for name, _ in self._groups)
 
     @property
+    def host_groups(self) -> frozenset[str]:
+        """Names of the groups that serve host tensors and objects only, unless a context's `groups` names them.
+
+        They are ``world``, and ``replica``, whose ranks belong to different engines: no model all-reduces activations over either.
+        """
+        return frozenset({"world", _AXES[0]} & set(self.names))
+
+    @property
     def digest(self) -> str:
         """SHA-256 over the content, in hex: equal for equal layouts, in every process and every run."""
         groups = [(name, pattern.content()) for name, pattern in self._groups]

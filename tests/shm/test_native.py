@@ -19,6 +19,7 @@ SOURCES = (
     HERE / "native" / "harness.c",
     *(path for path in sorted(CORE.glob("*.c")) if not path.stem.startswith(("module", "kernels"))),
 )
+PARTS = ("guards", "cores", "kernels", "collectives", "rings", "handovers", "pool", "endings", "withdrawals", "processes")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow  # the compiler takes ten seconds
-@pytest.mark.parametrize("part", ["guards", "kernels", "collectives", "rings", "handovers", "pool", "endings", "withdrawals", "processes"])
+@pytest.mark.parametrize("part", PARTS)
 def test_the_core(harness: Path, part: str) -> None:
     """Random operations from a seed that differs from run to run, and is told when something is wrong."""
     seed = str(random.randrange(1 << 32))

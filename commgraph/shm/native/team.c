@@ -20,7 +20,8 @@
 /* team->watch[seat] where it is no descriptor. */
 enum { WATCH_UNKNOWN = -1, WATCH_MYSELF = -2, WATCH_BY_PROC = -3 };
 
-#define SPIN_NS 10000        /* about the time of a small message there and back */
+#define SPIN_NS 10000        /* at least: about the time of a small message there and back */
+#define LONGEST_SPIN_NS 100000 /* at most: a sleep and a wake-up cost about half of it */
 #define PAUSES 16            /* between two looks at the clock */
 #define YIELD_NS 200000      /* of yielding at most: on a busy machine one may take a time slice, and nobody looks at the deadline meanwhile */
 #define CREW_YIELDS 400
@@ -65,8 +66,8 @@ int cg_team_join(cg_team *team, cg_seat *seats, int n, int me, int crowd) {
     team->bell = &seats[me].bell;
     team->crew = -1;
     for (int i = 0; i < n; i++) team->watch[i] = WATCH_UNKNOWN;
-    cpu_set_t allowed;
-    int cores = sched_getaffinity(0, sizeof allowed, &allowed) == 0 ? CPU_COUNT(&allowed) : 1;
+    int cores = cg_cores_allowed();
+    cg_cores_init(&team->cores, crowd);
     /* A spin is lost time where the one that is waited for has no core of its own. */
     team->spin_ns = crowd <= cores ? SPIN_NS : 0;
     team->yields = crowd <= cores ? 200 : 20;
@@ -84,6 +85,7 @@ int cg_team_view(cg_team *view, cg_team *of, cg_bell *bell, cg_bell *theirs) {
     for (int i = 0; i < of->n; i++) view->watch[i] = WATCH_UNKNOWN;
     view->bell = bell;
     view->theirs = theirs;
+    cg_cores_init(&view->cores, of->cores.crowd);
     view->first = NULL;
     view->next = of->first;
     of->first = view;
@@ -104,6 +106,7 @@ void cg_team_leave(cg_team *team) {
         if (team->watch[i] >= 0) close(team->watch[i]);
     free(team->watch);
     team->watch = NULL;
+    cg_cores_free(&team->cores);
 }
 
 int cg_team_is_crew(cg_team *team) {
@@ -166,18 +169,36 @@ int cg_team_leave_out(cg_team *team, int seat) {
     return atomic_compare_exchange_strong(&team->seats[seat].pid, &nobody, -1) || nobody == -1;
 }
 
+/* Publishes the core that this rank runs on, and returns 1 + its number; 0 where nobody knows. */
+static int32_t publish_core(cg_team *team) {
+    _Atomic int32_t *published = &team->seats[team->me].core;
+    int32_t core = 1 + cg_core();
+    if (atomic_load_explicit(published, memory_order_relaxed) != core) atomic_store_explicit(published, core, memory_order_relaxed);
+    return core;
+}
+
 void cg_notify_bell(cg_bell *bell) {
     /* Pairs with the fence in cg_wait: either the sleeper sees what was stored, or this sees that it sleeps. */
     atomic_thread_fence(memory_order_seq_cst);
     if (atomic_load_explicit(&bell->sleeping, memory_order_relaxed)) ring(bell);
 }
 
-void cg_notify(cg_team *team, int seat) { cg_notify_bell(&team->seats[seat].bell); }
+static void wake_sleeper(cg_team *team, int seat) {
+    if (!atomic_load_explicit(&team->seats[seat].bell.sleeping, memory_order_relaxed)) return;
+    publish_core(team); /* beside which the kernel may well wake it */
+    ring(&team->seats[seat].bell);
+}
+
+/* With the fence of cg_notify_bell, for the same reason. */
+void cg_notify(cg_team *team, int seat) {
+    atomic_thread_fence(memory_order_seq_cst);
+    wake_sleeper(team, seat);
+}
 
 void cg_notify_all(cg_team *team) {
     atomic_thread_fence(memory_order_seq_cst);
     for (int i = 0; i < team->n; i++)
-        if (i != team->me && atomic_load_explicit(&team->seats[i].bell.sleeping, memory_order_relaxed)) ring(&team->seats[i].bell);
+        if (i != team->me) wake_sleeper(team, i);
 }
 
 /* Whether the process in that seat has ended. */
@@ -241,22 +262,45 @@ static int someone_elsewhere(cg_team *team, int watched) {
     return -1;
 }
 
+/* Whether a watched peer was last seen on this very core, where it cannot run while this rank does. */
+static int is_beside_peer(cg_team *team, int watched) {
+    int32_t core = publish_core(team);
+    if (core == 0) return 0;
+    if (watched != CG_EVERYONE) return atomic_load_explicit(&team->seats[watched].core, memory_order_relaxed) == core;
+    for (int i = 0; i < team->n; i++)
+        if (i != team->me && atomic_load_explicit(&team->seats[i].core, memory_order_relaxed) == core) return 1;
+    return 0;
+}
+
+/* How long a wait took that came to its end. Longer ones than a spin may take only let the memory of shorter ones fade. */
+static int end_of_wait(cg_team *team, int64_t lasted) {
+    team->recent_ns -= team->recent_ns / 8;
+    if (lasted <= LONGEST_SPIN_NS && lasted > team->recent_ns) team->recent_ns = lasted;
+    return CG_OK;
+}
+
 static int wait_on(cg_team *team, cg_condition ready, void *arg, int watched, int collective, int64_t deadline, int *who) {
     cg_bell *mine = team->bell;
-    int64_t looked = cg_clock_ns();
-    const int64_t patience = looked + YIELD_NS, spun = looked + team->spin_ns;
+    int64_t looked = cg_clock_ns(), began = looked, spin = team->spin_ns;
+    const int crew = cg_team_is_crew(team);
+    if (spin > 0 && !crew) {
+        if (2 * team->recent_ns > spin) spin = 2 * team->recent_ns < LONGEST_SPIN_NS ? 2 * team->recent_ns : LONGEST_SPIN_NS;
+        int beside = is_beside_peer(team, watched);
+        if (cg_cores_wait(&team->cores, beside, looked)) publish_core(team), looked = cg_clock_ns();
+        else if (beside) spin = 0;
+    }
     /* Not by number: a pause takes three times as long on one processor as on another. */
-    for (; looked < spun; looked = cg_clock_ns()) {
+    for (const int64_t spun = looked + spin; looked < spun; looked = cg_clock_ns()) {
         for (int i = 0; i < PAUSES; i++) {
-            if (ready(arg)) return CG_OK;
+            if (ready(arg)) return end_of_wait(team, looked - began);
             cg_pause();
         }
     }
-    if (deadline < 0) deadline = looked - deadline;
+    if (deadline < 0) deadline = began - deadline;
     /* Threads of one process have to take turns with the interpreter, which is longer than a few yields and shorter than a sleep. */
-    const int yields = cg_team_is_crew(team) ? CREW_YIELDS : team->yields;
-    for (int i = 0; i < yields && looked < patience; i++) {
-        if (ready(arg)) return CG_OK;
+    int yields_left = crew ? CREW_YIELDS : team->yields;
+    for (const int64_t patience = began + YIELD_NS; looked < patience && yields_left > 0; yields_left--) {
+        if (ready(arg)) return end_of_wait(team, looked - began);
         sched_yield();
         looked = cg_clock_ns();
     }
@@ -316,6 +360,7 @@ static int wait_on(cg_team *team, cg_condition ready, void *arg, int watched, in
         }
     }
     atomic_store_explicit(&mine->sleeping, 0, memory_order_relaxed);
+    if (result == CG_OK) end_of_wait(team, cg_clock_ns() - began);
     return result;
 }
 

@@ -4,6 +4,13 @@
  * rings the doorbells of those that sleep. A view serves one thread at a time; a ring between two has a view of its own on either side, with
  * doorbells of its own, so that its messages move while another thread is in a collective. The order of stores and loads in `cg_wait` and
  * `cg_notify` is the one that tests/shm/protocol_model.py explores: change them together.
+ *
+ * A wait goes through three stages. It spins for twice as long as the longest of the recent waits that a spin could cover, between 10 and 100
+ * us: a peer that comes meanwhile saves both sides a system call, and one that is later than that is not worth a core. It yields, which hands
+ * the core over to a peer that needs this very one. Then it sleeps. Nobody spins where the ranks are more than the cores, nor for a peer that
+ * was last seen on this very core: it cannot come while this rank spins. Members publish the core they run on when they leave the first
+ * pauses of a wait, and when they ring the doorbell of one that sleeps, so that a call whose peers are there already pays nothing for it.
+ * A rank that stays beside its peer while another core idles moves there: cores.h.
  */
 #ifndef COMMGRAPH_TEAM_H
 #define COMMGRAPH_TEAM_H
@@ -11,6 +18,8 @@
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
+
+#include "cores.h"
 
 #define CG_LINE 64 /* bytes of a cache line */
 
@@ -40,6 +49,7 @@ typedef struct {
 typedef struct {
     _Alignas(CG_LINE) cg_bell bell;
     _Alignas(CG_LINE) _Atomic uint32_t state;
+    _Atomic int32_t core;     /* 1 + the core on which its owner last waited, or woke somebody; 0 before that */
     _Atomic int32_t pid;      /* 0 until somebody claims the seat; -1 where nobody ever will */
     uint64_t born;            /* start time of the process in clock ticks since boot: a pid may be used again */
     _Atomic uint64_t posted;  /* the last call that its owner began: (1 + number) << 8 | operation; 0 for none */
@@ -49,8 +59,10 @@ typedef struct {
 typedef struct cg_team {
     cg_seat *seats;
     int n, me;
-    int64_t spin_ns;
+    int64_t spin_ns;   /* at least; 0 where the ranks of this host are more than its cores */
+    int64_t recent_ns; /* how long recent waits lasted, of those that a spin could have covered */
     int yields;
+    cg_cores cores;
     int crew; /* whether others here are threads of this very process: 1 yes, 0 no, -1 not everybody has come */
     int *watch; /* pidfd of each process; WATCH_* */
     /* Called around a wait that does not end at once; may be NULL. */

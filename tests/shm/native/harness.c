@@ -1,6 +1,6 @@
 /* The plain C core under test, without Python: threads (and, in one part, processes) over one piece of zeroed memory.
  *
- *     harness PART SECONDS SEED        PART: collectives, rings, pool, endings, processes, guards, kernels, all
+ *     harness PART SECONDS SEED        PART: collectives, rings, pool, endings, processes, guards, cores, kernels, all
  *
  * Every participant draws the same random numbers, so that each knows what all others give and can say itself what it must get. The first
  * thing that is wrong is printed, and ends the program with 1. nox -s tsan builds it with ThreadSanitizer, and with AddressSanitizer.
@@ -1234,6 +1234,89 @@ static void withdrawals(dice *d, int64_t until) {
     CHECK(failed > 0, "nobody failed in %d tries", tries);
 }
 
+/* Cores: a thread moves to another core and has its affinity afterwards as before. */
+
+static cpu_set_t affinity(void) {
+    cpu_set_t now;
+    CHECK(sched_getaffinity(0, sizeof now, &now) == 0, "sched_getaffinity");
+    return now;
+}
+
+static void confine(const cpu_set_t *to) { CHECK(sched_setaffinity(0, sizeof *to, to) == 0, "sched_setaffinity"); }
+
+static cpu_set_t only(int core) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(core, &set);
+    return set;
+}
+
+/* Seen beside a peer for so long, by looks 1 ms apart. Returns how often it moved. */
+static int stay_beside(cg_cores *cores, int milliseconds) {
+    int moved = 0;
+    for (int i = 0; i < milliseconds; i++, usleep(1000)) moved += cg_cores_wait(cores, 1, cg_clock_ns());
+    return moved;
+}
+
+static void cores(void) {
+    const cpu_set_t all = affinity();
+    int first = -1, second = -1;
+    for (int core = 0; core < CPU_SETSIZE && second < 0; core++)
+        if (CPU_ISSET(core, &all)) *(first < 0 ? &first : &second) = core;
+    CHECK(first >= 0 && cg_cores_allowed() == CPU_COUNT(&all), "%d cores of %d", cg_cores_allowed(), CPU_COUNT(&all));
+    const cpu_set_t one = only(first);
+    cg_affinity before;
+    cg_cores state;
+    cpu_set_t now;
+
+    confine(&one);
+    cg_cores_init(&state, 1);
+    CHECK(stay_beside(&state, 300) == 0, "moved away from its only core");
+    now = affinity();
+    CHECK(CPU_EQUAL(&now, &one), "an affinity for one core was changed");
+    CHECK(second < 0 || !cg_affinity_narrow(second, &before), "narrowed to a core that is none of the thread's");
+    now = affinity();
+    CHECK(CPU_EQUAL(&now, &one), "an affinity for one core was changed");
+    cg_cores_free(&state);
+    confine(&all);
+    if (second < 0) return;
+
+    for (int core = 0; core < CPU_SETSIZE; core++) {
+        if (!CPU_ISSET(core, &all)) continue;
+        CHECK(cg_affinity_narrow(core, &before) && sched_getcpu() == core, "on core %d and not %d", sched_getcpu(), core);
+        const cpu_set_t narrow = only(core);
+        now = affinity();
+        CHECK(CPU_EQUAL(&now, &narrow), "not narrowed to core %d", core);
+        CHECK(cg_affinity_restore(core, &before), "not given back");
+        now = affinity();
+        CHECK(CPU_EQUAL(&now, &all), "given back otherwise");
+    }
+    /* An affinity of two cores, which may be fewer than all. */
+    cpu_set_t two = one;
+    CPU_SET(second, &two);
+    confine(&two);
+    CHECK(cg_affinity_narrow(second, &before) && cg_affinity_restore(second, &before), "did not move");
+    now = affinity();
+    CHECK(CPU_EQUAL(&now, &two), "two cores were not given back");
+    /* Changed by somebody else between the two halves. */
+    CHECK(cg_affinity_narrow(second, &before), "did not move");
+    confine(&one);
+    CHECK(!cg_affinity_restore(second, &before), "took somebody else's affinity for its own");
+    now = affinity();
+    CHECK(CPU_EQUAL(&now, &one), "overwrote somebody else's affinity");
+
+    confine(&all);
+    cg_cores_init(&state, CPU_COUNT(&all) + 1);
+    CHECK(stay_beside(&state, 200) == 0, "moved though the ranks are more than the cores");
+    cg_cores_free(&state);
+    cg_cores_init(&state, 1);
+    for (int i = 0; i < 200; i++, usleep(1000)) CHECK(!cg_cores_wait(&state, i % 20 != 0, cg_clock_ns()), "moved though it was seen apart meanwhile");
+    stay_beside(&state, 1000); /* whether it moves is for other programs to say */
+    now = affinity();
+    CHECK(CPU_EQUAL(&now, &all), "the affinity is another one after waits");
+    cg_cores_free(&state);
+}
+
 /* Processes: one of them is killed at some moment; the others hear of it, though nobody has reaped it. */
 
 static void be_process(const place *p, int me, uint64_t seed, int odd) {
@@ -1311,6 +1394,7 @@ int main(int argc, char **argv) {
     }
     RUN("processes", processes(&d, rounds)) /* first: nothing is to be forked that has threads */
     RUN("guards", guards())
+    RUN("cores", cores())
     RUN("kernels", kernels())
     RUN("collectives", collectives(&d, until))
     RUN("rings", rings(&d, until))
