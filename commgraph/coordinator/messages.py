@@ -155,7 +155,7 @@ def send(group: Group, x: torch.Tensor, dst: int | None, tag: int, timeout: Time
         Transmit.traced(group, x, dst)
         return
     native = group._state.native_messages
-    if native is not None and _is_plain(tag) and native.send(group, x, group.next_in_group if dst is None else dst, timeout):
+    if native is not None and type(tag) is int and not tag and native.send(group, x, group.next_in_group if dst is None else dst, timeout):
         return
     if is_watched(x):
         refuse_timeout(timeout)
@@ -194,7 +194,7 @@ def recv(
         _refuse_tag("recv", tag, src)
         return Receive.traced(group, size, dtype, src, device, out)  # type: ignore[arg-type]  # `ANY` is refused
     native = group._state.native_messages
-    if native is not None and device is None and _is_plain(tag):
+    if native is not None and device is None and type(tag) is int and not tag:
         received: torch.Tensor | None = native.recv(group, size, dtype, group.prev_in_group if src is None else src, out, timeout)
         if received is not None:
             return received
@@ -248,14 +248,9 @@ def sendrecv(
     return result
 
 
-def _is_plain(tag: Any) -> bool:
-    """Whether a message without a tag is meant, as native messages are."""
-    return type(tag) is int and tag == 0
-
-
 def _refuse_tag(operation: str, tag: Any, src: Any = None) -> None:
     """Refuse where torch traces what an operator has no place for."""
-    if isinstance(src, AnySource) or not _is_plain(tag):
+    if isinstance(src, AnySource) or type(tag) is not int or tag:
         what = "src=commgraph.ANY" if isinstance(src, AnySource) else f"tag={tag!r}"
         raise ValueError(
             f"{operation}: {what} cannot go with a call that is traced: messages in a graph pair by their order. Call it outside of the "

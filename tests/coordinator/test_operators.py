@@ -372,7 +372,7 @@ def test_opcheck(name: str) -> None:
     on(1, body)
 
 
-@pytest.mark.parametrize("name", ["send", "recv"])
+@pytest.mark.parametrize("name", ["send", "recv", "sendrecv"])
 def test_opcheck_of_messages(name: str) -> None:
     """One rank has nobody to send to, and of two that call alike neither would receive: in a world without peers."""
     with fake_world(2) as world:
@@ -380,6 +380,7 @@ def test_opcheck_of_messages(name: str) -> None:
         samples: dict[str, tuple[Any, ...]] = {
             "send": (torch.empty(4, 3, device="meta"), tp, 1, tp._token),
             "recv": (tp, [4, 3], torch.float32, 1, torch.device("meta"), tp._token),
+            "sendrecv": (torch.empty(4, 3, device="meta"), tp, 1, [4, 3], torch.float32, 1, torch.device("meta"), tp._token),
         }
         torch.library.opcheck(getattr(torch.ops.commgraph, name).default, samples[name])
 
@@ -389,7 +390,7 @@ def test_the_page_lists_the_operators() -> None:
     listed = set(re.findall(r"^commgraph::(\w+\(.*)$", page, re.MULTILINE))
     schemas = {
         str(getattr(torch.ops.commgraph, name).default._schema).removeprefix("commgraph::").replace("__torch__.torch.classes.", "")
-        for name in (*SAMPLES, "send", "recv", "fused_scaled_matmul_reduce_scatter")
+        for name in (*SAMPLES, "send", "recv", "sendrecv", "fused_scaled_matmul_reduce_scatter")
     }
     names = {schema[: schema.index("(")] for schema in schemas}
     assert {schema[: schema.index("(")] for schema in listed} == names

@@ -537,7 +537,7 @@ static PyObject *fast_scatter(PyObject *self, PyObject *const *args, Py_ssize_t 
         header[2] = v.ndim;
         header[3] = 1;
         for (int i = 0; i < v.ndim; i++) header[HEADER_FIXED + i] = v.shape[i];
-    } else if (args[0] != Py_None || args[3] != Py_None) {
+    } else if (args[0] != Py_None || args[3] != Py_None || !PyLong_CheckExact(args[2])) {
         return not_handled();
     }
     view nothing = {.ndim = 0, .bytes = 0};
