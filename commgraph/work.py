@@ -100,16 +100,19 @@ class End:
 class Job:
     """Something to be done on a lane."""
 
-    def __init__(self, run: Callable[[], Any], at: str) -> None:
-        """Not begun.
+    def __init__(self, run: Callable[[], Any], at: str, has_arrived: Callable[[], bool] | None = None) -> None:
+        """Not run.
 
         Args:
             run: does it.
             at: place in the user's code that asked for it.
+            has_arrived: whether `run` would wait for nobody. Given where the peers do not wait for `run`, as this rank has sent all that
+                they need: a thread need not run the job, the one that waits for it does. None: it is to be run at once.
         """
         self._run: Callable[[], Any] | None = run
         self._inference = torch.is_inference_mode_enabled()
         self.at = at
+        self.has_arrived = has_arrived
         self.lane: Lane | None = None
         self.ended = End()
         self.result: Any = None
@@ -194,6 +197,9 @@ class Work(Generic[T]):
 
     def is_completed(self) -> bool:
         """Whether it has ended, well or not: `wait` would not have to wait for a peer's part of it, nor a device."""
+        for job in self._jobs:
+            if job.has_arrived is not None and job.lane is not None and not job.ended.is_set() and job.has_arrived():
+                job.lane.run_here(job)
         return all(job.ended.is_set() for job in self._jobs) and all(part.has_ended for part in self._enqueued)
 
     def wait(self, timeout: Any = None) -> T:
@@ -211,8 +217,11 @@ class Work(Generic[T]):
         seconds = None if timeout is None else _seconds(timeout, self._call.where)
         deadline = None if seconds is None else time.monotonic() + seconds
         for job in self._jobs:
-            if not job.ended.is_set() and deadline is None and job.lane is not None and job.lane.run_here(job):
-                continue
+            if not job.ended.is_set() and job.lane is not None:
+                if deadline is None and job.lane.run_here(job):
+                    continue
+                if job.has_arrived is not None:
+                    job.lane.start()
             if not job.ended.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0)):
                 raise CollectiveTimeoutError(
                     f"{self._call.where}: not at its end after {seconds:g} s. It goes on: wait again", **self._call.facts
@@ -310,11 +319,21 @@ class Lane:
             job.lane = self
             self._jobs.append(job)
             self._open += 1
-            if self._thread is None:
-                self._thread = LaneThread(target=self._work, name=self._name, daemon=True)
-                self._thread.start()
-            else:
-                self._changed.notify_all()
+            if job.has_arrived is None:
+                self._start()
+
+    def start(self) -> None:
+        """Have the thread run the jobs that nobody runs."""
+        with self._changed:
+            if self._jobs:
+                self._start()
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = LaneThread(target=self._work, name=self._name, daemon=True)
+            self._thread.start()
+        else:
+            self._changed.notify_all()
 
     def run_here(self, job: Job) -> bool:
         """Makes a job on the thread that waits for it, if its turn has come and nobody has begun it: without a change of threads.
@@ -350,12 +369,18 @@ class Lane:
     def settle(self, seconds: float) -> bool:
         """Waits until everything that was begun has ended; False where that takes longer."""
         with self._changed:
+            job = self._jobs[0] if self._jobs else None
+        if job is not None and not (job.has_arrived is not None and job.has_arrived() and self.run_here(job)):
+            self.start()
+        with self._changed:
             return self._changed.wait_for(lambda: self.is_idle, seconds)
 
     def join(self, seconds: float) -> None:
         """Waits for the thread, after the group was closed: its jobs end with an error."""
         with self._changed:
             self._closed = True
+            if self._jobs:
+                self._start()
             self._changed.notify_all()
             thread = self._thread
         if thread is not None:

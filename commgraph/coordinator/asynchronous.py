@@ -2,7 +2,8 @@
 
 Each is the blocking operation, made by another thread in the order in which the operations were begun (`commgraph.work`): the collectives
 of a group in one order, the messages to a peer in one, those from a peer in one. A blocking call waits for those that were begun before it
-in its own order, and for no other: messages pass collectives, and those of one peer those of another.
+in its own order, and for no other: messages pass collectives, and those of one peer those of another. A small all_reduce in shared memory
+needs no thread: `begin_natively` sends what the peers need, and the sum is made where it is waited for.
 
 On a device such a call is enqueued on a side stream of its lane (`commgraph.accelerators.side_streams`): at once where its strategy
 is stream-ordered, by the lane's thread where it holds up the host. NCCL carries all that a group does by one communicator: messages do not
@@ -28,6 +29,7 @@ from commgraph.coordinator.operation import (
     deadline_of,
     explain,
     is_watched,
+    raise_native,
     run,
     run_directly,
     run_generally,
@@ -36,7 +38,7 @@ from commgraph.coordinator.pending import LaneKey
 from commgraph.deadline import Timeout
 from commgraph.work import Finished, Job, Work
 
-__all__ = ["begin_collective", "joined", "submit"]
+__all__ = ["begin_collective", "begin_natively", "joined", "submit"]
 
 T = TypeVar("T")
 
@@ -73,11 +75,11 @@ def begin_collective(operation: type[Operation], group: Group, args: tuple[Any, 
     if group.world_size == 1:
         job = Job(work, call_site())
         job.run()
-        return Work(call, [job], lambda results: results[0])
+        return Work(call, [job], only)
     side_streams = state.side_streams
     on_device = [x for x in tensors if state.streams(x.device) is not None]
     if side_streams is None or not on_device:
-        return Work(call, [submit(group, None, work)], lambda results: results[0])
+        return Work(call, [submit(group, None, work)], only)
     task = StreamTask(side_streams, None, work, on_device)
     job = Job(task, call_site())
     at_once = state.strategies.route(operation.routed_as, *operation.routed_by(*checked)).stream_ordered
@@ -87,6 +89,36 @@ def begin_collective(operation: type[Operation], group: Group, args: tuple[Any, 
     else:
         state.pending.submit(None, job)
     return Work(call, [job], lambda results: joined([task], results[0], tensors_in(results)), [task])
+
+
+def begin_natively(operation: type[Operation], group: Group, args: tuple[Any, ...], timeout: Timeout) -> Work[Any] | None:
+    """Begin an all_reduce of a small tensor in shared memory: what the peers need is sent now, by the caller, and no thread is needed.
+
+    Returns:
+        None where the native calls do not handle it. Nothing was sent.
+    """
+    fast = group._fast
+    try:
+        if fast.begin_all_reduce(*args, timeout) is None:
+            return None
+    except BaseException as error:
+        raise_native(error, operation, group, args, timeout)
+
+    def end() -> Any:
+        try:
+            return fast.end_all_reduce()
+        except BaseException as error:
+            raise_native(error, operation, group, args, timeout)
+
+    state = group._state
+    job = Job(end, call_site(), fast.has_arrived)
+    state.pending.submit(None, job)
+    return Work(Call(group.name, f"{operation.name}_async", state.members, state.sequence - 1), [job], only)
+
+
+def only(results: Sequence[Any]) -> Any:
+    """Return the one result."""
+    return results[0]
 
 
 def tensors_in(values: Sequence[Any]) -> list[torch.Tensor]:

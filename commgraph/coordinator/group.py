@@ -16,7 +16,7 @@ from commgraph.communicators.base import Communicator, Refused
 from commgraph.communicators.shm_fast import native_calls
 from commgraph.communicators.tags import COLLECTIVE, make_tag
 from commgraph.coordinator import dict_messages, experts, messages, object_work
-from commgraph.coordinator.asynchronous import begin_collective
+from commgraph.coordinator.asynchronous import begin_collective, begin_natively
 from commgraph.coordinator.capture import GraphCapture, capture
 from commgraph.coordinator.checks import BadArgument, like, shape
 from commgraph.coordinator.coalesced import (
@@ -1046,6 +1046,8 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
         Returns:
             Work whose result is a new tensor of x's shape and dtype; x itself in a group of one rank.
         """
+        if not is_dynamo_compiling() and self._fast is not None and (work := begin_natively(AllReduce, self, (x, op), timeout)) is not None:
+            return work
         return begin_collective(AllReduce, self, (x, op), timeout)
 
     def reduce_scatter_async(

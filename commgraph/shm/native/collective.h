@@ -84,6 +84,11 @@ int cg_group_reach(cg_group *g, const cg_call *call, int *who);
 int cg_barrier(cg_group *g, const cg_call *call, int *who);
 /* `to` may be `from`; `in_place` says on all ranks alike whether it is. */
 int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, int dtype, int op, int in_place, int *who);
+/* An all-reduce in two halves, between which this rank does something else and no other call of the group: the first sends all that the others
+ * need, so that none of them waits for the second. 0 if that is not possible, with nothing done: large tensors, which take several steps. */
+int cg_all_reduce_begin(cg_group *g, const cg_call *call, const void *from, size_t count, int dtype);
+int cg_all_reduce_has_arrived(cg_group *g);
+int cg_all_reduce_end(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, int dtype, int op, int *who);
 /* Every rank p gives bytes[p] bytes, this one those at `mine`; `into[p]` (base NULL: not wanted) gets those of rank p. `everywhere` says on all
  * ranks alike whether each wants all. */
 int cg_share(cg_group *g, const cg_call *call, const char *mine, const size_t *bytes, const cg_block *into, int everywhere, int *who);

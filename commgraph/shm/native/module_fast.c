@@ -8,6 +8,18 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* An all_reduce that was begun and has not been ended. */
+typedef struct {
+    Group *group; /* NULL: there is none */
+    PyObject *x, *result;
+    const char *from;
+    char *to;
+    size_t count;
+    int dtype, op;
+    uint32_t step;
+    cg_call call;
+} half_done;
+
 typedef struct {
     PyObject_HEAD
     Group *group; /* NULL: a group of one rank */
@@ -15,6 +27,7 @@ typedef struct {
     PyObject *describe; /* gives the digest of a call's text, which the general path has: (name, arguments) -> int */
     int64_t timeout_ns; /* of calls without a timeout of their own */
     PyObject *filled; /* by the call that runs, if that is a tensor of the caller's */
+    half_done begun;
     int open; /* one that was closed may have no group any more */
 } FastCalls;
 
@@ -174,6 +187,72 @@ static PyObject *fast_all_reduce(PyObject *self, PyObject *const *args, Py_ssize
     int result = cg_all_reduce(&fast->group->group, &call, v.data, out, v.bytes / v.size, dtype, op, 0, &who);
     leave(fast->group->team);
     return answer(fast, result, who, args[0], tensor);
+}
+
+/* Begins an all_reduce whose end is not waited for. Native calls of the group are refused until then; the caller orders all others after it. */
+static PyObject *fast_begin_all_reduce(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    FastCalls *fast = (FastCalls *)self;
+    if (nargs != 3) return PyErr_Format(PyExc_TypeError, "begin_all_reduce(x, op, timeout)");
+    view v;
+    int64_t timeout;
+    int dtype, op = parse_op(args[1]), given = op;
+    if (!is_open(fast) || fast->group == NULL || fast->begun.group != NULL || look(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) ||
+        parse_timeout(self, args[2], fast->timeout_ns, &timeout) <= 0)
+        return not_handled();
+    half_done half = {.from = v.data, .count = v.bytes / v.size, .dtype = dtype, .op = op};
+    half.result = new_tensor(fast->tensors, fast->group->pool, v.kind, v.ndim, v.shape, v.bytes, &half.to);
+    if (half.result == NULL) return NULL;
+    if (!prepare(fast, "all_reduce", OP_ALL_REDUCE, &v, given, args, 2, timeout, &half.call) || !begin(fast, &half.call, NULL, v.bytes)) {
+        Py_DECREF(half.result);
+        return NULL;
+    }
+    half.call.deadline = deadline_after(timeout);
+    int begun = cg_all_reduce_begin(&fast->group->group, &half.call, half.from, half.count, dtype);
+    leave(fast->group->team);
+    if (!begun) {
+        fast->group->sequence--;
+        Py_DECREF(half.result);
+        Py_RETURN_NONE;
+    }
+    half.group = (Group *)Py_NewRef((PyObject *)fast->group);
+    half.step = fast->group->group.step;
+    half.x = Py_NewRef(args[0]);
+    fast->group->paused = 1;
+    fast->begun = half;
+    Py_RETURN_TRUE;
+}
+
+static PyObject *fast_has_arrived(PyObject *self, PyObject *unused) {
+    (void)unused;
+    FastCalls *fast = (FastCalls *)self;
+    Group *group = fast->begun.group;
+    return PyBool_FromLong(group == NULL || !group->enabled || cg_all_reduce_has_arrived(&group->group));
+}
+
+static PyObject *fast_end_all_reduce(PyObject *self, PyObject *unused) {
+    (void)unused;
+    FastCalls *fast = (FastCalls *)self;
+    half_done half = fast->begun;
+    int result = CG_SELF, who = 0;
+    if (half.group == NULL) return PyErr_Format(PyExc_RuntimeError, "no all_reduce was begun");
+    /* Collectives of another thread, which does not know of this one, were made meanwhile: nobody can tell what belongs to what. */
+    if (half.group->group.step != half.step) half.group->enabled = 0;
+    if (half.group->enabled) {
+        if (!enter_for(half.group->team, half.count)) return NULL;
+        fast->begun = (half_done){0};
+        result = cg_all_reduce_end(&half.group->group, &half.call, half.from, half.to, half.count, half.dtype, half.op, &who);
+        leave(half.group->team);
+    } else {
+        fast->begun = (half_done){0};
+    }
+    if (result != CG_OK) {
+        half.group->enabled = 0;
+        Py_DECREF(half.result);
+        half.result = NULL;
+    }
+    Py_DECREF(half.x);
+    Py_DECREF((PyObject *)half.group);
+    return half.result != NULL ? half.result : raise_stopped(self, result, who);
 }
 
 static PyObject *fast_all_gather(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
@@ -621,6 +700,10 @@ static PyObject *fast_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
 }
 
 static void fast_dealloc(PyObject *self) {
+    half_done *begun = &((FastCalls *)self)->begun;
+    Py_XDECREF((PyObject *)begun->group);
+    Py_XDECREF(begun->x);
+    Py_XDECREF(begun->result);
     Py_XDECREF((PyObject *)((FastCalls *)self)->group);
     Py_XDECREF((PyObject *)((FastCalls *)self)->tensors);
     Py_XDECREF(((FastCalls *)self)->describe);
@@ -641,6 +724,9 @@ static PyMethodDef fast_methods[] = {
     FAST(reduce, "reduce(x, dst, op, timeout)\n--\n\nA new tensor on dst and False elsewhere, or None."),
     FAST(scatter, "scatter(x, src, dim, sizes, timeout)\n--\n\nA new tensor, or None; a list is the header that was sent, after which the pieces are due."),
     {"barrier", fast_barrier, METH_O, "barrier(timeout)\n--\n\nTrue, or None."},
+    FAST(begin_all_reduce, "begin_all_reduce(x, op, timeout)\n--\n\nTrue, or None: what `end_all_reduce` is due for, before any other collective."),
+    {"has_arrived", fast_has_arrived, METH_NOARGS, "has_arrived()\n--\n\nWhether `end_all_reduce` has nobody to wait for."},
+    {"end_all_reduce", fast_end_all_reduce, METH_NOARGS, "end_all_reduce()\n--\n\nThe new tensor."},
     {"close", fast_close, METH_NOARGS, "close()\n--\n\nFrom now on every answer is None."},
     {0}};
 static PyType_Slot fast_slots[] = {

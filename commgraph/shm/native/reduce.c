@@ -228,6 +228,26 @@ int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, 
     return two_shot(g, call, from, to, count, size, in_place, kernel, who);
 }
 
+int cg_all_reduce_begin(cg_group *g, const cg_call *call, const void *from, size_t count, int dtype) {
+    size_t size = cg_dtype_bytes(dtype), bytes = count * size;
+    if (bytes > CG_READ_THERE || bytes > g->slot_bytes || are_among_threads(g, bytes)) return 0;
+    if (g->n > 2 && bytes * (size_t)g->n * (size_t)cg_kernel_weight(dtype) > ONE_SHOT) return 0;
+    cg_begin(g, call);
+    g->bytes_sent += bytes;
+    memcpy(cg_slot_of(g, g->me, g->step), from, bytes);
+    cg_announce(g, call, 0, 1, 0);
+    return 1;
+}
+
+int cg_all_reduce_end(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, int dtype, int op, int *who) {
+    int result = cg_agree(g, call, who);
+    if (result != CG_OK || count == 0) return result;
+    const void *sources[g->n];
+    for (int p = 0; p < g->n; p++) sources[p] = p == g->me ? from : cg_slot_of(g, p, g->step);
+    cg_find_kernel(dtype, op)(to, sources, g->n, count, NULL, NULL);
+    return CG_OK;
+}
+
 int cg_reduce_scatter(cg_group *g, const cg_call *call, const cg_block *out, void *to, int dtype, int op, int *who) {
     int n = g->n;
     size_t size = cg_dtype_bytes(dtype), most = 0, total = 0, own = cg_block_bytes(&out[g->me]);

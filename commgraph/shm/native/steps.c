@@ -8,7 +8,6 @@
 
 enum {
     PAGE = 4096,
-    READ_THERE = 16 * 1024, /* what is larger is read where it lies in shared memory: a step more in place of a copy */
 };
 
 /* Offsets of the parts in the memory of a group. */
@@ -62,7 +61,7 @@ int cg_group_add_region(cg_group *g, char *base, size_t stride, size_t bytes) {
 }
 
 uint64_t cg_find_region(cg_group *g, const void *data, size_t bytes) {
-    if (bytes <= READ_THERE) return 0;
+    if (bytes <= CG_READ_THERE) return 0;
     for (int k = 0; k < g->n_regions; k++) {
         const char *mine = g->regions[k].base + (size_t)g->me * g->regions[k].stride, *at = data;
         if (at >= mine && at + bytes <= mine + g->regions[k].bytes)
@@ -99,6 +98,11 @@ static int await(cg_group *g, const cg_call *call, int *who) {
     int result = cg_wait(g->team, all_arrived, &a, CG_EVERYONE, 1, call->deadline, who);
     if (result == CG_TIMEOUT) *who = a.next;
     return result;
+}
+
+int cg_all_reduce_has_arrived(cg_group *g) {
+    arrival a = {g, g->step, 0};
+    return all_arrived(&a);
 }
 
 int cg_nobody_gave_up(cg_group *g, int *who) {

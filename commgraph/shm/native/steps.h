@@ -5,6 +5,7 @@
 #include "collective.h"
 
 /* Where a tensor lies: (1 + region) << 44 | offset in shared memory, or an address of its rank's with the highest bit set. */
+#define CG_READ_THERE ((size_t)16 * 1024) /* what is larger is read where it lies in shared memory: a step more in place of a copy */
 #define WHERE_SHIFT 44
 #define CG_WHERE_ADDRESS (1ull << 63)
 
