@@ -121,7 +121,7 @@ HARNESS = (
     "-lpthread",
     "-lm",
 )
-PARTS = ("guards", "cores", "kernels", "collectives", "rings", "handovers", "pool", "endings", "withdrawals")
+PARTS = ("guards", "cores", "kernels", "collectives", "rings", "zero_copies", "pool", "endings", "withdrawals")
 
 
 @nox.session(venv_backend="none", default=False)

@@ -1,7 +1,7 @@
-"""Ranks find out whether they are about to build the same thing, and whether all of them managed to.
+"""Agreement of ranks on what they are about to build, and on whether all of them succeeded.
 
-Every rank says one thing and hears one: rank 0 reads what all said and answers for everybody, so that the traffic grows with the number
-of ranks and not with its square.
+Every rank writes one message to the store and reads one: rank 0 reads those of all and writes the answer, so that the traffic grows with
+the number of ranks and not with its square.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from commgraph.errors import BuildError, LayoutMismatchError
 
 __all__ = ["PeerLeftError", "agree"]
 
-# Rank 0 answers at its deadline at the latest; the others, who may have begun to wait a little before it, hear it out.
+# Seconds that the others wait longer than rank 0, which answers at its deadline at the latest and may have begun later.
 _GRACE = timedelta(seconds=5)
 
 
@@ -35,18 +35,18 @@ def agree(
     error: str = "",
     follows: bool = False,
 ) -> None:
-    """Compares facts over all ranks. Collective; `store` must be this agreement's own prefix.
+    """Compare facts over all ranks. Collective; `store` must be this agreement's own prefix.
 
     Args:
         store: where to meet.
         rank: this rank.
         world_size: number of ranks.
         facts: name -> what must be equal among the ranks that state that name.
-        what: is being agreed, for messages, e.g. ``"context 'target'"``.
+        what: name of what is agreed on, for messages, e.g. ``"context 'target'"``.
         timeout: how long to wait for the last rank.
         error: why this rank cannot go on: every other rank then raises `BuildError`, and this one, which has an error of its own,
             returns at once.
-        follows: the error only follows from that of another rank, which is likely to be told here: this rank raises it, too.
+        follows: the error only follows from that of another rank, which is likely to be reported here: this rank raises that one, too.
 
     Raises:
         LayoutMismatchError: facts differ; on every rank, naming fact, values and ranks.
@@ -93,7 +93,7 @@ def _judge(store: dist.Store, keys: Sequence[str], what: str, timeout: timedelta
     values = store.multi_get(present) if extended else [store.get(key) for key in present]
     said = {peer: json.loads(value) for peer, value in zip(came, values, strict=True)}
     if failed := {peer: entry["error"] for peer, entry in said.items() if entry["error"]}:
-        # First, because the ranks that did not come may well be waiting for one that failed.
+        # Reported errors first: the ranks that did not come may be waiting for one that failed.
         failed = {peer: why for peer, why in failed.items() if not said[peer]["follows"]} or failed
         return "error", _refusal(what, failed)
     if missing := sorted(set(range(len(keys))) - set(came)):

@@ -1,4 +1,4 @@
-"""One group made live: connections, strategies, and what the coordinators over the same ranks share."""
+"""Construction of a group: its connections, its strategies, and the `GroupState` of the coordinators over its ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from commgraph import compat
-from commgraph.accelerators.custom_all_reduce import Proofs
+from commgraph.accelerators.custom_all_reduce import PeerAccessCache
 from commgraph.accelerators.device_order import DeviceOrder
 from commgraph.agreement import PeerLeftError, agree
 from commgraph.communicators.base import Communicator, Limits, PeerClosed, PeerLate, Refused
@@ -31,37 +31,37 @@ from commgraph.platforms.detection import Plugins
 
 __all__ = ["CONNECTING", "Builder", "Connection", "States"]
 
-# Prefix of the keys by which gloo connects a group. Two parts, as no name of a user's can have: those are one part each.
+# Prefix of the keys with which gloo connects a group. It has two parts, where names of the user's have one.
 CONNECTING = "gloo/connect"
 
-# Of a gloo device and its listener, beside one for each peer.
+# Descriptors of a gloo device and its listener, beside one for each peer.
 _SPARE_DESCRIPTORS = 8
 
 
 class States:
-    """The live groups of a world, so that they can be dropped where nobody closes them: when the interpreter exits."""
+    """The live groups of a world, to be dropped when the interpreter exits if they were not closed."""
 
     def __init__(self) -> None:
         self._states: list[GroupState] = []
         self._lock = threading.Lock()
 
     def add(self, state: GroupState) -> None:
-        """Lists a group that was just connected."""
+        """Add a group that was just connected."""
         with self._lock:
             self._states.append(state)
 
     def prune(self) -> None:
-        """Forgets those that were closed."""
+        """Remove groups that were closed."""
         with self._lock:
             self._states = [state for state in self._states if not state.is_closed]
 
     def abort(self) -> None:
-        """Ends what runs on any of them, here and on the peers. From any thread."""
+        """End the calls on all groups with an error, here and on the peers. From any thread."""
         for state in tuple(self._states):
             state.abort()
 
     def release(self) -> None:
-        """Drops them all on this rank; nothing is sent."""
+        """Drop all groups on this rank; nothing is sent."""
         for state in tuple(self._states):
             state.close()
         self.prune()
@@ -92,7 +92,7 @@ class Builder:
         timeout: deadline of a build and default deadline of operations.
         authkey: secret of the job, or None.
         states: of live groups.
-        proofs: which ranks were shown to reach each other's device memory.
+        proofs: results of probes of device memory between ranks.
         order: in which checked calls on the device are compared.
     """
 
@@ -103,7 +103,7 @@ class Builder:
     timeout: timedelta
     authkey: bytes | None = attrs.field(repr=False)
     states: States
-    proofs: Proofs = attrs.field(factory=Proofs)
+    proofs: PeerAccessCache = attrs.field(factory=PeerAccessCache)
     order: DeviceOrder = attrs.field(factory=DeviceOrder)
 
     # Whether what it makes has to be closed.
@@ -113,11 +113,11 @@ class Builder:
         """`commgraph.agreement.agree` among all ranks of the world, until the deadline of a build."""
         agree(store, self.rank, len(self.hosts.nodes), facts, what=what, timeout=self.timeout, error=error, follows=follows)
 
-    def connect(self, ident: str, ranks: tuple[int, ...]) -> Connection | None:
-        """Connects the ranks of one group. Collective over them; None for one rank, which needs nothing.
+    def connect(self, uid: str, ranks: tuple[int, ...]) -> Connection | None:
+        """Connect the ranks of one group. Collective over them; return None for one rank, which needs no connection.
 
         Args:
-            ident: names this group among all of the world, and how often this very group was built; the same on its ranks.
+            uid: unique among the groups that this world has built; equal on the ranks of the group.
             ranks: global ranks in group order, this one among them.
 
         Raises:
@@ -128,13 +128,13 @@ class Builder:
             return None
         if not compat.gloo_available():
             raise BackendUnavailableError("this torch was built without gloo, which carries host tensors and objects between ranks")
-        store = dist.PrefixStore(f"group/{hashlib.sha256(ident.encode()).hexdigest()[:32]}", self.store)
-        self._check_descriptors(ident, len(ranks))
-        self._meet(ident, store, ranks)
-        return Connection(store, self._connect(ident, dist.PrefixStore(CONNECTING, store), ranks, ranks.index(self.rank)))
+        store = dist.PrefixStore(f"group/{hashlib.sha256(uid.encode()).hexdigest()[:32]}", self.store)
+        self._check_descriptors(uid, len(ranks))
+        self._meet(uid, store, ranks)
+        return Connection(store, self._connect(uid, dist.PrefixStore(CONNECTING, store), ranks, ranks.index(self.rank)))
 
     def keep_order(self, store: dist.Store) -> None:
-        """Connects what compares the order of calls on the device: the first time, and once it was broken. Collective over the world.
+        """Connect the `DeviceOrder`, at its first use and after it was broken. Collective over the world.
 
         Args:
             store: of this build.
@@ -151,7 +151,7 @@ class Builder:
 
     def state(
         self,
-        ident: str,
+        uid: str,
         ranks: tuple[int, ...],
         connection: Connection | None,
         platform: Platform,
@@ -162,11 +162,11 @@ class Builder:
         plugins: Plugins,
         partition: Callable[[], Sequence[Sequence[int]]],
     ) -> GroupState:
-        """Makes the strategies of a group, on its connection, which is closed if that fails.
+        """Make the strategies of a group, on its connection, which is closed if that fails.
 
         Args:
-            ident, ranks: as for `connect`.
-            connection: what `connect` gave for them.
+            uid, ranks: as for `connect`.
+            connection: the result of `connect` for them.
             platform: chooses the strategies.
             options: of this group.
             wants_device: whether the group serves device tensors too.
@@ -175,7 +175,7 @@ class Builder:
             partition: gives the global ranks of all groups of this kind.
 
         Raises:
-            BackendUnavailableError: the platform has nothing that serves the options.
+            BackendUnavailableError: the platform has no strategy that serves the options.
         """
         host_timeout = options.host_timeout or options.timeout or self.timeout
         device_timeout = (options.timeout or self.timeout).total_seconds()
@@ -195,7 +195,7 @@ class Builder:
         }
         timeouts = Timeouts(host_timeout.total_seconds(), device_timeout)
         rank_in_group = ranks.index(self.rank)
-        members = Members(ident, ranks, rank_in_group)
+        members = Members(uid, ranks, rank_in_group)
         if connection is None:
             return GroupState(members, Strategies(members), None, timeouts, rebuild=rebuild, **on_device)
         try:
@@ -203,7 +203,7 @@ class Builder:
             limits = Limits(timeouts.host, self.timeout.total_seconds(), self.hosts.local_size, device_timeout)
             store = dist.PrefixStore("strategies", connection.store)
             facts = GroupFacts(ranks, rank_in_group, nodes, options, wants_device, limits, store, device, self.proofs, partition)
-            chain = self._chain(ident, platform, facts, connection, plugins)
+            chain = self._chain(uid, platform, facts, connection, plugins)
             live = [one for one in chain if isinstance(one, Communicator)]
             strategies = Strategies(members, live, [one for one in chain if isinstance(one, Refused)])
             network = Network(connection.transport, connection.store, self._key(ranks))
@@ -219,36 +219,36 @@ class Builder:
         """Make a state of the same ranks with communicators of their own. Collective: whole, or an error on every rank."""
         members = of.members
         number = of.count("siblings")
-        ident, what = f"{members.ident}/sibling {number}", f"sibling {name!r} of group {members.ident}"
+        uid, what = f"{members.uid}/sibling {number}", f"sibling {name!r} of group {members.uid}"
 
         def make() -> GroupState:
-            return self.state(ident, members.ranks, self.connect(ident, members.ranks), platform, options, **kind)
+            return self.state(uid, members.ranks, self.connect(uid, members.ranks), platform, options, **kind)
 
         if of.network is None:
             return make()
         store = dist.PrefixStore(f"sibling/{number}", of.network.store)
 
-        def tell(step: str, facts: Mapping[str, str], **failed: Any) -> None:
-            place = dist.PrefixStore(step, store)
-            agree(place, members.rank_in_group, members.world_size, facts, what=what, timeout=self.timeout, **failed)
+        def report(step: str, facts: Mapping[str, str], **failed: Any) -> None:
+            prefix = dist.PrefixStore(step, store)
+            agree(prefix, members.rank_in_group, members.world_size, facts, what=what, timeout=self.timeout, **failed)
 
-        tell("begin", {"its name": name})
+        report("begin", {"its name": name})
         try:
             state = make()
         except BaseException as error:
             follows = isinstance(error, PeerLeftError)
             with contextlib.nullcontext() if follows else contextlib.suppress(BuildError):
-                tell("end", {}, error=f"{type(error).__name__}: {error}", follows=follows)
+                report("end", {}, error=f"{type(error).__name__}: {error}", follows=follows)
             raise
         try:
-            tell("end", {"its strategies": repr(dict(state.strategies.table))})
+            report("end", {"its strategies": repr(dict(state.strategies.table))})
         except BaseException:
             state.close()
             raise
         return state
 
     def _chain(
-        self, ident: str, platform: Platform, facts: GroupFacts, connection: Connection, plugins: Plugins
+        self, uid: str, platform: Platform, facts: GroupFacts, connection: Connection, plugins: Plugins
     ) -> Sequence[Communicator | Refused]:
         try:
             chain = [*plugins.strategies(facts, connection.transport), *platform.communicators(facts, connection.transport)]
@@ -256,11 +256,11 @@ class Builder:
         except (PeerClosed, PeerLate) as error:
             why = f"({error.reason})" if isinstance(error, PeerClosed) else f"within {self.timeout.total_seconds():g} s"
             raise PeerLeftError(
-                f"rank {self.rank}: group {ident}: rank {facts.ranks[error.peer]} did not take part in making its strategies {why}"
+                f"rank {self.rank}: group {uid}: rank {facts.ranks[error.peer]} did not take part in making its strategies {why}"
             ) from error
 
-    def _meet(self, ident: str, store: dist.Store, ranks: Sequence[int]) -> None:
-        """Waits until all are here. gloo would wait as well, but say of nobody that he is missing, and not let itself be interrupted."""
+    def _meet(self, uid: str, store: dist.Store, ranks: Sequence[int]) -> None:
+        """Wait until all ranks have come. gloo would wait as well, but could not be interrupted, and its error names no missing rank."""
         keys = [f"here/{rank}" for rank in ranks]
         try:
             store.set(f"here/{self.rank}", "")
@@ -269,46 +269,46 @@ class Builder:
             missing = [str(rank) for rank, key in zip(ranks, keys, strict=True) if not _is_there(store, key)]
             names = f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing[:16])}{'...' if len(missing) > 16 else ''}"
             raise BuildError(
-                f"rank {self.rank}: group {ident}: {names} of the group's {len(ranks)} did not come within "
+                f"rank {self.rank}: group {uid}: {names} of the group's {len(ranks)} did not come within "
                 f"{self.timeout.total_seconds():g} s. Building is collective: every rank makes the same calls in the same order ({error})"
             ) from error
 
-    def _connect(self, ident: str, store: dist.Store, ranks: Sequence[int], rank_in_group: int) -> GlooTransport:
+    def _connect(self, uid: str, store: dist.Store, ranks: Sequence[int], rank_in_group: int) -> GlooTransport:
         try:
             device = compat.gloo_device(loopback=self._share_loopback(ranks))
             return GlooTransport(store, rank_in_group, len(ranks), timeout=self.timeout, device=device)
         except RuntimeError as error:
             members = f"{len(ranks)} ranks {tuple(ranks[:8])}{'...' if len(ranks) > 8 else ''}"
             raise BuildError(
-                f"rank {self.rank}: group {ident} of {members} could not connect within {self.timeout.total_seconds():g} s: {error}"
+                f"rank {self.rank}: group {uid} of {members} could not connect within {self.timeout.total_seconds():g} s: {error}"
             ) from error
 
-    def _check_descriptors(self, ident: str, size: int) -> None:
-        """Refuses what cannot end well: where its listener runs out of descriptors, gloo ends the process."""
+    def _check_descriptors(self, uid: str, size: int) -> None:
+        """Raise if too few descriptors are left: gloo ends the process when its listener runs out of them."""
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         used = len(os.listdir("/dev/fd"))
         needed = size + _SPARE_DESCRIPTORS
         if limit != resource.RLIM_INFINITY and limit - used < needed:
             raise BuildError(
-                f"rank {self.rank}: group {ident} of {size} ranks needs about {needed} more open files; {used} are open and {limit} are "
+                f"rank {self.rank}: group {uid} of {size} ranks needs about {needed} more open files; {used} are open and {limit} are "
                 "allowed: raise the limit (ulimit -n), or close contexts that are not used"
             )
 
     def _share_loopback(self, ranks: Sequence[int]) -> bool:
-        """Whether these ranks can reach each other at 127.0.0.1; alike on all of them."""
+        """Whether these ranks share 127.0.0.1; alike on all of them."""
         if len({self.hosts.networks[rank] for rank in ranks}) > 1:
             return False
         return self.labelled or len({self.hosts.nodes[rank] for rank in ranks}) == 1
 
     def _key(self, ranks: Sequence[int]) -> bytes | None:
-        """What authenticates pickled objects in this group: the job's secret, else that of the node if all ranks are on it."""
+        """Return the key that authenticates pickled objects in this group: the job's, else that of the node if all ranks are on it."""
         if self.authkey is not None:
             return self.authkey
         return self.hosts.node_key if all(self.hosts.nodes[rank] == self.hosts.node_rank for rank in ranks) else None
 
 
 def _only_by_kind(one: Communicator | Refused) -> Communicator | Refused:
-    """Refuses a strategy whose part depends on the size."""
+    """Replace a size-dependent strategy by a `Refused`."""
     if isinstance(one, Refused) or not one.size_dependent:
         return one
     one.close()

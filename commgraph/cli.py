@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"commgraph {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    # These two parse their own arguments: under a launcher they are started without this command.
+    # `bench` and `demo` parse their own arguments: launchers start them without this command.
     commands.add_parser("demo", help="generate text on several processes of this machine", add_help=False)
     commands.add_parser("bench", help="measure what communication takes here, alone or beside other libraries", add_help=False)
     layout = commands.add_parser(

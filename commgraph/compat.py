@@ -1,13 +1,13 @@
 """The only module that imports private names of torch.
 
-All of them were seen in torch 2.13, the version that the tests run on. What is known of others comes from their sources and threads, and
+All of them were seen in torch 2.13, the version that the tests run on. Statements about others come from their sources and threads, and
 not from a run:
 
 * 2.11 is the first whose operators take opaque objects; 2.11 to 2.13 call them `torch._opaque_base.OpaqueBase` and `register_opaque_type`.
 * DLPack's C functions (`Tensor.__dlpack_c_exchange_api__`) came after 2.11: before, tensors of the native module are read by address.
 * 2.14 and 2.15 rename opaque objects to custom classes (`torch._custom_class_base.CustomClassBase`, `register_custom_class` with
   typ="symbolic"); the older names warn in 2.15.
-* Inductor's `ir._CollectiveKernel` and its ordering of collectives are its own affair in every version: `keep_order` is the place to look.
+* Inductor's `ir._CollectiveKernel` and its ordering of collectives are its own affair in every version: see `keep_order`.
 
 A torch release that moves one of them is a change in this file.
 """
@@ -23,18 +23,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-# Counts the versions of a tuple of tensors up whose memory is going to be filled past torch, so that autograd notices.
+# Increments the versions of a tuple of tensors whose memory is filled without torch, so that autograd notices.
 # `torch.autograd.graph.increment_version` is public and takes twice the time.
 from torch._C import _increment_version as increment_version
 
-# Tells how many modes look at every operator of this thread: fake tensors, make_fx, counters.
+# Returns how many dispatch modes are active on this thread: fake tensors, make_fx, counters.
 from torch._C import _len_torch_dispatch_stack as count_modes
 
-# Tells whether a tensor is one of the zeros that autograd makes without memory.
+# Returns whether a tensor is one of the zeros that autograd makes without memory.
 is_without_memory = torch.Tensor._is_zerotensor
 
 try:
-    # By its threads torch calls it so from 2.14 on, and the older name warns from 2.15 on; not seen by us yet.
+    # According to torch's issues it has this name from 2.14 on, and the older one warns from 2.15 on; not run yet.
     from torch._custom_class_base import CustomClassBase as OpaqueBase  # type: ignore[import-not-found]
 except ImportError:
     from torch._opaque_base import OpaqueBase
@@ -81,7 +81,7 @@ def gloo_available() -> bool:
 
 
 def gloo_device(*, loopback: bool) -> GlooDevice:
-    """A network device for gloo groups; groups that are given the same one share its event loop thread.
+    """Make a network device for gloo groups; groups that are given the same one share its event loop thread.
 
     Args:
         loopback: bind to 127.0.0.1, right where all ranks are known to share a network namespace. Otherwise gloo resolves this host's
@@ -97,7 +97,7 @@ def gloo_device(*, loopback: bool) -> GlooDevice:
 
 
 def make_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta, device: GlooDevice) -> Any:
-    """A connected ProcessGroupGloo that no table of torch.distributed knows.
+    """Make a connected ProcessGroupGloo that is in no table of torch.distributed.
 
     `_Options` with `_devices`, `_threads`, `_timeout`: torch._C._distributed_c10d.
     """
@@ -112,7 +112,7 @@ def make_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta, devic
 
 
 def backend_options(kind: str, timeout: timedelta, *, coalesced: bool = False, **fields: Any) -> Any:
-    """Options of a backend's operation: `torch._C._distributed_c10d.<kind>Options`, e.g. of kind ``"Allreduce"`` with ``reduceOp=op``.
+    """Return options of a backend's operation: `torch._C._distributed_c10d.<kind>Options`, e.g. for ``"Allreduce"`` with ``reduceOp=op``.
 
     `coalesced`: it is one of several in one launch. Of such NCCL keeps the deadline only where they run on a stream of its own.
     """
@@ -121,7 +121,7 @@ def backend_options(kind: str, timeout: timedelta, *, coalesced: bool = False, *
     options = getattr(_distributed_c10d, f"{kind}Options")()
     for name, value in {"timeout": timeout, **fields}.items():
         setattr(options, name, value)
-    # Then NCCL enqueues on the current stream itself, and not on one of its own with an event before and after.
+    # With this NCCL enqueues on the current stream itself, and not on one of its own with an event before and after.
     if hasattr(options, "asyncOp"):
         options.asyncOp = coalesced
     return options
@@ -133,7 +133,7 @@ def nccl_available() -> bool:
 
 
 def make_nccl(store: dist.Store, rank: int, size: int, timeout: timedelta, device: torch.device, fields: Mapping[str, Any]) -> Any:
-    """A connected ProcessGroupNCCL that no table of torch.distributed knows; not yet run on a GPU.
+    """Make a connected ProcessGroupNCCL that is in no table of torch.distributed; not yet run on a GPU.
 
     `Options`, `_timeout` and `eager_connect_single_device`: torch._C._distributed_c10d.
 
@@ -157,7 +157,7 @@ def make_nccl(store: dist.Store, rank: int, size: int, timeout: timedelta, devic
 
 
 def make_xccl(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
-    """The same of Intel's XCCL; no such device has run it."""
+    """Make a connected ProcessGroupXCCL (Intel) that is in no table of torch.distributed; no such device has run it."""
     from torch.distributed import ProcessGroupXCCL
 
     options = ProcessGroupXCCL.Options()
@@ -166,7 +166,7 @@ def make_xccl(store: dist.Store, rank: int, size: int, timeout: timedelta) -> An
 
 
 def wrap(store: dist.Store, rank: int, size: int, backend: Any, device: torch.device) -> dist.ProcessGroup:
-    """`backend`, of tensors of such devices, as the torch ProcessGroup that other libraries expect, without a default group.
+    """Return `backend`, for tensors of such devices, as a torch ProcessGroup, as other libraries expect; without a default group.
 
     By the private `ProcessGroup._register_backend` and `_set_default_backend`.
     """
@@ -178,7 +178,7 @@ def wrap(store: dist.Store, rank: int, size: int, backend: Any, device: torch.de
 
 
 def enter_tables(group: dist.ProcessGroup, name: Any, ranks: Sequence[int], store: dist.Store) -> None:
-    """Lists a group with torch.distributed; `ranks` are those of the default group, in group order.
+    """Enter a group into the tables of torch.distributed; `ranks` are those of the default group, in group order.
 
     The name gets a number where it is taken, as by the same group of another world in this process: ranks that build alike count alike.
     Privately `torch.distributed.distributed_c10d._world` and `_register_process_group`, and the methods by which a group has a name.
@@ -203,7 +203,7 @@ def enter_tables(group: dist.ProcessGroup, name: Any, ranks: Sequence[int], stor
 
 
 def leave_tables(group: dist.ProcessGroup) -> None:
-    """The inverse of `enter_tables`; not an error where somebody has cleared them meanwhile."""
+    """Undo `enter_tables`; no error if the tables were cleared meanwhile."""
     from torch.distributed import distributed_c10d as c10d
 
     tables = c10d._world
@@ -260,7 +260,7 @@ def symmetric_memory(
 
 
 def forget_symmetric_group(name: str) -> None:
-    """Takes the name of a `symmetric_memory` out of the registry of process groups; not an error where it is not there."""
+    """Remove the name of a `symmetric_memory` from the registry of process groups; no error if it is not there."""
     from torch._C._distributed_c10d import _unregister_process_group
 
     with contextlib.suppress(RuntimeError):
@@ -305,14 +305,14 @@ def opaque(*, guard: Callable[[Any], list[Any]], facts: Sequence[str], operation
 
 
 def real_object(obj: Any) -> Any:
-    """The object behind torch's stand-in for it (`torch._library.fake_class_registry.FakeScriptObject`), or `obj` itself."""
+    """Return the object behind torch's stand-in for it (`torch._library.fake_class_registry.FakeScriptObject`), or `obj` itself."""
     from torch._library.fake_class_registry import FakeScriptObject
 
     return obj.real_obj if isinstance(obj, FakeScriptObject) else obj
 
 
 def is_traced(x: torch.Tensor) -> bool:
-    """Whether x is one of torch's stand-ins for a tensor (`FakeTensor`, `FunctionalTensor`), which operators know."""
+    """Whether x is one of torch's stand-ins for a tensor (`FakeTensor`, `FunctionalTensor`), which operators handle."""
     if type(x) in (torch.Tensor, torch.nn.Parameter):
         return False
     from torch._subclasses.fake_tensor import FakeTensor
@@ -322,22 +322,22 @@ def is_traced(x: torch.Tensor) -> bool:
 
 
 def below_autograd() -> Any:
-    """A context in which operators run what autograd stands before. Privately `torch._C._AutoDispatchBelowAutograd`."""
+    """Return a context in which operators run below autograd. Privately `torch._C._AutoDispatchBelowAutograd`."""
     from torch._C import _AutoDispatchBelowAutograd
 
     return _AutoDispatchBelowAutograd()
 
 
 def check(condition: Any, message: Callable[[], str]) -> None:
-    """Raises ValueError where a condition on sizes does not hold; sizes that are symbols learn of it. Privately `torch._check_value`."""
+    """Raise ValueError if a condition on sizes does not hold; with symbolic sizes it becomes a guard. Privately `torch._check_value`."""
     torch._check_value(condition, message)
 
 
 def keep_order(name: str) -> None:
-    """Tells inductor, once it is there, that an operator of ours is a collective: such it keeps in the order of the graph.
+    """Register an operator as a collective with inductor, which keeps collectives in the order of the graph.
 
-    Left to itself it sorts what does not depend on each other anew after it has fused kernels, and fuses by sizes; where those differ by
-    rank, so would the order of the collectives. Privately `torch._inductor.ir._CollectiveKernel`, which its scheduler looks for, and
+    Inductor reorders other independent operators after it has fused kernels, and fuses by sizes; where those differ by rank, so would
+    the order of the collectives. Privately `torch._inductor.ir._CollectiveKernel`, which its scheduler looks for, and
     `torch._inductor.lowering.lowerings` and `register_lowering`.
 
     Args:
@@ -360,7 +360,7 @@ def keep_order(name: str) -> None:
 
 
 def known_to_modes(x: torch.Tensor) -> torch.Tensor:
-    """x, or what stands for it in a mode of fake tensors that takes no others; always the same for the same mode.
+    """Return x, or under a mode that takes fake tensors only the fake tensor for x, always the same one for a mode.
 
     Privately `torch._guards.detect_fake_mode`.
     """

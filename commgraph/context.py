@@ -1,4 +1,4 @@
-"""`ParallelContext`: every group of one layout, complete, immutable, to be handed to model layers."""
+"""`ParallelContext`: every group of one layout, complete and immutable, to be passed to model layers."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ logger = logging.getLogger("commgraph")
 
 CLOSE_TIMEOUT = timedelta(seconds=30)
 
-# Found as attributes of a context; those of the user's own by their names in brackets.
+# Groups that are attributes of a context; the user's own groups are found as context[name].
 _GROUPS = ("world", "replica", "dp", "pp", "pcp", "tp", "dcp", "ep")
 
 
 class _World(Protocol):
-    """The world of a context, as far as it needs it."""
+    """The part of a `World` that a context uses."""
 
     rank: int
     local_rank: int
@@ -54,7 +54,7 @@ class _World(Protocol):
     token: torch.Tensor
 
     def _forget(self, context: ParallelContext) -> None:
-        """Take a context that was closed off the list."""
+        """Remove a context that was closed from the list."""
 
 
 class ParallelContext:
@@ -66,7 +66,7 @@ class ParallelContext:
 
     Attributes:
         world: every rank of the layout; for host tensors and objects unless asked for otherwise.
-        replica: the same place in each replica: engines that otherwise never talk.
+        replica: the same position in each replica: engines that otherwise never communicate.
         dp: data parallelism.
         pp: pipeline parallelism: the stages, in order.
         pcp: prefill context parallelism.
@@ -75,7 +75,7 @@ class ParallelContext:
         ep: expert parallelism: dp x pcp x tp of one pipeline stage.
     """
 
-    # Groups in slots, because looking one up is part of every call: a slot costs a fifth of a property.
+    # Groups are in slots because every call looks one up: a slot costs a fifth of a property.
     __slots__ = ("__weakref__", "_groups", "_layout", "_name", "_options", "_state", "_world", *_GROUPS)
 
     _groups: Mapping[str, GroupCoordinator]
@@ -159,7 +159,7 @@ class ParallelContext:
     # Groups.
 
     def __getitem__(self, name: str) -> GroupCoordinator:
-        """The group of that name.
+        """Return the group of that name.
 
         Raises:
             LayoutError: the layout has no such group.
@@ -170,12 +170,12 @@ class ParallelContext:
             raise LayoutError(f"context {self._name!r} has no group {name!r}; its layout has: {', '.join(self._groups)}") from None
 
     def __getattr__(self, name: str) -> NoReturn:
-        # Only asked for what no slot holds.
+        # Called only for names that are no slot.
         if name in _GROUPS:
             self[name]
         raise AttributeError(f"a ParallelContext has no {name!r}; groups of your own are found as context[{name!r}]")
 
-    # What is done to all groups.
+    # Methods on all groups at once.
 
     def check_layout(self, **sizes: int) -> None:
         """Compares the layout with what the caller expects, e.g. ``check_layout(tp=4, pp=2)``.
@@ -189,7 +189,7 @@ class ParallelContext:
             raise LayoutMismatchError(f"context {self._name!r} ({self._layout!r}) has {'; '.join(wrong)}")
 
     def prepare_communication_buffers(self, model: torch.nn.Module) -> None:
-        """Lets every group size its buffers from `model`. Collective."""
+        """Lets strategies of every group allocate buffers by the sizes in `model`. Collective."""
         for coordinator in self._distinct():
             coordinator.prepare_communication_buffer_for_model(model)
 
@@ -200,10 +200,10 @@ class ParallelContext:
 
     @contextlib.contextmanager
     def graph_capture(self, device: torch.device | None = None, *, stream: Any = None) -> Iterator[GraphCapture]:
-        """A block in which graphs of the device are captured: a side stream that waits for the current one, and is current in it.
+        """Context manager in which graphs of the device are captured: on a side stream, ordered after the current one and current inside.
 
-        Several contexts in one graph: give the inner ones the stream of the outermost. While a graph is captured a strategy that cannot be
-        is passed over, on every rank alike; where none is left the call raises. On the host there is nothing to capture, and `stream` is
+        Several contexts in one graph: give the inner ones the stream of the outermost. While a graph is captured, a strategy that cannot be
+        captured is skipped, on every rank alike; where none is left the call raises. On the host nothing is captured, and `stream` is
         None. An error inside of the block ends every group of the context, here and on the other ranks.
 
         Args:
@@ -223,7 +223,7 @@ class ParallelContext:
             raise ContextClosedError(f"{what}: context {self._name!r} (rank {self.rank}) was closed; build another with world.context")
 
     def explain(self) -> str:
-        """What serves what: for each group its ranks, its strategies per operation, who shares with whom, and what it all costs."""
+        """Return a text that says, for each group, its ranks, strategies by operation and sharing, and the cost of all of them."""
         lines = [f"{self!r}"]
         for name, coordinator in self._groups.items():
             head = f"  {name}: ranks {coordinator.ranks}"
@@ -244,7 +244,7 @@ class ParallelContext:
         return "\n".join(lines)
 
     def _distinct(self) -> list[GroupCoordinator]:
-        """One coordinator for each set of communicators, those of siblings included."""
+        """Return one coordinator for each set of communicators, those of siblings included."""
         distinct: list[GroupCoordinator] = []
         waiting = list(self._groups.values())
         while waiting:
@@ -254,12 +254,12 @@ class ParallelContext:
                 waiting += coordinator.siblings
         return distinct
 
-    # Life.
+    # Lifetime.
 
     def close(self, timeout: timedelta | float = CLOSE_TIMEOUT) -> None:
-        """Closes every group. Collective: waits until every rank is here, so that nothing under way is cut off; idempotent.
+        """Closes every group. Collective: waits until every rank has called it, so that no pending call is cut off; idempotent.
 
-        Collectives that were begun and not waited for come to their end, and so do messages to other ranks; a receive does not.
+        Pending collectives and sends to other ranks are completed; pending receives are not.
 
         Args:
             timeout: how long to wait for the other ranks, a timedelta or seconds. When it passes, or where a group is broken or a peer
@@ -275,12 +275,12 @@ class ParallelContext:
                     raise CollectiveTimeoutError("operations that were begun and not waited for did not end in time")
                 world._meet(deadline)
             except CommGraphError as error:
-                # As text: a record that is kept must not keep the connections, through the error's traceback.
+                # As text: a log record that is kept would keep the connections through the error's traceback.
                 logger.warning("context %r was closed on rank %d without its peers: %s", self._name, self.rank, str(error))
         self._drop()
 
     def _drop(self) -> None:
-        """Closes on this rank alone; peers that wait for it get `PeerLostError`."""
+        """Close on this rank alone; peers that wait for it get `PeerLostError`."""
         self._state["closed"] = True
         for coordinator in self._groups.values():
             coordinator.close()
@@ -290,7 +290,7 @@ class ParallelContext:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        # After an exception the peers are somewhere else: dropping the connections tells them, waiting would not.
+        # After an exception the peers may be in another call: dropped connections end it, a collective close would wait in vain.
         if error is None:
             self.close()
         elif not self.closed:
@@ -333,7 +333,7 @@ def build_context(
     options: CommunicatorOptions | Mapping[str, CommunicatorOptions] | None,
     in_use: bool,
 ) -> ParallelContext:
-    """Builds a whole context or raises on every rank. Collective over the world.
+    """Build a whole context or raise on every rank. Collective over the world.
 
     Args:
         world, builder: where.
@@ -367,25 +367,25 @@ def build_context(
     builder.agree(begin, facts, what=what)
 
     end = dist.PrefixStore("end", store)
-    # Groups may share that have the same ranks in the same order and the same options, both served alike. Where device tensors have no
-    # backend of their own, as on the host, there is no difference between groups that serve them and those that do not.
+    # Groups share communicators if they have the same ranks in the same order, the same options, and are served alike. Where
+    # device tensors have no backend of their own, as on the host, groups that serve them do not differ from those that do not.
     shared: dict[tuple[Any, ...], list[str]] = {}
     for group, (given, device) in plan.items():
         key = (layout.ranks(group, rank), given, device or platform.backend() == "gloo", group if given.isolates(group) else None)
         shared.setdefault(key, []).append(group)
-    idents = {names[0]: f"{name}/{build}/{names[0]}/{layout.ranks(names[0], rank)}" for names in shared.values()}
+    uids = {names[0]: f"{name}/{build}/{names[0]}/{layout.ranks(names[0], rank)}" for names in shared.values()}
     connections: dict[str, Connection | None] = {}
     coordinators: dict[str, GroupCoordinator] = {}
     try:
         if platform.streams(world.device) is not None and any(given.check for given, _ in plan.values()):
             builder.keep_order(store)
-        # First every connection, then what is put on them: a rank whose strategies fail keeps nobody waiting for a connection with it.
-        for first, ident in idents.items():
-            connections[first] = builder.connect(ident, layout.ranks(first, rank))
+        # All connections first, then the strategies: a rank whose strategies fail leaves no peer waiting for a connection.
+        for first, uid in uids.items():
+            connections[first] = builder.connect(uid, layout.ranks(first, rank))
         for first, *others in shared.values():
             given, device = plan[first]
             state = builder.state(
-                idents[first],
+                uids[first],
                 layout.ranks(first, rank),
                 connections[first],
                 platform,
@@ -397,11 +397,11 @@ def build_context(
             )
             coordinators[first] = build_coordinator(world, first, state)
             coordinators |= {other: coordinators[first]._joined(other) for other in others}
-        firsts = [coordinators[first] for first in idents if coordinators[first].world_size > 1]
+        firsts = [coordinators[first] for first in uids if coordinators[first].world_size > 1]
         routing = {f"the strategies of group {c.name!r} {c.ranks}": repr(dict(c.communicators)) for c in firsts}
     except PeerLeftError as error:
         _undo(builder, coordinators, connections)
-        # Why it left is told by that rank, and raised here.
+        # The rank that left reports why, and the report is raised here.
         builder.agree(end, {}, what=what, error=str(error), follows=True)
         raise
     except BaseException as error:
@@ -441,7 +441,7 @@ def _live(coordinator: GroupCoordinator) -> list[Communicator]:
 
 
 def _undo(builder: Builder, coordinators: Mapping[str, GroupCoordinator], connections: Mapping[str, Connection | None]) -> None:
-    """Drops what a build that failed has made, on this rank."""
+    """Drop the groups that a failed build has made, on this rank."""
     for coordinator in coordinators.values():
         coordinator.close()
     for connection in connections.values():
@@ -451,7 +451,7 @@ def _undo(builder: Builder, coordinators: Mapping[str, GroupCoordinator], connec
 
 
 def _report(builder: Builder, store: dist.Store, what: str, error: BaseException) -> None:
-    """Tells the others why this rank raises; their errors name it, this rank raises its own."""
+    """Report to the others why this rank raises; their errors name it, this rank raises its own."""
     with contextlib.suppress(BuildError):
         builder.agree(store, {}, what=what, error=f"{type(error).__name__}: {error}")
 
@@ -462,7 +462,7 @@ def _plan(
     groups: Collection[str] | None,
     options: CommunicatorOptions | Mapping[str, CommunicatorOptions] | None,
 ) -> dict[str, tuple[CommunicatorOptions, bool]]:
-    """Group name -> its options, and whether it serves device tensors, in the order in which groups are built."""
+    """Return group name -> (options, whether it serves device tensors), in the order in which groups are built."""
     if not isinstance(layout, Layout):
         raise TypeError(f"layout is a {type(layout).__name__}, a commgraph.Layout is needed, e.g. Layout(world.size, tp=2)")
     if layout.world_size != world_size:

@@ -1,4 +1,4 @@
-"""Deadlines: one value for how long a call may wait, handed through every layer down to the native module."""
+"""`Deadline`: how long a call may wait, passed through every layer down to the native module."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Deadline:
 
     @classmethod
     def after(cls, seconds: float) -> Self:
-        """A deadline that many seconds from now."""
+        """Return a deadline that many seconds from now."""
         return cls(seconds, time.monotonic_ns() + int(seconds * 1e9))
 
     @classmethod
     def of(cls, timeout: Timeout, default: float) -> Self:
-        """The deadline of a call.
+        """Return the deadline of a call.
 
         Args:
             timeout: as the caller gave it; None takes the default.
@@ -66,12 +66,12 @@ class Deadline:
         return time.monotonic_ns() >= self.at_ns
 
     def at_least(self, seconds: float) -> Deadline:
-        """This deadline, or one that many seconds from now if that is later."""
+        """Return this deadline, or one that many seconds from now if that is later."""
         return self if self.left() >= seconds else Deadline.after(seconds)
 
 
 def seconds_of(timeout: timedelta | float) -> float:
-    """`timeout` in seconds, cut to `LONGEST`.
+    """Return `timeout` in seconds, at most `LONGEST`.
 
     Raises:
         ValueError: neither a timedelta nor a number, or not a time in the future.

@@ -45,7 +45,7 @@ class CommGraphError(Exception):
 
 
 class ConfigurationError(CommGraphError, ValueError):
-    """What was asked for cannot be; nothing was begun."""
+    """Arguments or settings that cannot be served; nothing was begun."""
 
 
 class LayoutError(ConfigurationError):

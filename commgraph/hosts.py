@@ -1,8 +1,8 @@
-"""Which ranks share a node: equal (boot id, pid namespace, ``/dev/shm``), and then proved by reading each other's memory.
+"""Which ranks share a node: equal (boot id, pid namespace, ``/dev/shm``), then verified by reading each other's memory.
 
-Equal names prove nothing: containers share host names and cloned machines share boot ids. So every rank makes a page of memory with a
-secret in it, tells its digest through the store, and whoever reads that very secret through ``/proc`` shares memory with it. The
-secret of a node's lowest rank, which never travels, is afterwards the key by which the ranks of the node know each other.
+Equal names are not sufficient: containers share host names and cloned machines share boot ids. Every rank therefore makes a page of memory
+with a secret in it and publishes its digest in the store; a rank that reads that secret through ``/proc`` shares memory with it. The secret
+of a node's lowest rank, which never travels, is afterwards the key that authenticates the ranks of the node to each other.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _T = TypeVar("_T")
 
 
 class Store(Protocol):
-    """What is used of a ``torch.distributed.Store``."""
+    """The part of a ``torch.distributed.Store`` that this module uses."""
 
     @property
     def timeout(self) -> timedelta:
@@ -141,8 +141,8 @@ class Hosts:
     Attributes:
         rank: this rank.
         nodes: node of each rank; nodes are numbered by their lowest rank.
-        node_key: 32 secret bytes that the ranks of this node share and that were never sent: it proves to one of them that a message
-            comes from another. Processes of the same user on the same node could read it, others could not.
+        node_key: 32 secret bytes that the ranks of this node share and that were never sent: it authenticates messages among
+            them. Processes of the same user on the same node could read it, others could not.
         networks: network of each rank: ranks of equal boot id and network namespace claim the same. A claim, not a proof.
     """
 
@@ -212,7 +212,7 @@ def discover(store: Store, rank: int, world_size: int, *, label: str = "", timeo
         identities = [_decode(value, Identity, peer) for peer, value in enumerate(told)]
         read = {peer: _read_secret(other) for peer, other in enumerate(identities) if peer != rank and mine.may_share_with(other)}
         secret_of = {peer: secret for peer, secret in read.items() if secret is not None} | {rank: probe.secret}
-        # Who has the verdicts of all knows that all have read: from here on the probe may be closed.
+        # A rank that has the verdicts of all knows that all have read: the probe can be closed from here on.
         told = _exchange(store, "verdict", rank, world_size, msgspec.msgpack.encode(sorted(secret_of)), timeout)
     nodes = group_by_verdicts([_decode(value, list[int], peer) for peer, value in enumerate(told)])
     networks = _renumber([(other.boot_id, other.network) for other in identities])
@@ -220,7 +220,7 @@ def discover(store: Store, rank: int, world_size: int, *, label: str = "", timeo
 
 
 def group_by_verdicts(verdicts: Sequence[Collection[int]]) -> tuple[int, ...]:
-    """Groups ranks into nodes by who could read whom, as every rank does with the same verdicts and the same result.
+    """Group ranks into nodes by which segments they could read; every rank has the same verdicts, and so the same result.
 
     In ascending order, each rank joins the lowest node whose every member read its segment and was read by it, else a new one.
 
@@ -234,7 +234,7 @@ def group_by_verdicts(verdicts: Sequence[Collection[int]]) -> tuple[int, ...]:
     members: list[list[int]] = []
     node_of: list[int] = []
     for rank, peers in enumerate(read):
-        # Only nodes of ranks that it read can be its own, so a rank costs what its neighbours are, not what the world is.
+        # Only nodes of ranks that it read are candidates, so that the cost of a rank grows with its node, and not with the world.
         candidates = sorted({node_of[peer] for peer in peers if 0 <= peer < rank})
         fits = (node for node in candidates if all(peer in peers and rank in read[peer] for peer in members[node]))
         node = next(fits, len(members))
@@ -256,7 +256,7 @@ def _exchange(store: Store, topic: str, rank: int, world_size: int, value: bytes
     try:
         store.set(keys[rank], value)
         if store.timeout > timeout:
-            # Turning the store's own timeout down would turn it down for everybody who uses the store.
+            # The store's own timeout is not lowered, as that would lower it for every user of the store.
             store.wait(keys, timeout)
         return store.multi_get(keys) if store.has_extended_api() else [store.get(key) for key in keys]
     except (RuntimeError, OSError, LookupError) as error:  # torch's store errors are RuntimeErrors
@@ -306,17 +306,17 @@ def _nameless_file() -> int:
 
 
 def _read_secret(identity: Identity) -> bytes | None:
-    """Reads the secret of a segment; None where it cannot be reached or is not the one that its digest promised."""
+    """Reads the secret of a segment; None if it cannot be opened or its digest is not the one published."""
     try:
         secret = os.pread(identity.fd, _SECRET_BYTES, 0) if identity.pid == os.getpid() else _read_memfd(identity.pid, identity.fd)
     except (OSError, ValueError, OverflowError):
         return None
-    # Whatever else is open there, by accident or because a peer lies, the digest of its content is another.
+    # The digest of any other file that is open there, by accident or because a peer lies, is different.
     return secret if secrets.compare_digest(hashlib.sha256(secret).hexdigest().encode(), identity.proof.encode()) else None
 
 
 def _read_memfd(pid: int, fd: int) -> bytes:
-    # Writable, as the segments will have to be; never waiting, whatever is open there.
+    # Writable, as the segments will have to be; without blocking, whatever is open there.
     here = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(here).st_mode) or not fcntl.fcntl(here, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:

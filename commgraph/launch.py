@@ -25,7 +25,7 @@ __all__ = ["HostFacts", "Launch", "authkey", "detect", "join_engines", "meeting_
 
 @attrs.frozen
 class Launch:
-    """What the launcher told this process.
+    """This process's place in its job, as its launcher says.
 
     Attributes:
         launcher: ``"torchrun"``, ``"Open MPI"``, ``"PMI"``, ``"Slurm"``, or ``"single"``: nobody launched this process.
@@ -38,7 +38,7 @@ class Launch:
         master_port: TCP port there, 1 to 65535.
         agent_store: torchrun's agent already serves the store at that address: rank 0 connects to it like everybody else.
         restart_count: how often torchrun has restarted the workers.
-        job: text that tells this job from others of the same launcher; None where the launcher sets nothing of the kind.
+        job: text that identifies this job among others of the same launcher; None where the launcher sets none.
     """
 
     launcher: str
@@ -56,7 +56,7 @@ class Launch:
 
 @attrs.frozen
 class _Launcher:
-    """The variables of one launcher. Of several for one fact the first that is set counts; a job is told by all of its together."""
+    """The variables of one launcher. Of several for one fact the first that is set counts; a job is identified by all of its together."""
 
     name: str
     rank: str
@@ -68,8 +68,8 @@ class _Launcher:
     job: tuple[str, ...] = ()
 
 
-# In the order in which they are believed. A torchrun may run inside a Slurm step, and an mpirun starts its daemons by one: the
-# launcher that is likely to be nearest to the process comes first.
+# In order of precedence. torchrun may run inside a Slurm step, and mpirun starts its daemons by one: the launcher that is likely to
+# have started this process comes first.
 _LAUNCHERS = (
     _Launcher(
         name="torchrun",
@@ -79,7 +79,7 @@ _LAUNCHERS = (
         local_rank=("LOCAL_RANK",),
         local_size=("LOCAL_WORLD_SIZE",),
         node_count=("GROUP_WORLD_SIZE",),
-        # TORCHELASTIC_RUN_ID is no job id (it may be anybody's "none"), and torchrun always tells an address anyway.
+        # TORCHELASTIC_RUN_ID is no job id (it may be anybody's "none"), and torchrun always sets an address anyway.
     ),
     _Launcher(
         name="Open MPI",
@@ -126,20 +126,20 @@ _TASKS_PER_NODE = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?")
 
 
 def detect(environ: Mapping[str, str]) -> Launch:
-    """Says who this process is by the variables of its launcher.
+    """Return rank, size and address of this process from the variables of its launcher.
 
-    The first of torchrun, Open MPI, PMI and Slurm that tells both rank and size is believed. A local rank, local size or number of
-    nodes that it leaves out is taken from a later one that tells the same rank and size (a script that sets ``RANK=$SLURM_PROCID``,
+    The first of torchrun, Open MPI, PMI and Slurm that sets both rank and size is used. A local rank, local size or number of
+    nodes that it leaves out is taken from a later one that sets the same rank and size (a script that sets ``RANK=$SLURM_PROCID``,
     Slurm's own PMI). MASTER_ADDR and MASTER_PORT alone are no launcher. An empty variable counts as unset.
 
     Args:
         environ: the environment, e.g. ``os.environ``; only read.
 
     Returns:
-        What was found; launcher ``"single"``, rank 0 of 1, where nobody launched this process.
+        The facts found; launcher ``"single"``, rank 0 of 1, where nobody launched this process.
 
     Raises:
-        LaunchError: a launcher tells only one of rank and size and no other tells both; a variable that is used is no number or
+        LaunchError: a launcher sets only one of rank and size and no other sets both; a variable that is used is no number or
             out of range (the message has its name and value).
     """
     env = {name: value for name, value in environ.items() if value}
@@ -197,7 +197,7 @@ def authkey(environ: Mapping[str, str]) -> bytes | None:
 
 
 def join_engines(launch: Launch, dp_rank: int, dp_size: int) -> tuple[int, int]:
-    """Numbers this process in the job that data-parallel engines form which were launched as worlds of their own.
+    """Return rank and size of this process in a job of data-parallel engines that were launched as worlds of their own.
 
     Args:
         launch: who this process is in its engine.
@@ -217,7 +217,7 @@ def join_engines(launch: Launch, dp_rank: int, dp_size: int) -> tuple[int, int]:
 
 @attrs.frozen
 class HostFacts:
-    """What tells jobs of one host apart where the launcher has no name for them.
+    """Facts that distinguish jobs of one host where the launcher has no name for them.
 
     Attributes:
         boot: identity of this boot of the kernel.
@@ -242,7 +242,7 @@ def read_host() -> HostFacts:
 
 
 def meeting_name(launch: Launch, host: HostFacts) -> str:
-    """Names the file by which the ranks of a job on one host meet: the same for all of them, another for every other job.
+    """Return the name of the file by which the ranks of a job on one host meet: equal for all of them, and unique to the job.
 
     Ranks of a job on one host share the parent, the launcher's daemon, whose pid and start time no other job has. Where a wrapper
     script stands between, they do not; so where the launcher names the job, the name alone is used. (A wrapper under a launcher
@@ -258,7 +258,7 @@ def meeting_name(launch: Launch, host: HostFacts) -> str:
 
 
 def private_directory(parent: Path, uid: int) -> Path:
-    """Makes, or finds, the directory ``commgraph-<uid>`` that nobody but this user can look into.
+    """Make, or find, the directory ``commgraph-<uid>`` that no other user can read.
 
     Args:
         parent: where, e.g. ``/tmp``.
@@ -294,10 +294,10 @@ def meeting_point(
     directory: Path | None = None,
     host: HostFacts | None = None,
 ) -> str:
-    """Says where the ranks of a job meet, as torch's rendezvous takes it.
+    """Return where the ranks of a job meet, as an init method of torch's rendezvous.
 
     With MASTER_ADDR and MASTER_PORT that is ``tcp://address:port``; without, on one node, ``file://`` and a file in a directory of
-    this user alone. Where the launcher tells neither the size of the node nor the number of nodes, one node is assumed: if there are
+    this user alone. Where the launcher sets neither the size of the node nor the number of nodes, one node is assumed: if there are
     more, the ranks wait for each other until the deadline, so the error raised then should speak of MASTER_ADDR.
 
     Args:
@@ -336,7 +336,7 @@ def meeting_point(
     private = private_directory(directory or Path(tempfile.gettempdir()), os.getuid() if uid is None else uid)
     path = str((private / meeting_name(launch, host or read_host())).absolute())
     if any(character in path for character in "?#%"):
-        # torch cuts the path out of the address as that of a URL, and would meet somewhere else.
+        # torch takes the path from the address as that of a URL, so these characters would change it.
         raise LaunchError(f"torch cannot meet at the file {path!r} (it has one of ?#%): set TMPDIR to another directory, or {_ADVICE}")
     return f"file://{path}"
 

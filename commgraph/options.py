@@ -1,4 +1,4 @@
-"""What a user may turn on the communicators of a context."""
+"""`CommunicatorOptions`: the settings of the communicators of a context."""
 
 from __future__ import annotations
 
@@ -99,14 +99,14 @@ class CommunicatorOptions:
             `config`, e.g. ``{"is_high_priority_stream": True, "max_ctas": 8}``. Given as a mapping, kept as sorted pairs.
         check: compare (sequence, operation, shape, dtype) across the group before each collective, so that a skipped, reordered or
             differently shaped call raises `CollectiveMismatchError` on every rank at once. Costs one small message per call and peer.
-            Without it such calls still never pair: collectives of tensors in shared memory raise on every rank all the same, whoever only
-            puts an object or sends learns of it in its next call, and over a network they end at the deadline.
+            Without it such calls are still never matched: collectives of tensors in shared memory raise on every rank all the same, a rank
+            that only puts an object or sends raises in its next call, and over a network the calls end at the deadline.
         isolate: groups that share communicators with none, though their ranks equal another group's: True for every group that
             these options apply to, or the names of some.
-        shm: let the ranks of one host go through shared memory.
-        message_queue: let their objects, messages and tensor dicts do so.
+        shm: let the ranks of one host use shared memory.
+        message_queue: let their objects, messages and tensor dicts use it.
         shm_bytes: what a rank can stage there at once (it has two such slots; ranks of large groups get less); larger tensors go through in
-            pieces. What two ranks exchange goes in pieces of 128 KiB at most.
+            pieces. In groups of two, pieces of 128 KiB at most.
         queue_bytes: of the ring from one rank to all others; that to a single one has half. Larger objects go through in pieces, or are
             copied from process to process by both sides.
         custom_all_reduce: let kernels that read the peers' memory serve small tensors of accelerators: by the table that is shipped
@@ -139,7 +139,7 @@ class CommunicatorOptions:
         return self.isolate if isinstance(self.isolate, bool) else name in self.isolate
 
     def describe(self) -> str:
-        """The same text on every rank for equal options."""
+        """Return the options as text, equal on every rank for equal options."""
         isolate = self.isolate if isinstance(self.isolate, bool) else sorted(self.isolate)
         return (
             f"timeout={self.timeout} host_timeout={self.host_timeout} backend={self.backend} settings={self.backend_settings} "

@@ -1,4 +1,4 @@
-"""Python objects as bytes that may be trusted.
+"""Python objects as bytes that are safe to decode.
 
 ::
 
@@ -6,7 +6,7 @@
     without a key    0x11 | MessagePack                          plain data; reading it runs no code of the sender's
 
 In a plain frame None, bool, float, bytes, str and integers of up to 64 bits are MessagePack's own. Every container is an array that
-begins with the number of its kind; what is left are extension types. So a tuple stays a tuple, and nothing is guessed.
+begins with the number of its kind; other types are extension types. A tuple stays a tuple, and nothing is guessed.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ _SEQUENCES: MappingProxyType[type, int] = MappingProxyType(
 )
 _BUILDERS: MappingProxyType[int, Callable[[list[Any]], Any]] = MappingProxyType({number: kind for kind, number in _SEQUENCES.items()})
 _DTYPES = MappingProxyType({str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)})
-# Bits travel as an ordinary dtype of the same size: torch can copy those of every layout, and knows no warning about them.
+# Bytes of an element -> dtype as which elements are sent: torch can copy these in every layout and without a warning.
 CARRIERS = MappingProxyType({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128})
 
 
 class WireError(CommGraphError, ValueError):
-    """Bytes that are no frame, or that nobody with the key has made."""
+    """Bytes that are no frame, or no frame signed with the key."""
 
 
 def encode(obj: Any, *, key: bytes | None, context: bytes) -> bytes:
-    """Makes a frame of an object.
+    """Return an object as a frame.
 
     Without a key an object is None, bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset,
     ``torch.dtype``, ``torch.Size``, ``torch.device`` or a strided ``torch.Tensor`` on the host, of exactly these types (no subclass,
@@ -62,7 +62,7 @@ def encode(obj: Any, *, key: bytes | None, context: bytes) -> bytes:
     Args:
         obj: what to send.
         key: secret that sender and receiver share; None if there is none. It then must be plain data.
-        context: what this frame is (group, source, counter): `decode` takes the frame under this context only, so that a signed
+        context: identity of this frame (group, source, counter): `decode` takes the frame under this context only, so that a signed
             frame cannot be replayed or moved. Means nothing without a key.
 
     Raises:
@@ -88,12 +88,12 @@ def encode(obj: Any, *, key: bytes | None, context: bytes) -> bytes:
 
 
 def decode(frame: bytes | bytearray | memoryview, *, key: bytes | None, context: bytes) -> Any:
-    """Makes the object that a frame holds.
+    """Return the object of a frame.
 
     Without a key it runs nothing and allocates in proportion to the frame. Tensors are on the host, writable, and own their memory.
 
     Args:
-        frame: what `encode` made.
+        frame: the result of `encode`.
         key: the sender's key; None if it has none.
         context: the sender's context.
 
@@ -121,11 +121,11 @@ def decode(frame: bytes | bytearray | memoryview, *, key: bytes | None, context:
 class _Pickler(pickle.Pickler):
     """Pickles plain host tensors by their values.
 
-    torch's own way sends the whole storage of a view, and fails on what it has no typed storage for (float8, most unsigned integers).
+    torch's own reduction sends the whole storage of a view, and fails on dtypes without a typed storage (float8, most unsigned integers).
     """
 
     def reducer_override(self, obj: Any) -> Any:
-        """As pickle asks for each object; NotImplemented leaves it to the usual way."""
+        """Return how an object is pickled; NotImplemented leaves it to pickle."""
         if type(obj) is not torch.Tensor or obj.requires_grad:
             return NotImplemented
         try:
@@ -148,7 +148,7 @@ _TOO_DEEP = f"an object to send is nested deeper than {_MAX_DEPTH} levels, or co
 
 
 class _RefusedError(Exception):
-    """An object that cannot be sent; its place is put together on the way out."""
+    """An object that cannot be sent; its path is assembled while the exception passes through the containers."""
 
     def __init__(self, kind: type[Exception], what: str, advice: str = "") -> None:
         super().__init__(what)
@@ -168,7 +168,7 @@ def _not_plain(what: str) -> _RefusedError:
 
 
 def _pack(value: Any, depth: int) -> Any:
-    """The value as a tree that MessagePack knows. Types are compared by identity: a subclass would arrive as something else."""
+    """Return the value as a tree of MessagePack types. Types are compared by identity: a subclass would arrive as something else."""
     kind = type(value)
     if kind in _AS_THEY_ARE:
         return value
@@ -253,7 +253,7 @@ def _decode_plain(payload: memoryview) -> Any:
         return _unpack(msgspec.msgpack.decode(payload), _MAX_DEPTH)
     except WireError:
         raise
-    # From msgspec, from int, str and struct, from hashing what cannot be a key, and from torch about sizes and names.
+    # Errors of msgspec, of int, str and struct, of hashing an unhashable key, and of torch about sizes and names.
     except (ValueError, TypeError, struct.error, RecursionError, RuntimeError, OverflowError) as error:
         raise WireError(f"malformed frame: {error}") from error
 
@@ -304,7 +304,7 @@ def _unpack_tensor(name: Any, shape: Any, data: Any) -> torch.Tensor:
     if type(name) is not str or sizes is None or type(data) is not bytes:
         raise WireError("malformed frame: a tensor is a dtype, sizes and bytes")
     dtype = _dtype(name)
-    # Before anything is allocated. A quantized dtype is none without the scale that its tensors have.
+    # Checked before anything is allocated. Quantized dtypes are refused: their tensors have a scale, too.
     if math.prod(sizes) * dtype.itemsize != len(data) or name.startswith("q"):
         raise WireError(f"malformed frame: {len(data)} bytes are no {name} tensor of shape {reprlib.repr(sizes)}")
     bits = torch.empty(sizes, dtype=CARRIERS[dtype.itemsize], device="cpu")

@@ -1,7 +1,7 @@
-"""Operations that run while their caller goes on: the result to wait for, and the lane in which it comes about.
+"""Asynchronous operations: `Work`, whose result is waited for, and the lanes that run them.
 
-What is begun and not waited for is made later by the blocking call itself, on a thread of its lane, in the order in which it was begun. So
-what goes over the wire is the same as if the caller had waited, and a rank may wait where its peer does not.
+An operation begun without waiting is run by the blocking call itself, on a thread of its lane, in the order in which it was begun. The
+bytes on the wire are the same as if the caller had waited, and a rank may wait where its peer does not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["ANY", "AnySource", "Finished", "Job", "Lane", "LaneThread", "Recv", 
 
 T = TypeVar("T")
 
-# Seconds that a thread without jobs stays: the next job of a pipeline comes sooner, and a group that is idle for longer has none.
+# Seconds after which a thread without jobs ends: the next job of a pipeline comes sooner, and an idle group has no thread.
 _LINGERING = 0.5
 
 
@@ -35,7 +35,7 @@ class AnySource:
 
 
 ANY: Final = AnySource()
-"""As `src` of a receive: whichever rank of the group has sent first."""
+"""As `src` of a receive: the rank of the group that has sent first."""
 
 
 @attrs.frozen(eq=False)
@@ -69,7 +69,7 @@ class Recv:
 
 
 class End:
-    """An event that happens once. In a third of the time that `threading.Event` takes to be made and waited for."""
+    """An event that is set once. Construction and wait take a third of the time of those of `threading.Event`."""
 
     __slots__ = ("_happened", "_lock")
 
@@ -79,16 +79,16 @@ class End:
         self._lock.acquire()
 
     def is_set(self) -> bool:
-        """Whether it has happened."""
+        """Whether it is set."""
         return self._happened
 
     def set(self) -> None:
-        """It happens."""
+        """Set it."""
         self._happened = True
         self._lock.release()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Waits for it; False where that takes longer than so many seconds."""
+        """Wait until it is set; False if that takes longer than `seconds`."""
         if self._happened:
             return True
         if not self._lock.acquire(timeout=-1 if timeout is None else timeout):
@@ -98,16 +98,16 @@ class End:
 
 
 class Job:
-    """Something to be done on a lane."""
+    """A call queued on a lane."""
 
     def __init__(self, run: Callable[[], Any], at: str, has_arrived: Callable[[], bool] | None = None) -> None:
         """Not run.
 
         Args:
-            run: does it.
-            at: place in the user's code that asked for it.
-            has_arrived: whether `run` would wait for nobody. Given where the peers do not wait for `run`, as this rank has sent all that
-                they need: a thread need not run the job, the one that waits for it does. None: it is to be run at once.
+            run: called once, on the lane's thread or the one that waits.
+            at: call site.
+            has_arrived: whether `run` would wait for no peer. Given where this rank has sent all that its peers need: no thread has to run
+                the job, the caller of `Work.wait` does. None: the lane's thread runs it at once.
         """
         self._run: Callable[[], Any] | None = run
         self._inference = torch.is_inference_mode_enabled()
@@ -119,7 +119,7 @@ class Job:
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        """Does it, as the thread that asked for it would have; never raises."""
+        """Run it without autograd and in the inference mode of the thread that submitted it; never raises."""
         assert self._run is not None
         thread: Any = threading.current_thread()
         thread.commgraph_site = self.at
@@ -131,7 +131,7 @@ class Job:
                 with torch.no_grad():
                     self.result = self._run()
         except CommGraphError as error:
-            # It says all there is to say, and its frames would keep what the call held for as long as the error is kept.
+            # The error needs no traceback, whose frames would keep the call's tensors for as long as the error is kept.
             self.error = error.with_traceback(None)
             error.__context__ = None
         except BaseException as error:
@@ -143,30 +143,30 @@ class Job:
 
 
 class Described(Protocol):
-    """Something that says who called what."""
+    """A call that can name its operation, group and rank."""
 
     @property
     def where(self) -> str:
-        """Names the operation, its group and rank."""
+        """Operation, group and rank as the begin of an error message."""
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What a `CollectiveError` about it carries."""
+        """Keyword arguments of a `CollectiveError` about it."""
 
 
 class HasEnd(Protocol):
-    """Something that a device comes to the end of."""
+    """Work on a device whose end can be polled, or waited for by a stream."""
 
     @property
     def has_ended(self) -> bool:
-        """Whether it has."""
+        """Whether the device has come to the end."""
 
     def join(self) -> None:
-        """Orders the current stream after that."""
+        """Orders the current stream after the end."""
 
 
 class Work(Generic[T]):
-    """The result of an operation that goes on while its caller does something else.
+    """An asynchronous operation, whose result `wait` returns.
 
     Tensors that it reads or fills are kept until it has ended; until then they must not be changed, or read if they are filled. Dropping it
     does not end it: messages are sent and received all the same. Any one thread may wait.
@@ -183,9 +183,9 @@ class Work(Generic[T]):
 
         Args:
             call: names the operation, its group and rank.
-            jobs: what has to end.
-            finish: makes the result from those of the jobs, in `wait`.
-            enqueued: what a device has to come to the end of.
+            jobs: of the operation.
+            finish: makes the result from the jobs' results, in `wait`.
+            enqueued: work of the operation on a device.
         """
         self._call = call
         self._jobs = tuple(jobs)
@@ -196,14 +196,14 @@ class Work(Generic[T]):
         self._lock = threading.Lock()
 
     def is_completed(self) -> bool:
-        """Whether it has ended, well or not: `wait` would not have to wait for a peer's part of it, nor a device."""
+        """Whether it has ended, with an error or without: `wait` would wait for no peer and no device."""
         for job in self._jobs:
             if job.has_arrived is not None and job.lane is not None and not job.ended.is_set() and job.has_arrived():
                 job.lane.run_here(job)
         return all(job.ended.is_set() for job in self._jobs) and all(part.has_ended for part in self._enqueued)
 
     def wait(self, timeout: Any = None) -> T:
-        """Waits for the end, and gives the result; again and again the same one.
+        """Waits for the end, and returns the result; every call returns the same one.
 
         With tensors of a device the current stream waits, and the host only until everything was enqueued.
 
@@ -212,7 +212,7 @@ class Work(Generic[T]):
 
         Raises:
             CollectiveTimeoutError: `timeout` passed; the operation goes on and may be waited for again.
-            CommGraphError, ValueError, TypeError: what the operation itself came to.
+            CommGraphError, ValueError, TypeError: the error of the operation.
         """
         seconds = None if timeout is None else _seconds(timeout, self._call.where)
         deadline = None if seconds is None else time.monotonic() + seconds
@@ -253,7 +253,7 @@ class Work(Generic[T]):
 
 
 class Finished(Work[T]):
-    """One that had nothing to wait for, as where torch traces; simple enough that it may be made there."""
+    """Work that has ended already, as where torch traces; simple enough to be made in traced code."""
 
     def __init__(self, result: T) -> None:
         self._result = result
@@ -278,44 +278,44 @@ def _seconds(timeout: Any, where: str) -> float:
 
 
 class LaneThread(threading.Thread):
-    """Makes the jobs of one lane."""
+    """Runs the jobs of one lane."""
 
 
 class Lane:
-    """Jobs one after the other, on a thread that is there while there are some."""
+    """A queue of jobs, run one after the other on a thread that ends when there are none."""
 
-    def __init__(self, name: str, hold: Callable[[bool], None] | None = None) -> None:
+    def __init__(self, name: str, pause: Callable[[bool], None] | None = None) -> None:
         """Without a thread as yet.
 
         Args:
             name: of its threads.
-            hold: told when the lane gets jobs and when it has none left.
+            pause: called with True when the lane gets its first job, with False when it has none left.
         """
         self._name = name
-        self._hold = hold
+        self._pause = pause
         self._changed = threading.Condition()
         self._jobs: deque[Job] = deque()
         self._open = 0  # jobs that have not ended
         self._closed = False
         self._thread: LaneThread | None = None
-        # Who is making a job: the thread of the lane, or one that waits for it.
+        # Ident of the thread that runs a job: that of the lane, or one that waits for it.
         self._maker: int | None = None
 
     @property
     def is_idle(self) -> bool:
-        """Whether everything that was begun has ended."""
+        """Whether no job is pending."""
         return not self._open
 
     @property
     def is_here(self) -> bool:
-        """Whether the caller is a job of this very lane."""
+        """Whether the caller is a job of this lane."""
         return self._maker == threading.get_ident()
 
     def submit(self, job: Job) -> None:
-        """Does it after everything that was begun before."""
+        """Append a job: it runs after all that were submitted before."""
         with self._changed:
-            if self._hold is not None and self.is_idle:
-                self._hold(True)
+            if self._pause is not None and self.is_idle:
+                self._pause(True)
             job.lane = self
             self._jobs.append(job)
             self._open += 1
@@ -336,18 +336,18 @@ class Lane:
             self._changed.notify_all()
 
     def run_here(self, job: Job) -> bool:
-        """Makes a job on the thread that waits for it, if its turn has come and nobody has begun it: without a change of threads.
+        """Run a job on the thread that waits for it, if it is the next one and not begun yet: without a change of threads.
 
         Returns:
-            Whether it was made.
+            Whether it was run.
         """
         with self._changed:
             if self._maker is not None or not self._jobs or self._jobs[0] is not job:
                 return False
             self._jobs.popleft()
             self._maker = threading.get_ident()
-            if self._open == 1 and self._hold is not None:
-                self._hold(False)  # nobody is before this job, so it may be made by a native call
+            if self._open == 1 and self._pause is not None:
+                self._pause(False)  # no job is before this one, so it may be a native call
         job.run()
         self._done()
         return True
@@ -356,18 +356,18 @@ class Lane:
         with self._changed:
             self._maker = None
             self._open -= 1
-            if not self._open and self._hold is not None:
-                self._hold(False)
+            if not self._open and self._pause is not None:
+                self._pause(False)
             if not self._open or self._jobs:
                 self._changed.notify_all()
 
     @property
     def has_gone(self) -> bool:
-        """Whether there is neither a job nor a thread."""
+        """Whether the lane has neither a job nor a thread."""
         return not self._open and self._thread is None
 
-    def settle(self, seconds: float) -> bool:
-        """Waits until everything that was begun has ended; False where that takes longer."""
+    def wait_idle(self, seconds: float) -> bool:
+        """Wait until every job has ended; False if that takes longer than `seconds`."""
         with self._changed:
             job = self._jobs[0] if self._jobs else None
         if job is not None and not (job.has_arrived is not None and job.has_arrived() and self.run_here(job)):
@@ -376,7 +376,7 @@ class Lane:
             return self._changed.wait_for(lambda: self.is_idle, seconds)
 
     def join(self, seconds: float) -> None:
-        """Waits for the thread, after the group was closed: its jobs end with an error."""
+        """Wait for the thread, after the group was closed: its jobs end with an error."""
         with self._changed:
             self._closed = True
             if self._jobs:
@@ -398,6 +398,6 @@ class Lane:
                 job = self._jobs.popleft()
                 self._maker = threading.get_ident()
             job.run()
-            # Kept by its Work alone: what it holds goes with that, and not when the next one comes.
+            # Only its Work keeps the job: its tensors are freed with that, and not when the next job comes.
             del job
             self._done()

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 import commgraph
 from commgraph import compat, hosts, launch
-from commgraph.accelerators.custom_all_reduce import Proofs
+from commgraph.accelerators.custom_all_reduce import PeerAccessCache
 from commgraph.accelerators.device_order import DeviceOrder
 from commgraph.agreement import agree
 from commgraph.building import Builder, States
@@ -53,12 +53,12 @@ _TIMEOUT = timedelta(minutes=10)
 
 @attrs.define
 class _State:
-    """What changes in the life of a World."""
+    """The mutable state of a World."""
 
     lock: threading.Lock = attrs.field(factory=threading.Lock)
     contexts: dict[str, ParallelContext] = attrs.field(factory=dict)
     splits: list[World] = attrs.field(factory=list)
-    # How often something of this name was begun here; every rank counts alike, since building is collective.
+    # Builds begun, by name; every rank counts alike, since building is collective.
     begun: dict[str, int] = attrs.field(factory=dict)
     closed: bool = False
 
@@ -78,7 +78,7 @@ class World:
     Attributes:
         rank: global rank, 0 to ``size - 1``.
         size: number of ranks.
-        local_rank: place of this rank on its node, as the launcher or the caller says, else by counting.
+        local_rank: number of this rank on its node, as the launcher or the caller says, else by counting.
         nodes: rank -> node; nodes are numbered by their lowest rank.
         device: where this rank's device tensors live.
         store: a prefix of the job's store that is this world's own; users may keep keys of theirs in it under a prefix of their own.
@@ -90,7 +90,7 @@ class World:
         """Not for users: see `from_env`, `connect`, `from_store`, `from_torch`."""
         self._builder = builder
         self._state = _State()
-        # The store as the caller gave it: a store written in Python dies with its last reference here, whatever C++ still holds.
+        # The store as given by the caller: a store written in Python ends with its last Python reference, whatever C++ still holds.
         self._caller_store = store
         self.rank = builder.rank
         self.size = len(builder.hosts.nodes)
@@ -99,15 +99,15 @@ class World:
         self.device = device
         self.platform = platform
         self.store = dist.PrefixStore("user", builder.store)
-        # Every operator that must stay in the order of the program says that it changes this.
+        # Argument that ordered operators declare as changed, which keeps them in program order.
         with torch.inference_mode(False):
             self.token = torch.zeros((), device="meta" if device.type == "meta" else "cpu")
-        # Nothing of the World itself may be reachable from here, or it would never be collected.
+        # The finalizer must not refer to the World itself, which would never be collected.
         self._finalizer = weakref.finalize(self, _release, builder.states, builder.order)
         try:
             everyone = tuple(range(self.size))
             connection = builder.connect("world", everyone)
-            # Host tensors and objects, by what every installation has: it is there before anything of others is loaded.
+            # Host tensors and objects, by strategies of commgraph only: made before plugins are loaded.
             state = builder.state(
                 "world",
                 everyone,
@@ -121,10 +121,10 @@ class World:
             )
             self.group: GroupCoordinator = build_coordinator(self, "world", state)
         except BaseException:
-            self._state.closed = True  # there is nothing to close, and nobody to blame for not closing it
+            self._state.closed = True  # nothing to close, and no warning if it is not closed
             raise
 
-    # Ways to be made.
+    # Construction.
 
     @classmethod
     def from_env(
@@ -148,15 +148,15 @@ class World:
             environ: read in place of `os.environ`.
             dp_rank, dp_size: join engines that were launched as worlds of their own: this process becomes rank
                 ``dp_rank * world_size + rank`` of ``dp_size * world_size``. They meet at `init_method`.
-            init_method: ``tcp://host:port`` or ``file:///path``, in place of what the environment says.
-            local_rank: place on this node, in place of what the launcher says.
+            init_method: ``tcp://host:port`` or ``file:///path``, in place of that of the environment.
+            local_rank: number on this node, in place of the launcher's.
             timeout: deadline of meeting and of every build, and the default deadline of operations.
             device: of this rank, in place of the platform's choice for `local_rank` (Ray masks devices).
             platform: in place of the one detected.
             authkey: secret of the job, which lets any picklable object travel between hosts; else COMMGRAPH_AUTHKEY.
 
         Raises:
-            LaunchError: a launcher said only half, or several nodes and no address.
+            LaunchError: a launcher set only one of rank and size, or there are several nodes and no address.
             BuildError: the ranks did not meet in time.
         """
         environ = os.environ if environ is None else environ
@@ -173,7 +173,7 @@ class World:
         hosted = facts.agent_store and init_method is None
         store = open_store(method, rank=rank, world_size=size, timeout=timeout, hosted_elsewhere=hosted)
         if hosted:
-            # The agent outlives its workers: what a crashed attempt left in its store is not for this one.
+            # The agent outlives its workers: a prefix separates the keys of this attempt from those of crashed ones.
             store = dist.PrefixStore(f"attempt/{facts.restart_count}", store)
         return cls._make(store, rank, size, local_rank, timeout, device, platform, authkey)
 
@@ -266,7 +266,7 @@ class World:
         *,
         label: str = "",
     ) -> World:
-        """Meets the others, finds out who shares a node, and builds. `label`: a simulated node, for tests."""
+        """Meet the other ranks, discover which share a node, and build the World. `label`: a simulated node, for tests."""
         platform = Platform.detect() if platform is None else platform
         authkey = launch.authkey(os.environ) if authkey is None else authkey
         if store is None or size == 1:
@@ -275,7 +275,7 @@ class World:
             found = hosts.alone()
         else:
             try:
-                # The n-th world of this rank meets the n-th of every other: several worlds may come from one store.
+                # The n-th world of this rank meets the n-th of every other: several worlds may use one store.
                 number = store.add(f"commgraph/worlds/{rank}", 1)
             except RuntimeError as error:
                 raise BuildError(f"rank {rank} of {size}: the store that the ranks meet in does not answer: {error}") from error
@@ -393,7 +393,7 @@ class World:
             rank=chosen.index(self.rank),
             hosts=self._builder.hosts.restrict(chosen),
             states=States(),
-            proofs=Proofs(),
+            proofs=PeerAccessCache(),
             order=DeviceOrder(),
         )
         world = World._of(builder, None if self.size > len(chosen) else self.local_rank, self.device, self.platform, self._caller_store)
@@ -439,7 +439,7 @@ class World:
             problems.append(f"color={color!r:.200}: {error}")
         if order is None:
             problems.append(f"key={key!r:.200} is not a whole number")
-        # A rank whose arguments are wrong tells the others so, in place of leaving them in a collective that it never joins.
+        # A rank with wrong arguments reports that in the exchange: otherwise the others would wait for it.
         said = self.group.all_gather_object(("; ".join(problems), mine, order))
         if refused := [f"rank {rank}: {why}" for rank, (why, _, _) in enumerate(said) if why]:
             raise LayoutError(f"split_by on rank {self.rank} of {self.size}: {'; '.join(refused)}")
@@ -448,7 +448,7 @@ class World:
         members = [(place, rank) for rank, (_, other, place) in enumerate(said) if other == mine]
         return self.split([rank for _, rank in sorted(members)])
 
-    # Life.
+    # Lifetime.
 
     def close(self, *, empty_cache: bool = False, timeout: timedelta | float = CLOSE_TIMEOUT) -> None:
         """Closes its contexts, then itself. Collective, bounded even with dead peers, idempotent.
@@ -469,7 +469,7 @@ class World:
                         raise CollectiveTimeoutError("operations that were begun and not waited for did not end in time")
                     self.group._meet(deadline)
                 except CommGraphError as error:
-                    # As text: a record that is kept must not keep the world, nor the frames of the error.
+                    # As text: a log record that is kept would keep the world and the frames of the error.
                     logger.warning("%s was closed without its peers: %s", repr(self), str(error))
             self._drop()
         if empty_cache:
@@ -477,7 +477,7 @@ class World:
             self.platform.empty_cache()
 
     def _drop(self) -> None:
-        """Closes on this rank alone; peers that wait for it get `PeerLostError`."""
+        """Close on this rank alone; peers that wait for it get `PeerLostError`."""
         self._state.closed = True
         for world in tuple(self._state.splits):
             world._drop()
@@ -487,7 +487,7 @@ class World:
         self._finalizer()
 
     def _abort(self) -> None:
-        """Ends what runs on any group, here and on the peers, from any thread; `close` is still to be called."""
+        """End the calls on all groups with an error, here and on the peers, from any thread; `close` is still to be called."""
         for world in tuple(self._state.splits):
             world._abort()
         self._builder.states.abort()
@@ -507,14 +507,14 @@ class World:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        # After an exception the peers are somewhere else: dropping the connections tells them, waiting would not.
+        # After an exception the peers may be in another call: dropped connections end it, a collective close would wait in vain.
         if error is None:
             self.close()
         elif not self.closed:
             self._drop()
 
     def __del__(self) -> None:
-        # Closing is collective and garbage collection is not: the finalizer drops what this rank holds, and this says so.
+        # Closing is collective and garbage collection is not: the finalizer drops this rank's connections, and the warning says so.
         state = getattr(self, "_state", None)
         if state is not None and not state.closed and getattr(self, "size", 1) > 1 and self._builder.holds_something:
             with contextlib.suppress(AttributeError):
@@ -538,19 +538,19 @@ class World:
 
 
 def check_rank(rank: int, world_size: int) -> None:
-    """Refuses a rank that the world has not."""
+    """Raise if the world has no such rank."""
     if world_size < 1 or not 0 <= rank < world_size:
         raise LaunchError(f"rank={rank} of world_size={world_size}: ranks are numbered 0 to world_size - 1, and there is at least one")
 
 
 def _release(states: States, order: DeviceOrder) -> None:
-    """Drops what a world holds on this rank; nothing is sent."""
+    """Drop the connections and memory of a world on this rank; nothing is sent."""
     states.release()
     order.close()
 
 
 def _plain(color: object) -> object:
-    """Return a color as plain data, which travels between hosts without an authkey.
+    """Return a color as plain data, which is sent between hosts without an authkey.
 
     Raises:
         TypeError: it is none of the kinds that a color may be.

@@ -1,9 +1,9 @@
-"""One order for what is begun on a device, whatever group it is of.
+"""One order of the calls on a device, over all groups.
 
-The kernels of two communicators on one device wait for their peers, and may have to wait for each other's place on it. If one rank begins
-the call of one group first and another rank that of another, each may hold what the other needs: a deadlock in which everything looks busy.
-Therefore all ranks begin what they have in common in the same order. With `CommunicatorOptions(check=True)` that is compared: a rank's n-th
-checked call on its device that concerns a peer has to be that peer's n-th that concerns this rank.
+The kernels of two communicators on one device wait for their peers, and may have to wait for the other to leave it. If one rank begins the
+call of one group first and another rank that of another, each kernel may occupy the device that the other needs: a deadlock in which both
+look busy. Therefore two ranks must begin the calls that concern both in the same order. `CommunicatorOptions(check=True)` compares it: a
+rank's n-th checked call that concerns a peer has to be that peer's n-th that concerns this rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["DeviceOrder"]
 
 
 class DeviceOrder:
-    """Of one rank of a world, over connections of its own to all others, made when a context first asks for it."""
+    """The order of one rank of a world. Has connections of its own to all others, made when a context first asks for it."""
 
     def __init__(self) -> None:
         self._transport: GlooTransport | None = None
@@ -36,13 +36,13 @@ class DeviceOrder:
         return self._transport is not None and not self._broken
 
     def connect(self, transport: GlooTransport) -> None:
-        """Takes connections to every rank of the world, and begins to count anew."""
+        """Set the connections to every rank of the world, and begin a new order."""
         self.close()
         self._transport, self._broken, self._counts = transport, False, {}
         self.connections += 1
 
     def swap(self, ranks: Sequence[int], texts: Mapping[int, torch.Tensor], deadline: Deadline) -> dict[int, torch.Tensor]:
-        """Tells peers what this rank is about to begin, and hears the same of them, whatever it is.
+        """Exchange texts of the next call with peers, and return theirs, equal or not.
 
         Args:
             ranks: global ranks of the group.
@@ -74,12 +74,12 @@ class DeviceOrder:
         return heard
 
     def abort(self) -> None:
-        """Ends every wait in it, here and on the peers."""
+        """End every wait in `swap`, here and on the peers."""
         self._broken = True
         if self._transport is not None:
             self._transport.abort()
 
     def close(self) -> None:
-        """Drops the connections."""
+        """Drop the connections."""
         if self._transport is not None:
             self._transport.close()

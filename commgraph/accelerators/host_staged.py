@@ -1,4 +1,4 @@
-"""The strategy for device tensors that nothing else serves: by way of the host."""
+"""The strategy for device tensors that no other strategy serves: staged through the host."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HOST = torch.device("cpu")
 
 
 class HostStagedCommunicator(Communicator):
-    """Copies to the host, has the host's strategies do it, and copies back: every dtype and operation, at the price of two copies.
+    """Copies inputs to the host, calls the host's strategies and copies results back: every dtype and operation, for two copies.
 
     It makes the host wait for the device, and so cannot be captured into a graph.
     """
@@ -27,7 +27,7 @@ class HostStagedCommunicator(Communicator):
     reductions = frozenset(REDUCE_OPS)
 
     def __init__(self, device: torch.device, host: Sequence[Communicator]) -> None:
-        """Over the host's strategies, first choice first; they stay their owner's to close."""
+        """`host`: the host's strategies, first choice first; their owner closes them."""
         super().__init__(host[0].rank_in_group, host[0].world_size)
         self._device = device
         self._host = tuple(host)
@@ -47,30 +47,30 @@ class HostStagedCommunicator(Communicator):
         return self._route("all_reduce", mine).all_reduce_(_own(mine, x), op, tag=tag, deadline=deadline).to(x.device)
 
     def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, deadline: Deadline) -> None:
-        landing = torch.empty(out.shape, dtype=out.dtype)
-        self._route("all_gather", landing).all_gather(x.cpu(), dim, sizes, landing, tag=tag, deadline=deadline)
-        out.copy_(landing)
+        staging = torch.empty(out.shape, dtype=out.dtype)
+        self._route("all_gather", staging).all_gather(x.cpu(), dim, sizes, staging, tag=tag, deadline=deadline)
+        out.copy_(staging)
 
     def reduce_scatter(
         self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, deadline: Deadline
     ) -> None:
-        mine, landing = x.cpu(), torch.empty(out.shape, dtype=out.dtype)
-        self._route("reduce_scatter", mine).reduce_scatter(mine, dim, sizes, op, landing, tag=tag, deadline=deadline)
-        out.copy_(landing)
+        mine, staging = x.cpu(), torch.empty(out.shape, dtype=out.dtype)
+        self._route("reduce_scatter", mine).reduce_scatter(mine, dim, sizes, op, staging, tag=tag, deadline=deadline)
+        out.copy_(staging)
 
     def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], *, tag: int, deadline: Deadline) -> None:
-        landing = [torch.empty(view.shape, dtype=view.dtype) for view in receives]
-        # By no shape: pieces differ between ranks, and the choice must not.
+        staging = [torch.empty(view.shape, dtype=view.dtype) for view in receives]
+        # Chosen without a shape: those of pieces differ between ranks, and the choice must not.
         route = self._route("all_to_all", torch.empty(0, dtype=sends[0].dtype))
-        route.all_to_all([piece.cpu() for piece in sends], landing, tag=tag, deadline=deadline)
-        copy_back(landing, receives)
+        route.all_to_all([piece.cpu() for piece in sends], staging, tag=tag, deadline=deadline)
+        copy_back(staging, receives)
 
     def gather(
         self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor | None, dst: int, *, tag: int, deadline: Deadline
     ) -> None:
         mine = x.cpu()
         staging = None if out is None else torch.empty(out.shape, dtype=out.dtype)
-        # By no shape: pieces differ between ranks, and the choice must not.
+        # Chosen without a shape: those of pieces differ between ranks, and the choice must not.
         self._route("gather", torch.empty(0, dtype=x.dtype)).gather(mine, dim, sizes, staging, dst, tag=tag, deadline=deadline)
         if out is not None and staging is not None:
             out.copy_(staging)
@@ -106,36 +106,36 @@ class HostStagedCommunicator(Communicator):
         deadline: Deadline,
         label: int = 0,
     ) -> None:
-        landing = [torch.empty(x.shape, dtype=x.dtype) for x, _ in receives]
+        staging = [torch.empty(x.shape, dtype=x.dtype) for x, _ in receives]
         route = self._route("send", torch.empty(0))
         how = {"label": label} if label else {}
         route.exchange(
             [(x.cpu(), peer) for x, peer in sends],
-            [(piece, peer) for piece, (_, peer) in zip(landing, receives, strict=True)],
+            [(piece, peer) for piece, (_, peer) in zip(staging, receives, strict=True)],
             tag=tag,
             deadline=deadline,
             **how,
         )
-        copy_back(landing, [x for x, _ in receives])
+        copy_back(staging, [x for x, _ in receives])
 
     def receive_any(self, x: torch.Tensor, tags: Mapping[int, int], *, label: int, patience: float, deadline: Deadline) -> int | None:
-        landing = torch.empty(x.shape, dtype=x.dtype)
+        staging = torch.empty(x.shape, dtype=x.dtype)
         route = self._route("send", torch.empty(0))
-        src = route.receive_any(landing, tags, label=label, patience=patience, deadline=deadline)
+        src = route.receive_any(staging, tags, label=label, patience=patience, deadline=deadline)
         if src is not None:
-            x.copy_(landing)
+            x.copy_(staging)
         return src
 
     def abort(self) -> None:
-        """Nothing runs here that the host's strategies do not run."""
+        """Nothing to do: the host's strategies, which run the calls, are aborted themselves."""
 
     def close(self) -> None:
-        """Nothing is its own."""
+        """Nothing to do: it owns no resources."""
 
     def describe(self) -> str:
-        return f"tensors of {self._device} by way of the host"
+        return f"tensors of {self._device} staged through the host"
 
 
 def _own(copied: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Contiguous host memory that may be written to: that of a host tensor is the caller's."""
+    """Return a contiguous copy of x on the host, which may be written to, unlike a host tensor of the caller."""
     return copied.clone(memory_format=torch.contiguous_format) if copied is x else copied.contiguous()

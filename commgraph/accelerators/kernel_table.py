@@ -15,7 +15,7 @@ from commgraph.errors import ConfigurationError
 
 __all__ = ["KERNELS", "OTHERS", "KernelTable", "Plan", "Row", "Step", "merged"]
 
-# Operation -> the kernels that there are for it.
+# Operation -> its kernels.
 KERNELS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "all_reduce": frozenset({"one_shot", "two_shot", "multimem"}),
@@ -23,7 +23,7 @@ KERNELS: Mapping[str, frozenset[str]] = MappingProxyType(
         "reduce_scatter": frozenset({"one_shot"}),
     }
 )
-# In the place of a kernel: left to the strategies that come after.
+# In place of the name of a kernel: left to the strategies behind.
 OTHERS = ""
 
 _KI, _MI = 1 << 10, 1 << 20
@@ -32,10 +32,10 @@ _DTYPES = frozenset({"float32", "bfloat16"})
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True):
-    """Up to so many bytes, included, one kernel.
+    """The kernel of calls of up to `max_bytes`, included.
 
     Attributes:
-        max_bytes: of the whole tensor: of what goes into a reduction, of what comes out of a gather.
+        max_bytes: of the whole tensor: of the input of a reduction, of the result of a gather.
         kernel: its name, or `OTHERS`.
     """
 
@@ -44,7 +44,7 @@ class Step(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Row(msgspec.Struct, frozen=True):
-    """The steps of one kind of call, by growing size; what is larger than the last is left to the strategies that come after.
+    """The steps of one kind of call, by growing size; larger calls than the last step are left to the strategies behind.
 
     Attributes:
         capability: of the devices, as `commgraph.Platform` names it: ``"9.0"`` (CUDA's compute capability).
@@ -63,7 +63,7 @@ class Row(msgspec.Struct, frozen=True):
 
 
 def _rows(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """Rows as they would come back from a file: a struct that was made by hand may hold anything."""
+    """Return rows as they would be read from a file, which validates them: msgspec does not when a struct is constructed."""
     try:
         return msgspec.json.decode(msgspec.json.encode(tuple(rows)), type=tuple[Row, ...])
     except (msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -93,7 +93,7 @@ class KernelTable:
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """One that `write` wrote.
+        """Read a table that `write` wrote.
 
         Raises:
             ConfigurationError: no such file, or it holds something else.
@@ -104,21 +104,21 @@ class KernelTable:
             raise ConfigurationError(f"no kernel table can be read from {path}: {error}") from error
 
     def write(self, path: str | Path) -> None:
-        """As JSON, a row to a line."""
+        """Write the table as JSON, one row per line."""
         lines = ",\n".join(f" {msgspec.json.encode(row).decode()}" for row in self.rows)
         Path(path).write_text(f"[\n{lines}\n]\n")
 
     @property
     def digest(self) -> str:
-        """The same for equal tables: 16 hexadecimal digits."""
+        """Hash of the rows, equal for equal tables: 16 hexadecimal digits."""
         return hashlib.sha256(msgspec.json.encode(self.rows)).hexdigest()[:16]
 
     def sizes(self, capability: str) -> tuple[int, ...]:
-        """For how many ranks it has rows about such devices."""
+        """Return the group sizes for which it has rows about such devices."""
         return tuple(sorted({row.ranks for row in self.about(capability)}))
 
     def about(self, capability: str) -> tuple[Row, ...]:
-        """The rows about such devices; about the next older ones of the same maker where there are none."""
+        """Return the rows about such devices; if there are none, about the next older ones of the same maker."""
         mine = [row for row in self.rows if row.capability == capability]
         if mine or (version := _version(capability)) is None:
             return tuple(mine)
@@ -126,7 +126,7 @@ class KernelTable:
         return tuple(row for row in self.rows if _version(row.capability) == max(older)) if older else ()
 
     def plan(self, capability: str, ranks: int, *, multicast: bool) -> Plan:
-        """What it says about one group.
+        """Return the plan of one group.
 
         Args:
             capability: of its devices.
@@ -146,7 +146,7 @@ class KernelTable:
 
     @classmethod
     def shipped(cls) -> Self:
-        """The one to begin with: the thresholds of vLLM's communicators as far as there is a kernel for them here, and nobody's figures.
+        """Return the default table: the thresholds of vLLM's communicators as far as there is a kernel for them here; not measured.
 
         Where vLLM has its own one- and two-stage kernels the one- and two-shot kernels of torch stand, with the same limits; from 4 ranks
         on what its torch symmetric-memory communicator serves by multicast is served so. Devices newer than 9.0 keep the limit of 8 MiB
@@ -170,7 +170,7 @@ class KernelTable:
 
 @attrs.frozen
 class Plan:
-    """What a table says about one group.
+    """Kernels of one group, by operation, dtype and size.
 
     Attributes:
         steps: (operation, dtype) -> steps.
@@ -179,17 +179,17 @@ class Plan:
     steps: Mapping[tuple[str, str], tuple[Step, ...]]
 
     def kernel(self, operation: str, dtype: str, nbytes: int) -> str:
-        """Its name, `OTHERS` where there is none: for a size that no step covers, or no kernel can serve."""
+        """Return the name of the kernel, `OTHERS` for a size that no step covers or no kernel can serve."""
         steps = self.steps.get((operation, dtype)) or self.steps.get((operation, _ANY), ())
         return next((step.kernel for step in steps if nbytes <= step.max_bytes), OTHERS)
 
     @property
     def max_bytes(self) -> int:
-        """The largest size that a kernel serves."""
+        """Largest size that a kernel serves, in bytes."""
         return max((step.max_bytes for steps in self.steps.values() for step in steps if step.kernel != OTHERS), default=0)
 
     def describe(self) -> str:
-        """One line."""
+        """Return the steps as one line of text."""
         by_steps: dict[tuple[Step, ...], list[str]] = {}
         for (operation, dtype), steps in sorted(self.steps.items()):
             by_steps.setdefault(steps, []).append(f"{operation} of {dtype}")
@@ -218,7 +218,7 @@ def _check(row: Row) -> None:
 
 
 def _without_multicast(step: Step, operation: str) -> Step:
-    """The next best kernel, where there is one."""
+    """Return the step with the next best kernel that needs no multicast, `OTHERS` if there is none."""
     if step.kernel != "multimem":
         return step
     return Step(step.max_bytes, "two_shot" if operation == "all_reduce" else OTHERS)
@@ -230,7 +230,7 @@ def _version(capability: str) -> tuple[int, ...] | None:
 
 
 def merged(steps: Sequence[tuple[int, str]]) -> tuple[Step, ...]:
-    """Steps from (size, kernel) by growing size: equal neighbours become one, and `OTHERS` at the end goes without saying."""
+    """Return steps from (size, kernel) by growing size: equal neighbours become one step, and `OTHERS` at the end is dropped."""
     found: list[Step] = []
     for size, kernel in steps:
         if found and found[-1].kernel == kernel:

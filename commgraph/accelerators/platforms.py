@@ -1,4 +1,4 @@
-"""Machines with devices. None of these has run on a device yet; their choices are tested with stand-ins for one."""
+"""Platforms with devices. None of them has run on a device yet; their choices are tested with stand-ins for one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from commgraph import compat
-from commgraph.accelerators.custom_all_reduce import CustomAllReduce, Kernels, TorchKernels, prove
+from commgraph.accelerators.custom_all_reduce import CustomAllReduce, Kernels, TorchKernels, probe_peer_access
 from commgraph.accelerators.custom_all_reduce.peers import command_of
 from commgraph.accelerators.host_staged import HostStagedCommunicator
 from commgraph.accelerators.kernel_table import KernelTable
@@ -37,11 +37,8 @@ from commgraph.platforms.cpu import host_chain
 __all__ = ["CudaPlatform", "DevicePlatform", "RocmPlatform", "TpuPlatform", "XpuPlatform"]
 
 
-Tell = Callable[[bytes], list[bytes]]
-
-
 class _Word(msgspec.Struct):
-    """What a rank tells the others before a backend for devices is made."""
+    """A rank's message to the others before a backend for devices is made."""
 
     problem: str
     node: int
@@ -49,7 +46,7 @@ class _Word(msgspec.Struct):
 
 
 class _PeerWord(msgspec.Struct):
-    """What a rank tells the others before kernels over each other's memory are made."""
+    """A rank's message to the others before kernels over each other's memory are made."""
 
     problem: str
     process: str
@@ -58,23 +55,24 @@ class _PeerWord(msgspec.Struct):
 
 
 class DevicePlatform(Platform):
-    """What platforms with devices have in common: a backend of torch's for device tensors, the host's strategies for the rest.
+    """Base of the platforms with devices: a backend of torch's for device tensors, the host's strategies for the rest.
 
     The chain of a group that serves device tensors is kernels over the peers' memory (where the platform has some), the backend, the host's
-    strategies for host tensors, and the way by the host for what the backend does not serve; a group that does not has the host's alone.
+    strategies for host tensors, and the host-staged strategy for calls that the backend does not serve; a group without device tensors has
+    the host's alone.
     """
 
     device_type: ClassVar[str]
 
     trial_seconds: ClassVar[float] = 60.0
-    """How long a trial of the peers' memory may take, the start of its process included."""
+    """Deadline of a child process that probes the peers' memory, its start included."""
 
     linked: ClassVar[float] = 80.0
     """10^9 bytes a second from the slowest peer, below which more than two devices are taken to be without direct links: PCIe of the fifth
     generation gives about 55, the links of the slowest device with a row in the table 250."""
 
     kernel_ranks: ClassVar[frozenset[int]] = frozenset({2, 4, 8})
-    """Of how many ranks the kernels can serve a group, whatever a table says."""
+    """Group sizes that the kernels can serve, whatever a table says."""
 
     def device(self, local_rank: int) -> torch.device:
         return torch.device(self.device_type, local_rank)
@@ -95,38 +93,38 @@ class DevicePlatform(Platform):
 
     @abc.abstractmethod
     def problem(self, facts: GroupFacts) -> str:
-        """Why this rank has no backend for devices; empty where it has one."""
+        """Return why this rank has no backend for devices; empty where it has one."""
 
     @abc.abstractmethod
     def make_backend(self, facts: GroupFacts, timeout: timedelta) -> Any:
-        """A live backend of torch's for this group, where no rank has a problem. Collective; on a thread of its own."""
+        """Make a live backend of torch's for this group, where no rank has a problem. Collective; on a thread of its own."""
 
     def make_strategy(self, facts: GroupFacts, rest: Communicator) -> Communicator:
-        """The strategy of the backend, where no rank has a problem; `rest` serves what it does not. Collective."""
+        """Make the strategy of the backend, where no rank has a problem; `rest` serves the calls that it does not. Collective."""
         timeout = timedelta(seconds=facts.limits.device_timeout)
         backend = together(facts, self.backend(), lambda mine: self.make_backend(mine, timeout), lambda late: late.abort())
         return TorchCommunicator(self.backend(), backend, facts.device, facts.rank_in_group, len(facts.ranks), facts.store)
 
     def identity(self, device: torch.device) -> str:
-        """Names a device on its host: two ranks with the same one share it."""
+        """Return a name of the device on its host: ranks with equal names share it."""
         return str(device)
 
     def streams(self, device: torch.device) -> Streams | None:
         return TorchStreams(device) if device.type == self.device_type else None
 
     def _over_backend(self, facts: GroupFacts, transport: GlooTransport, rest: Communicator) -> Communicator | Refused:
-        """The backend's strategy on every rank, or on every rank the same reason why there is none."""
+        """Return the backend's strategy on every rank, or on every rank the same `Refused`."""
         name = self.backend()
         if facts.options.backend == "gloo":
             return Refused(name, "options.backend='gloo'")
-        tell = exchange_bytes(GlooCommunicator(transport), name, Deadline.after(facts.limits.build_timeout))
+        exchange = exchange_bytes(GlooCommunicator(transport), name, Deadline.after(facts.limits.build_timeout))
         mine = _Word(self.problem(facts)[:500], facts.nodes[facts.rank_in_group], self.identity(facts.device))
-        said = [msgspec.msgpack.decode(word, type=_Word) for word in tell(msgspec.msgpack.encode(mine))]
+        said = [msgspec.msgpack.decode(word, type=_Word) for word in exchange(msgspec.msgpack.encode(mine))]
         problems = [f"rank {rank}: {word.problem}" for rank, word in zip(facts.ranks, said, strict=True) if word.problem]
         reason = problems[0] if problems else _shared(facts.ranks, said)
         if reason:
             warnings.warn(
-                f"{name} cannot serve {self.device_type} tensors ({reason}); they go by way of the host",
+                f"{name} cannot serve {self.device_type} tensors ({reason}); they are staged through the host",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -136,23 +134,23 @@ class DevicePlatform(Platform):
     # Kernels over the peers' memory.
 
     def peer_problem(self) -> str:
-        """Why this rank cannot run kernels over the peers' memory; empty where it can."""
+        """Return why this rank cannot run kernels over the peers' memory; empty where it can."""
         return f"there are no kernels for the {self.name} platform"
 
     def peer_process(self) -> str:
-        """Names this rank's process on its host: the memory of a device is handed from process to process, and not within one."""
+        """Return a name of this rank's process: device memory is shared between processes, and not within one."""
         return f"{socket.gethostname()} {os.getpid()}"
 
     def peer_trial(self, facts: GroupFacts) -> Callable[[int], Sequence[str]]:
-        """The command line of a child that tries the peers' memory, by the port of this host where the children meet."""
+        """Return a function from the port where the children meet to the command line of one that probes the peers' memory."""
         return command_of(facts.rank_in_group, len(facts.ranks), facts.device.index or 0)
 
     def make_kernels(self, facts: GroupFacts, name: str, room: int) -> Kernels:
-        """The buffers of a group and what works on them, where all ranks reach each other. Collective; on a thread of its own."""
+        """Make the buffers of a group, and the kernels on them. Called where the probe succeeded; collective; on a thread of its own."""
         return TorchKernels(name, dist.PrefixStore("symmetric", facts.store), facts.rank_in_group, len(facts.ranks), facts.device, room)
 
     def _custom(self, facts: GroupFacts, transport: GlooTransport, rest: Communicator) -> list[Communicator | Refused]:
-        """The strategy on every rank, or on every rank the same reason why there is none; nothing on a platform without kernels."""
+        """Return the strategy on every rank, or on every rank the same `Refused`; an empty list on a platform without kernels."""
         if not self.capability(facts.device):
             return []
         name, options, n = CustomAllReduce.name, facts.options, len(facts.ranks)
@@ -161,31 +159,31 @@ class DevicePlatform(Platform):
         if len(set(facts.nodes)) > 1:
             return [Refused(name, f"its {n} ranks are on {len(set(facts.nodes))} hosts")]
         table = options.custom_all_reduce if isinstance(options.custom_all_reduce, KernelTable) else KernelTable.shipped()
-        tell = exchange_bytes(GlooCommunicator(transport), name, Deadline.after(facts.limits.build_timeout))
+        exchange = exchange_bytes(GlooCommunicator(transport), name, Deadline.after(facts.limits.build_timeout))
         mine = _PeerWord(self.peer_problem()[:500], self.peer_process(), self.capability(facts.device), os.urandom(8).hex())
-        said = [msgspec.msgpack.decode(word, type=_PeerWord) for word in tell(msgspec.msgpack.encode(mine))]
+        said = [msgspec.msgpack.decode(word, type=_PeerWord) for word in exchange(msgspec.msgpack.encode(mine))]
         reason = _no_kernels(facts.ranks, said, table, self.kernel_ranks)
         if reason:
             return [Refused(name, reason)]
-        proof = facts.proofs.find(facts.ranks)
-        if proof is None:
-            proof = prove(tell, self.peer_trial(facts), facts.ranks, facts.rank_in_group, seconds=self.trial_seconds)
-            facts.proofs.add(facts.ranks, proof)
-        if proof.problem:
-            return [Refused(name, proof.problem)]
-        if n > 2 and proof.gigabytes < self.linked:
-            slow = f"{proof.gigabytes:.0f} GB/s to the slowest, needs {self.linked:g}"
+        access = facts.proofs.find(facts.ranks)
+        if access is None:
+            access = probe_peer_access(exchange, self.peer_trial(facts), facts.ranks, facts.rank_in_group, seconds=self.trial_seconds)
+            facts.proofs.add(facts.ranks, access)
+        if access.problem:
+            return [Refused(name, access.problem)]
+        if n > 2 and access.gigabytes < self.linked:
+            slow = f"{access.gigabytes:.0f} GB/s to the slowest, needs {self.linked:g}"
             return [Refused(name, f"{n} devices without links of their own: {slow}")]
-        plan = table.plan(said[0].capability, n, multicast=proof.multicast)
+        plan = table.plan(said[0].capability, n, multicast=access.multicast)
         room = min(options.custom_all_reduce_bytes, plan.max_bytes)
         if not room:
-            return [Refused(name, "its table names no kernel that these devices have" + ("" if proof.multicast else ", without multicast"))]
+            return [Refused(name, f"its table names no kernel that these devices have{'' if access.multicast else ', without multicast'}")]
         kernels = together(facts, name, lambda mine: self.make_kernels(mine, f"commgraph {said[0].token}", room), lambda late: late.close())
         return [CustomAllReduce(kernels, plan, rest, facts.device, self.streams(facts.device))]
 
 
 def _no_kernels(ranks: Sequence[int], said: Sequence[_PeerWord], table: KernelTable, possible: frozenset[int]) -> str:
-    """Why these ranks cannot use kernels over each other's memory, in words that are the same on all of them; empty where they can."""
+    """Return why these ranks cannot use kernels over each other's memory, alike on all of them; empty where they can."""
     problems = [f"rank {rank}: {word.problem}" for rank, word in zip(ranks, said, strict=True) if word.problem]
     if problems:
         return problems[0]
@@ -204,7 +202,7 @@ def _no_kernels(ranks: Sequence[int], said: Sequence[_PeerWord], table: KernelTa
 
 
 def _shared(ranks: Sequence[int], said: Sequence[_Word]) -> str:
-    """Which ranks have the same device, in words: a backend refuses that. Empty where none have."""
+    """Return a text that names the ranks with the same device, which a backend refuses; empty where there are none."""
     by_device: dict[tuple[int, str], list[int]] = {}
     for rank, word in zip(ranks, said, strict=True):
         by_device.setdefault((word.node, word.device), []).append(rank)
@@ -214,7 +212,7 @@ def _shared(ranks: Sequence[int], said: Sequence[_Word]) -> str:
 class CudaPlatform(DevicePlatform):
     """NVIDIA GPUs. Not yet run on a GPU.
 
-    NCCL on a stand-alone process group that is connected when the context is built; before it, between GPUs of one host that reach each
+    NCCL on a stand-alone process group that is connected when the context is built; before it, between GPUs of one host that access each
     other's memory, kernels over torch's symmetric memory.
     """
 
@@ -304,7 +302,7 @@ class XpuPlatform(DevicePlatform):
 
 
 class TpuPlatform(DevicePlatform):
-    """TPUs by torch_xla, whose collectives are part of the program that it compiles; what they do not serve goes by way of the host.
+    """TPUs by torch_xla, whose collectives are part of the program that it compiles; calls that they do not serve are host-staged.
 
     No such device has run it.
     """

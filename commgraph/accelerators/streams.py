@@ -1,4 +1,4 @@
-"""Streams of a device, as far as commgraph needs them: a call that nobody waits for runs on one of its own."""
+"""`Streams`: interface to the streams and events of a device, for asynchronous calls."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ __all__ = ["Streams", "TorchStreams"]
 
 
 class Streams(abc.ABC):
-    """Streams of one device. Calls enqueued on one run in order; events order one stream after another. Nothing here holds up the host."""
+    """Streams of one device. Calls enqueued on one run in order; events order one stream after another. No method blocks the host."""
 
     @abc.abstractmethod
     def new(self) -> Any:
-        """Another stream."""
+        """Return a new stream."""
 
     @abc.abstractmethod
     def current(self) -> Any:
-        """The one on which this thread enqueues."""
+        """Return the current stream of this thread."""
 
     @abc.abstractmethod
     def use(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
-        """A block in which `stream` is current for this thread."""
+        """Context manager in which `stream` is current for this thread."""
 
     @abc.abstractmethod
     def record_event(self) -> Any:
-        """An event on the current stream, reached when all that was enqueued on it so far is done."""
+        """Return an event on the current stream, reached when all calls enqueued on it so far are done."""
 
     @abc.abstractmethod
     def wait_event(self, event: Any) -> None:
-        """Whatever is enqueued on the current stream from now on comes after the event."""
+        """Order whatever is enqueued on the current stream from now on after the event."""
 
     @abc.abstractmethod
     def reached(self, event: Any) -> bool:
@@ -41,15 +41,15 @@ class Streams(abc.ABC):
 
     @abc.abstractmethod
     def record_stream(self, x: torch.Tensor) -> None:
-        """The memory of x is not given to anybody else before what the current stream has to do with it is done."""
+        """Keep the memory of x from being allocated again before the current stream is done with it."""
 
     @abc.abstractmethod
     def is_capturing(self) -> bool:
-        """Whether what is enqueued now is recorded into a graph."""
+        """Whether the current stream is recording a graph."""
 
     @contextlib.contextmanager
     def beside(self, stream: Any) -> Iterator[Any]:
-        """A block in which `stream` is current, after all that was enqueued so far on what was current before."""
+        """Context manager in which `stream` is current, ordered after the calls enqueued so far on the stream that was."""
         if stream == self.current():
             yield stream
             return
@@ -60,7 +60,7 @@ class Streams(abc.ABC):
 
 
 class TorchStreams(Streams):
-    """Those of ``torch.cuda`` or ``torch.xpu``. Not yet run on a device."""
+    """Streams of ``torch.cuda`` or ``torch.xpu``. Not yet run on a device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -74,7 +74,7 @@ class TorchStreams(Streams):
 
     @contextlib.contextmanager
     def use(self, stream: Any) -> Iterator[Any]:
-        # The device first: a thread's is the first of all, and going back to a stream of that would claim memory there.
+        # The device first: a new thread's is device 0, and restoring a stream of that one would allocate memory there.
         with self._torch.device(self._device), self._torch.stream(stream):
             yield stream
 

@@ -1,4 +1,4 @@
-"""What ranks make together, where one that fails must not keep the others waiting for ever in a library that knows no deadline."""
+"""Collective construction by a library that knows no deadline: a rank that fails does not keep the others waiting for ever."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ _POLL_SECONDS = 0.05
 
 
 def together(facts: GroupFacts, what: str, make: Callable[[GroupFacts], T], drop: Callable[[T], object]) -> T:
-    """What `make` gives, on every rank of the group. Collective.
+    """Return the result of `make`, called on every rank of the group. Collective.
 
-    It is made on a thread: a rank leaves it there when another says that it failed, or when the deadline of a build has passed.
+    `make` runs on a thread, which a rank leaves behind when another reports a failure, or when the deadline of a build has passed.
 
     Args:
         facts: of the group.
-        what: is made; the same on every rank.
-        make: makes it, waiting for the other ranks, of facts with a connection to the store of their own: whoever waits there has it for
-            himself.
-        drop: takes what is made after this rank has left.
+        what: name of the result; equal on every rank.
+        make: called with facts whose store has a connection of its own, as a wait in the store occupies its connection.
+        drop: called with a result that is made after this rank has left.
 
     Raises:
         PeerClosed: another rank failed.

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from commgraph import compat
 from commgraph.communicators.base import OPERATIONS, Communicator, PeerClosed, PeerLate
 from commgraph.communicators.gloo_transport import milliseconds
-from commgraph.communicators.memory import are_slices_joined, as_bytes, copy_back, is_packed, packed, staging_for
+from commgraph.communicators.memory import are_slices_joined, as_bytes, copy_back, dense, is_dense, staging_for
 from commgraph.deadline import Deadline
 
 __all__ = ["TorchCommunicator"]
@@ -34,7 +34,7 @@ _OPS = MappingProxyType(
 _REDUCTIONS = frozenset({"all_reduce", "reduce", "reduce_scatter"})
 _WARMUP_SECONDS = 120.0
 _ABORT_SECONDS = 10.0
-# What NCCL and its relatives add up. Everything else travels as bytes, and is reduced by the strategy behind this one.
+# Dtypes that NCCL and its relatives add up. All others are sent as bytes, and reduced by the strategy behind this one.
 _REDUCIBLE = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int32, torch.int64})
 
 
@@ -43,7 +43,7 @@ class TorchCommunicator(Communicator):
 
     Even collectives are the backend's own. Uneven gathers are one broadcast, uneven reductions one reduce from (or to) each rank, coalesced
     into a single launch where the backend can do that; `gather` and `all_to_all` are its exchange of uneven pieces. An operation is
-    enqueued on the current stream and does not hold up the host. Its deadline is the backend's to keep: NCCL knows one for the whole
+    enqueued on the current stream and does not block the host. The backend enforces deadlines: NCCL knows one for the whole
     communicator, whose watchdog by torch's default ends the process. Messages and collectives are carried by one communicator, and so in
     one order.
     """
@@ -69,7 +69,7 @@ class TorchCommunicator(Communicator):
         self._device = device
         self._bytes = 0
         self._aborted = False
-        # What was enqueued since `_at_once`, where the backend cannot coalesce.
+        # Works enqueued since `_at_once`, where the backend cannot coalesce.
         self._waiting: list[Any] | None = None
 
     def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:
@@ -82,7 +82,7 @@ class TorchCommunicator(Communicator):
         return self.all_reduce_(x.clone(memory_format=torch.contiguous_format), op, tag=tag, deadline=deadline)
 
     def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
-        whole = packed(x)
+        whole = dense(x)
         options = compat.backend_options("Allreduce", milliseconds(deadline), reduceOp=_OPS[op])
         if x.numel():
             self._do(lambda backend: backend.allreduce([whole], options), whole)
@@ -92,26 +92,26 @@ class TorchCommunicator(Communicator):
     def reduce_scatter(
         self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, deadline: Deadline
     ) -> None:
-        landing = staging_for(out)
+        staging = staging_for(out)
         if len(set(sizes)) == 1:
             if out.numel():
                 whole = x if are_slices_joined(x, dim) else torch.stack(x.split(list(sizes), dim))
                 options = compat.backend_options("ReduceScatter", milliseconds(deadline), reduceOp=_OPS[op])
-                self._do(lambda backend: backend._reduce_scatter_base(landing.view(-1), whole.view(-1), options), whole)
+                self._do(lambda backend: backend._reduce_scatter_base(staging.view(-1), whole.view(-1), options), whole)
         else:
-            mine = [packed(piece).clone() for piece in x.split(list(sizes), dim)]  # a reduce may write to what its other ranks give
+            mine = [dense(piece).clone() for piece in x.split(list(sizes), dim)]  # a reduce may write to what its other ranks give
             with self._at_once():
                 for root, piece in enumerate(mine):
                     options = compat.backend_options("Reduce", milliseconds(deadline), coalesced=True, reduceOp=_OPS[op], rootRank=root)
                     if piece.numel():
                         self._do(lambda backend, piece=piece, options=options: backend.reduce([piece], options), piece)  # type: ignore[misc]  # defaults of a lambda have no types
-            landing.copy_(mine[self.rank_in_group])
-        copy_back([landing], [out])
+            staging.copy_(mine[self.rank_in_group])
+        copy_back([staging], [out])
 
     # Gathers and exchanges.
 
     def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, deadline: Deadline) -> None:
-        flat = as_bytes(packed(x))
+        flat = as_bytes(dense(x))
         if len(set(sizes)) == 1:
             straight = are_slices_joined(out, dim)
             whole = out if straight else torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
@@ -123,12 +123,11 @@ class TorchCommunicator(Communicator):
                     flat,
                 )
             if not straight:
-                torch.cat(list(whole), dim, out=out) if is_packed(out) else out.copy_(torch.cat(list(whole), dim))
+                torch.cat(list(whole), dim, out=out) if is_dense(out) else out.copy_(torch.cat(list(whole), dim))
             return
         views = out.split(list(sizes), dim)
         pieces = [
-            packed(x) if i == self.rank_in_group else torch.empty(view.shape, dtype=x.dtype, device=x.device)
-            for i, view in enumerate(views)
+            dense(x) if i == self.rank_in_group else torch.empty(view.shape, dtype=x.dtype, device=x.device) for i, view in enumerate(views)
         ]
         with self._at_once():
             for root, piece in enumerate(pieces):
@@ -137,7 +136,7 @@ class TorchCommunicator(Communicator):
         copy_back(pieces, views)
 
     def broadcast(self, x: torch.Tensor, src: int, *, tag: int, deadline: Deadline) -> None:
-        whole = packed(x)
+        whole = dense(x)
         if x.numel():
             self._broadcast(as_bytes(whole), src, deadline)
         if self.rank_in_group != src:
@@ -148,19 +147,19 @@ class TorchCommunicator(Communicator):
         self._do(lambda backend: backend.broadcast([flat], options), flat)
 
     def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], *, tag: int, deadline: Deadline) -> None:
-        given = torch.cat([as_bytes(packed(piece)) for piece in sends])
+        given = torch.cat([as_bytes(dense(piece)) for piece in sends])
         coming = [view.numel() * view.element_size() for view in receives]
-        landing = torch.empty(sum(coming), dtype=torch.uint8, device=given.device)
+        staging = torch.empty(sum(coming), dtype=torch.uint8, device=given.device)
         going = [piece.numel() * piece.element_size() for piece in sends]
         self._do(
             lambda backend: backend.alltoall_base(
-                landing, given, coming, going, compat.backend_options("AllToAll", milliseconds(deadline))
+                staging, given, coming, going, compat.backend_options("AllToAll", milliseconds(deadline))
             ),
             given,
         )
-        for view, piece in zip(receives, landing.split(coming), strict=True):
+        for view, piece in zip(receives, staging.split(coming), strict=True):
             if view.numel():
-                # Not a view of the landing as it is: its pieces may begin at no multiple of their entries' size.
+                # The piece is cloned before it is viewed: it may begin at no multiple of its elements' size.
                 view.copy_(piece.clone().view(view.dtype).view(view.shape))
 
     def gather(
@@ -180,23 +179,23 @@ class TorchCommunicator(Communicator):
         deadline: Deadline,
         label: int = 0,
     ) -> None:
-        landing = [staging_for(x) for x, _ in receives]
-        # Kept until all are launched: the memory of a copy that is dropped before would be given to the next one.
-        given = [as_bytes(packed(x)) for x, _ in sends]
+        staging = [staging_for(x) for x, _ in receives]
+        # Copies are kept until all are launched: the memory of one dropped before could be that of the next.
+        given = [as_bytes(dense(x)) for x, _ in sends]
         with self._at_once():
-            for x, (_, peer) in zip(landing, receives, strict=True):
+            for x, (_, peer) in zip(staging, receives, strict=True):
                 if x.numel():
                     self._do(lambda backend, x=x, peer=peer: backend.recv([as_bytes(x)], peer, 0), None)  # type: ignore[misc]  # as above
             for flat, (_, peer) in zip(given, sends, strict=True):
                 if flat.numel():
                     self._do(lambda backend, flat=flat, peer=peer: backend.send([flat], peer, 0), flat)  # type: ignore[misc]  # as above
-        copy_back(landing, [x for x, _ in receives])
+        copy_back(staging, [x for x, _ in receives])
 
     # How the backend is called.
 
     @contextlib.contextmanager
     def _at_once(self) -> Iterator[None]:
-        """Several operations as one launch, which cannot wait for each other; one after the other where the backend knows no such thing."""
+        """Coalesce operations into one launch, so that they cannot wait for each other; singly where the backend cannot coalesce."""
         backend = self._backend
         if backend is None or not backend.supports_coalescing:
             self._waiting = []
@@ -244,7 +243,7 @@ class TorchCommunicator(Communicator):
     # Life.
 
     def warmup(self, model: torch.nn.Module | None = None) -> None:
-        """Does once what makes a backend allocate: a reduction, a gather, an exchange with every peer."""
+        """Run once each call for which a backend allocates: a reduction, a gather, an exchange with every peer."""
         n = self.world_size
         limits: dict[str, Any] = {"tag": 0, "deadline": Deadline.after(_WARMUP_SECONDS)}
         x = torch.zeros(n, device=self._device)
@@ -264,7 +263,7 @@ class TorchCommunicator(Communicator):
             with contextlib.suppress(RuntimeError):
                 backend.abort()
 
-        # NCCL's abort waits for graphs that hold the communicator, too: for as long as their owner keeps them.
+        # NCCL's abort waits also for graphs that use the communicator, for as long as they exist.
         ending = threading.Thread(target=end, name=f"commgraph {self.name} abort", daemon=True)
         ending.start()
         ending.join(_ABORT_SECONDS)

@@ -14,7 +14,7 @@ from commgraph.deadline import Deadline
 
 __all__ = ["XlaCommunicator"]
 
-# What torch_xla calls reductions; an average is a scaled sum.
+# torch_xla's names of reductions; an average is a scaled sum.
 _KINDS = MappingProxyType({"sum": "sum", "avg": "sum", "max": "max", "min": "min", "product": "mul"})
 
 
@@ -22,7 +22,7 @@ class XlaCommunicator(Communicator):
     """All-reduce, all-gather and reduce-scatter by ``torch_xla.core.xla_model``. No such device has run it; it is checked with a stub.
 
     XLA compiles one program for all devices, with all groups of a kind in it: every rank of the world has to make the call, each in its own
-    group. Uneven pieces go to the strategy behind it. Nothing holds up the host, and XLA keeps its own deadlines.
+    group. Uneven pieces go to the strategy behind it. No call blocks the host, and XLA has its own deadlines.
     """
 
     name = "xla"
@@ -46,7 +46,7 @@ class XlaCommunicator(Communicator):
         self._bytes = 0
 
     def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:
-        """Tensors of its device with entries, of a real dtype of at least two bytes or int8 or uint8."""
+        """Tensors of its device with elements, of a real dtype of at least two bytes or int8 or uint8."""
         fine = dtype is not None and not dtype.is_complex and dtype != torch.bool and not (dtype.is_floating_point and dtype.itemsize == 1)
         return device.type == self._device.type and fine and 0 not in shape
 
@@ -68,7 +68,7 @@ class XlaCommunicator(Communicator):
         if len(set(sizes)) > 1:
             self._rest.reduce_scatter(x, dim, sizes, op, out, tag=tag, deadline=deadline)
             return
-        landing = staging_for(out)
+        staging = staging_for(out)
         piece = self._open().reduce_scatter(
             _KINDS[op],
             x.contiguous(),
@@ -77,8 +77,8 @@ class XlaCommunicator(Communicator):
             shard_count=self.world_size,
             groups=self._partition,
         )
-        landing.copy_(piece)
-        copy_back([landing], [out])
+        staging.copy_(piece)
+        copy_back([staging], [out])
         self._bytes += x.nbytes
 
     def _scale(self, op: str) -> float:
@@ -90,7 +90,7 @@ class XlaCommunicator(Communicator):
         return self._xla
 
     def abort(self) -> None:
-        """Nothing waits on the host."""
+        """Nothing to do: no call waits on the host."""
 
     def close(self) -> None:
         self._xla = None

@@ -1,4 +1,4 @@
-"""Where a finished run goes besides the terminal."""
+"""Output files of a finished run."""
 
 from __future__ import annotations
 

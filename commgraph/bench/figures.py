@@ -1,4 +1,4 @@
-"""From samples to the rows of a table."""
+"""`Sample` and `Row`: samples, and the rows of a table that are computed from them."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class Row:
     """One line of the table.
 
     Attributes:
-        operation: what was done.
+        operation: name of the operation.
         size: bytes, in nccl-tests' sense for collectives.
         dtype: of the tensors; "" for objects.
         who: the library.
-        strategy: by which of its ways.
-        placement: where the ranks ran; "" where nothing could tell.
+        strategy: algorithm of the library.
+        placement: of the ranks, by distance; "" where it was not measured.
         nanoseconds: median of the probe's.
         samples: how many the percentiles are taken from.
         unit: of the three percentiles.
@@ -83,16 +83,16 @@ class Row:
 def percentile(values: Sequence[float], q: float) -> float:
     """The q-th percentile (0 to 100), interpolated between the two nearest values."""
     ordered = sorted(values)
-    place = (len(ordered) - 1) * q / 100
-    below = int(place)
+    position = (len(ordered) - 1) * q / 100
+    below = int(position)
     above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
 
 
 def bandwidths(operation: str, size: int, seconds: float, ranks: int) -> tuple[float, float] | None:
-    """Algorithm and bus bandwidth in GB/s, by the formulas of nccl-tests; None for what moves no data that it counts.
+    """Return algorithm and bus bandwidth in GB/s, by the formulas of nccl-tests; None for operations that those do not cover.
 
-    The algorithm's is ``size / time``. The bus bandwidth multiplies it by what each rank's link has to carry of every byte, so that it
+    The algorithm's is ``size / time``. The bus bandwidth multiplies it by the share of every byte that each rank's link carries, so that it
     compares with the hardware whatever the number of ranks n: ``2 (n - 1) / n`` for all-reduce, ``(n - 1) / n`` for all-gather,
     reduce-scatter and all-to-all (of the whole array on one rank), 1 for broadcast and for send and receive. See
     https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
@@ -115,7 +115,7 @@ def rows_of(
     unit: str = "us",
     convert: Callable[[float], float] = lambda seconds: seconds * 1e6,
 ) -> list[Row]:
-    """One row for each placement among the samples, the nearest first.
+    """Return one row for each placement among the samples, the nearest first.
 
     Args:
         samples: of one contender in one case.

@@ -1,4 +1,4 @@
-"""What can be measured: a library that moves tensors, objects or both. commgraph itself is one, and so is each of its peers."""
+"""`Library`: moves tensors, objects or both, and can be measured. commgraph itself is one, and so is each of its peers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Buffers", "Channel", "Job", "Library", "repeat"]
 
 
 def repeat(call: Callable[[], object]) -> Callable[[int], None]:
-    """A batch that makes one call after the other."""
+    """Return a batch: a function that makes so many calls, one after the other."""
 
     def batch(calls: int) -> None:
         for _ in range(calls):
@@ -32,7 +32,7 @@ class Job:
         world: all of them.
         started: by what: ``"processes"`` or ``"threads"`` of `commgraph bench` itself, else the launcher (``"torchrun"``, ``"PMI"``, ...).
         directory: private to this user and the same on every rank of one node, for sockets; removed afterwards.
-        inherited: what `Library.inherit` gave in the process that started the others; None where a launcher did.
+        inherited: result of `Library.inherit` in the process that started the ranks; None where a launcher did.
     """
 
     world: World
@@ -43,11 +43,11 @@ class Job:
 
 @attrs.frozen(eq=False)
 class Buffers:
-    """1-D tensors of one dtype for one operation on one rank; only `out` changes, but for what works in place.
+    """1-D tensors of one dtype for one operation on one rank; only `out` changes, except in operations in place.
 
     Attributes:
-        x: what goes in. The operation's size is that of the larger of the two, as in nccl-tests.
-        out: where the result belongs: x itself for ``all_reduce_`` and ``broadcast``.
+        x: the input. The operation's size is that of the larger of the two, as in nccl-tests.
+        out: for the result; x itself for ``all_reduce_`` and ``broadcast``.
     """
 
     x: torch.Tensor
@@ -55,25 +55,25 @@ class Buffers:
 
 
 class Channel:
-    """Objects between one writer, rank 0, and readers, ranks 1 to n. What is sent in one direction arrives in order."""
+    """Objects between one writer, rank 0, and readers, ranks 1 to n. Objects sent in one direction arrive in order."""
 
     def send(self, obj: object) -> None:
         """On the writer: to every reader. On a reader: to the writer."""
         raise NotImplementedError
 
     def recv(self, source: int = 0) -> Any:
-        """The next object: on the writer that of the reader `source`, on a reader that of the writer."""
+        """Returns the next object: on the writer that of the reader `source`, on a reader that of the writer."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Releases what this rank holds."""
+        """Releases the resources of this rank."""
 
 
 class Library:
     """One library on one rank. A peer's file holds a class `Peer` derived from this one.
 
     Made once per run. `available` is asked first; then come `prepare`, `call` and `channel` in the same order on every rank, and
-    `close`. A method that a library leaves out says that it cannot do this.
+    `close`. A library that does not override a method lacks what it measures.
 
     Attributes:
         name: as the tables show it; may be refined in `prepare` (by a version, say).
@@ -87,7 +87,7 @@ class Library:
 
     @staticmethod
     def inherit(ranks: int) -> Any:
-        """Makes, in the process that starts the ranks, what they must inherit: `Job.inherited`, pickled as multiprocessing does."""
+        """Makes, in the process that starts the ranks, the objects that they inherit: `Job.inherited`, pickled as multiprocessing does."""
         return None
 
     def available(self) -> str | None:
@@ -102,7 +102,7 @@ class Library:
         return torch.empty(numel, dtype=dtype)
 
     def call(self, operation: str, buffers: Buffers) -> Callable[[], object] | None:
-        """What performs `operation` once, or None where this library lacks it or the dtype.
+        """Return a callable that performs `operation` once, or None where this library lacks it or the dtype.
 
         Args:
             operation: ``all_reduce_`` (sum, in place), ``all_reduce`` (sum, x unchanged), ``all_gather``, ``reduce_scatter`` (sum),
@@ -113,11 +113,11 @@ class Library:
         return None
 
     def batch(self, call: Callable[[], object]) -> Callable[[int], object]:
-        """What performs so many calls and returns when they have ended: here, one after the other."""
+        """Return a callable that performs so many calls and returns when they have ended: here, one after the other."""
         return repeat(call)
 
     def strategy(self, operation: str, buffers: Buffers) -> str:
-        """Which of its ways the library takes for that call, for the table; "" if there is but one."""
+        """Return the name of the algorithm that the library uses for that call, for the table; "" if it has but one."""
         return ""
 
     def channel(self, readers: int) -> Channel | None:
@@ -125,4 +125,4 @@ class Library:
         return None
 
     def close(self) -> None:
-        """Releases what this rank holds, its channels being closed already."""
+        """Releases the resources of this rank, its channels being closed already."""

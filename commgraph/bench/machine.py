@@ -1,4 +1,4 @@
-"""What the numbers were taken on. Nothing here names the machine, its paths or its network."""
+"""Description of the measured machine: processor, system and versions. Nothing here names the machine, its paths or its network."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def small() -> dict[str, Any]:
 
 
 def lists() -> dict[str, Any]:
-    """A dict of lists whose pickle has 9.4 KB: what a scheduler tells its workers for one step."""
+    """A dict of lists whose pickle has 9.4 KB: as a scheduler sends its workers for one step."""
     return {
         "requests": [f"request-{number}" for number in range(184)],
         "tokens": [[number * 7 % 32000, number * 11 % 32000] for number in range(184)],
@@ -58,13 +58,13 @@ def measure(session: Session, operation: str) -> None:
 
 
 def _one_way(session: Session, operation: str, channels: Sequence[tuple[Library, Channel]]) -> None:
-    """Half of a round trip that never pauses."""
+    """Measure half of a round trip, without pauses."""
     obj, size = _payload(operation)
 
     def there_and_back(library: Library, channel: Channel) -> Callable[[int], None]:
         mine = obj
         if isinstance(obj, torch.Tensor) and library.name != "commgraph":
-            mine = obj.numpy()  # the same bytes, which pickle writes without a copy; torch's own way takes several times as long
+            mine = obj.numpy()  # the same bytes, which pickle writes without a copy; torch's own pickling takes several times as long
 
         def write(calls: int) -> None:
             for _ in range(calls):
@@ -78,12 +78,12 @@ def _one_way(session: Session, operation: str, channels: Sequence[tuple[Library,
 
         return _part(session, write, read)
 
-    contenders = [Contender(library.name, _way(library), there_and_back(library, channel), 0.5) for library, channel in channels]
+    contenders = [Contender(library.name, _method_of(library), there_and_back(library, channel), 0.5) for library, channel in channels]
     _report(session, operation, size, channels, interleave(contenders, session.stopwatch))
 
 
 def _rate(session: Session, operation: str, channels: Sequence[tuple[Library, Channel]]) -> None:
-    """Messages in a row, the last one answered."""
+    """Measure messages in a row, of which the last one is answered."""
     obj, size = _payload(operation)
 
     def stream(channel: Channel) -> Callable[[int], None]:
@@ -99,18 +99,18 @@ def _rate(session: Session, operation: str, channels: Sequence[tuple[Library, Ch
 
         return _part(session, write, read)
 
-    contenders = [Contender(library.name, _way(library), stream(channel)) for library, channel in channels]
+    contenders = [Contender(library.name, _method_of(library), stream(channel)) for library, channel in channels]
     samples = interleave(contenders, session.stopwatch, at_least=_RATE_SECONDS)
     _report(session, operation, size, channels, samples, unit="messages/s", convert=lambda seconds: 1 / seconds)
 
 
 def _readers(session: Session, operation: str, channels: Sequence[tuple[Library, Channel]]) -> None:
-    """Messages to three readers, each sent when all have answered the one before: from sending to the slowest one's having it."""
+    """Measure messages to three readers, from sending to the slowest receipt; each is sent when all have answered the one before."""
     _report(session, operation, len(pickle.dumps(small())), channels, _latencies(session, channels, 3, _BLOCK, skip=1, pause=0.0))
 
 
 def _wake(session: Session, operation: str, channels: Sequence[tuple[Library, Channel]]) -> None:
-    """From sending to having, after a silence."""
+    """Measure the time from sending to receipt, after a pause."""
     pause = min(_WAKE_SECONDS, session.idle)
     _report(session, operation, len(pickle.dumps(small())), channels, _latencies(session, channels, 1, 1, skip=0, pause=pause))
 
@@ -118,7 +118,7 @@ def _wake(session: Session, operation: str, channels: Sequence[tuple[Library, Ch
 def _latencies(
     session: Session, channels: Sequence[tuple[Library, Channel]], readers: int, block: int, *, skip: int, pause: float
 ) -> list[list[Sample]]:
-    """Samples by the clock that all processes of a node share, in turn, block by block; the first `skip` of a block are left out."""
+    """Take samples by the clock that all processes of a node share, in turn, in blocks; the first `skip` of a block are dropped."""
     rank, stopwatch = session.job.world.rank, session.stopwatch
     most = _PAUSES if pause else _BLOCKS
     rounds = min(stopwatch.samples or most, most)
@@ -150,7 +150,7 @@ def _latencies(
 
 
 def _idle(session: Session, operation: str, channels: Sequence[tuple[Library, Channel]]) -> None:
-    """The share of a core that the reader's process takes while nothing comes; that of one that only sleeps, for comparison."""
+    """Measure the share of a core that an idle reader's process uses, and that of one that only sleeps, for comparison."""
     rank = session.job.world.rank
 
     def measured(wait: Callable[[], object]) -> list[Sample]:
@@ -191,8 +191,8 @@ def _payload(operation: str) -> tuple[Any, int]:
     return obj, len(pickle.dumps(obj, protocol=5))
 
 
-def _way(library: Library) -> str:
-    return str(getattr(library, "way", ""))
+def _method_of(library: Library) -> str:
+    return str(getattr(library, "method", ""))
 
 
 def _report(
@@ -210,7 +210,7 @@ def _report(
             size=size,
             dtype="",
             who=library.name,
-            strategy=_way(library),
+            strategy=_method_of(library),
             ranks=session.job.world.size,
             **how,
         )

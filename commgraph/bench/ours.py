@@ -1,4 +1,4 @@
-"""commgraph as a library to be measured, through what its users call."""
+"""commgraph as a library to be measured, by its public calls."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import commgraph as cg
 from commgraph.bench.library import Buffers, Channel, Job, Library, repeat
 from commgraph.errors import ConfigurationError
 
-__all__ = ["OBJECT_WAYS", "DeviceTensors", "Objects", "SharedTensors", "Tensors", "build_context"]
+__all__ = ["OBJECT_METHODS", "DeviceTensors", "Objects", "SharedTensors", "Tensors", "build_context"]
 
-# What an operation of the benchmark is called in `GroupCoordinator.communicators`.
+# Operation of the benchmark -> its name in `GroupCoordinator.communicators`, where that differs.
 _IN_THE_TABLE = MappingProxyType({"all_reduce_": "all_reduce", "send_recv": "send", "tensor_dict": "send"})
 
-OBJECT_WAYS = ("broadcast_object", "send_object")
+OBJECT_METHODS = ("broadcast_object", "send_object")
 
 _READY_SECONDS = 60.0
 
@@ -93,7 +93,7 @@ class Tensors(Library):
         return calls.get(operation)
 
     def strategy(self, operation: str, buffers: Buffers) -> str:
-        """The first one in the group's table that accepts the call."""
+        """Return the first strategy in the group's table that accepts the call."""
         operation = _IN_THE_TABLE.get(operation, operation)
         x = max(buffers.x, buffers.out, key=torch.Tensor.numel)
         names = self.group.communicators[operation]
@@ -104,7 +104,7 @@ class Tensors(Library):
 
 
 class SharedTensors(Tensors):
-    """The same on tensors in memory that the group shares, from `GroupCoordinator.empty`."""
+    """commgraph on tensors in memory that the group shares, from `GroupCoordinator.empty`."""
 
     def __init__(self, job: Job, ctx: cg.ParallelContext, nbytes: int) -> None:
         super().__init__(job, ctx)
@@ -113,36 +113,36 @@ class SharedTensors(Tensors):
         self._turn = itertools.cycle((0, 1))
 
     def available(self) -> str | None:
-        """Needs `GroupCoordinator.empty`, and a strategy that can do something with it."""
+        """Needs `GroupCoordinator.empty`, and a strategy that uses its memory."""
         if not hasattr(self.group, "empty"):
             return "tensors in shared memory: this commgraph has no GroupCoordinator.empty"
         serving = self.group.communicators["all_reduce"][0]
         return "tensors in shared memory: these ranks communicate by gloo, which has none" if serving == "gloo" else None
 
     def prepare(self) -> None:
-        """Gets two buffers of the largest size: the group keeps them until it is closed."""
+        """Allocates two buffers of the largest size, which the group keeps until it is closed."""
         empty: Any = getattr(self.group, "empty")  # noqa: B009 - not there in every version
         self._pools = [empty(self._nbytes, torch.uint8) for _ in range(2)]
 
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """The front of one of them, in turn: x and out of one case never meet."""
+        """Returns the front of one of the buffers, in turn, so that x and out of a case differ."""
         assert numel * dtype.itemsize <= self._nbytes, "the pools are made for the largest size of the plan"
         return self._pools[next(self._turn)][: numel * dtype.itemsize].view(dtype)
 
     def strategy(self, operation: str, buffers: Buffers) -> str:
-        """With a word on where the tensors are."""
+        """Returns the strategy, with a note that the tensors are shared."""
         return f"{super().strategy(operation, buffers)}, shared tensors"
 
 
 class DeviceTensors(Tensors):
-    """The same on tensors of this rank's device, at the end of each batch of which the device is waited for."""
+    """commgraph on tensors of this rank's device, which is synchronized at the end of each batch."""
 
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """On the device."""
         return torch.empty(numel, dtype=dtype, device=self.group.device)
 
     def batch(self, call: Callable[[], object]) -> Callable[[int], object]:
-        """Until the device has made the calls."""
+        """Returns a batch that ends by synchronizing the device."""
         several, world = repeat(call), self.job.world
 
         def batch(calls: int) -> None:
@@ -152,37 +152,37 @@ class DeviceTensors(Tensors):
         return batch
 
     def strategy(self, operation: str, buffers: Buffers) -> str:
-        """With the device."""
+        """Returns the strategy, with the device."""
         return f"{super().strategy(operation, buffers)}, {self.job.world.platform.name}"
 
 
 class Objects(Library):
-    """One of commgraph's ways to send objects.
+    """One of commgraph's calls to send objects.
 
     Attributes:
-        way: as the table shows it, with the strategy where one was asked for.
+        method: as the table shows it, with the strategy where one was asked for.
     """
 
     name = "commgraph"
 
-    def __init__(self, job: Job, ctx: cg.ParallelContext, way: str, strategy: str = "") -> None:
+    def __init__(self, job: Job, ctx: cg.ParallelContext, method: str, strategy: str = "") -> None:
         super().__init__(job)
-        self.way = f"{way}, {strategy}" if strategy else way
-        self._way = way
+        self.method = f"{method}, {strategy}" if strategy else method
+        self._method = method
         self._ctx = ctx
 
     def available(self) -> str | None:
-        """Needs `MessageQueue`, where that is the way."""
-        if self._way == "MessageQueue" and not hasattr(cg, "MessageQueue"):
+        """Needs `MessageQueue`, where that is the method."""
+        if self._method == "MessageQueue" and not hasattr(cg, "MessageQueue"):
             return "objects: this commgraph has no MessageQueue"
         return None
 
     def channel(self, readers: int) -> Channel | None:
         """On the group of the writer and its readers."""
         group = self._ctx[f"objects{readers}"]
-        if self._way == "MessageQueue":
+        if self._method == "MessageQueue":
             return _Queues(group)
-        return _Broadcasts(group) if self._way == "broadcast_object" else _Messages(group)
+        return _Broadcasts(group) if self._method == "broadcast_object" else _Messages(group)
 
 
 class _Messages(Channel):

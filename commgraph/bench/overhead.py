@@ -1,4 +1,4 @@
-"""Cost of a coordinator beside what moves the bytes: every way of calling it, in turn with the plain call of the same tensor."""
+"""Overhead of a coordinator over its strategy: each kind of call, in turn with the plain call of the same tensor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SECONDS = 60.0
 
 
 class _Copy(Function):
-    """The yardstick of calls with a gradient: an autograd function around a copy."""
+    """An autograd function around a copy, with which calls with a gradient are compared."""
 
     @staticmethod
     def forward(node: Any, x: torch.Tensor, group: GroupCoordinator) -> torch.Tensor:
@@ -51,7 +51,7 @@ def overhead(library: Tensors, buffers: Buffers) -> list[Contender]:
     calls["all_reduce_async, waited for"] = lambda: group.all_reduce_async(x).wait()
     if shutil.which("g++") is not None:  # which inductor needs on the host
         calls |= _compiled(group, x)
-    return [Contender("commgraph", way, repeat(call)) for way, call in calls.items()]
+    return [Contender("commgraph", variant, repeat(call)) for variant, call in calls.items()]
 
 
 def _uneven(group: GroupCoordinator, x: torch.Tensor) -> dict[str, Callable[[], object]]:

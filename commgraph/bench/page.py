@@ -11,7 +11,7 @@ from commgraph.bench.report import Run, number_text
 
 __all__ = ["markdown", "overview"]
 
-# Percentiles of fewer samples tell nothing.
+# Least number of samples of which percentiles are shown.
 _FEW = 5
 
 _INTRODUCTION = """# Benchmarks
@@ -21,7 +21,7 @@ commgraph's operations on one machine, beside other libraries that do the same w
 
 _METHOD = """## Method
 
-`nox -s bench` writes this page by running `commgraph bench`. [Measure it here](how-to/benchmark.md) tells how to run it on another machine.
+`nox -s bench` writes this page by running `commgraph bench`. [Measure it here](how-to/benchmark.md) says how to run it on another machine.
 
 A virtual machine moves its cores between placements while a benchmark runs, and a program is several times slower when its two ranks no
 longer share a cache. Therefore:
@@ -30,7 +30,7 @@ longer share a cache. Therefore:
 - A **sample** is a batch of calls timed together. It takes at least 200 us, all ranks begin it at once with warm caches, and its time is
   that of its slowest rank.
 - A cell is the **median** of the samples, with the **10th and 90th percentile** in brackets.
-- Beside each sample a cache line was passed back and forth between ranks 0 and 1. Its time tells the **placement** of the two ranks: below
+- Beside each sample a cache line was passed back and forth between ranks 0 and 1. Its time shows the **placement** of the two ranks: below
   45 ns they are siblings on one core, below 120 ns they share an L3 cache, above they do not. Samples of different placements are never
   mixed, and a cell of fewer than five samples is left out. A table without this column had no such measurement.
 - The first result of every library was compared with the expected one.
@@ -96,7 +96,7 @@ def overview(runs: Sequence[Run]) -> list[Row]:
     Only sizes that every library has there are included. Empty where they are fewer than two.
     """
     first = runs[0].rows[:1]
-    rows = _telling([row for row in runs[0].rows for one in first if (row.operation, row.dtype) == (one.operation, one.dtype)])
+    rows = _well_sampled([row for row in runs[0].rows for one in first if (row.operation, row.dtype) == (one.operation, one.dtype)])
     samples: dict[str, int] = {}
     for row in rows:
         samples[row.placement] = samples.get(row.placement, 0) + row.samples
@@ -126,7 +126,7 @@ def _opening(runs: Sequence[Run], picture: str) -> list[str]:
 
 def _section(operation: str, rows: Sequence[Row]) -> str:
     """Return the table of one operation: a line for each size, dtype and placement, a column for each library."""
-    rows = _telling(rows)
+    rows = _well_sampled(rows)
     libraries = list(dict.fromkeys((row.who, row.strategy) for row in rows))
     cells = {(row.size, row.dtype, row.placement, row.who, row.strategy): row for row in rows}
     cases = list(dict.fromkeys((row.size, row.dtype) for row in rows))
@@ -148,7 +148,7 @@ def _section(operation: str, rows: Sequence[Row]) -> str:
     return f"### {operation}, {rows[0].unit}\n\n{_SAYS[operation]}\n\n{body}\n"
 
 
-def _telling(rows: Sequence[Row]) -> list[Row]:
+def _well_sampled(rows: Sequence[Row]) -> list[Row]:
     """Return the rows without placements in which a library has only a few samples, where it has more in another one."""
     most: dict[tuple[int, str, str, str], int] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""What the command line asks for."""
+"""`Plan`: the options of ``commgraph bench``, parsed from its command line."""
 
 from __future__ import annotations
 

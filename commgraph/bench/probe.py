@@ -1,4 +1,4 @@
-"""Where the two ranks run: how long a cache line takes between them."""
+"""Placement of two ranks, measured by the time that a cache line takes between them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["PLACEMENTS", "Probe", "connect", "placement"]
 
 PLACEMENTS = ("", "siblings", "one L3", "across L3s")
 
-# Nanoseconds one way. A virtual machine's cores move while it runs, and nothing but this shows it.
+# Nanoseconds in one direction. A virtual machine's cores move while it runs, which only this time shows.
 _SIBLINGS = 45.0
 _ONE_L3 = 120.0
 
@@ -23,16 +23,16 @@ class Probe:
         self._ping_pong = ping_pong
 
     def measure(self) -> float | None:
-        """Nanoseconds for a cache line, one way; None where nothing can tell. Collective over the two."""
+        """Return the nanoseconds of a cache line in one direction; None where it cannot be measured. Collective over the two."""
         return None if self._ping_pong is None else self._ping_pong()
 
 
 def connect(group: GroupCoordinator) -> Probe:
-    """THE place where the probe meets the native code: the shared-memory strategy's `ping_pong`.
+    """Connect the probe to its native code, the shared-memory strategy's `ping_pong`.
 
     Args:
-        group: of ranks 0 and 1; on the other ranks, which have nothing to do with it, of one rank. Then nothing is measured there, and
-            neither where the group lacks that strategy.
+        group: of ranks 0 and 1; on the other ranks of one rank. Nothing is measured there, nor where the group lacks that
+            strategy.
     """
     try:
         strategy = group.communicator("shm")
@@ -42,7 +42,7 @@ def connect(group: GroupCoordinator) -> Probe:
 
 
 def placement(nanoseconds: float | None) -> str:
-    """Names the distance that such a time shows; "" where there is none."""
+    """Return the name of the distance that such a time shows; "" without a time."""
     if nanoseconds is None:
         return ""
     return "siblings" if nanoseconds < _SIBLINGS else "one L3" if nanoseconds < _ONE_L3 else "across L3s"

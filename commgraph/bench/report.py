@@ -36,7 +36,7 @@ _NUMBERS = frozenset({"size", "samples", "p10", "median", "p90", "algbw GB/s", "
 
 @attrs.define
 class Run:
-    """What one run found.
+    """Measurements of one run.
 
     Attributes:
         machine: where, from `machine.describe`.
@@ -107,7 +107,7 @@ def text(run: Run) -> str:
 
 
 def introduction(run: Run) -> list[str]:
-    """What stands above the table."""
+    """Return the comment lines above the table: the machine, and how the run was made."""
     return [f"# {', '.join(f'{key} {value}' for key, value in facts.items())}" for facts in (run.machine, run.how)]
 
 

@@ -12,7 +12,7 @@ import torch
 from commgraph.bench import machine, objects, peers, probe, tensors
 from commgraph.bench.figures import Row
 from commgraph.bench.library import Job, Library
-from commgraph.bench.ours import OBJECT_WAYS, DeviceTensors, Objects, SharedTensors, Tensors, build_context
+from commgraph.bench.ours import OBJECT_METHODS, DeviceTensors, Objects, SharedTensors, Tensors, build_context
 from commgraph.bench.plan import Plan
 from commgraph.bench.report import Run, heading, introduction, line
 from commgraph.bench.session import Session
@@ -76,7 +76,7 @@ def run(job: Job, plan: Plan, gifts: Mapping[str, Any]) -> Run:
                 own.append(DeviceTensors(job, ctx))
             if largest:
                 own.append(SharedTensors(job, ctx, largest + _ROOM * world.size))
-            own += [Objects(job, ctx, way, name) for way in OBJECT_WAYS]
+            own += [Objects(job, ctx, method, name) for method in OBJECT_METHODS]
         own.append(Objects(job, default, "MessageQueue"))
         rivals = [peers.load(spec)(Job(world, job.started, job.directory, gifts.get(spec))) for spec in plan.compare]
         for library in (*own, *rivals):

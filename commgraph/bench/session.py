@@ -1,4 +1,4 @@
-"""One run as one rank sees it: who is measured, how, and where the rows go."""
+"""`Session`: one run on one rank. Its contenders, stopwatch and output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Session"]
 
 T = TypeVar("T")
 
-# After these commgraph's own groups are broken, and with them the run.
+# Errors after which commgraph's own groups are broken, and the run ends.
 _FATAL = (CollectiveMismatchError, CollectiveTimeoutError, ContextClosedError, PeerLostError)
 
 
@@ -45,14 +45,14 @@ class Session:
     _channels: dict[int, list[tuple[Library, Channel]]] = attrs.field(factory=dict)
 
     def add(self, library: Library) -> None:
-        """Takes a library for what it can do."""
+        """Adds a library for the operations that it has."""
         if type(library).call is not Library.call:
             self.tensors.append(library)
         if type(library).channel is not Library.channel:
             self.objects.append(library)
 
     def channels(self, readers: int) -> list[tuple[Library, Channel]]:
-        """The channels of all libraries to so many readers; on ranks that are none of them placeholders. Collective, made once."""
+        """Returns the channels of all libraries to so many readers, placeholders on other ranks. Collective, made once."""
         if readers not in self._channels:
             made = self._channels[readers] = []
             for library in self.objects:
@@ -63,7 +63,7 @@ class Session:
         return self._channels[readers]
 
     def close(self) -> None:
-        """Closes the channels, and what they were made from."""
+        """Closes the channels and the libraries."""
         for channels in self._channels.values():
             for _, channel in channels:
                 channel.close()
@@ -71,7 +71,7 @@ class Session:
             library.close()
 
     def agreed(self, who: str, attempt: Callable[[], T | None]) -> T | None:
-        """What `attempt` gives, if it gives something on every rank; a failure on any becomes a note. Collective."""
+        """Return the value of `attempt` if no rank gets None or an error from it, else None; errors become a note. Collective."""
         value, reason = None, None
         try:
             value = attempt()

@@ -1,4 +1,4 @@
-"""Ranks from nothing: processes of this machine, processes of MPI's launcher, or threads. And those that a launcher started."""
+"""Start of the ranks: as processes of this machine, by MPI's launcher, or as threads; or by a launcher, before this program."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ __all__ = ["complain", "find_mpiexec", "launched", "mpiexec", "processes", "thre
 
 _RANKS = 2
 _PREFIX = "commgraph-bench-"
-# How long the others may take to end once a rank has failed.
+# Seconds that the others may take to end once a rank has failed.
 _END_SECONDS = 3.0
-# Threads have one deadline for all that they do.
+# Seconds for the whole run of ranks that are threads.
 _LONGEST_SECONDS = 4 * 3600.0
 
 
 def complain(error: CommGraphError | OSError, rank: int = 0) -> int:
-    """Says in one line what went wrong; returns the exit code. What every rank finds alike only rank 0 says."""
+    """Says in one line what went wrong; returns the exit code. `ConfigurationError`, alike on every rank, is printed by rank 0 only."""
     if isinstance(error, ConfigurationError):
         if rank == 0:
             print(f"commgraph bench: {error}", file=sys.stderr, flush=True)

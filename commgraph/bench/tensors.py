@@ -31,7 +31,7 @@ OPERATIONS = (
 # Operations that are measured once, at a size of their own or at the smallest.
 SIZELESS = frozenset({"barrier", "tensor_dict", "overhead"})
 
-_DICT_BYTES = 4 * 2**20  # two tensors of 2 MiB: what a pipeline stage hands on
+_DICT_BYTES = 4 * 2**20  # two tensors of 2 MiB, as a pipeline stage sends
 _PAIRWISE = frozenset({"send_recv", "tensor_dict"})
 
 
@@ -91,7 +91,7 @@ def _contenders(session: Session, library: Library, operation: str, size: int, d
     buffers = session.agreed(who, partial(buffers_for, library, operation, size, dtype))
     if buffers is None:
         return []
-    # Whether all of them have it is settled before anybody calls it.
+    # The ranks agree that all of them have it before one of them calls it.
     call = session.agreed(who, lambda: _nothing if pairwise and rank > 1 else library.call(operation, buffers))
     if call is None:
         session.note(f"{library.name} has no {operation} of {_name(dtype)} here")
@@ -109,7 +109,7 @@ def _contenders(session: Session, library: Library, operation: str, size: int, d
 
 
 def _nothing() -> None:
-    """What a rank does in an operation that does not concern it."""
+    """Call of a rank that has no part in an operation."""
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -117,10 +117,10 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _check(operation: str, result: torch.Tensor, rank: int, n: int) -> None:
-    """A library that is fast and wrong is not fast.
+    """Check a result: a library that gives wrong results is not measured.
 
     Raises:
-        ValueError: what came out is not what belongs there.
+        ValueError: the result is wrong.
     """
     expected: dict[str, Callable[[int], int]] = {
         "all_reduce_": lambda piece: n * (n + 1) // 2,

@@ -1,7 +1,7 @@
 """Samples of several contenders, taken in turn in the same processes.
 
-The cores of a virtual machine move while it runs, and the same program is up to ten times slower for it. So contenders are never
-measured one after the other, but sample by sample: A B A B, each beside a ping-pong that shows where the ranks run.
+The cores of a virtual machine move while it runs, and the same program is up to ten times slower for it. Contenders are therefore
+measured sample by sample, A B A B, and not one after the other; each sample beside a ping-pong that shows where the ranks run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Contender", "Stopwatch", "interleave", "slowest"]
 
 T = TypeVar("T")
 
-# A sample is a batch of calls timed together, long enough for the clock and for what a call leaves behind not to count.
+# A sample is a batch of calls timed together, long enough that clock resolution and cache effects of one call do not count.
 _SAMPLE_SECONDS = 200e-6
 _FEWEST, _MOST = 5, 2000
 _WARMUP_CALLS = 3
@@ -29,7 +29,7 @@ _MOST_CALLS = 1_000_000
 
 @attrs.frozen(eq=False)
 class Contender:
-    """What is timed.
+    """One library's implementation of an operation, to be timed.
 
     Attributes:
         who, strategy: as in `figures.Row`.
@@ -49,7 +49,7 @@ class Stopwatch:
 
     Attributes:
         gather: a value of this rank -> those of all.
-        sync: lets no rank go before all are there.
+        sync: a barrier.
         probe: taken beside each sample; rank 0's counts.
         samples: of each contender; None: as many as fit.
         seconds: for each contender, where `samples` is None.
@@ -62,7 +62,7 @@ class Stopwatch:
     seconds: float
 
     def time(self, contender: Contender, calls: int) -> float:
-        """Seconds that this rank took for so many calls, all ranks having begun together, and having settled into it before."""
+        """Return the seconds that this rank took for so many calls, which all ranks begin together, after warm-up calls."""
         self.sync()
         contender.batch(_lead(calls))
         start = time.perf_counter()
@@ -70,14 +70,14 @@ class Stopwatch:
         return time.perf_counter() - start
 
     def rounds(self, seconds: float) -> int:
-        """How many samples to take of each contender, where a sample takes so long on the average; alike on all ranks."""
+        """Return the number of samples of each contender, given the mean duration of one; alike on all ranks."""
         if self.samples is not None:
             return self.samples
         return min(max(int(self.seconds / max(seconds, 1e-9)), _FEWEST), _MOST)
 
 
 def slowest(values: Sequence[Sequence[float]]) -> list[float]:
-    """Of each sample the value of its slowest rank."""
+    """Return, for each sample, the value of its slowest rank."""
     return [max(column) for column in zip(*values, strict=True)]
 
 
@@ -116,7 +116,7 @@ def interleave(contenders: Sequence[Contender], stopwatch: Stopwatch, *, at_leas
 
 
 def _fit(contender: Contender, stopwatch: Stopwatch, at_least: float) -> tuple[int, float]:
-    """How many calls take at least so long, and how long they take with those that go before; alike on all ranks."""
+    """Return how many calls take at least so long, and their duration with the warm-up calls; alike on all ranks."""
     calls = 1
     while True:
         duration = max(stopwatch.gather(stopwatch.time(contender, calls)))

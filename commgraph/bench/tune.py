@@ -22,7 +22,7 @@ from commgraph.errors import BackendUnavailableError, ConfigurationError
 
 __all__ = ["tune"]
 
-# A kernel has to be so much faster than what comes after it, in the median, to be worth its buffer.
+# Factor by which a kernel has to be faster in the median than the strategies behind it, to be worth its buffer.
 _GAIN = 0.97
 _EVERY_SIZE = 1 << 40
 _DTYPES = ("float32", "bfloat16")
@@ -32,7 +32,7 @@ def tune(job: Job, plan: Plan, found: Run, say: Callable[[str], None], report: C
     """Measures every kernel beside what would serve the call without it, size by size, and writes the table. Collective.
 
     Each kernel has a context of its own, whose table names it for every size. Times are those of the host, over batches at whose end the
-    device is waited for; the table says for each size the kernel with the lowest median, where it beats what comes after it.
+    device is waited for; the table has for each size the kernel with the lowest median, where it beats the strategies behind it.
 
     Args:
         job: the ranks: one for each device.
@@ -98,7 +98,7 @@ def tune(job: Job, plan: Plan, found: Run, say: Callable[[str], None], report: C
 
 
 def _only(kernel: str, capability: str, ranks: int) -> KernelTable:
-    """A table that names this kernel for every size, wherever it can serve."""
+    """Return a table that names this kernel for every size that it can serve."""
     return KernelTable(
         [
             TableRow(capability, ranks, operation, "any", (Step(_EVERY_SIZE, kernel),))
@@ -120,7 +120,7 @@ def _strategy(ctx: cg.ParallelContext) -> CustomAllReduce:
 
 
 def _batch(world: cg.World, group: cg.GroupCoordinator, operation: str, size: int, dtype: torch.dtype) -> Callable[[int], None]:
-    """So many calls, and the wait for the device to have made them. The size is that of the whole tensor."""
+    """Return a callable that makes so many calls and synchronizes the device. `size`: bytes of the whole tensor."""
     whole = max(size // dtype.itemsize // world.size, 1) * world.size
     x = torch.zeros(whole // world.size if operation == "all_gather" else whole, dtype=dtype, device=world.device)
     out = torch.zeros(whole // world.size if operation == "reduce_scatter" else whole, dtype=dtype, device=world.device)
@@ -139,6 +139,6 @@ def _batch(world: cg.World, group: cg.GroupCoordinator, operation: str, size: in
 
 
 def _fastest(medians: dict[str, float]) -> str:
-    """The kernel with the lowest median, if it beats what would come after it by enough."""
+    """Return the kernel with the lowest median, if it beats the strategies behind it by enough."""
     name = min(medians, key=lambda one: medians[one])
     return name if medians[name] < _GAIN * medians[OTHERS] else OTHERS

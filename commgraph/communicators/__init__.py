@@ -1,1 +1,1 @@
-"""Strategies: the ways to serve the operations of one group (room 3 of `docs/explanation/design.md`)."""
+"""Strategies: implementations of the operations of one group (room 3 of `docs/explanation/design.md`)."""

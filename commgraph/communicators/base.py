@@ -1,4 +1,4 @@
-"""What a strategy is: one way to serve the operations of one group."""
+"""`Communicator`, the base class of strategies: an implementation of the operations of one group."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import attrs
 import torch
 
-from commgraph.communicators.memory import copy_back, packed, staging_for
+from commgraph.communicators.memory import copy_back, dense, staging_for
 from commgraph.communicators.reduction import reduce_pieces
 from commgraph.deadline import Deadline
 
@@ -28,7 +28,7 @@ class PeerLate(Exception):  # noqa: N818 - `coordinator.failures` turns it into 
 
 
 class PeerClosed(Exception):  # noqa: N818 - as above
-    """`peer` (a rank in the group) is gone; `reason` says what was seen of that."""
+    """`peer` (a rank in the group) is gone; `reason`: how that was noticed."""
 
     def __init__(self, peer: int, reason: str) -> None:
         super().__init__(peer, reason)
@@ -37,7 +37,7 @@ class PeerClosed(Exception):  # noqa: N818 - as above
 
 
 class CallsDiffer(Exception):  # noqa: N818 - as above
-    """`peer` (a rank in the group) called something else."""
+    """`peer` (a rank in the group) made another call than this rank."""
 
     def __init__(self, peer: int) -> None:
         super().__init__(peer)
@@ -75,7 +75,7 @@ class Limits:
 
 
 class FastPath(Protocol):
-    """What a strategy offers beside its operations where its ranks share memory: calls that pass the coordinator's general path.
+    """Calls of a strategy whose ranks share memory, beside its operations: they bypass the coordinator's general path.
 
     Its collectives carry a header by which every rank finds out that the ranks called different things (`CallsDiffer`).
     """
@@ -90,10 +90,10 @@ class FastPath(Protocol):
         """Return the native calls of one coordinator (native/module_fast.c); `describe` gives the digest of a call's text."""
 
     def pause(self, paused: bool) -> None:
-        """Refuse native calls while calls that were begun before are made by another thread, and take them again."""
+        """Refuse native calls (True) while another thread runs calls that were begun before, or accept them again (False)."""
 
     def offer(self, x: torch.Tensor, dst: int, *, tag: int, label: int = 0) -> bool:
-        """Send x, if it need not wait for its receiver; otherwise return False with nothing sent."""
+        """Send x if that needs no wait for its receiver; else return False with nothing sent."""
 
     def translate(self, error: BaseException) -> Exception | None:
         """Return `PeerLate`, `PeerClosed` or `CallsDiffer` for what ended a native call; None for any other exception."""
@@ -103,10 +103,10 @@ class FastPath(Protocol):
         """Whether a native call was broken off after it had begun."""
 
     def post_note(self, text: str) -> None:
-        """Tell the other ranks what this rank called."""
+        """Show the other ranks a text that describes this rank's call."""
 
     def read_note(self, rank: int) -> str | None:
-        """Return what that rank in the group says that it called, None as long as it has said nothing."""
+        """Return the text that another rank in the group has posted; None before it has."""
 
 
 class Communicator(abc.ABC):
@@ -125,7 +125,7 @@ class Communicator(abc.ABC):
     """Short name as `explain()` and `GroupCoordinator.communicators` show it."""
 
     operations: frozenset[str]
-    """Which of `OPERATIONS` this strategy can serve at all."""
+    """Members of `OPERATIONS` that this strategy serves, if `accepts` agrees."""
 
     reductions: frozenset[str] = frozenset({"sum", "avg", "max", "min", "product"})
     """Which reductions it serves; calls with others go to the strategies behind it."""
@@ -134,13 +134,13 @@ class Communicator(abc.ABC):
     """Whether it serves some sizes and leaves others to the strategies behind it, so that results depend on which one did."""
 
     serves_host: bool = True
-    """Whether it may accept host tensors: the fast path of a strategy behind it is then not taken."""
+    """Whether it may accept host tensors: the fast path of a strategy behind it is not used then."""
 
     stream_ordered: bool = False
-    """Whether its calls only enqueue on the current stream of their device, and never hold up the host."""
+    """Whether calls are stream-ordered: enqueued on the current stream of their device without blocking the host."""
 
     tagged: bool = False
-    """Whether messages pair by their tags, and not by their order alone: `exchange` takes a `label`, and there is `receive_any`."""
+    """Whether messages are matched by tag, and not by order alone: `exchange` takes a `label`, and there is `receive_any`."""
 
     process_group: Any = None
     """torch's process group of its backend, where it has one for device tensors."""
@@ -164,8 +164,8 @@ class Communicator(abc.ABC):
             capturing: whether the call is being recorded into a device graph.
         """
 
-    # One method per operation. A coordinator calls those that `operations` lists and no other. Each has a body here that needs nothing but
-    # `exchange`, and is overridden where there is a better way.
+    # One method per operation. A coordinator calls those that `operations` lists and no other. The bodies here need `exchange` only;
+    # strategies override them with better algorithms.
 
     def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
         """Return a new contiguous tensor of x's shape and dtype: the reduction of every rank's x, with the same bits on every rank."""
@@ -180,7 +180,7 @@ class Communicator(abc.ABC):
         return x.copy_(self.all_reduce(x, op, tag=tag, deadline=deadline))
 
     def reduce(self, x: torch.Tensor, op: str, dst: int, *, tag: int, deadline: Deadline) -> torch.Tensor | None:
-        """Return on `dst` what `all_reduce` would, None elsewhere."""
+        """Return the result of `all_reduce` on `dst`, None elsewhere."""
         n, mine = self.world_size, self.rank_in_group == dst
         pieces = torch.empty((n, *x.shape), dtype=x.dtype, device=x.device) if mine else None
         self.gather(x.unsqueeze(0), 0, [1] * n, pieces, dst, tag=tag, deadline=deadline)
@@ -237,16 +237,16 @@ class Communicator(abc.ABC):
         """Fill x on every rank with that of `src`: by a binomial tree."""
         n = self.world_size
         position = (self.rank_in_group - src) % n
-        buffer = packed(x) if position == 0 else staging_for(x)
+        buffer = dense(x) if position == 0 else staging_for(x)
         # The lowest set bit of a position is the distance to its parent, lower bits are those to its children.
-        reach = position & -position if position else 1 << (n - 1).bit_length()
+        distance = position & -position if position else 1 << (n - 1).bit_length()
         if position:
-            self.exchange([], [(buffer, (position - reach + src) % n)], tag=tag, deadline=deadline)
+            self.exchange([], [(buffer, (position - distance + src) % n)], tag=tag, deadline=deadline)
         children = []
-        while reach > 1:
-            reach >>= 1
-            if position + reach < n:
-                children.append((buffer, (position + reach + src) % n))
+        while distance > 1:
+            distance >>= 1
+            if position + distance < n:
+                children.append((buffer, (position + distance + src) % n))
         self.exchange(children, [], tag=tag, deadline=deadline)
         if position:
             copy_back([buffer], [x])
@@ -270,7 +270,7 @@ class Communicator(abc.ABC):
         Args:
             sends, receives: tensors, and to or from whom.
             tag, deadline: as for every operation.
-            label: the user's tag of these messages, up to 20 bits. Those of each label pair in an order of their own. Given to strategies
+            label: the user's tag of these messages, up to 20 bits. Each label has an order of its own. Given to strategies
                 that are `tagged`, where it is not 0.
         """
         raise RuntimeError(
@@ -278,17 +278,17 @@ class Communicator(abc.ABC):
         )
 
     def receive_any(self, x: torch.Tensor, tags: Mapping[int, int], *, label: int, patience: float, deadline: Deadline) -> int | None:
-        """Fill x with the next message of that label from whichever of several ranks has one first; of strategies that are `tagged`.
+        """Fill x with the next message of that label from the first of several ranks that has one; of strategies that are `tagged`.
 
         Args:
             x: to be filled; not empty.
-            tags: tag of the next message of each rank; ranks that come first are looked at first.
+            tags: tag of the next message of each rank; ranks are polled in this order.
             label: the user's tag.
             patience: seconds to wait for one.
             deadline: of the call.
 
         Returns:
-            Whose it was; None where none came, and nothing was lost.
+            The rank that sent it; None where no message came, and nothing was lost.
         """
         raise RuntimeError(f"strategy {self.name!r} is tagged and cannot receive from any rank: a bug of the strategy")
 
@@ -302,14 +302,14 @@ class Communicator(abc.ABC):
         """Return a tensor in memory that the ranks share, so that it needs no staging. Collective. Here: nothing is shared."""
         return self.new(shape, dtype, device)
 
-    # Life.
+    # Lifetime.
 
     def warmup(self, model: torch.nn.Module | None = None) -> None:  # noqa: B027 - a strategy without buffers has nothing to do
         """Allocate everything that first use would; buffers are sized from `model` where one is given. Collective."""
 
     @abc.abstractmethod
     def abort(self) -> None:
-        """End what runs here and on the peers that wait for this rank, with an error. Callable from any thread; never raises."""
+        """End with an error the calls here and those of peers that wait for this rank. Callable from any thread; never raises."""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -329,7 +329,7 @@ class Communicator(abc.ABC):
         return ""
 
     def _others(self) -> list[int]:
-        # Each rank begins with its right neighbour, so that not all of them fall upon rank 0 first.
+        # Each rank begins with its right neighbour, so that not all send to rank 0 first.
         return [(self.rank_in_group + i) % self.world_size for i in range(1, self.world_size)]
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Tensors as the native module takes them: as blocks, which are rows of contiguous bytes at equal distances."""
+"""Blocks: the native module's form of a tensor, rows of contiguous bytes at equal distances."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from commgraph.communicators.memory import copy_back, is_packed
+from commgraph.communicators.memory import copy_back, is_dense
 
 __all__ = ["Block", "Staging", "block", "cut", "run"]
 
@@ -16,13 +16,13 @@ Block = tuple[int, int, int, int]
 
 
 def run(x: torch.Tensor) -> Block:
-    """Return a packed tensor as one row."""
+    """Return a dense tensor as a block of one row."""
     nbytes = x.nbytes
     return (x.data_ptr(), 1, nbytes, nbytes)
 
 
 def cut(x: torch.Tensor, dim: int, sizes: Sequence[int]) -> list[Block]:
-    """Return the pieces of a packed tensor along `dim`, which add up to it."""
+    """Return the blocks of the pieces of a dense tensor along `dim`."""
     shape = x.shape
     item = x.element_size()
     rows = math.prod(shape[:dim]) if dim else 1
@@ -38,8 +38,8 @@ def cut(x: torch.Tensor, dim: int, sizes: Sequence[int]) -> list[Block]:
 
 
 def block(x: torch.Tensor) -> Block | None:
-    """Return a tensor as rows of contiguous bytes at equal distances, None if it is nothing of the kind."""
-    if is_packed(x):
+    """Return the block of a tensor, None if its memory has not that form."""
+    if is_dense(x):
         nbytes = x.nbytes
         return (x.data_ptr(), 1, nbytes, nbytes) if nbytes else (0, 0, 0, 0)
     if x.is_conj() or x.is_neg():
@@ -63,7 +63,7 @@ def block(x: torch.Tensor) -> Block | None:
 
 
 class Staging:
-    """Where pieces are written to: themselves, or a buffer where one is no block."""
+    """Destinations of pieces: their own memory, or a staging buffer for a piece that is no block."""
 
     __slots__ = ("_buffers", "_pieces", "blocks")
 
@@ -80,6 +80,6 @@ class Staging:
             self.blocks = [block(piece) for piece in buffers]
 
     def copy_back(self) -> None:
-        """Copy buffers to the pieces."""
+        """Copy the staging buffers to their pieces."""
         if self._buffers is not None:
             copy_back(self._buffers, self._pieces)

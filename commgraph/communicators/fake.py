@@ -1,4 +1,4 @@
-"""The strategy of a world without peers: shapes come out, and nothing goes anywhere."""
+"""The strategy of a world without peers: it computes shapes and communicates nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["FakeCommunicator"]
 
 
 class FakeCommunicator(Communicator):
-    """Serves every operation on meta tensors, whose results are there as soon as they are made."""
+    """Serves every operation on meta tensors, whose results need no data."""
 
     name = "fake"
     operations = frozenset(OPERATIONS)
@@ -22,7 +22,7 @@ class FakeCommunicator(Communicator):
     tagged = True
 
     def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:
-        """Tensors without data, and what has no tensor."""
+        """Meta tensors, and operations without a tensor."""
         return device.type == "meta" or dtype is None
 
     def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:

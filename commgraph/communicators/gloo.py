@@ -11,20 +11,20 @@ import torch
 
 from commgraph.communicators.base import OPERATIONS, Communicator, PeerLate
 from commgraph.communicators.gloo_transport import Background
-from commgraph.communicators.memory import copy_back, packed, staging_for
+from commgraph.communicators.memory import copy_back, dense, staging_for
 from commgraph.communicators.reduction import REDUCE_OPS, reduce_pieces
 from commgraph.deadline import Deadline
 
 __all__ = ["GlooCommunicator", "Transport"]
 
-# Up to here every rank sends its whole tensor to the others and each reduces alone: one step in place of two. Bytes of one tensor.
+# Bytes of a tensor up to which every rank sends it whole to the others and each reduces alone: one step in place of two.
 _ONE_SHOT_BYTES = 32 * 1024
-# Up to here gathers send n-1 messages at once, beyond they take log2(n) steps of growing messages. Ranks.
+# Ranks up to which gathers send n-1 messages at once; of more ranks they take log2(n) steps of growing messages.
 _DIRECT_RANKS = 4
 
 
 class Transport(Protocol):
-    """What is used of a `GlooTransport`."""
+    """The part of a `GlooTransport` that `GlooCommunicator` uses."""
 
     rank_in_group: int
     world_size: int
@@ -60,7 +60,7 @@ class GlooCommunicator(Communicator):
     def __init__(self, transport: Transport) -> None:
         super().__init__(transport.rank_in_group, transport.world_size)
         self.transport = transport
-        # Receives of `receive_any` that are still to come, by rank, tag and bytes: gloo knows no source but one, and takes none back.
+        # Pending receives of `receive_any`, by rank, tag and bytes: gloo has no receive from any rank, and cancels none.
         self._posted: dict[tuple[int, int, int], tuple[Background, torch.Tensor]] = {}
         self._came = threading.Condition(threading.Lock())
 
@@ -75,7 +75,7 @@ class GlooCommunicator(Communicator):
         return self._reduce(x, x, op, tag, deadline)
 
     def _reduce(self, x: torch.Tensor, out: torch.Tensor, op: str, tag: int, deadline: Deadline) -> torch.Tensor:
-        flat = packed(x).reshape(-1)
+        flat = dense(x).reshape(-1)
         n = self.world_size
         if n == 2 or flat.nbytes <= _ONE_SHOT_BYTES:
             pieces = self._collect(flat, [flat.numel()] * n, tag, deadline)
@@ -92,7 +92,7 @@ class GlooCommunicator(Communicator):
         if x.nbytes <= _ONE_SHOT_BYTES or self.world_size == 2:
             return super().reduce(x, op, dst, tag=tag, deadline=deadline)
         # Each rank reduces a share, so that `dst` need not take every rank's whole tensor.
-        mine = list(packed(x).reshape(-1).tensor_split(self.world_size))
+        mine = list(dense(x).reshape(-1).tensor_split(self.world_size))
         piece = torch.empty_like(mine[self.rank_in_group])
         self._reduce_to(mine, op, piece, tag, deadline)
         out = self.new(x.shape, x.dtype, x.device) if self.rank_in_group == dst else None
@@ -100,7 +100,7 @@ class GlooCommunicator(Communicator):
         return out
 
     def _collect(self, flat: torch.Tensor, counts: Sequence[int], tag: int, deadline: Deadline) -> list[torch.Tensor]:
-        """Fresh 1-D pieces of every rank, in rank order."""
+        """Return the 1-D pieces of every rank as new tensors, in rank order."""
         if self.world_size > _DIRECT_RANKS:
             return self._gather_bruck(flat, counts, tag, deadline)
         pieces = list(torch.empty(sum(counts), dtype=flat.dtype).split(list(counts)))
@@ -114,7 +114,7 @@ class GlooCommunicator(Communicator):
 
     def _gather_bruck(self, flat: torch.Tensor, counts: Sequence[int], tag: int, deadline: Deadline) -> list[torch.Tensor]:
         n, me = self.world_size, self.rank_in_group
-        # Laid out from this rank's piece onwards, what is held is always the front of the buffer and what comes next its continuation.
+        # The buffer begins with this rank's piece: the pieces received so far are always its front, and the next ones continue it.
         turned = [counts[(me + i) % n] for i in range(n)]
         ends = list(itertools.accumulate(turned, initial=0))
         buffer = torch.empty(ends[-1], dtype=flat.dtype)
@@ -122,7 +122,7 @@ class GlooCommunicator(Communicator):
         held = 1
         while held < n:
             taken = min(held, n - held)
-            # As many pieces as the receiver lacks, from the front; the peer's front continues what this rank holds.
+            # Sends from the front as many pieces as the receiver lacks; the peer's front continues this rank's.
             self.transport.exchange(
                 [(buffer[: ends[taken]], (me - held) % n)],
                 [(buffer[ends[held] : ends[held + taken]], (me + held) % n)],
@@ -135,22 +135,22 @@ class GlooCommunicator(Communicator):
 
     def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, deadline: Deadline) -> None:
         views = out.split(list(sizes), dim)
-        flat = packed(x).reshape(-1)
+        flat = dense(x).reshape(-1)
         if self.world_size > _DIRECT_RANKS:
             pieces = self._gather_bruck(flat, [view.numel() for view in views], tag, deadline)
             copy_back([piece.view(view.shape) for piece, view in zip(pieces, views, strict=True)], views)
             return
-        landing = [staging_for(view) for view in views]
-        self._gather_direct(flat, [piece.view(-1) for piece in landing], tag, deadline)
-        copy_back(landing, views)
+        staging = [staging_for(view) for view in views]
+        self._gather_direct(flat, [piece.view(-1) for piece in staging], tag, deadline)
+        copy_back(staging, views)
 
     def reduce_scatter(
         self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, deadline: Deadline
     ) -> None:
-        self._reduce_to([packed(piece) for piece in x.split(list(sizes), dim)], op, out, tag, deadline)
+        self._reduce_to([dense(piece) for piece in x.split(list(sizes), dim)], op, out, tag, deadline)
 
     def _reduce_to(self, mine: Sequence[torch.Tensor], op: str, out: torch.Tensor, tag: int, deadline: Deadline) -> None:
-        """Reduces what every rank holds for this one (`mine[i]` goes to rank i) into `out`."""
+        """Reduce the pieces that the ranks have for this one into `out`; `mine[i]` is sent to rank i."""
         me = self.rank_in_group
         pieces = [piece if i == me else torch.empty_like(mine[me]) for i, piece in enumerate([mine[me]] * self.world_size)]
         self.all_to_all(mine, pieces, tag=tag, deadline=deadline)
@@ -168,17 +168,17 @@ class GlooCommunicator(Communicator):
         deadline: Deadline,
         label: int = 0,
     ) -> None:
-        # The tag tells messages of different labels apart.
+        # Messages of different labels have different tags.
         earlier = [(x, peer, self._posted.pop((peer, tag, x.nbytes), None) if self._posted else None) for x, peer in receives]
         receives = [(x, peer) for x, peer, posted in earlier if posted is None]
-        landing = [staging_for(view) for view, _ in receives]
+        staging = [staging_for(view) for view, _ in receives]
         self.transport.exchange(
-            [(packed(x), peer) for x, peer in sends],
-            [(piece, peer) for piece, (_, peer) in zip(landing, receives, strict=True)],
+            [(dense(x), peer) for x, peer in sends],
+            [(piece, peer) for piece, (_, peer) in zip(staging, receives, strict=True)],
             tag=tag,
             deadline=deadline,
         )
-        copy_back(landing, [view for view, _ in receives])
+        copy_back(staging, [view for view, _ in receives])
         for x, peer, posted in earlier:
             if posted is not None:
                 late, buffer = posted

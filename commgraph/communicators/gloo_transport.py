@@ -3,7 +3,7 @@
 Everything that commgraph does over gloo is built from `exchange`: some sends and some receives at once, under one deadline.
 Point-to-point messages run on the caller's thread, serve every dtype as bytes, and let the order of a reduction be ours.
 
-What was seen of gloo (torch 2.13) and is relied upon:
+Relied upon, as observed in gloo (torch 2.13):
 
 * Messages pair by (peer, tag), in order. A message that is longer than the buffer it meets ends the *process*, so the tags of
   calls that do not fit together must differ (`coordinator.operation` makes them), and the size of each message is worked into its tag here.
@@ -30,22 +30,22 @@ from commgraph.deadline import Deadline
 
 __all__ = ["Background", "GlooTransport", "milliseconds"]
 
-# No call uses the highest tag: a receive on it can only time out.
+# The highest tag, which no call uses: a receive on it can only time out.
 _NEVER_SENT = 2**31 - 1
-# In gloo's errors of what was closed because a wait of this process ran out.
+# Part of gloo's errors on a connection that was closed because a wait of this process timed out.
 _RAN_OUT = "Application timeout"
-# The part of a tag that tells one call from another; what is above it is the kind of message.
+# The bits of a tag that differ between calls; those above are the kind of message.
 _TAG_MASK = (1 << 28) - 1
 
 
 def _sized(tag: int, nbytes: int) -> int:
-    """`tag` for a message of so many bytes: messages of one call but of different sizes never pair."""
-    # Odd, so the product is another one for each size below 2**28; larger ones differ in what is shifted down.
+    """Return `tag` for a message of so many bytes: messages of one call but of different sizes are never matched."""
+    # The factor is odd, so products of sizes below 2**28 all differ; larger sizes differ in the bits shifted down.
     return tag ^ ((nbytes * 0x9E3779B1 ^ nbytes >> 28) & _TAG_MASK)
 
 
 def milliseconds(deadline: Deadline) -> timedelta:
-    """What is left until a deadline, for torch's backends, which cut it to milliseconds and take zero for "no deadline": rounded up."""
+    """Return the time left until a deadline, rounded up: torch's backends cut it to milliseconds and take zero for "no deadline"."""
     return timedelta(milliseconds=math.ceil(deadline.left() * 1000))
 
 
@@ -53,7 +53,7 @@ class GlooTransport:
     """Connections of one rank to every other rank of its group."""
 
     def __init__(self, store: dist.Store, rank_in_group: int, world_size: int, *, timeout: timedelta, device: compat.GlooDevice) -> None:
-        """Connects. Collective over the group; `store` holds nothing but this group's keys.
+        """Connect. Collective over the group; `store` holds nothing but this group's keys.
 
         Raises:
             RuntimeError: from torch, where a peer did not come within `timeout` or descriptors ran out.
@@ -70,7 +70,7 @@ class GlooTransport:
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that were sent so far."""
+        """Bytes sent so far."""
         return self._bytes_sent
 
     def exchange(
@@ -110,16 +110,16 @@ class GlooTransport:
             self._keep.append((sends, receives, works))
             if deadline.has_passed and not self._aborted:
                 raise PeerLate(peer) from None
-            # The words for a wait of this side that ran out: another thread's, as it was not this one.
+            # gloo's text for a timeout on this side: that of another thread's wait, as this one has not timed out.
             raise PeerClosed(self.rank_in_group if _RAN_OUT in str(error) else peer, str(error)) from None
         except BaseException:
-            # Whatever it was, messages are under way that nobody will wait for: their buffers must live until the connections are gone.
+            # Messages are pending that nobody waits for any more: their buffers must live until the connections are gone.
             self._keep.append((sends, receives, works))
             self.abort()
             raise
 
     def receive_later(self, tensor: torch.Tensor, peer: int, *, tag: int, then: Callable[[], None] | None = None) -> Background:
-        """A receive that may be waited for several times: gloo's own wait closes the group when it runs out, this one does not.
+        """Begin a receive that can be waited for several times: gloo's own wait closes the group when it times out, this one does not.
 
         `then` is called, from another thread, once it has ended.
         """
@@ -132,7 +132,7 @@ class GlooTransport:
 
         def receive(_buffer: torch.Tensor = tensor) -> None:  # which must live as long as gloo may write to it
             try:
-                # Far beyond any deadline: the caller keeps those, and closing the group ends this wait.
+                # Beyond any deadline, which the caller keeps; closing the group ends this wait.
                 work.wait(timedelta(days=365))
             except RuntimeError as error:
                 raise PeerClosed(peer, str(error)) from None
@@ -155,10 +155,10 @@ class GlooTransport:
                 except RuntimeError as error:
                     if _RAN_OUT in str(error):
                         return
-                    # This peer has left already: there was nothing to wait for, and only a wait that runs out closes the other connections.
+                    # This peer has left already: the wait failed at once, and only a wait that times out closes the other connections.
 
     def close(self) -> None:
-        """Drops the group. Nothing is sent."""
+        """Drop the group. Nothing is sent."""
         self.abort()
         with self._lock:
             self._backend = None
@@ -167,7 +167,7 @@ class GlooTransport:
 
 
 class Background:
-    """Something that waits for peers, on a thread of its own so that a caller's deadline can pass without harm to the group."""
+    """A wait for peers on a thread of its own, so that a caller's deadline can pass without harm to the group."""
 
     def __init__(self, wait: Callable[[], object], then: Callable[[], None] | None = None) -> None:
         self._then = then
@@ -189,11 +189,11 @@ class Background:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Whether the wait has ended, with an error or without."""
         return self._done.is_set()
 
     def wait(self, timeout: float) -> bool:
-        """Whether it has ended, False after `timeout` seconds; raises what it raised."""
+        """Wait up to `timeout` seconds; whether it has ended. Raises its error."""
         if not self._done.wait(timeout):
             return False
         self._thread.join()

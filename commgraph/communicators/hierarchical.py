@@ -21,7 +21,7 @@ __all__ = ["HierarchicalCommunicator"]
 class HierarchicalCommunicator(Communicator):
     """All-reduce in three steps: the ranks of each host, then one rank of each host, then back.
 
-    What crosses the network is one tensor per host and not per rank. Everything is accumulated in float32 or wider, the ranks of a host in
+    One tensor per host, and not per rank, crosses the network. Everything is accumulated in float32 or wider, the ranks of a host in
     their order and then the hosts in theirs, and rounded once on the way back: every rank gets the same bits (not those of a group on one
     host, whose order is another one).
     """
@@ -79,7 +79,7 @@ class HierarchicalCommunicator(Communicator):
 
     def _reduce(self, x: torch.Tensor, out: torch.Tensor, op: str, tag: int, deadline: Deadline) -> torch.Tensor:
         wide = accumulator(x.dtype)
-        # torch converts most unsigned integers, but knows no arithmetic of them; both strategies below have their own.
+        # torch converts most unsigned integers, but has no arithmetic of them; the strategies of the two steps have.
         total = x.to(wide).clone() if wide is not None and x.dtype.is_floating_point else x.clone()
         total = total.resolve_conj().resolve_neg().contiguous()
         inner = "sum" if op == "avg" else op
@@ -97,7 +97,7 @@ class HierarchicalCommunicator(Communicator):
 
     @contextlib.contextmanager
     def _among_neighbours(self) -> Iterator[ShmCommunicator | None]:
-        """The strategy of this host; what it says of one of its ranks is said of that rank in the whole group."""
+        """Call the strategy of this host; an error that names one of its ranks is raised with the rank in the whole group."""
         if self._local is not None:
             self._local.fast.counter.sequence += 1  # one number for each of its calls, as if it were a group of its own
         try:
@@ -134,7 +134,7 @@ class HierarchicalCommunicator(Communicator):
 
 
 class _Part:
-    """The connections among some ranks of a group, on those that the group has already."""
+    """A transport among some ranks of a group, on the connections of the group."""
 
     def __init__(self, whole: Transport, members: Sequence[int]) -> None:
         self._whole = whole
@@ -171,4 +171,4 @@ class _Part:
         self._whole.abort()
 
     def close(self) -> None:
-        """Nothing is its own."""
+        """Nothing to do: the group owns the connections."""

@@ -1,4 +1,4 @@
-"""How the tensors of a call lie in memory: as plain bytes, or by way of a copy that does."""
+"""Dense tensors, whose bytes can be sent as they lie, and staging buffers for the others."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["are_slices_joined", "as_bytes", "copy_back", "is_packed", "packed", "staging_for"]
+__all__ = ["are_slices_joined", "as_bytes", "copy_back", "dense", "is_dense", "staging_for"]
 
 
-def is_packed(x: torch.Tensor) -> bool:
-    """Whether its memory is what its values say, in order."""
+def is_dense(x: torch.Tensor) -> bool:
+    """Whether the memory of x has its values one after the other: contiguous, and neither lazily conjugated nor negated."""
     return x.is_contiguous() and not x.is_conj() and not x.is_neg()
 
 
-def packed(x: torch.Tensor) -> torch.Tensor:
-    """x itself where its memory is what its values say, else a contiguous copy (lazily conjugated or negated ones too)."""
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """Return x itself if it is dense, else a dense copy."""
     return x.resolve_conj().resolve_neg().contiguous()
 
 
 def are_slices_joined(x: torch.Tensor, dim: int) -> bool:
-    """Whether what x is cut into along `dim` lies in its memory one after the other."""
-    return is_packed(x) and math.prod(x.shape[:dim]) == 1
+    """Whether x is dense and its slices along `dim` lie in memory one after the other."""
+    return is_dense(x) and math.prod(x.shape[:dim]) == 1
 
 
 def staging_for(view: torch.Tensor) -> torch.Tensor:
-    """Where bytes for `view` may be written: itself if it is dense, else a buffer on its device, for `land`."""
-    return view if is_packed(view) else torch.empty(view.shape, dtype=view.dtype, device=view.device)
+    """Return a tensor to which bytes for `view` can be written: itself if it is dense, else a buffer on its device, for `copy_back`."""
+    return view if is_dense(view) else torch.empty(view.shape, dtype=view.dtype, device=view.device)
 
 
-def copy_back(landing: Sequence[torch.Tensor], views: Sequence[torch.Tensor]) -> None:
-    """Copies what came into buffers to where it belongs."""
-    for piece, view in zip(landing, views, strict=True):
+def copy_back(staging: Sequence[torch.Tensor], views: Sequence[torch.Tensor]) -> None:
+    """Copy staging buffers to their views; those that are their views stay."""
+    for piece, view in zip(staging, views, strict=True):
         if piece is not view:
             view.copy_(piece)
 
 
 def as_bytes(x: torch.Tensor) -> torch.Tensor:
-    """The memory of a contiguous tensor as uint8, 1-D, without a copy."""
+    """Return the memory of a contiguous tensor as uint8, 1-D, without a copy."""
     # Not reshape(-1): of a single element any stride is contiguous, and only a stride of one can be viewed as bytes.
     return x.as_strided((x.numel(),), (1,)).view(torch.uint8)

@@ -1,4 +1,4 @@
-"""Reducing pieces of several ranks to one, in the order of the ranks, so that every rank gets the same bits."""
+"""Reduction of the pieces of several ranks, in rank order, so that every rank gets the same bits."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ _ACCUMULATORS = MappingProxyType(
 )
 
 
-# All of them, in an order that is the same on every rank.
+# All reductions, in an order that is equal on every rank.
 DTYPES = tuple(_ACCUMULATORS)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype | None:
-    """The dtype that `dtype` is accumulated in, None where it cannot be reduced at all."""
+    """Return the dtype that `dtype` is accumulated in, None where it cannot be reduced."""
     return _ACCUMULATORS.get(dtype)
 
 
 def refuse_reduction(dtype: torch.dtype, op: str) -> str | None:
-    """Why `op` over `dtype` means nothing, None where it does."""
+    """Return why `op` is not defined on `dtype`, None where it is."""
     if dtype not in _ACCUMULATORS:
         return f"{dtype} has no arithmetic"
     if op == "avg" and not (dtype.is_floating_point or dtype.is_complex):
@@ -65,7 +65,7 @@ def refuse_reduction(dtype: torch.dtype, op: str) -> str | None:
 
 
 def reduce_pieces(pieces: Sequence[torch.Tensor], op: str, out: torch.Tensor) -> None:
-    """Reduces `pieces` (one per rank, in rank order, equal shapes and dtypes) into `out`, which may be one of them.
+    """Reduce `pieces` (one per rank, in rank order, equal shapes and dtypes) into `out`, which may be one of them.
 
     ``((p0 + p1) + p2) + ...`` in `accumulator`, rounded once at the end. On bool, sum is "or" and product is "and". NaN wins in max
     and min.
@@ -105,7 +105,7 @@ def reduce_pieces(pieces: Sequence[torch.Tensor], op: str, out: torch.Tensor) ->
 
 
 def _combine_bits(pieces: Sequence[torch.Tensor], op: str, out: torch.Tensor) -> None:
-    # As bytes: torch has no bitwise arithmetic of wide unsigned integers on the host, and bits do not care.
+    # As bytes, which gives the same bits: torch has no bitwise arithmetic of wide unsigned integers on the host.
     whole = [as_bytes(piece.contiguous()) for piece in pieces]
     total = whole[0].clone()
     for piece in whole[1:]:

@@ -1,4 +1,4 @@
-"""The strategy for ranks of one host: tensors through memory that they share, at the speed of that memory."""
+"""The strategy for ranks of one host: tensors through shared memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from commgraph.communicators.base import OPERATIONS, CallsDiffer, Communicator, Limits, Refused
 from commgraph.communicators.blocks import Block, Staging, block, cut, run
 from commgraph.communicators.gloo import GlooCommunicator
-from commgraph.communicators.memory import copy_back, is_packed, packed, staging_for
+from commgraph.communicators.memory import copy_back, dense, is_dense, staging_for
 from commgraph.communicators.reduction import REDUCE_OPS, reduce_pieces
 from commgraph.communicators.shm_fast import ShmFastPath, by_peer
 from commgraph.communicators.tags import SETUP, make_tag
@@ -27,7 +27,7 @@ from commgraph.shm.stopped import Busy
 
 __all__ = ["ShmCommunicator", "exchange_bytes"]
 
-# Bytes of what a rank tells the others while the memory is made.
+# Most bytes of a message between ranks while the memory is made.
 _WORD_BYTES = 1024
 
 # As in native/kernels.h.
@@ -56,8 +56,8 @@ class ShmCommunicator(Communicator):
     """Collectives, messages and objects of the ranks of one host.
 
     Small reductions take one step, in which each rank reads what all others staged; large ones take two for each chunk, a
-    reduce-scatter and a gather (native/reduce.c). Two ranks read and write a chunk at once (native/relay.c). Sums are taken in the order of
-    the ranks, small floats in float32, so that every rank gets the same bits. Each call carries a header, and ranks whose headers differ
+    reduce-scatter and a gather (native/reduce.c). Two ranks read and write a chunk at once (native/pipelined.c). Sums are taken in rank
+    order, small floats in float32, so that every rank gets the same bits. Each call carries a header, and ranks whose headers differ
     raise. Large tensors made by `empty` are not staged, if those of all ranks are.
     """
 
@@ -82,10 +82,10 @@ class ShmCommunicator(Communicator):
 
     @classmethod
     def build(cls, gloo: GlooCommunicator, options: CommunicatorOptions, limits: Limits) -> ShmCommunicator | Refused:
-        """Makes the memory of a group. Collective; on every rank the strategy, or on every rank the same reason why there is none.
+        """Make the memory of a group. Collective; return the strategy on every rank, or on every rank the same `Refused`.
 
         Args:
-            gloo: serves the group, and carries what the ranks tell each other.
+            gloo: serves the group, and carries the messages of the build.
             options: of the group.
             limits: of the build and of what is built.
         """
@@ -93,18 +93,18 @@ class ShmCommunicator(Communicator):
             gloo.world_size, shm_bytes=options.shm_bytes, queue_bytes=options.queue_bytes, queues=options.message_queue
         )
         deadline = Deadline.after(limits.build_timeout)
-        tell = exchange_bytes(gloo, cls.name, deadline)
-        found = host_memory.join(tell, sizes, gloo.rank_in_group, local_size=limits.local_size)
+        exchange = exchange_bytes(gloo, cls.name, deadline)
+        found = host_memory.join(exchange, sizes, gloo.rank_in_group, local_size=limits.local_size)
         if isinstance(found, str):
             return Refused(cls.name, found)
         strategy = cls(found, limits.timeout)
         try:
-            strategy._group.reach(make_tag(SETUP, 0, cls.name), deadline.left_ns())
+            strategy._group.probe_cma(make_tag(SETUP, 0, cls.name), deadline.left_ns())
             strategy._memory.team.unpost()  # the calls of users begin after it
         except BaseException as error:
             strategy._raise(error)
-        if strategy._group.reaches and strategy._mailbox is not None:
-            strategy._mailbox.hand_over()
+        if strategy._group.has_cma and strategy._mailbox is not None:
+            strategy._mailbox.enable_rendezvous()
         return strategy
 
     def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:
@@ -114,12 +114,12 @@ class ShmCommunicator(Communicator):
     # Reductions.
 
     def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
-        return self._reduce(packed(x), self.new(x.shape, x.dtype, x.device), op, tag, deadline, in_place=False)
+        return self._reduce(dense(x), self.new(x.shape, x.dtype, x.device), op, tag, deadline, in_place=False)
 
     def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
-        if is_packed(x):
+        if is_dense(x):
             return self._reduce(x, x, op, tag, deadline, in_place=True)
-        whole = packed(x)
+        whole = dense(x)
         return x.copy_(self._reduce(whole, whole, op, tag, deadline, in_place=True))
 
     def _reduce(self, x: torch.Tensor, out: torch.Tensor, op: str, tag: int, deadline: Deadline, *, in_place: bool) -> torch.Tensor:
@@ -128,7 +128,7 @@ class ShmCommunicator(Communicator):
             self.barrier(tag=tag, deadline=deadline)
         elif kind < 0:
             pieces = list(torch.empty((self.world_size, *x.shape), dtype=x.dtype))
-            self._share(
+            self._all_gatherv(
                 self._native.OP_ALL_GATHER, x, [x.nbytes] * self.world_size, [run(piece) for piece in pieces], pieces, tag, deadline
             )
             reduce_pieces(pieces, op, out)
@@ -143,23 +143,23 @@ class ShmCommunicator(Communicator):
     def reduce_scatter(
         self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, deadline: Deadline
     ) -> None:
-        x = packed(x)
+        x = dense(x)
         kind, number, _ = _kernel(x.dtype, op)
         if kind < 0:
             mine = list(torch.empty((self.world_size, *out.shape), dtype=x.dtype))
             self.all_to_all(x.split(list(sizes), dim), mine, tag=tag, deadline=deadline)
             reduce_pieces(mine, op, out)
             return
-        landing = out if is_packed(out) else self.new(out.shape, out.dtype, out.device)
+        staging = out if is_dense(out) else self.new(out.shape, out.dtype, out.device)
         try:
-            self._group.reduce_scatter(tag, deadline.left_ns(), cut(x, dim, sizes), landing.data_ptr(), kind, number, (x, landing))
+            self._group.reduce_scatter(tag, deadline.left_ns(), cut(x, dim, sizes), staging.data_ptr(), kind, number, (x, staging))
         except BaseException as error:
             self._raise(error)
-        if landing is not out:
-            out.copy_(landing)
+        if staging is not out:
+            out.copy_(staging)
 
     def reduce(self, x: torch.Tensor, op: str, dst: int, *, tag: int, deadline: Deadline) -> torch.Tensor | None:
-        me, flat = self.rank_in_group, packed(x).view(-1)
+        me, flat = self.rank_in_group, dense(x).view(-1)
         out = self.new(x.shape, x.dtype, x.device) if me == dst else None
         if x.nbytes <= _ONE_RANK_BYTES or self.world_size == 2:
             sizes = [flat.numel() if rank == dst else 0 for rank in range(self.world_size)]
@@ -170,18 +170,18 @@ class ShmCommunicator(Communicator):
         mine = flat.new_empty(sizes[me])
         self.reduce_scatter(flat, 0, sizes, op, mine, tag=tag, deadline=deadline)
         into: list[Block | None] = [None] * self.world_size if out is None else [run(piece) for piece in out.view(-1).split(sizes)]
-        self._share(self._native.OP_GATHER, mine, [size * x.itemsize for size in sizes], into, out, tag, deadline)
+        self._all_gatherv(self._native.OP_GATHER, mine, [size * x.itemsize for size in sizes], into, out, tag, deadline)
         return out
 
     # Gathers and exchanges.
 
     def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, deadline: Deadline) -> None:
-        landing = out if is_packed(out) else self.new(out.shape, out.dtype, out.device)
-        blocks = cut(landing, dim, sizes)
+        staging = out if is_dense(out) else self.new(out.shape, out.dtype, out.device)
+        blocks = cut(staging, dim, sizes)
         nbytes = [rows * row for _, rows, row, _ in blocks]
-        self._share(self._native.OP_ALL_GATHER, packed(x), nbytes, blocks, landing, tag, deadline)
-        if landing is not out:
-            out.copy_(landing)
+        self._all_gatherv(self._native.OP_ALL_GATHER, dense(x), nbytes, blocks, staging, tag, deadline)
+        if staging is not out:
+            out.copy_(staging)
 
     def gather(
         self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor | None, dst: int, *, tag: int, deadline: Deadline
@@ -189,12 +189,12 @@ class ShmCommunicator(Communicator):
         row = _row_bytes(x, dim)
         nbytes = [row * size for size in sizes]
         if out is None:
-            self._share(self._native.OP_GATHER, packed(x), nbytes, [None] * self.world_size, None, tag, deadline)
+            self._all_gatherv(self._native.OP_GATHER, dense(x), nbytes, [None] * self.world_size, None, tag, deadline)
             return
-        landing = out if is_packed(out) else self.new(out.shape, out.dtype, out.device)
-        self._share(self._native.OP_GATHER, packed(x), nbytes, cut(landing, dim, sizes), landing, tag, deadline)
-        if landing is not out:
-            out.copy_(landing)
+        staging = out if is_dense(out) else self.new(out.shape, out.dtype, out.device)
+        self._all_gatherv(self._native.OP_GATHER, dense(x), nbytes, cut(staging, dim, sizes), staging, tag, deadline)
+        if staging is not out:
+            out.copy_(staging)
 
     def scatter(
         self, x: torch.Tensor | None, dim: int, sizes: Sequence[int], out: torch.Tensor, src: int, *, tag: int, deadline: Deadline
@@ -202,22 +202,22 @@ class ShmCommunicator(Communicator):
         n, staging = self.world_size, Staging([out])
         into: list[Block | None] = [None] * n
         into[src] = staging.blocks[0]
-        given = None if x is None else packed(x)
+        given = None if x is None else dense(x)
         try:
-            self._group.trade(tag, deadline.left_ns(), [None] * n if given is None else cut(given, dim, sizes), into)
+            self._group.all_to_allv(tag, deadline.left_ns(), [None] * n if given is None else cut(given, dim, sizes), into)
         except BaseException as error:
             self._raise(error)
         staging.copy_back()
 
     def broadcast(self, x: torch.Tensor, src: int, *, tag: int, deadline: Deadline) -> None:
-        landing = packed(x) if self.rank_in_group == src else staging_for(x)
-        sizes = [landing.nbytes if rank == src else 0 for rank in range(self.world_size)]
-        into = [run(landing) if rank == src else None for rank in range(self.world_size)]
-        self._share(self._native.OP_BROADCAST, landing, sizes, into, landing, tag, deadline)
-        if landing is not x and self.rank_in_group != src:
-            x.copy_(landing)
+        staging = dense(x) if self.rank_in_group == src else staging_for(x)
+        sizes = [staging.nbytes if rank == src else 0 for rank in range(self.world_size)]
+        into = [run(staging) if rank == src else None for rank in range(self.world_size)]
+        self._all_gatherv(self._native.OP_BROADCAST, staging, sizes, into, staging, tag, deadline)
+        if staging is not x and self.rank_in_group != src:
+            x.copy_(staging)
 
-    def _share(
+    def _all_gatherv(
         self,
         operation: int,
         x: torch.Tensor,
@@ -227,9 +227,9 @@ class ShmCommunicator(Communicator):
         tag: int,
         deadline: Deadline,
     ) -> None:
-        """`owner` keeps the memory of `into`."""
+        """Run the native `operation`, an all_gatherv, gather or broadcast; `owner` keeps the memory of `into` alive."""
         try:
-            self._group.share(operation, tag, deadline.left_ns(), x.data_ptr(), sizes, into, owner)
+            self._group.all_gatherv(operation, tag, deadline.left_ns(), x.data_ptr(), sizes, into, owner)
         except BaseException as error:
             self._raise(error)
 
@@ -238,11 +238,11 @@ class ShmCommunicator(Communicator):
         for piece in sends:
             found = block(piece)
             if found is None:  # such a copy lives until the call has ended
-                given.append(packed(piece))
+                given.append(dense(piece))
                 found = block(given[-1])
             blocks.append(found)
         try:
-            self._group.trade(tag, deadline.left_ns(), blocks, staging.blocks)
+            self._group.all_to_allv(tag, deadline.left_ns(), blocks, staging.blocks)
         except BaseException as error:
             self._raise(error)
         staging.copy_back()
@@ -265,28 +265,28 @@ class ShmCommunicator(Communicator):
         mailbox, kind = self._mailbox, tensors_with(label)
         assert mailbox is not None
         for peer, tensors in by_peer(sends).items():
-            given = [packed(x) for x in tensors]
+            given = [dense(x) for x in tensors]
             try:
                 mailbox.send(peer, kind, tag, tuple([(x.data_ptr(), x.nbytes) for x in given]), deadline.left_ns())
             except BaseException as error:
                 self._raise(error, halfway=True)
         for peer, tensors in by_peer(receives).items():
-            landing = [staging_for(x) for x in tensors]
+            staging = [staging_for(x) for x in tensors]
             try:
-                fits = mailbox.receive_into(peer, kind, tag, [(x.data_ptr(), x.nbytes) for x in landing], landing, deadline.left_ns())
+                fits = mailbox.receive_into(peer, kind, tag, [(x.data_ptr(), x.nbytes) for x in staging], staging, deadline.left_ns())
             except BaseException as error:
                 self._raise(error, halfway=True)
             if not fits:
                 raise CallsDiffer(peer)
-            copy_back(landing, tensors)
+            copy_back(staging, tensors)
 
     def receive_any(self, x: torch.Tensor, tags: Mapping[int, int], *, label: int, patience: float, deadline: Deadline) -> int | None:
-        mailbox, landing = self._mailbox, staging_for(x)
+        mailbox, staging = self._mailbox, staging_for(x)
         assert mailbox is not None
         rest_ns = deadline.at_least(self._timeout).left_ns()
-        into = [(landing.data_ptr(), landing.nbytes)]
+        into = [(staging.data_ptr(), staging.nbytes)]
         try:
-            found = mailbox.receive_first(tags, tensors_with(label), into, landing, int(patience * 1e9), rest_ns)
+            found = mailbox.receive_first(tags, tensors_with(label), into, staging, int(patience * 1e9), rest_ns)
         except BaseException as error:
             self._raise(error, halfway=True)
         if found is None:
@@ -294,7 +294,7 @@ class ShmCommunicator(Communicator):
         src, fits = found
         if not fits:
             raise CallsDiffer(src)
-        copy_back([landing], [x])
+        copy_back([staging], [x])
         return src
 
     # Memory.
@@ -318,7 +318,7 @@ class ShmCommunicator(Communicator):
         return tensor_over(memoryview(segment)[begin : begin + nbytes], dtype, shape)
 
     def _shared_segment(self, nbytes: int, tag: int, deadline: Deadline) -> Any:
-        """Memory made by the first rank and mapped by all."""
+        """Return memory made by the first rank and mapped by all."""
         word = torch.zeros(3, dtype=torch.int64)
         fd, problem = -1, None
         if self.rank_in_group == 0:
@@ -361,20 +361,20 @@ class ShmCommunicator(Communicator):
     # Measuring.
 
     def ping_pong(self, rounds: int = 200) -> float:
-        """Nanoseconds for a cache line from one of the first two ranks to the other. Collective: it shows where the host has put them."""
+        """Return the nanoseconds that a cache line takes between the first two ranks, which shows their placement. Collective."""
         try:
             return float(self._group.ping_pong(0x5050, Deadline.after(10.0).left_ns(), rounds))
         except BaseException as error:
             self._raise(error)
 
-    # Life.
+    # Lifetime.
 
     def _raise(self, error: BaseException, *, halfway: bool = False) -> NoReturn:
-        """Raise `PeerLate`, `PeerClosed` or `CallsDiffer` for what ended a native call, or that itself.
+        """Raise `PeerLate`, `PeerClosed` or `CallsDiffer` for the error of a native call, or the error itself.
 
         Args:
-            error: what ended it.
-            halfway: a signal's handler that raises leaves a message half sent or half read, after which nothing can be paired.
+            error: that of the call.
+            halfway: the call was a message: a signal handler that raises leaves it half sent or read, and later ones cannot be matched.
         """
         try:
             translated = self.fast.translate(error)
@@ -393,7 +393,7 @@ class ShmCommunicator(Communicator):
         if self._closed is None:
             self._closed = self.bytes_sent
             self.fast.close()
-            # Mapped memory goes with its last reference: that of a call that another thread is in, or of a tensor by `empty`.
+            # Memory is unmapped with its last reference: that of another thread's call, or of a tensor made by `empty`.
             del self._group, self._memory, self._mailbox
 
     @property
@@ -410,7 +410,7 @@ class ShmCommunicator(Communicator):
             f"shared memory of one host, {self._memory.nbytes} bytes (slots of {sizes.slot_bytes}, rings of {sizes.broadcast_bytes} and "
             f"{sizes.pair_bytes})"
             + (f", {self._extra_bytes} bytes of shared tensors" if self._extra_bytes else "")
-            + ("; large pieces are read where they lie" if self._group.reaches else "")
+            + ("; large pieces are read where they lie" if self._group.has_cma else "")
             + f"; {self._native.isa}"
         )
 
@@ -431,7 +431,7 @@ def exchange_bytes(gloo: GlooCommunicator, name: str, deadline: Deadline) -> Cal
 
 
 def _kernel(dtype: torch.dtype, op: str) -> tuple[int, int, int]:
-    """Kind and op of the kernel, and how many of its entries one entry is; a negative kind: there is none."""
+    """Return kind and op of the kernel, and how many of its elements one element is; a negative kind: there is no kernel."""
     if op not in _OPS:
         return -1, 0, 1
     if dtype == torch.bool:
@@ -441,12 +441,12 @@ def _kernel(dtype: torch.dtype, op: str) -> tuple[int, int, int]:
     return _KERNELS.get(dtype, -1), _OPS[op], 1
 
 
-# Bytes from which on a result is put into memory that is used again.
+# Bytes of a result from which on its memory is taken from the pool.
 _POOLED_BYTES = 128 * 1024
 # Bytes of one tensor up to which a reduction to one rank is done by that rank alone.
 _ONE_RANK_BYTES = 256 * 1024
 
 
 def _row_bytes(x: torch.Tensor, dim: int) -> int:
-    """Bytes of all that has one index along `dim`."""
+    """Return the bytes of the elements at one index of `dim`."""
     return math.prod(x.shape[:dim]) * math.prod(x.shape[dim + 1 :]) * x.element_size()

@@ -1,4 +1,4 @@
-"""Native calls of ranks that share memory, past the coordinator's general path."""
+"""The fast path of ranks that share memory: native calls that bypass the coordinator's general path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from commgraph import compat
 from commgraph.communicators.base import CallsDiffer, PeerClosed, PeerLate
-from commgraph.communicators.memory import packed
+from commgraph.communicators.memory import dense
 from commgraph.shm.host_memory import HostMemory
 from commgraph.shm.mailbox import Mailbox, tensors_with
 from commgraph.shm.stopped import GONE, LOST, MISMATCH, TIMEOUT, Stopped
@@ -25,8 +25,8 @@ class ShmFastPath:
         """Over a native group.
 
         Args:
-            group: counts collectives, and makes them (native/module_group.c).
-            memory: in which the ranks meet.
+            group: native object that runs and counts collectives (native/module_group.c).
+            memory: shared by the ranks.
             mailbox: carries messages and objects; None where there are no rings.
             timeout: default deadline of a call, in seconds.
         """
@@ -45,18 +45,18 @@ class ShmFastPath:
 
     def offer(self, x: torch.Tensor, dst: int, *, tag: int, label: int = 0) -> bool:
         assert self.mailbox is not None
-        whole = packed(x)
+        whole = dense(x)
         return self.mailbox.offer(dst, tensors_with(label), tag, ((whole.data_ptr(), whole.nbytes),))
 
     def translate(self, error: BaseException) -> Exception | None:
         if not isinstance(error, Stopped):
             return None
         if error.code == TIMEOUT:
-            return PeerLate(error.seat)
+            return PeerLate(error.member)
         if error.code == MISMATCH:
-            return CallsDiffer(error.seat)
+            return CallsDiffer(error.member)
         reason = {LOST: "its process ended", GONE: "it closed its side"}.get(error.code, "this rank closed the group")
-        return PeerClosed(error.seat if error.code in (LOST, GONE) else self._rank_in_group, reason)
+        return PeerClosed(error.member if error.code in (LOST, GONE) else self._rank_in_group, reason)
 
     @property
     def interrupted(self) -> bool:
@@ -70,7 +70,7 @@ class ShmFastPath:
         return None if text is None else text.decode(errors="replace")
 
     def break_off(self) -> None:
-        """End every call, here and on the ranks that wait for this one."""
+        """End every call with an error, here and on the ranks that wait for this one."""
         with contextlib.suppress(AttributeError):  # another thread closes it at this very moment
             self.counter.enabled = 0
             self._memory.team.close(True)  # type: ignore[union-attr]  # suppressed above
@@ -95,10 +95,10 @@ class Closed:
         self.paused = 0
 
     def post_note(self, text: bytes) -> None:
-        """Tell nobody."""
+        """Do nothing."""
 
     def read_note(self, rank: int) -> None:
-        """Nobody says anything."""
+        """Return None: there are no notes."""
 
 
 def native_calls(native: Any, group: Any, describe: Callable[[str, tuple[Any, ...]], int] | None, timeout_ns: int) -> Any:
@@ -107,7 +107,7 @@ def native_calls(native: Any, group: Any, describe: Callable[[str, tuple[Any, ..
 
 
 def tensors_of(native: Any) -> Any:
-    """Return how the native module looks at tensors, and makes them (native/module_tensors.h)."""
+    """Return the native object that reads and makes tensors (native/module_tensors.h)."""
     return native.Tensors(
         torch.Tensor,
         compat.dlpack_exchange(),

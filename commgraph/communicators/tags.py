@@ -1,4 +1,4 @@
-"""Tags: 31 bits that the messages of one call share, and by which calls that do not fit together are told apart."""
+"""Tags: 31 bits that the messages of one call share, and that differ between calls that do not match."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ __all__ = [
     "tagged_text",
 ]
 
-# Kinds of messages: those of different kinds never pair, however they are interleaved. SETUP: of strategies that are being built. The
-# highest of 3 bits stays free.
+# Kinds of messages: messages of different kinds are never matched, however they are interleaved. SETUP: of strategies that are being
+# built. The highest of 3 bits stays free.
 COLLECTIVE, MESSAGE, OBJECT, OBJECT_REST, CHECK, SETUP = range(6)
 
 _MASK = (1 << 28) - 1

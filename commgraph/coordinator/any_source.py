@@ -1,4 +1,4 @@
-"""Messages from whichever rank has sent first, and those of a rank to itself."""
+"""Receives from any rank, and messages of a rank to itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["from_self", "receive_any", "to_self"]
 # Seconds between two looks at whether a rank has died, and at messages to oneself, which another thread may begin: at first, and at most.
 # Each look costs a tenth of a millisecond.
 _FIRST, _MOST = 0.002, 0.2
-# The same where the ranks from which another receive is under way have to be looked at.
+# Seconds between two looks while an earlier receive from one rank is under way, which leaves that rank out until it ends.
 _BESIDE_OTHERS = 0.001
 
 
@@ -49,9 +49,9 @@ def receive_any(group: Group, operation: str, x: torch.Tensor, tag: int, deadlin
             if own is not None:
                 _fill(group, x, own)
                 return me
-            # One after the other, beginning behind the one that was served last.
+            # Round robin, beginning behind the rank that was served last.
             ranks = [(state.served + step) % group.world_size for step in range(1, group.world_size + 1)]
-            # What was begun before with one rank alone has its next messages.
+            # A receive begun earlier from one rank alone gets that rank's next messages: it is left out.
             free = [rank for rank in ranks if rank != me and state.pending.is_idle((rank, False, tag))]
             tags = {rank: make_tag(MESSAGE, state.counted((MESSAGE, rank, False, tag)), text) for rank in free}
             patience = look if len(free) == group.world_size - 1 else _BESIDE_OTHERS

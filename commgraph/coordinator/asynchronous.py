@@ -1,13 +1,13 @@
 """Collectives that are begun here and waited for later.
 
-Each is the blocking operation, made by another thread in the order in which the operations were begun (`commgraph.work`): the collectives
-of a group in one order, the messages to a peer in one, those from a peer in one. A blocking call waits for those that were begun before it
-in its own order, and for no other: messages pass collectives, and those of one peer those of another. A small all_reduce in shared memory
-needs no thread: `begin_natively` sends what the peers need, and the sum is made where it is waited for.
+Each is the blocking operation, run by another thread in the order of its lane (`commgraph.work`): the collectives of a group are one lane,
+the messages to a peer another, those from a peer a third. A blocking call waits for earlier calls of its own lane only: messages may
+overtake collectives, and messages of one peer those of another. A small all_reduce in shared memory
+needs no thread: `begin_natively` sends the data that the peers need, and `Work.wait` computes the sum.
 
 On a device such a call is enqueued on a side stream of its lane (`commgraph.accelerators.side_streams`): at once where its strategy
-is stream-ordered, by the lane's thread where it holds up the host. NCCL carries all that a group does by one communicator: messages do not
-pass collectives there, and a rank's order of beginning them is its peers' too.
+is stream-ordered, by the lane's thread where it blocks the host. NCCL runs all calls of a group on one communicator: there messages
+do not overtake collectives, and all ranks have to begin them in one order.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def begin_collective(operation: type[Operation], group: Group, args: tuple[Any, 
     task = StreamTask(side_streams, None, work, on_device)
     job = Job(task, call_site())
     at_once = state.strategies.route(operation.routed_as, *operation.routed_by(*checked)).stream_ordered
-    # With `check` it is compared now, in the one order that all groups have on a device, though that waits for the peers to begin it.
+    # With `check` the call is compared now, in the order of all groups of a device; that waits until the peers begin it.
     if side_streams.streams.is_capturing() or (at_once and (state.pending.is_idle(None) or state.comparison is not None)):
         job.run()
     else:
@@ -122,14 +122,14 @@ def only(results: Sequence[Any]) -> Any:
 
 
 def tensors_in(values: Sequence[Any]) -> list[torch.Tensor]:
-    """Return those values that are tensors, as the result of a gather is on one rank alone."""
+    """Return the values that are tensors: the result of a gather is one on `dst` only."""
     return [x for x in values if isinstance(x, torch.Tensor)]
 
 
 def submit(
     group: Group, key: LaneKey, run: Callable[[], Any], given: Sequence[torch.Tensor] = (), tasks: list[StreamTask] | None = None
 ) -> Job:
-    """Submit a job to a lane; where it has to do with a device also as a stream task, which is added to `tasks`."""
+    """Submit a job to a lane; with device tensors also as a stream task, which is added to `tasks`."""
     state = group._state
     if tasks is not None and state.side_streams is not None:
         tasks.append(StreamTask(state.side_streams, key, run, [x for x in given if state.streams(x.device) is not None]))
@@ -140,7 +140,7 @@ def submit(
 
 
 def joined(tasks: Sequence[StreamTask], result: T, made: Sequence[torch.Tensor] = ()) -> T:
-    """`result`, of calls whose end the current stream now comes after."""
+    """Order the current stream after `tasks`, and return `result`."""
     for task in tasks:
         task.join(made)
     return result

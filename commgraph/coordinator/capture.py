@@ -1,4 +1,4 @@
-"""Recording device graphs: the stream on which it is done, and what becomes of the groups where it fails."""
+"""Capture of device graphs: its stream, and the end of the groups where it fails."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["GraphCapture", "capture"]
 
 @attrs.frozen
 class GraphCapture:
-    """What `graph_capture` yields.
+    """Value of the ``with`` statement of `graph_capture`.
 
     Attributes:
         stream: on which to capture, current inside of the block; None on the host, which has no streams.
@@ -28,7 +28,7 @@ class GraphCapture:
 
 @contextlib.contextmanager
 def capture(groups: Sequence[Group], device: torch.device, stream: Any, what: str) -> Iterator[GraphCapture]:
-    """A block in which graphs are captured that communicate in `groups`, of which there is at least one.
+    """Context manager in which graphs that communicate in `groups` (at least one) are captured.
 
     An error inside ends the groups: the peers, who go on capturing, would wait in a replay for a call that was never recorded. They raise
     in their next call instead, and nothing is sent to them.

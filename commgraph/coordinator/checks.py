@@ -1,7 +1,7 @@
 """Checks of what a user gave to an operation. All of them happen before anything is sent.
 
-A check raises `BadArgument` with what is wrong; who called what is added where that is caught (`commgraph.coordinator.operation`), so
-that a call that is right pays nothing for it. Sizes may be symbols, as where torch traces: the same checks serve operators and eager calls.
+A check raises `BadArgument` with a text; group and operation are added where it is caught (`commgraph.coordinator.operation`), so
+that a correct call pays nothing for them. Sizes may be symbols, as where torch traces: the same checks serve operators and eager calls.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TAGS: Final = 1 << 20
 
 
 class BadArgument(Exception):  # noqa: N818 - never leaves commgraph.coordinator and commgraph.ops
-    """An argument cannot be served. `unsupported`: it is a tensor or its kind that cannot, which has an error class of its own."""
+    """An argument cannot be served. `unsupported`: a tensor of a kind that cannot be, which has an error class of its own."""
 
     def __init__(self, what: str, *, unsupported: bool = False) -> None:
         super().__init__(what)
@@ -33,7 +33,7 @@ class BadArgument(Exception):  # noqa: N818 - never leaves commgraph.coordinator
 
 
 class Place(Protocol):
-    """A rank's place in its group, as far as checks ask for it."""
+    """The part of a coordinator that checks use: the size of the group, its own rank, and its device."""
 
     @property
     def world_size(self) -> int: ...
@@ -113,7 +113,7 @@ def fillable(x: torch.Tensor, name: str = "x") -> torch.Tensor:
 
 
 def announce_filling(x: torch.Tensor) -> torch.Tensor:
-    """`x`, whose memory is going to be filled past torch: autograd, which may have saved it, is told that its values change."""
+    """Bump the version of `x`, whose memory is filled without torch: autograd, which may have saved it, has to notice. Return `x`."""
     if not x.is_inference():
         compat.increment_version((x,))
     return x
@@ -154,7 +154,7 @@ def reduction(op: Any, dtype: torch.dtype) -> str:
 def even(place: Place, x: torch.Tensor, dim: int) -> list[Any]:
     """Equal pieces of a dimension of x, one per rank."""
     n, extent = place.world_size, x.shape[dim]
-    require(extent % n == 0, f"dim {dim} of x {tuple(x.shape)} has {extent} entries, which {n} ranks cannot share equally")
+    require(extent % n == 0, f"dim {dim} of x {tuple(x.shape)} has {extent} elements, which {n} ranks cannot share equally")
     return [extent // n] * n
 
 

@@ -1,7 +1,7 @@
 """Coalesced calls: all_reduce, reduce_scatter, all_gather and broadcast of several tensors as one.
 
-Small tensors of one dtype and device travel in one buffer, by one call of their strategy; large ones, which a copy would only delay, as
-they are. Every rank gets the bits that separate calls would give it, in tensors of their own. Where torch traces, and where a gradient is
+Small tensors of one dtype and device are sent in one buffer, by one call of their strategy; large ones, which a copy would only delay,
+singly. Every rank gets the bits that separate calls would give it, in tensors of their own. Where torch traces, and where a gradient is
 wanted, they are separate calls in order.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from commgraph.communicators.base import Communicator
-from commgraph.communicators.memory import as_bytes, packed
+from commgraph.communicators.memory import as_bytes, dense
 from commgraph.coordinator import checks
 from commgraph.coordinator.checks import BadArgument, Place
 from commgraph.coordinator.gathers import AllGather, Broadcast
@@ -27,15 +27,15 @@ __all__ = ["CoalescedAllGather", "CoalescedAllReduce", "CoalescedAllReduceInPlac
 # Bytes of one tensor from which on it is not copied to a buffer.
 _LARGE_BYTES = 256 * 1024
 
-# What elements travel as where torch does not join tensors of their own dtype. By the bytes of an element.
+# Dtype, by bytes of an element, as which elements are sent where torch does not concatenate tensors of their own dtype.
 _CARRIERS = MappingProxyType({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128})
 
-# What the check of the operation on one tensor gives.
+# Checked arguments of the operation on one tensor.
 Part = tuple[Any, ...]
 
 
 class Coalesced(Operation):
-    """An operation on a list of tensors. Its parts are what the check of `single` gives for each of them."""
+    """An operation on a list of tensors. Its parts are the checked arguments of `single`, one tuple for each tensor."""
 
     single: ClassVar[type[Operation]]
     """The operation on one tensor."""
@@ -82,22 +82,22 @@ class Coalesced(Operation):
 
     @classmethod
     def grouped(cls, parts: Sequence[Part]) -> list[list[int]]:
-        """Return the places of the tensors that travel together; every rank of the call groups them alike."""
+        """Return, for each buffer, the indices of the tensors in it; alike on every rank of the call."""
         found: dict[Any, list[int]] = {}
         for i, part in enumerate(parts):
             x: torch.Tensor = part[0]
-            apart = x.nbytes >= _LARGE_BYTES or cls.rounds_by_place(part)
+            apart = x.nbytes >= _LARGE_BYTES or cls.rounds_by_position(part)
             found.setdefault((x.dtype, x.device.type, i if apart else None), []).append(i)
         return list(found.values())
 
     @classmethod
-    def rounds_by_place(cls, part: Part) -> bool:
-        """Whether an element's bits depend on where in memory it lies."""
+    def rounds_by_position(cls, part: Part) -> bool:
+        """Whether an element's bits depend on its position in the buffer; such a tensor is sent singly."""
         return False
 
     @classmethod
     def routed_together(cls, parts: Sequence[Part]) -> tuple[Any, ...]:
-        """Return by what the strategy for tensors that travel together is chosen."""
+        """Return the arguments of `route` for tensors in one buffer."""
         if len(parts) == 1:
             return cls.single.routed_by(*parts[0])
         _, *others = cls.single.routed_by(*parts[0])
@@ -130,7 +130,7 @@ class CoalescedAllReduce(Coalesced):
     single: ClassVar[type[Operation]] = AllReduce
 
     @classmethod
-    def rounds_by_place(cls, part: Part) -> bool:
+    def rounds_by_position(cls, part: Part) -> bool:
         return multiplies_complex(part[0], part[1])
 
     @classmethod
@@ -138,7 +138,7 @@ class CoalescedAllReduce(Coalesced):
         cls, group: Group, strategy: Communicator, tag: int, deadline: Deadline, parts: Sequence[Part]
     ) -> Sequence[torch.Tensor]:
         xs, op = [x for x, _ in parts], parts[0][1]
-        whole = torch.cat([packed(x).reshape(-1) for x in xs])
+        whole = torch.cat([dense(x).reshape(-1) for x in xs])
         total = strategy.all_reduce_(whole, op, tag=tag, deadline=deadline)
         pieces = total.split([x.numel() for x in xs])
         return [piece.clone().view(x.shape) for piece, x in zip(pieces, xs, strict=True)]
@@ -184,7 +184,7 @@ class CoalescedReduceScatter(Coalesced):
         return super().check(place, xs, dim, op)
 
     @classmethod
-    def rounds_by_place(cls, part: Part) -> bool:
+    def rounds_by_position(cls, part: Part) -> bool:
         return multiplies_complex(part[0], part[3])
 
     @classmethod
@@ -193,7 +193,7 @@ class CoalescedReduceScatter(Coalesced):
     ) -> Sequence[torch.Tensor]:
         n, op = group.world_size, parts[0][3]
         # One row for each rank: its piece of every tensor.
-        rows = [torch.stack([packed(piece).reshape(-1) for piece in x.split(sizes, dim)]) for x, dim, sizes, *_ in parts]
+        rows = [torch.stack([dense(piece).reshape(-1) for piece in x.split(sizes, dim)]) for x, dim, sizes, *_ in parts]
         whole = torch.cat(rows, 1)
         out = whole.new_empty(1, whole.shape[1])
         strategy.reduce_scatter(whole, 0, [1] * n, op, out, tag=tag, deadline=deadline)
@@ -267,7 +267,7 @@ def multiplies_complex(x: torch.Tensor, op: str) -> bool:
 
 def carried(x: torch.Tensor) -> torch.Tensor:
     """Return the elements of x, 1-D, as numbers of a dtype that torch joins."""
-    return as_bytes(packed(x)).view(_CARRIERS[x.itemsize])
+    return as_bytes(dense(x)).view(_CARRIERS[x.itemsize])
 
 
 def filled(xs: list[torch.Tensor], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Dicts of tensors and objects from rank to rank: tensors as tensors, everything else as objects."""
+"""Messages and broadcasts of dicts: tensors are sent as tensors, everything else as objects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from commgraph.coordinator.gathers import AllGather, BroadcastPart
 from commgraph.coordinator.messages import begin_message, exchange
 from commgraph.coordinator.objects import Objects, checked_peer
 from commgraph.coordinator.operation import Group, explain, perform, run, run_generally, wait_pending
-from commgraph.coordinator.tensor_dict import Entry, Plan, join_dict, places, split_dict
+from commgraph.coordinator.tensor_dict import Entry, Plan, join_dict, result_tensors, split_dict
 from commgraph.deadline import Deadline, Timeout
 from commgraph.work import Work
 
@@ -39,7 +39,7 @@ def broadcast_dict(group: Group, objects: Objects, tree: Any, src: int, timeout:
         if isinstance(received, dict):
             return received
         entries, carried = received
-        whole = places(entries, group.device, carried)
+        whole = result_tensors(entries, group.device, carried)
         for i, x in enumerate(whole):
             if i not in carried:
                 run_generally(BroadcastPart, group, (x, src), timeout)
@@ -87,16 +87,16 @@ def _pack(
     slicing: Group | None,
     override: Mapping[str, bool] | None,
 ) -> Callable[[Deadline, bool], None]:
-    """Check and describe a dict that goes to `dst`; what is returned sends it, by a deadline for each part."""
+    """Check and describe a dict for `dst`; return a function that sends it, with a deadline for each part."""
     entries, tensors = _split(group, operation, tree)
     plan, sliced = _sliced(group, operation, entries, slicing, override)
     outgoing = [plan.slice(x) if cut else x for x, cut in zip(tensors, sliced, strict=True)]
-    carried, post = objects.pack_dict(group, operation, entries, outgoing, dst)
+    carried, send_description = objects.pack_dict(group, operation, entries, outgoing, dst)
     rest = [x for i, x in enumerate(outgoing) if i not in carried]
 
     def send(deadline: Deadline, limited: bool) -> None:
         group._state.ensure_open(group.name)
-        post(deadline)
+        send_description(deadline)
         exchange(group, operation, rest, dst, True, Deadline.after(deadline.seconds), limited=limited)
 
     return send
@@ -134,7 +134,7 @@ def _receive(
     deadline: Deadline,
     limited: bool,
 ) -> Received:
-    """Receive a dict as it comes from `src`: its slices are still to be gathered."""
+    """Receive a dict from `src`, whose slices are not gathered yet."""
     state = group._state
     state.ensure_open(group.name)
     entries, carried = objects.recv_dict(group, operation, src, deadline)
@@ -145,7 +145,7 @@ def _receive(
             raise CallsDiffer(src)
 
         perform(group, operation, state.sequence, f"{operation}(...)", deadline, differ)
-    whole = places(entries, group.device, {i: x for i, x in carried.items() if not sliced[i]})
+    whole = result_tensors(entries, group.device, {i: x for i, x in carried.items() if not sliced[i]})
     pieces = {i: carried[i] if i in carried else plan.slice(whole[i]) for i, cut in enumerate(sliced) if cut}
     missing = [pieces.get(i, x) for i, x in enumerate(whole) if i not in carried]
     exchange(group, operation, missing, src, False, Deadline.after(deadline.seconds), limited=limited)
@@ -154,7 +154,7 @@ def _receive(
 
 @attrs.frozen
 class Received:
-    """A dict that has come, with the tensors of which this rank has a slice and that slice."""
+    """A received dict: its description, its tensors, and (tensor, slice) for those of which this rank received a slice."""
 
     entries: list[Entry]
     tensors: list[torch.Tensor]
@@ -231,7 +231,7 @@ def _split(group: Group, operation: str, tree: Any) -> tuple[list[Entry], list[t
     try:
         return entries, [checks.tensor(group, x, gradient=operation) for x in tensors]
     except BadArgument:
-        # Once more, with names, which most dicts do without.
+        # Checked again, with the tensors' names for the error.
         paths = [".".join(map(str, path)) for path, what in entries if what[0] == "t"]
         try:
             return entries, [
@@ -242,7 +242,7 @@ def _split(group: Group, operation: str, tree: Any) -> tuple[list[Entry], list[t
 
 
 def _fits(entries: Sequence[Entry], carried: Mapping[int, torch.Tensor], sliced: Sequence[bool], plan: Plan) -> bool:
-    """Whether the sender has sliced what is going to be gathered here, and nothing else."""
+    """Whether the sender has sliced the tensors that this rank is to gather, and no others."""
     whole = [math.prod(what[2]) for _, what in entries if what[0] == "t"]
     return all(x.numel() == whole[i] // (plan.world_size if sliced[i] else 1) for i, x in carried.items())
 

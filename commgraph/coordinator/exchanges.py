@@ -53,7 +53,7 @@ class AllToAll(Operation):
         if out is not None:
             out = checks.out(place, out, shape, x)
         even = input_sizes is None and output_sizes is None
-        # What all ranks have in common of the shape: not the extents that each may choose.
+        # The extents that are equal on all ranks: those of the dims that are not cut or joined unevenly.
         shared = tuple(x.shape) if even else tuple([extent for i, extent in enumerate(x.shape) if i not in (scatter_dim, gather_dim)])
         return x, scatter_dim, gather_dim, cut, joined, tuple(shape), shared, out
 
@@ -132,7 +132,7 @@ class AllToAll(Operation):
 
 
 class AllToAllV(AllToAll):
-    """`AllToAll` of pieces of any sizes, as an operator: in eager the method of that one takes sizes."""
+    """The operator of `AllToAll` with pieces of any sizes; in eager `AllToAll` itself takes sizes."""
 
     native: ClassVar[int | None] = None
     schema = (
@@ -153,7 +153,7 @@ class AllToAllV(AllToAll):
         return back
 
 
-# What a header of `Scatter` says of a dtype: what the native module calls it, or its place in a list that is the same on every rank.
+# Number of a dtype in a header of `Scatter`: that of the native module, or 1 << 16 | its index in DTYPES, which every rank has alike.
 _NUMBERS = MappingProxyType({dtype: KINDS[dtype] if dtype in KINDS else 1 << 16 | place for place, dtype in enumerate(DTYPES)})
 _DTYPES = MappingProxyType({number: dtype for dtype, number in _NUMBERS.items()})
 _FIXED = 4
@@ -163,8 +163,8 @@ _DIMS = 24
 class Scatter(Operation):
     """The pieces of one rank's tensor, one to each rank.
 
-    The others do not know its shape. A header goes before it, as a broadcast on the host: dtype, dim, number of dims, whether it lies on
-    the host, shape, sizes. It has the same size in every call of a group.
+    The others do not know its shape. A header is broadcast on the host first: dtype, dim, number of dims, whether the tensor is on the
+    host, shape, sizes. It has the same size in every call of a group.
     """
 
     name = "scatter"
@@ -193,7 +193,7 @@ class Scatter(Operation):
 
     @classmethod
     def routed_by(cls, *checked: Any) -> tuple[Any, ...]:
-        # Of the header, the only part whose shape all ranks know; a meta tensor has none, for want of peers.
+        # Facts of the header, as the tensor's shape is known on src only. A meta tensor has no peers, and therefore no header.
         x = checked[0]
         return (), torch.int64, _HOST if x is None or not x.is_meta else x.device
 
@@ -224,7 +224,7 @@ class Scatter(Operation):
         dtype, shape, pieces = _DTYPES[number], rest[:dims], rest[_DIMS:]
         mine = group.rank_in_group == src
         if not mine:
-            # A tensor given here, and sizes, must be as those of src.
+            # `x` and `sizes`, where another rank than src gives them, must be as those of src.
             wrong = sizes is not None and sizes != pieces
             if wrong or (x is not None and (list(x.shape) != shape or x.dtype != dtype or at != dim)):
                 raise CallsDiffer(src)
@@ -265,7 +265,7 @@ class Scatter(Operation):
 
 
 class Barrier(Operation):
-    """Ranks that wait for each other."""
+    """Wait until every rank has called it."""
 
     name = "barrier"
     routed_as = "barrier"

@@ -1,8 +1,8 @@
-"""The expert-parallel exchange: rows of tokens to the experts' ranks, and what the experts made of them back.
+"""The expert-parallel exchange: `dispatch` sends rows of tokens to the experts' ranks, `combine` returns and sums the results.
 
-Two ways. *Gathered*: every rank gets the rows of all, and `combine` adds up and hands out; so it is in vLLM's all-gather manager, for any
-routing. *Routed*: with top-k ids, and the number of experts known (`CommunicatorOptions.experts`), a row goes only to the ranks whose
-experts it needs, once to each. The shapes then depend on the routing, so that it cannot be traced.
+Two algorithms. *Gathered*, as vLLM's all-gather manager, for any routing: every rank gets the rows of all, and `combine` is a
+reduce-scatter. *Routed*, with top-k ids and the number of experts known (`CommunicatorOptions.experts`): a row goes only to the ranks
+whose experts it needs, once to each. Shapes depend on the routing then, so that it cannot be traced.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Sizes = Sequence[int] | str | None
 
 
 class Dispatched:
-    """What `dispatch` gave: unpacks as ``(hidden_states, *routing, *extra_tensors)``, each with the rows that came, in the order of ranks.
+    """Result of `dispatch`: unpacks as ``(hidden_states, *routing, *extra_tensors)``, each with the rows received, in the order of ranks.
 
     Attributes:
         tensors: all of them, as a tuple.
         sizes: rows from each rank; None in a graph where all have as many as this one (``sizes="equal"``).
-        route: of the routed way: for each rank the rows of this one that it got, and how many rows this one has; else None.
+        route: of the routed algorithm: for each rank the rows that this one sent to it, and the number of this one's rows; else None.
     """
 
     __slots__ = ("route", "sizes", "tensors")
@@ -61,15 +61,15 @@ class Dispatched:
 
 
 def _rows(place: Place, sizes: Sequence[Any] | None, own: Any) -> list[Any]:
-    """Rows of each rank; None: all have as many as this one."""
+    """Return the number of rows of each rank; `sizes` None: all have as many as this one."""
     return [own] * place.world_size if sizes is None else checks.sizes(place, sizes)
 
 
 class Dispatch(Operation):
     """The torch operator of `dispatch`: several tensors, gathered along their rows.
 
-    Its results are as large on every rank, so that all drop them or none, and experts stand between them and what follows: it need not
-    change the token, but has it, for its derivative.
+    Results have the same size on every rank, so that a compiler drops the call on all ranks or on none, and `combine` depends on them
+    through the experts: the operator need not change the token, but takes it for its derivative.
     """
 
     name = "dispatch"
@@ -88,7 +88,7 @@ class Dispatch(Operation):
         return [x.new_empty(checks.resized(x, 0, sum(rows))) for x in tensors]
 
     @classmethod
-    def keep(cls, node: Any, x: Any, group: Any, args: Sequence[Any], output: Any) -> None:
+    def save_for_backward(cls, node: Any, x: Any, group: Any, args: Sequence[Any], output: Any) -> None:
         node.floating = [one.is_floating_point() or one.is_complex() for one in x]
 
     @classmethod
@@ -101,7 +101,7 @@ class Dispatch(Operation):
 
 
 class Combine(Operation):
-    """The torch operator of `combine`: rows summed where they came from."""
+    """The torch operator of `combine`: sums rows on the ranks that they came from."""
 
     name = "combine"
     schema = "combine(Tensor x, Group group, SymInt[]? sizes, Tensor(a!) token) -> Tensor"
@@ -232,7 +232,7 @@ def _bring_back(group: Group, x: torch.Tensor, dispatched: Dispatched, timeout: 
 def _given(
     group: Group, hidden_states: Any, routing: Sequence[Any], extra_tensors: Sequence[Any], traced: bool
 ) -> tuple[torch.Tensor, ...]:
-    """All tensors, of equal rows."""
+    """Return all tensors, after a check that they have equal numbers of rows."""
     if not 1 <= len(routing) <= 2 or not all(isinstance(x, torch.Tensor) for x in routing):
         kinds = ", ".join(type(x).__name__ for x in routing) or "nothing"
         where = "dispatch" if traced else Call(group.name, "dispatch", group._state.members, group._state.sequence).where

@@ -1,4 +1,4 @@
-"""What broke a group, said once to every rank: each failure below becomes a public error that names rank, group, operation and place."""
+"""The first failure of a group, reported to every rank as a public error that names rank, group, operation and call site."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Members:
     """The ranks of a group.
 
     Attributes:
-        ident: names the group among all groups of all contexts of the job; the same on its ranks.
+        uid: names the group among all groups of all contexts of the job; the same on its ranks.
         ranks: global ranks in group order.
-        rank_in_group: this rank's place among them.
+        rank_in_group: index of this rank in `ranks`.
     """
 
-    ident: str
+    uid: str
     ranks: tuple[int, ...]
     rank_in_group: int
 
@@ -60,7 +60,7 @@ class Members:
 
 @attrs.frozen
 class Call:
-    """Who called what; made when something is wrong.
+    """Identity of a call, for errors; made when one is raised.
 
     Attributes:
         group: name of the coordinator.
@@ -82,13 +82,13 @@ class Call:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a `CollectiveError` carries."""
+        """Keyword arguments of a `CollectiveError`: group, operation, rank and sequence number."""
         return {"group": self.group, "operation": self.operation, "rank": self.members.rank, "sequence": self.sequence}
 
 
 @attrs.frozen
 class _Fault:
-    """What a rank leaves in the store when its group breaks, for its peers to read."""
+    """Record that a rank writes to the store when its group breaks, for its peers to read."""
 
     kind: str
     at: str
@@ -98,16 +98,16 @@ class _Fault:
 
 
 class Failures:
-    """The first error of a group, which every later call raises again; told to the peers through the store and through notes."""
+    """The first error of a group, which every later call raises again. Peers learn of it through the store and through notes."""
 
     def __init__(self, members: Members, store: dist.Store | None, abort: Callable[[], None], notes: FastPath | None) -> None:
-        """Of a group that is whole.
+        """Without an error as yet.
 
         Args:
             members: of the group.
             store: holds this group's keys only; None for one rank.
             abort: ends what runs on the group, here and on the peers.
-            notes: by which ranks that share memory tell each other what they called.
+            notes: texts in shared memory in which each rank says which call it made; None without shared memory.
         """
         self.broken: CollectiveError | None = None
         self.closed = False
@@ -115,7 +115,7 @@ class Failures:
         self._store = store
         self._abort = abort
         self._notes = notes
-        # One thread at a time finds out what broke the group.
+        # Held by the thread that determines the error.
         self._failing = threading.Lock()
 
     def forget(self) -> None:
@@ -124,10 +124,10 @@ class Failures:
         self.broken = None
 
     def end(self, call: Call, what: str, seconds: float, error: Exception) -> NoReturn:
-        """Raise the public error for what ended a call, break the group and release the peers.
+        """Break the group, release the peers and raise the public error of a call that failed.
 
         Args:
-            call: who called what.
+            call: the one that failed.
             what: the call with its arguments, as all ranks have them in common.
             seconds: deadline that it had.
             error: one of `EXPECTED`.
@@ -179,7 +179,7 @@ class Failures:
         if self.closed:
             raise ContextClosedError(f"{call.where}: its context was closed during the call") from None
         ranks = self._members.ranks
-        # Its deadline may have passed: then the connection closes a moment before it has told why.
+        # A peer whose deadline passed closes its connection a moment before it has published why.
         faults = self._read_faults([error.peer], wait=0.25)
         fault = faults.get(error.peer) or next(iter(faults.values()), None)
         at = call_site()
@@ -199,7 +199,7 @@ class Failures:
         raise self._remember(kind(message, **call.facts | ({} if lost is None else {"rank": lost}))) from None
 
     def _differ(self, call: Call, what: str) -> NoReturn:
-        """Each rank says what it called, and reads what the others did."""
+        """Post a note with this rank's call, read those of the peers, and raise with all of them."""
         ranks, n, me = self._members.ranks, self._members.world_size, self._members.rank_in_group
         said: dict[int, str] = {me: f"call #{call.sequence}, {what}, at {call_site()}"}
         if self._notes is not None:
@@ -230,13 +230,13 @@ class Failures:
         return error
 
     def _publish(self, fault: _Fault) -> None:
-        # The job may be falling apart, its store with it: what cannot be said is left unsaid.
+        # The store may be gone with the rest of the job: then nothing is published.
         if self._store is not None and self.broken is None:
             with contextlib.suppress(RuntimeError):
                 self._store.set(f"fault/{self._members.rank_in_group}", json.dumps(attrs.asdict(fault)))
 
     def _read_faults(self, awaited: Sequence[int], *, wait: float) -> dict[int, _Fault]:
-        """What the peers left, waiting up to `wait` seconds for those of `awaited`."""
+        """Return the peers' `_Fault`s by rank in the group, waiting up to `wait` seconds for those of the ranks in `awaited`."""
         me = self._members.rank_in_group
         missing = set(awaited) - {me}
         found: dict[int, _Fault] = {}
@@ -253,7 +253,7 @@ class Failures:
 
 
 def call_site() -> str:
-    """File and line of the innermost caller outside commgraph: in a job of a lane, of the one who asked for it."""
+    """Return file and line of the innermost caller outside commgraph; in a job of a lane, of the call that began it."""
     site: str | None = getattr(threading.current_thread(), "commgraph_site", None)
     if site is not None:
         return site

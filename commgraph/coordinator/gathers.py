@@ -1,4 +1,4 @@
-"""Gathers and what undoes them: all_gather, gather, scatter, broadcast."""
+"""Gathers and broadcasts: all_gather, gather, broadcast."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["AllGather", "AllGatherV", "Broadcast", "BroadcastCopy", "Gather", "a
 
 
 def describe(x: torch.Tensor) -> str:
-    """Dtype and shape, as texts have them."""
+    """Return dtype and shape as text."""
     return f"{x.dtype} {tuple(x.shape)}"
 
 
 def into(out: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
-    """The result, or the caller's tensor with its values."""
+    """Return the result, or `out` filled with its values if that is given."""
     return result if out is None else out.copy_(result)
 
 
 def apart_from(out: torch.Tensor, x: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
-    """x, or a copy where filling `out` could change it before it was sent; it may be `own`, the view of `out` that x fills itself."""
+    """Return x, or a copy if it shares memory with `out`; `own`: the view of `out` that is x's part, which x may be."""
     if x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
         return x
     in_place = own is not None and own.data_ptr() == x.data_ptr() and own.is_contiguous() and x.is_contiguous()
@@ -270,7 +270,7 @@ class BroadcastCopy(Operation):
 
     @classmethod
     def kernel(cls, x: torch.Tensor, group: Group, src: int) -> torch.Tensor:
-        # A copy on src too: what comes out of an operator is none of its inputs.
+        # A copy on src too: an operator must not return one of its inputs.
         y: torch.Tensor = run_directly(Broadcast, group, (x.detach().clone(memory_format=torch.contiguous_format), src))
         return y
 
@@ -310,7 +310,7 @@ class Broadcast(BroadcastCopy):
 
 
 class BroadcastPart(BroadcastCopy):
-    """A tensor of a dict: filled on the others, and on `src` only read, where it may lie in memory in any way."""
+    """Broadcast of a tensor of a dict: filled on the others; on `src` only read, with any strides."""
 
     @classmethod
     def serve(cls, group: Group, strategy: Communicator, tag: int, deadline: Deadline, x: torch.Tensor, src: int) -> torch.Tensor:

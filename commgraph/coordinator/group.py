@@ -55,8 +55,8 @@ class Family:
     siblings: list[GroupCoordinator] = attrs.field(factory=list)
 
 
-# What compiled code may ask a coordinator for. Facts become constants of the graph, which is made anew where those that all others
-# follow from are different; the operations are read through. Its name, say, is none of them: a graph serves groups of any name.
+# Attributes that compiled code may read. `facts` become constants of the graph, which is compiled again for a group whose `guard`
+# differs; the operations are traced through. The name of a group is no fact: one graph serves groups of any name.
 @compat.opaque(
     guard=lambda group: [group.world_size, group.rank_in_group, group.rank, group.local_rank, str(group.device), group._experts],
     facts=(
@@ -101,7 +101,7 @@ class Family:
 )
 @attrs.frozen(eq=False, repr=False, slots=False)
 class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives the base no type
-    """One group of ranks, as a rank of it sees it. Made by `World.context`, never by hand.
+    """One rank's view of a group of ranks, with every operation. Made by `World.context`, never by hand.
 
     `rank`, `ranks`, `first_rank`, `next_rank`, ... are global ranks; `src` and `dst` arguments are ranks *in the group*. `dim` counts as
     torch's does. Host tensors are served by the host's strategies, device tensors by the device's. Every tensor operation takes any
@@ -121,7 +121,7 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
         name: what the layout calls the group.
         rank: global rank of this process (or thread).
         ranks: global ranks of the group, in group order.
-        local_rank: place of this rank on its node.
+        local_rank: number of this rank on its node.
         device: where its device tensors live.
     """
 
@@ -134,9 +134,9 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
     rank_in_group: int
     _state: GroupState = attrs.field(alias="state")
     _objects: Objects = attrs.field(alias="objects")
-    # Native calls for plain arguments (native/module_fast.c), None where there are none; they answer None to all others.
+    # Native calls for plain arguments (native/module_fast.c), which return None for all others; None where the group has none.
     _fast: Any = attrs.field(alias="fast")
-    # Operators that must keep their order say that they change it; of one world's groups all have the same.
+    # Argument that ordered operators declare as changed; all groups of a world have the same one.
     _token: torch.Tensor = attrs.field(alias="token")
     _family: Family = attrs.field(alias="family")
 
@@ -240,7 +240,7 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
 
     @property
     def refused(self) -> tuple[Refused, ...]:
-        """Strategies that the group could have had, and why it has not."""
+        """Strategies that were considered for the group and cannot serve it, with the reasons."""
         return self._state.strategies.refused
 
     @property
@@ -588,7 +588,7 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
         return result
 
     def barrier(self, *, timeout: Timeout = None) -> None:
-        """Returns on no rank before every rank of the group has called it. Orders the hosts, not their devices."""
+        """Waits until every rank of the group has called it. Orders the hosts, not their devices."""
         if not is_dynamo_compiling() and (fast := self._fast) is not None:
             try:
                 if fast.barrier(timeout):
@@ -598,7 +598,7 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
         run(Barrier, self, (), timeout)
         return
 
-    # Messages. Only the two ranks concerned count these, so they may fall between collectives as they like.
+    # Messages. Only sender and receiver count them, so they may come between any collectives.
 
     def send(self, x: torch.Tensor, dst: int | None = None, *, tag: int = 0, timeout: Timeout = None) -> None:
         """Sends x to one rank; returns when it was taken.
@@ -658,11 +658,11 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
         Args:
             size: its shape.
             dtype: its dtype.
-            src: rank in the group, by default `prev_in_group`; not this rank itself, which `irecv` serves. `commgraph.ANY`: whichever rank
-                has sent first, and where several have, each in its turn. Of the next message with that tag of every rank size and dtype
-                must be these, and not empty. A deadline that passes loses nothing: call again. A rank that died is a PeerLostError; one
-                that has closed its side is passed over on one host, unless none is left.
-            tag: that of the message, as for `send`; messages of other tags are kept for whoever asks for them.
+            src: rank in the group, by default `prev_in_group`; not this rank itself, which `irecv` serves. `commgraph.ANY`: the rank that
+                has sent first; where several have, they are served in turn. The next message with that tag of every rank must have this
+                size and dtype, and not be empty. A deadline that passes loses nothing: call again. A rank that died is a PeerLostError; one
+                that has closed its side is skipped on one host, unless none is left.
+            tag: that of the message, as for `send`; messages of other tags are kept for later receives.
             device: where to put it, by default the group's device.
             out: filled and returned in place of a new tensor.
             timeout: deadline.
@@ -774,7 +774,7 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
         return begun
 
     def batch(self, messages_: Sequence[Send | Recv], *, timeout: Timeout = None) -> Work[list[torch.Tensor | None]]:
-        """Sends and receives all of these at once, so that it does not matter in which order the ranks list them.
+        """Sends and receives several tensors at once, in whatever order the ranks list them.
 
         Between two ranks the messages of each direction and tag pair in the order in which they are listed; the other side may be a batch,
         or single sends and receives of either kind. A rank may send to itself.
@@ -791,10 +791,10 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
     # Objects.
 
     def broadcast_object(self, obj: T | None = None, src: int = 0, *, timeout: Timeout = None) -> T:
-        """The object of `src`, on every rank.
+        """Returns the object of `src` on every rank.
 
         On one host any picklable object; between hosts any, once an authkey is set, and plain data without one (numbers, strings,
-        bytes, lists, tuples, dicts, sets, dtypes, tensors). A receiver whose deadline passes before anything arrived keeps its place:
+        bytes, lists, tuples, dicts, sets, dtypes, tensors). A receiver whose deadline passes before anything arrived may call again:
         its next `broadcast_object` goes on waiting for the same object.
 
         Args:
@@ -822,11 +822,11 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
         return self._broadcast_list(obj_list, src, timeout)
 
     def all_gather_object(self, obj: T, *, timeout: Timeout = None) -> list[T]:
-        """Every rank's object, in rank order; which objects: as for `broadcast_object`."""
+        """Returns every rank's object, in rank order; which objects: as for `broadcast_object`."""
         return self._objects.all_gather(self, "all_gather_object", obj, timeout)
 
     def scatter_object(self, objs: Sequence[Any] | None = None, src: int = 0, *, timeout: Timeout = None) -> Any:
-        """This rank's object of those that `src` gives.
+        """Returns this rank's object of those that `src` gives.
 
         Which objects, and receivers whose deadline passes: as for `broadcast_object`.
 
@@ -837,12 +837,12 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
 
         Raises:
             TypeError: one of them cannot be sent; nothing was.
-            ValueError: they are not as many as there are ranks; nothing was sent. The others go on waiting: the next call is theirs.
+            ValueError: their number is not that of the ranks; nothing was sent. The others wait for the next call of `src`.
         """
         return self._objects.scatter(self, "scatter_object", objs, src, timeout)
 
     def gather_object(self, obj: T, dst: int = 0, *, timeout: Timeout = None) -> list[T] | None:
-        """Every rank's object, in rank order, on one rank; which objects: as for `broadcast_object`.
+        """Returns every rank's object, in rank order, on one rank; which objects: as for `broadcast_object`.
 
         Args:
             obj: of this rank.
@@ -885,13 +885,13 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
         self._objects.send(self, "send_object", obj, dst, timeout)
 
     def recv_object(self, src: int, *, timeout: Timeout = None) -> Any:
-        """The next object from one rank in the group. A deadline that passes before anything arrived loses nothing: call again."""
+        """Returns the next object from one rank in the group. A deadline that passes before anything arrived loses nothing: call again."""
         return self._objects.recv(self, "recv_object", src, timeout)
 
     # Dicts of tensors and objects.
 
     def broadcast_tensor_dict(self, tensor_dict: D | None = None, src: int = 0, *, timeout: Timeout = None) -> D | dict[Any, Any]:
-        """The dict of `src`, on every rank: tensors as tensors, everything else as objects.
+        """Returns the dict of `src` on every rank: tensors are sent as tensors, everything else as objects.
 
         Args:
             tensor_dict: may nest dicts and hold empty tensors; ignored elsewhere than on `src`. Unchanged.
@@ -921,7 +921,7 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
             dst: rank in the group, by default `next_in_group`.
             all_gather_group: ranks that hold the same dict and whose counterparts on the other side are such a group too (tp beside pp):
                 each sends one slice of every tensor whose numel divides by their number, and the receivers gather.
-            all_gather_tensors: key (nested keys joined by dots) -> whether to slice that tensor, against the rule. A residual that
+            all_gather_tensors: key (nested keys joined by dots) -> whether to slice that tensor, against that rule. A residual that
                 already differs between the ranks (sequence parallelism) must not be sliced.
             timeout: deadline of each part.
         """
@@ -998,7 +998,7 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
         extra_tensors: Sequence[torch.Tensor] = (),
         timeout: Timeout = None,
     ) -> Dispatched:
-        """Hands every rank's rows to the ranks of this group, for their experts.
+        """Sends every rank's rows to the ranks of this group, for their experts.
 
         Rows replicated over tp are dispatched over ``ctx.dp`` (and the result goes through ``ctx.tp.all_reduce``), rows split over tp over
         ``ctx.ep``.
@@ -1007,7 +1007,7 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
             hidden_states: ``[rows, ...]``; the rows may differ in number between ranks, and be none.
             routing: the router logits ``[rows, experts]``; or top-k weights ``[rows, k]`` and ids ``[rows, k]`` (integers; below zero: no
                 expert).
-            sizes: rows of each rank. ``"equal"``: all have as many as this one. None: they are counted first, by an exchange of its own,
+            sizes: rows of each rank. ``"equal"``: all have as many as this one. None: the ranks exchange their numbers first,
                 which cannot be traced.
             extra_tensors: carried along, ``[rows, ...]`` each.
             timeout: deadline of each part.
@@ -1021,10 +1021,10 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
         return experts.dispatch(self, hidden_states, routing, sizes, extra_tensors, timeout)
 
     def combine(self, hidden_states: torch.Tensor, dispatched: Dispatched, *, timeout: Timeout = None) -> torch.Tensor:
-        """Adds up what the ranks' experts made of the dispatched rows, and gives each rank its own back.
+        """Sums the results of the ranks' experts for the dispatched rows, and returns to each rank those of its own rows.
 
         Args:
-            hidden_states: as many rows as ``dispatched[0]``, in its order; what this rank's experts add to each (zeros where none).
+            hidden_states: as many rows as ``dispatched[0]``, in its order: the contributions of this rank's experts (zeros where none).
             dispatched: of this group's `dispatch`.
             timeout: deadline.
 
@@ -1147,7 +1147,7 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
         """
         return begin_collective(Barrier, self, (), timeout)
 
-    # Life.
+    # Lifetime.
 
     def sibling(self, name: str) -> GroupCoordinator:
         """A coordinator of the same ranks with communicators of its own, so that its operations overlap with this one's. Collective.
@@ -1176,7 +1176,7 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
         return coordinator
 
     def torch_group(self, kind: Literal["device", "cpu"]) -> dist.ProcessGroup:
-        """`device_group` or `cpu_group` in the tables of torch.distributed until close: for DeviceMesh, FSDP, and whatever else asks there.
+        """`device_group` or `cpu_group` in the tables of torch.distributed until close: for DeviceMesh, FSDP and others.
 
         Collective the first time of each kind. Where no backend serves device tensors the two are one group. A group of one rank has one,
         too, made now.
@@ -1213,7 +1213,7 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
             yield made
 
     def prepare_communication_buffer_for_model(self, model: torch.nn.Module) -> None:
-        """Lets the strategies size their buffers from `model`. Collective."""
+        """Lets strategies allocate buffers by the sizes in `model`. Collective."""
         self._state.ensure_open(self.name)
         for communicator in self._state.strategies.communicators:
             communicator.warmup(model)
@@ -1226,9 +1226,9 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
         self.barrier()
 
     def empty(self, size: Sequence[int] | int, dtype: torch.dtype, *, timeout: Timeout = None) -> torch.Tensor:
-        """A tensor in memory that the ranks share until the group is closed: large ones need no staging copy in collectives. Collective.
+        """Returns a tensor in memory that the ranks share: a large one needs no staging copy in collectives. Collective.
 
-        Where the ranks do not share memory it is a tensor like any other. It may be used after the group was closed, as any tensor.
+        Where the ranks do not share memory it is an ordinary tensor. It may be used after the group was closed.
 
         Args:
             size: its shape, equal on all ranks.
@@ -1253,7 +1253,7 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
         )
 
     def _flush(self, deadline: Deadline) -> bool:
-        """Waits for what the peers cannot do without, here and on siblings: collectives that were begun, and sends.
+        """Waits for pending collectives and sends, which the peers need, here and on siblings.
 
         Args:
             deadline: until when.
@@ -1264,7 +1264,7 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
         return self._state.pending.flush(deadline) and all(sibling._flush(deadline) for sibling in self.siblings)
 
     def _meet(self, deadline: Deadline) -> None:
-        """`barrier` of the hosts, also where torch traces: it is the ranks that wait, and not the program that is traced."""
+        """Runs a `barrier` now, also where torch traces, and records none in the graph."""
         run_generally(Barrier, self, (), deadline.left())
 
     def close(self) -> None:
@@ -1274,7 +1274,7 @@ class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives 
         self._state.leave(self.name)
         if self._state.is_closed:
             self._objects.join(1.0)
-            # Coordinators know each other: without this they would keep each other, and the memory, until garbage is collected.
+            # Coordinators refer to each other: without this the cycle, and the memory, would live until garbage collection.
             for sibling in self._family.siblings:
                 sibling.close()
             self._family.siblings.clear()

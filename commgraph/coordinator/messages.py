@@ -171,7 +171,7 @@ def send(group: Group, x: torch.Tensor, dst: int | None, tag: int, timeout: Time
     except BadArgument as error:
         raise explain(error, group, "send", group._state.sequence) from None
     if strategy is not None and x.is_cpu and strategy.fast is None and x.nbytes <= _BUFFERED:
-        # As a ring does: who asks for messages in another order than that in which they are sent finds them all the same.
+        # As through a ring: a receiver may ask for messages of several tags in another order than that in which they are sent.
         seconds = group._state.timeouts.host
         _under_way(group, "send", {(peer, True, tag): [x.detach().clone()]}, seconds, False, None)
         return
@@ -249,7 +249,7 @@ def sendrecv(
 
 
 def _refuse_tag(operation: str, tag: Any, src: Any = None) -> None:
-    """Refuse where torch traces what an operator has no place for."""
+    """Refuse an argument that the operator lacks, where torch traces."""
     if isinstance(src, AnySource) or type(tag) is not int or tag:
         what = "src=commgraph.ANY" if isinstance(src, AnySource) else f"tag={tag!r}"
         raise ValueError(
@@ -284,7 +284,7 @@ def _result(
     *,
     other: bool,
 ) -> tuple[torch.Tensor, int, int]:
-    """Return the tensor that is to be filled, from whom, and the tag; `other`: not from the rank itself."""
+    """Return the tensor to fill, the source and the tag; `other`: the source is not the rank itself."""
     anyone = isinstance(src, AnySource)
     peer = ANY_RANK if anyone else checks.peer(group, group.prev_in_group if src is None else src, "src", other=other)
     tag = checks.message_tag(tag)
@@ -293,7 +293,7 @@ def _result(
     shape, like = checks.shape(size), checks.like(group, dtype, device)
     result = torch.empty(shape, dtype=like.dtype, device=like.device) if out is None else checks.out(group, out, shape, like)
     if anyone and not result.numel():
-        raise BadArgument("size has no entries: nothing is sent of an empty tensor, so nobody could tell from whom it came")
+        raise BadArgument("size has no elements: nothing is sent of an empty tensor, so nobody could tell from whom it came")
     if peer != group.rank_in_group:
         _tagged(group, result, False, tag, needed=anyone)
     return result, peer, tag
@@ -325,7 +325,7 @@ def exchange(
     tag: int = 0,
     limited: bool = True,
 ) -> None:
-    """Send or receive tensors, all at once, after everything of their tag that was begun before with that peer.
+    """Send or receive tensors as one exchange, after the pending messages of their tag with that peer.
 
     Args:
         group: on which.
@@ -442,7 +442,7 @@ def batch(group: Group, messages: Sequence[Send | Recv], timeout: Timeout) -> Wo
 def _under_way(
     group: Group, operation: str, lanes: Mapping[MessageKey, Sequence[torch.Tensor]], seconds: float, limited: bool, result: T
 ) -> Work[T]:
-    """Begin messages by (peer, whether they go there, tag), each with its own number; the deadline counts from when its turn comes."""
+    """Begin messages by (peer, outgoing, tag), each with its own number; a deadline counts from when the lane runs its message."""
     state = group._state
     call = Call(group.name, operation, state.members, state.sequence)
     jobs, tasks = [], []
@@ -468,7 +468,7 @@ def _under_way(
 
 
 def _is_stream_ordered(group: Group, key: MessageKey, x: torch.Tensor) -> bool:
-    """Whether such a message holds up nobody, and need not go by way of a thread."""
+    """Whether such a message does not block, and needs no thread."""
     state = group._state
     if key[0] == group.rank_in_group or state.streams(x.device) is None:
         return False
@@ -478,7 +478,7 @@ def _is_stream_ordered(group: Group, key: MessageKey, x: torch.Tensor) -> bool:
 def _enqueue(
     group: Group, operation: str, lanes: Mapping[MessageKey, Sequence[torch.Tensor]], seconds: float, limited: bool
 ) -> tuple[StreamTask, Job]:
-    """Enqueue messages of a device as one exchange: one by one those of one communicator would wait for each other in the order given."""
+    """Enqueue messages of a device as one exchange; enqueued singly, messages of one communicator would wait for each other in order."""
     state = group._state
     assert state.side_streams is not None
     deadline = Deadline.after(seconds)
@@ -515,7 +515,7 @@ def _one_by_one(group: Group, operation: str, tensors: Sequence[torch.Tensor], k
 
 
 def _offer(group: Group, operation: str, x: torch.Tensor, dst: int, label: int, seconds: float) -> bool:
-    """Send x here and now, if it need not wait for anything."""
+    """Send x on this thread if no wait is needed; whether it was sent."""
     state = group._state
     fast = state.detects
     if fast is None or fast.mailbox is None or not x.is_cpu or not state.pending.is_idle((dst, True, label)):

@@ -1,7 +1,7 @@
-"""Native messages between the ranks of one host: plain tensors, past the general path.
+"""Fast path of messages between the ranks of one host: native calls for plain tensors.
 
-A call answers "not handled" before anything is sent to whatever is not plain; the general path takes it then. Both paths count and tag
-alike, so that the two ranks of a message may take different ones.
+A native call refuses an argument that is not plain before anything is sent; the general path serves it then. Both paths count and tag
+alike, so that sender and receiver of a message may take different ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["NativeMessages"]
 
 
 class NativeMessages:
-    """Of one group."""
+    """The native messages of one group."""
 
     def __init__(self, state: GroupState, fast: FastPath, mailbox: Mailbox) -> None:
         self._state = state
@@ -35,7 +35,7 @@ class NativeMessages:
         self._calls = mailbox.open_native(tensors_of, message_digest, int(state.timeouts.host * 1e9))
 
     def send(self, group: Group, x: Any, dst: Any, timeout: Timeout) -> bool:
-        """Send x, if it and all around it is plain."""
+        """Send x natively if it and the arguments are plain; whether it was sent."""
         state = self._state
         ring = self._mailbox.outgoing.get(dst) if type(dst) is int else None
         if ring is None:
@@ -54,14 +54,14 @@ class NativeMessages:
         return False
 
     def recv(self, group: Group, size: Any, dtype: Any, src: Any, out: Any, timeout: Timeout) -> torch.Tensor | None:
-        """Return the tensor that came, `out` if that is given, where it and all around it is plain; else None, and nothing was read."""
+        """Receive a message natively if the arguments are plain; return the tensor, or None with nothing read."""
         state = self._state
         kind = KINDS.get(dtype) if type(dtype) is torch.dtype else None
         ring = self._mailbox.incoming.get(src) if type(src) is int else None
         if kind is None or ring is None or (out is None and group.device.type != "cpu"):
             return None
         state.ensure_open(group.name)
-        if (state.pending.lanes and not state.pending.is_free(src, False)) or self._mailbox.has_aside(src, TENSORS):
+        if (state.pending.lanes and not state.pending.is_free(src, False)) or self._mailbox.has_unexpected(src, TENSORS):
             return None
         key = (MESSAGE, src, False, 0)
         number = state.count(key)
@@ -71,7 +71,7 @@ class NativeMessages:
             numel = torch.Size([size] if type(size) is int else size).numel()
             self._end(group, "recv", message_text(dtype, numel), src, timeout, error)
         if result is None:
-            # Something else is asked for, or lies there, for the general path to see to.
+            # Another kind of message is asked for, or is next in the ring: the general path handles it.
             state.uncount(key)
         return result  # type: ignore[no-any-return]  # as native/module_messages.c has it
 

@@ -30,8 +30,8 @@ def isend_object(group: Group, objects: Objects, obj: object, dst: Any, timeout:
             state.own_messages.put_object(OBJECTS, obj)
         except Exception as error:
             raise refuse_object(group, operation, obj, error) from error
-    elif (post := objects.pack(group, operation, obj, peer)) is not None:
-        jobs.append(submit(group, (peer, True, OBJECTS), lambda: post(Deadline.after(seconds))))
+    elif (send := objects.pack(group, operation, obj, peer)) is not None:
+        jobs.append(submit(group, (peer, True, OBJECTS), lambda: send(Deadline.after(seconds))))
     return Work(call, jobs, lambda _: None)
 
 

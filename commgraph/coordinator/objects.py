@@ -1,7 +1,7 @@
-"""Python objects between the ranks of a group: the interface, and the way over a network, as authenticated frames.
+"""Python objects between the ranks of a group: the interface, and its implementation over a network, as authenticated frames.
 
 A message is one block of `_BLOCK` bytes (its length, then as much of the frame as fits) and, for a longer frame, the rest of it: most
-objects travel in one message. A receive that runs out before its block arrived stays posted, and the next receive from that rank goes on
+objects are one message. A receive that times out before its block arrived stays pending, and the next receive from that rank goes on
 waiting for it.
 """
 
@@ -39,7 +39,7 @@ _MAX_FRAME = 1 << 40
 
 
 class Objects(abc.ABC):
-    """How the objects of one group travel, and what of a tensor dict goes with its description."""
+    """Interface: sends the objects of one group, and descriptions of tensor dicts with some of their tensors."""
 
     @abc.abstractmethod
     def send(self, group: Group, operation: str, obj: object, dst: Any, timeout: Timeout) -> None:
@@ -51,7 +51,7 @@ class Objects(abc.ABC):
 
     @abc.abstractmethod
     def broadcast(self, group: Group, operation: str, obj: object, src: Any, timeout: Timeout) -> Any:
-        """Return the object of `src`, on every rank. On `src` it is `obj` itself."""
+        """Return the object of `src` on every rank; `obj` itself on `src`."""
 
     @abc.abstractmethod
     def all_gather(self, group: Group, operation: str, obj: object, timeout: Timeout) -> list[Any]:
@@ -59,7 +59,7 @@ class Objects(abc.ABC):
 
     @abc.abstractmethod
     def scatter(self, group: Group, operation: str, objs: Any, src: Any, timeout: Timeout) -> Any:
-        """Return this rank's object of those that `src` gives, one for each rank. On `src` it is that very object."""
+        """Return this rank's object of those that `src` gives, one for each rank; the very object on `src`."""
 
     @abc.abstractmethod
     def gather(self, group: Group, operation: str, obj: object, dst: Any, timeout: Timeout) -> list[Any] | None:
@@ -67,20 +67,20 @@ class Objects(abc.ABC):
 
     @abc.abstractmethod
     def pack(self, group: Group, operation: str, obj: object, dst: int) -> Callable[[Deadline], None] | None:
-        """Pickle an object for one rank, and number it; what is returned sends it. None: it was sent at once."""
+        """Pickle and number an object for one rank; return a function that sends it, None if it was sent at once."""
 
     # Dicts that hold nothing but what the native module describes by itself.
 
     def send_plain(self, group: Group, tree: object, dst: Any, timeout: Timeout) -> bool:
-        """Send such a dict; False, with nothing sent, where it is none."""
+        """Send a plain dict; return False, with nothing sent, for another one."""
         return False
 
     def recv_plain(self, group: Group, src: Any, timeout: Timeout) -> dict[Any, Any] | None:
-        """Return the dict that came, if it is such a one; else None, and it is still to be received."""
+        """Receive a plain dict; return None if the next one is not plain: it is still to be received."""
         return None
 
     def broadcast_plain(self, group: Group, tree: object, src: Any, timeout: Timeout) -> bool:
-        """Do the part of `src` with such a dict; False, with nothing sent, where it is none or this rank is not `src`."""
+        """Broadcast a plain dict on `src`; return False, with nothing sent, for another dict or another rank."""
         return False
 
     # Dicts, taken apart. `operation` is in every case that of the caller.
@@ -89,11 +89,11 @@ class Objects(abc.ABC):
     def pack_dict(
         self, group: Group, operation: str, entries: Sequence[Entry], tensors: Sequence[torch.Tensor], dst: int
     ) -> tuple[frozenset[int], Callable[[Deadline], None]]:
-        """Return which tensors go with the description, and what sends both."""
+        """Return the indices of the tensors that are sent with the description, and a function that sends both."""
 
     @abc.abstractmethod
     def recv_dict(self, group: Group, operation: str, src: int, deadline: Deadline) -> tuple[list[Entry], dict[int, torch.Tensor]]:
-        """Return the description, and the tensors that came with it as 1-D tensors, by their place among all."""
+        """Return the description, and the tensors that came with it as 1-D tensors, by index among all."""
 
     @abc.abstractmethod
     def broadcast_dict(
@@ -105,13 +105,13 @@ class Objects(abc.ABC):
         src: int,
         timeout: Timeout,
     ) -> tuple[list[Entry], Mapping[int, torch.Tensor]] | dict[Any, Any]:
-        """Broadcast a description and the tensors that go with it; `entries` and `tensors` are None and empty elsewhere than on `src`.
+        """Broadcast a description and tensors that are sent with it; `entries` and `tensors` are None and empty elsewhere than on `src`.
 
         Return both; or the dict itself, where `src` sent it by `broadcast_plain`.
         """
 
     def join(self, timeout: float) -> None:  # noqa: B027 - only where threads are left behind
-        """Wait for the threads of receives that were left behind, after the group was closed."""
+        """Wait for the threads of pending receives, after the group was closed."""
 
 
 class NetworkObjects(Objects):
@@ -119,9 +119,9 @@ class NetworkObjects(Objects):
 
     def __init__(self, state: GroupState) -> None:
         self._state = state
-        # Receives that a caller's deadline left behind, by tag and source.
+        # Receives pending after their caller's deadline, by tag and source.
         self._late: dict[tuple[int, int], tuple[Background, bytearray]] = {}
-        # The comparisons of broadcasts that a caller's deadline left behind, by tag.
+        # Comparisons of broadcasts pending after their caller's deadline, by tag.
         self._comparing: dict[int, Background] = {}
 
     def send(self, group: Group, operation: str, obj: object, dst: Any, timeout: Timeout) -> None:
@@ -138,7 +138,7 @@ class NetworkObjects(Objects):
             state.uncount(key)
             raise
         tags = make_tag(OBJECT, number), make_tag(OBJECT_REST, number)
-        return lambda deadline: self._post(group, operation, {dst: frame}, *tags, deadline)
+        return lambda deadline: self._send_frames(group, operation, {dst: frame}, *tags, deadline)
 
     def recv(self, group: Group, operation: str, src: Any, timeout: Timeout) -> Any:
         deadline, src = _begin_message(group, operation, src, "src", timeout)
@@ -185,14 +185,14 @@ class NetworkObjects(Objects):
     def _give(
         self, group: Group, operation: str, src: int, sequence: int, deadline: Deadline, frames: Callable[[], Mapping[int, bytes]]
     ) -> bool:
-        """Do the part of `src` in a collective in which it gives every other rank a frame; False elsewhere."""
+        """Send every other rank its frame, on `src`; return False elsewhere."""
         if group.rank_in_group != src:
             return False
         state = self._state
         try:
             made = frames()
         except (TypeError, ValueError):
-            # The others wait for this call's object: the next one is theirs.
+            # The others wait for this call's object, and get that of the next call.
             state.uncount_collective()
             raise
         if group.world_size == 1:
@@ -202,11 +202,11 @@ class NetworkObjects(Objects):
             call = Call(group.name, operation, state.members, sequence)
             perform(group, operation, sequence, what, deadline, lambda: comparison.compare(call, what, deadline))
         tag, rest = make_tag(COLLECTIVE, sequence, what), make_tag(OBJECT_REST, sequence, "broadcast")
-        self._post(group, operation, made, tag, rest, deadline, sequence)
+        self._send_frames(group, operation, made, tag, rest, deadline, sequence)
         return True
 
     def _get(self, group: Group, operation: str, src: int, sequence: int, deadline: Deadline, context: str) -> Any:
-        """Do the part of another rank than `src`; the object that came."""
+        """Receive the frame of `src` on another rank; return its object."""
         state = self._state
         what = f"{operation}(src={src})"
         tag, rest = make_tag(COLLECTIVE, sequence, what), make_tag(OBJECT_REST, sequence, "broadcast")
@@ -220,14 +220,14 @@ class NetworkObjects(Objects):
         return self._decode(received, context)
 
     def _compared(self, group: Group, operation: str, sequence: int, what: str, tag: int, deadline: Deadline) -> bool:
-        """Compare this call with those of the peers, once; False if not all of them came in time, so that the next call goes on."""
+        """Compare this call with those of the peers, once; False if not all came in time: the next call goes on waiting."""
         comparison, call = self._state.comparison, Call(group.name, operation, self._state.members, sequence)
         assert comparison is not None
 
         def act() -> bool:
             if tag not in self._comparing:
                 at = call_site()
-                # The caller's own deadline is kept here, and not in the background.
+                # The deadline is enforced by the wait below, and not by the thread.
                 self._comparing[tag] = Background(lambda: comparison.compare(call, what, Deadline.after(LONGEST), at=at))
             return self._comparing[tag].wait(deadline.left())
 
@@ -295,7 +295,7 @@ class NetworkObjects(Objects):
         network = self._state.network
         assert network is not None
         try:
-            return wire.encode(obj, key=network.key, context=f"{self._state.members.ident} {context}".encode())
+            return wire.encode(obj, key=network.key, context=f"{self._state.members.uid} {context}".encode())
         except ValueError as error:
             raise explain(BadArgument(str(error)), group, operation, self._state.sequence) from error
         except Exception as error:
@@ -304,9 +304,9 @@ class NetworkObjects(Objects):
     def _decode(self, frame: memoryview, context: str) -> Any:
         network = self._state.network
         assert network is not None
-        return wire.decode(frame, key=network.key, context=f"{self._state.members.ident} {context}".encode())
+        return wire.decode(frame, key=network.key, context=f"{self._state.members.uid} {context}".encode())
 
-    def _post(
+    def _send_frames(
         self,
         group: Group,
         operation: str,
@@ -351,7 +351,7 @@ class NetworkObjects(Objects):
                 raise wire.WireError(f"{where}: rank {src} in the group announced an object of {length} bytes")
             whole, staging = _buffer(length)
             whole[:_INLINE] = memoryview(block)[_LENGTH.size :]
-            # The sender is at it: from here on a pause is a failure of the group, and not only of this receive.
+            # The sender has begun: from here on a timeout is a failure of the group, and not only of this receive.
             left = deadline.at_least(self._state.timeouts.host)
             transport.exchange([], [(staging[_INLINE:], src)], tag=rest, deadline=left)
             return memoryview(whole)
@@ -377,7 +377,7 @@ def _others(group: Group) -> list[int]:
 
 
 def _split(frame: bytes) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the block that announces a frame, and what does not fit into it."""
+    """Return the block that announces a frame, and the rest that does not fit into it."""
     block = torch.zeros(_BLOCK, dtype=torch.uint8)
     head = _LENGTH.pack(len(frame)) + frame[:_INLINE]
     block[: len(head)] = _tensor(head)
@@ -442,7 +442,7 @@ def checked_peer(group: Group, operation: str, value: Any, name: str, sequence: 
 def refuse_object(group: Group, operation: str, obj: object, error: Exception) -> TypeError:
     """Return the error for an object that could not be pickled."""
     # pickle raises AttributeError for a local function, PicklingError for others, and whatever an object's own __reduce__ raises.
-    # TypeErrors are our own, of what is no plain data, or pickle's of what never can be: they say it all.
+    # TypeErrors are complete: our own of data that is not plain, or pickle's of an object that can never be pickled.
     what = f"{error}" if isinstance(error, TypeError) else f"cannot pickle a {type(obj).__name__}: {type(error).__name__}: {error}"
     return TypeError(f"{Call(group.name, operation, group._state.members, group._state.sequence).where}: {what}. Nothing was sent.")
 

@@ -1,7 +1,7 @@
 """Python objects and tensor dicts between the ranks of one host, through the memory that they share.
 
 An object is one record: a pickle and the large buffers in it. A tensor dict is one record, too: the pickled description, then the memory of
-each host tensor. What arrives lies in memory of its own, writable, and is not touched by later messages.
+each host tensor. A received object or tensor has memory of its own, writable, which later messages do not touch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 import torch
 
 from commgraph.communicators.base import CallsDiffer, Communicator, FastPath
-from commgraph.communicators.memory import is_packed
+from commgraph.communicators.memory import is_dense
 from commgraph.communicators.tags import COLLECTIVE, digest, make_tag, tag_of
 from commgraph.coordinator.checks import BadArgument
 from commgraph.coordinator.failures import EXPECTED, Call
@@ -39,12 +39,12 @@ from commgraph.shm.stopped import TIMEOUT, Stopped
 
 __all__ = ["ShmObjects", "objects_of"]
 
-# Objects of `scatter_object` that have so many bytes together are read by every rank, which is cheaper than a step of its own.
+# Most bytes of all objects of a `scatter_object` that are put for all: every rank reading all is cheaper then than a second step.
 _INLINE_BYTES = 16 << 10
 
 
 def objects_of(state: GroupState) -> Objects:
-    """Return how the objects of a group travel."""
+    """Return the implementation of `Objects` for a group."""
     strategy, fast, mailbox = state.detecting, state.detects, state.mailbox
     if strategy is None or fast is None or mailbox is None:
         return NetworkObjects(state)
@@ -94,12 +94,12 @@ class ShmObjects(Objects):
         return loads(parts[0], parts[1:])
 
     def all_gather(self, group: Group, operation: str, obj: object, timeout: Timeout) -> list[Any]:
-        # Each rank puts its own for all, and reads those of all. Nobody reads before it has put its own, so one that does not fit into its
-        # ring only tells its sizes there, and follows as a tensor.
+        # Each rank puts its record for all, then reads those of all. As nobody reads before it has put its own, a record that does not fit
+        # into its ring is replaced by its sizes, and follows as a tensor.
         mailbox = self._open(group)
         n, me = group.world_size, group.rank_in_group
         sequence, timeout_ns = self._begin(group, operation, timeout)
-        meta, posted = self._number(operation, sequence, None)
+        meta, call_id = self._number(operation, sequence, None)
         parts = self._dumps(group, operation, obj)
         # A small object is one part, of bytes.
         if len(parts) == 1 and type(parts[0]) is bytes and len(parts[0]) <= mailbox.room:
@@ -111,11 +111,11 @@ class ShmObjects(Objects):
         found: dict[int, list[Any]] = {}
         later: dict[int, list[int]] = {} if fits else {me: sizes}
         try:
-            mailbox.broadcast(OBJECT if fits else SIZES, meta, record, timeout_ns, posted)
+            mailbox.broadcast(OBJECT if fits else SIZES, meta, record, timeout_ns, call_id)
             for src in range(n):
                 if src == me:
                     continue
-                kind, number, got = mailbox.receive_broadcast(src, timeout_ns, posted)
+                kind, number, got = mailbox.receive_broadcast(src, timeout_ns, call_id)
                 if number != meta or kind not in (OBJECT, SIZES):
                     raise CallsDiffer(src)
                 if kind == OBJECT:
@@ -137,17 +137,17 @@ class ShmObjects(Objects):
                 return None
         except BaseException as error:
             self._stop(group, operation, self._timeout_ns, error)
-        # The object may change before its turn comes.
+        # The object may change before the lane sends it.
         kept = tuple([part if type(part) is bytes else bytearray(part) for part in parts])
 
-        def post(deadline: Deadline) -> None:
+        def send(deadline: Deadline) -> None:
             timeout_ns = deadline.left_ns()
             try:
                 self._open(group).send(dst, OBJECT, 0, kept, timeout_ns)
             except BaseException as error:
                 self._stop(group, operation, timeout_ns, error)
 
-        return post
+        return send
 
     def scatter(self, group: Group, operation: str, objs: Any, src: Any, timeout: Timeout) -> Any:
         # `src` puts all objects for all, if they are small; else their sizes, and they follow as tensors.
@@ -167,7 +167,7 @@ class ShmObjects(Objects):
 
         def make() -> tuple[Any, ...]:
             given[:] = checked_objects(group, operation, objs, sequence)
-            # Its own object stays where it is.
+            # This rank's own object is not pickled.
             pieces[:] = [() if rank == me else self._dumps(group, operation, one) for rank, one in enumerate(given)]
             sizes = [[memoryview(part).nbytes for part in parts] for parts in pieces]
             inline = sum(map(sum, sizes)) <= _INLINE_BYTES
@@ -251,7 +251,7 @@ class ShmObjects(Objects):
 
     def recv_plain(self, group: Group, src: Any, timeout: Timeout) -> dict[Any, Any] | None:
         mailbox = self._open(group)
-        if timeout is not None or not self._is_free(mailbox, src, outgoing=False) or mailbox.has_aside(src, DICT):
+        if timeout is not None or not self._is_free(mailbox, src, outgoing=False) or mailbox.has_unexpected(src, DICT):
             return None
         try:
             found, meta, parts = mailbox.receive_any(src, self._timeout_ns)
@@ -259,7 +259,7 @@ class ShmObjects(Objects):
             self._stop(group, "recv_tensor_dict", self._timeout_ns, error, awaited=src)
         tree = mailbox.unpack(parts) if found == DICT else None
         if tree is None:
-            mailbox.lay_aside(src, found, meta, parts)
+            mailbox.keep_unexpected(src, found, meta, parts)
         return tree
 
     def broadcast_plain(self, group: Group, tree: object, src: Any, timeout: Timeout) -> bool:
@@ -269,9 +269,9 @@ class ShmObjects(Objects):
         if state.pending.lanes and not state.pending.is_idle(None):
             return False
         sequence, timeout_ns = self._begin(group, "broadcast_tensor_dict", None)
-        meta, posted = self._number("broadcast_tensor_dict", sequence, src)
+        meta, call_id = self._number("broadcast_tensor_dict", sequence, src)
         try:
-            if mailbox.native.put_dict(mailbox.mine, tree, meta, timeout_ns, posted):
+            if mailbox.native.put_dict(mailbox.mine, tree, meta, timeout_ns, call_id):
                 return True
         except BaseException as error:
             self._stop(group, "broadcast_tensor_dict", timeout_ns, error, sequence=sequence, take_back=True)
@@ -286,14 +286,14 @@ class ShmObjects(Objects):
         carried, parts = self._dict_parts(group, operation, entries, tensors)
 
         # Tensors that are sent by their addresses live as long as this can be called.
-        def post(deadline: Deadline, kept: Sequence[torch.Tensor] = tensors) -> None:
+        def send(deadline: Deadline, kept: Sequence[torch.Tensor] = tensors) -> None:
             mailbox, timeout_ns = self._open(group), deadline.left_ns()
             try:
                 mailbox.send(dst, DICT, 0, parts, timeout_ns)
             except BaseException as error:
                 self._stop(group, operation, timeout_ns, error)
 
-        return frozenset(carried), post
+        return frozenset(carried), send
 
     def recv_dict(self, group: Group, operation: str, src: int, deadline: Deadline) -> tuple[list[Entry], dict[int, torch.Tensor]]:
         mailbox, timeout_ns = self._open(group), deadline.left_ns()
@@ -335,13 +335,13 @@ class ShmObjects(Objects):
         # Whoever sends it keeps the tensors; a buffer keeps what is in it.
         return carried, (
             *described,
-            *[(x.data_ptr(), x.nbytes) if is_packed(x) else buffer_of(x) for x in map(tensors.__getitem__, carried)],
+            *[(x.data_ptr(), x.nbytes) if is_dense(x) else buffer_of(x) for x in map(tensors.__getitem__, carried)],
         )
 
-    # Beginnings and ends.
+    # Begin and end of calls.
 
     def _open(self, group: Group) -> Mailbox:
-        """Return the mailbox of a group that is open. Another thread may close it at any moment: then a call that waits ends."""
+        """Return the mailbox of a group that is open. Another thread may close it at any moment, which ends waiting calls."""
         self._state.ensure_open(group.name)
         mailbox = self._mailbox
         if mailbox is None:
@@ -349,7 +349,7 @@ class ShmObjects(Objects):
         return mailbox
 
     def _begin(self, group: Group, operation: str, timeout: Timeout) -> tuple[int, int]:
-        """Count a collective; its number, and nanoseconds that it has."""
+        """Count a collective; return its number and its deadline in nanoseconds."""
         pending = self._state.pending
         if timeout is None and not pending.lanes and pending.side_streams is None:
             return self._state.begin(group.name), self._timeout_ns
@@ -357,7 +357,7 @@ class ShmObjects(Objects):
         return sequence, deadline.left_ns()
 
     def _begin_message(self, group: Group, operation: str, peer: Any, name: str, timeout: Timeout) -> tuple[int, int]:
-        """Return the peer, and nanoseconds that the message has, after those that were begun before with that peer."""
+        """Wait for pending messages with that peer; return the peer and the deadline in nanoseconds."""
         if type(peer) is not int or not 0 <= peer < group.world_size or peer == group.rank_in_group:
             peer = checked_peer(group, operation, peer, name, self._state.sequence, other=True)
         if timeout is None and not self._state.pending.lanes:
@@ -367,7 +367,7 @@ class ShmObjects(Objects):
         return peer, deadline.left_ns()
 
     def _is_free(self, mailbox: Mailbox, peer: Any, *, outgoing: bool) -> bool:
-        """Whether that is a peer with whom nothing is under way."""
+        """Whether `peer` is another rank and no message with it is pending."""
         if type(peer) is not int or peer not in mailbox.outgoing:
             return False
         return not self._state.pending.lanes or self._state.pending.is_free(peer, outgoing)
@@ -375,22 +375,22 @@ class ShmObjects(Objects):
     def _put(
         self, group: Group, operation: str, mailbox: Mailbox, kind: int, make: Callable[[], tuple[Any, ...]], sequence: int, timeout_ns: int
     ) -> None:
-        meta, posted = self._number(operation, sequence, group.rank_in_group)
+        meta, call_id = self._number(operation, sequence, group.rank_in_group)
         try:
             parts = make()
         except BaseException:
-            # The others wait for this call's record: the next one is theirs.
+            # The others wait for this call's record, and get that of the next call.
             self._state.uncount_collective()
             raise
         try:
-            mailbox.broadcast(kind, meta, parts, timeout_ns, posted)
+            mailbox.broadcast(kind, meta, parts, timeout_ns, call_id)
         except BaseException as error:
             self._stop(group, operation, timeout_ns, error, sequence=sequence, take_back=True)
 
     def _get(self, group: Group, operation: str, mailbox: Mailbox, src: int, kind: int, sequence: int, timeout_ns: int) -> list[Any]:
-        meta, posted = self._number(operation, sequence, src)
+        meta, call_id = self._number(operation, sequence, src)
         try:
-            found, number, parts = mailbox.receive_broadcast(src, timeout_ns, posted)
+            found, number, parts = mailbox.receive_broadcast(src, timeout_ns, call_id)
             if found != kind or number != meta:
                 raise CallsDiffer(src)
         except BaseException as error:
@@ -398,7 +398,7 @@ class ShmObjects(Objects):
         return parts
 
     def _number(self, operation: str, sequence: int, src: int | None) -> tuple[int, int]:
-        """Return the meta of a record for all, and what the seat says while this rank waits (native/team.h). `src`: who gives it."""
+        """Return the meta of a record for all, and the call id that peers read while this rank waits (native/team.h). `src`: its writer."""
         key = operation, src
         hashed = self._digests.get(key)
         if hashed is None:
@@ -430,14 +430,14 @@ class ShmObjects(Objects):
         awaited: int | None = None,
         take_back: bool = False,
     ) -> NoReturn:
-        """Raise the public error for what ended a record.
+        """Raise the public error of a failed record.
 
         Args:
             group, operation, timeout_ns: of the call.
-            error: what ended it.
+            error: that of the native module.
             sequence: of a collective.
-            awaited: whose record was waited for, so that a deadline is no failure of the group.
-            take_back: whether a call that its deadline or a signal's handler has ended is still to come.
+            awaited: rank whose record was waited for, where a timeout does not break the group.
+            take_back: whether a call that a deadline or a signal handler has ended is uncounted, as it can be made again.
         """
         state = self._state
         seconds = timeout_ns * 1e-9
@@ -449,7 +449,7 @@ class ShmObjects(Objects):
             if isinstance(ended, EXPECTED):
                 state.failures.end(Call(group.name, operation, state.members, number), f"{operation}(...)", seconds, ended)
             if isinstance(error, Exception) and state.is_closed:
-                # The mailbox has let go of what another thread was on its way into.
+                # Another thread has closed the mailbox during this call.
                 where = Call(group.name, operation, state.members, number).where
                 raise ContextClosedError(f"{where}: its context was closed during the call") from None
             raise error
@@ -461,7 +461,7 @@ class ShmObjects(Objects):
             del error  # whose traceback holds this frame
 
     def join(self, timeout: float) -> None:
-        # There is no thread to be waited for; the memory of the rings goes with their last reference.
+        # There is no thread to wait for; the rings' memory is unmapped with their last reference.
         self._mailbox = None
 
 

@@ -1,9 +1,9 @@
-"""What an operation is, and the paths on which one is run.
+"""The base class of operations, and the paths on which one is run.
 
 An operation is a class with class methods only: its checks, its text, how a strategy serves it, what it gives for fake tensors, its
 derivative. `run` chooses the path: through its torch operator where torch traces, recorded for autograd where a gradient is wanted, else
-straight to the strategy. `perform` is the one place where an operation of any kind, messages and objects included, meets its peers: it
-turns a failure into the public error, and a recorder that is to see every operation stands there (and in the callback of native calls).
+straight to the strategy. `perform` calls the strategy for an operation of every kind, messages and objects included, and turns a
+failure into the public error. A recorder that is to see every operation goes there (and in the callback of native calls).
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Operation:
 
     @classmethod
     def watched(cls, *args: Any) -> Sequence[Any]:
-        """Return the arguments that torch may want to look at."""
+        """Return the arguments that may be fake tensors, tensor subclasses or require a gradient."""
         return args[:1]
 
     @classmethod
@@ -137,7 +137,7 @@ class Operation:
 
     @classmethod
     def traced(cls, group: Group, *args: Any) -> Any:
-        """Return the result by way of `call`. torch.compile reads this in place of the eager paths: it holds what has to be in a graph."""
+        """Return the result of `call`. torch.compile traces this instead of the eager paths."""
         return args[0] if group.world_size == 1 else cls.call(group, *args)
 
     @classmethod
@@ -165,8 +165,8 @@ class Operation:
         raise NotImplementedError(cls)
 
     @classmethod
-    def keep(cls, node: Any, x: torch.Tensor, group: Any, args: Sequence[Any], output: Any) -> None:
-        """Note what the derivative needs, beside `node.group`, `node.args` and `node.token`."""
+    def save_for_backward(cls, node: Any, x: torch.Tensor, group: Any, args: Sequence[Any], output: Any) -> None:
+        """Save tensors and shapes that `gradient` needs on `node`, beside `node.group`, `node.args` and `node.token`."""
 
     @classmethod
     def gradient(cls, node: Any, grad: Any) -> Any:
@@ -181,7 +181,7 @@ class Recorded(Function):
     def forward(node: Any, x: torch.Tensor, operation: type[Operation], group: Group, args: tuple[Any, ...]) -> Any:
         node.operation, node.group, node.args, node.token = operation, group, args, group._token
         y = run_directly(operation, group, (x, *args))
-        operation.keep(node, x, group, args, y)
+        operation.save_for_backward(node, x, group, args, y)
         return y
 
     @staticmethod
@@ -228,7 +228,7 @@ def records(group: Place, *tensors: Any) -> bool:
 
 
 def refuse_timeout(timeout: Any) -> None:
-    """Refuse a deadline where an operator has no place for it."""
+    """Refuse a deadline for a call through its operator, which has no such argument."""
     if timeout is not None:
         raise ValueError(
             "timeout= cannot go with a call that is traced or that wants a gradient: such calls have the deadline of the options "
@@ -237,7 +237,7 @@ def refuse_timeout(timeout: Any) -> None:
 
 
 def run(operation: type[Operation], group: Group, args: tuple[Any, ...], timeout: Timeout = None) -> Any:
-    """Run an operation on the way that its tensors need."""
+    """Run an operation on the path that its tensors need: traced, recorded for autograd, or directly."""
     if is_dynamo_compiling():
         refuse_timeout(timeout)
         return operation.traced(group, *args)
@@ -311,7 +311,7 @@ def perform(group: Group, operation: str, sequence: int, what: str, deadline: De
     except Exception:
         if not group._state.failures.closed:
             raise
-        # A strategy has let go of what another thread was on its way into.
+        # Another thread has closed the strategy during this call.
         where = Call(group.name, operation, group._state.members, sequence).where
         raise ContextClosedError(f"{where}: its context was closed during the call") from None
 
@@ -395,7 +395,7 @@ def raise_native(error: BaseException, operation: type[Operation], group: Group,
 
 
 class Describe:
-    """Gives the native calls the digest of a call's text. It holds a rank's place, and no coordinator, which holds the native calls."""
+    """Gives the native calls the digest of a call's text. Refers to no coordinator, which refers to the native calls: no cycle."""
 
     __slots__ = ("device", "operations", "rank_in_group", "world_size")
 

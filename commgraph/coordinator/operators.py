@@ -50,7 +50,7 @@ def declare_operators() -> Sequence[Any]:
 
 
 def _declare(operation: type[Operation]) -> Any:
-    # The place of the group among the operator's arguments: that of a message or barrier without an input comes first.
+    # Whether the group is the first argument: of messages and barriers, which have no input; else the second.
     first = operation.schema[operation.schema.index("(") + 1 :].startswith("Group ")
 
     def parts(inputs: Sequence[Any]) -> tuple[Any, Any, tuple[Any, ...]]:
@@ -66,13 +66,13 @@ def _declare(operation: type[Operation]) -> Any:
         except BadArgument as error:
             raise explain(error, real, operation.name, real._state.sequence) from None
 
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # torch passes them by these names
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # torch passes them by these names
         x, ctx.group, ctx.args = parts(inputs)
         ctx.token = inputs[-1] if operation.ordered else None
-        operation.keep(ctx, x, ctx.group, ctx.args, output)
+        operation.save_for_backward(ctx, x, ctx.group, ctx.args, output)
 
     gradient: Callable[..., Any] | None = operation.gradient if _has_gradient(operation) else None
-    operation.operator = declare(operation.schema, operation.kernel, fake, keep=keep, gradient=gradient)
+    operation.operator = declare(operation.schema, operation.kernel, fake, setup_context=setup_context, gradient=gradient)
     return operation.operator
 
 

@@ -1,4 +1,4 @@
-"""Comparison of calls where `CommunicatorOptions.check` is set: what ranks tell each other before a call, and what they learn from it."""
+"""Comparison of calls where `CommunicatorOptions.check` is set: ranks exchange texts before a call, and raise where they differ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from commgraph.errors import CollectiveMismatchError
 
 __all__ = ["Comparison", "check_text", "differences"]
 
-# Bytes of a message in which a rank tells a peer what it calls, and of the place in the code at its end.
+# Bytes of the message with which a rank describes its call to a peer, and of the call site at its end.
 _CHECK_BYTES = 512
 _SITE_BYTES = 200
 _ONE_ORDER = (
@@ -28,7 +28,7 @@ class Comparison:
     """Compares the calls of one group."""
 
     def __init__(self, members: Members, transport: GlooTransport, order: DeviceOrder | None) -> None:
-        """`order`: one for all groups of the world, in which calls that are only enqueued on a device are compared."""
+        """`order`: compares stream-ordered calls, in one order for all groups of the world."""
         self._members = members
         self._transport = transport
         self._order = order
@@ -43,13 +43,13 @@ class Comparison:
         at: str | None = None,
         on_device: bool = False,
     ) -> None:
-        """Tell every rank what this one calls; all raise alike where the calls differ.
+        """Exchange the text of this call with every rank; all raise alike where the texts differ.
 
         Args:
             call, what, deadline: of the call.
             pair_sizes: elements that go to and come from each rank, where they are not in `what`.
-            at: place of the call in the user's code; None finds it.
-            on_device: whether the call is only enqueued on a device.
+            at: call site; None finds it.
+            on_device: whether the call is stream-ordered.
 
         Raises:
             CollectiveMismatchError: the ranks called different things, in words.
@@ -58,7 +58,7 @@ class Comparison:
         members, order = self._members, self._order if on_device else None
         n, me = members.world_size, members.rank_in_group
         if order is not None:
-            what = f"{what} in group {members.ident}"
+            what = f"{what} in group {members.uid}"
         site = call_site() if at is None else at
         mine = [check_text(call.sequence, sizes, what, site) for sizes in pair_sizes or [(0, 0)] * n]
         others = [(me + i) % n for i in range(1, n)]
@@ -74,13 +74,13 @@ class Comparison:
 
 
 def check_text(sequence: int, sizes: tuple[int, int], what: str, at: str) -> torch.Tensor:
-    """Return what a rank tells a peer; a long text is cut, with a digest in the place of what was cut off.
+    """Return the text of a call for a peer; a long one is cut, and ends in a digest of the rest.
 
     Args:
         sequence: number of the call in its group.
         sizes: elements that go to the peer and come from it.
         what: the call.
-        at: place of it in the user's code.
+        at: its call site.
     """
     end = f"\0{sizes[0]}\0{sizes[1]}\0".encode() + at.encode()[-_SITE_BYTES:]
     head = f"{sequence}\0{what}".encode()
@@ -99,7 +99,7 @@ def differences(
     """Return how the calls do not fit together, in words; empty where they do.
 
     Args:
-        texts: by rank in the group what it told this one.
+        texts: of every rank of the group, as this one received them.
         ranks: global ranks.
         me: this rank in the group.
         pair_sizes: elements that go from here to each rank and come from it, where they are not in the calls themselves.

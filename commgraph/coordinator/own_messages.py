@@ -1,4 +1,4 @@
-"""Messages of a rank to itself: nothing is sent, what was given is kept until it is asked for."""
+"""Messages of a rank to itself: copies, kept until they are received."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["OwnMessages"]
 
 
 class OwnMessages:
-    """Of one rank of a group, by tag, in order. Several threads may wait, each for another tag."""
+    """Messages of one rank of a group to itself, by tag, in order. Several threads may wait, each for another tag."""
 
     def __init__(self, rank_in_group: int) -> None:
         self._rank_in_group = rank_in_group
@@ -57,7 +57,7 @@ class OwnMessages:
             return self._pop(tag)
 
     def close(self) -> None:
-        """Drop them, and wake whoever waits."""
+        """Drop all messages, and wake the threads that wait."""
         with self._changed:
             self._closed = True
             self._kept.clear()

@@ -19,7 +19,7 @@ __all__ = ["AllReduce", "AllReduceInPlace", "Reduce", "ReduceOnOne", "ReduceScat
 
 
 def keep_values(node: Any, op: str, x: torch.Tensor, output: torch.Tensor) -> None:
-    """Save what the derivative of a reduction needs: nothing for a sum, which is linear; else where the result came from."""
+    """Save tensors for the derivative of a reduction: none for a sum, which is linear; else input and result."""
     node.linear = op in ("sum", "avg")
     node.op = op
     node.save_for_backward(*(() if node.linear else (x, output)))
@@ -29,7 +29,7 @@ def through_reduction(node: Any, total: torch.Tensor, whole: Any) -> torch.Tenso
     """Return the gradient of a reduction's input.
 
     Args:
-        node: with what `keep_values` has saved.
+        node: of autograd, after `keep_values`.
         total: the sum over the ranks of the gradient of the result, of the input's shape.
         whole: makes a result that covers the input of one that is a piece of it.
     """
@@ -37,7 +37,7 @@ def through_reduction(node: Any, total: torch.Tensor, whole: Any) -> torch.Tenso
         return total
     x, output = node.saved_tensors
     if node.op == "product":
-        # By what the others have multiplied with: a division would not survive a zero.
+        # The product of the other ranks' values: dividing by this rank's would fail at zero.
         real = compat.real_object(node.group)
         n, me = real.world_size, real.rank_in_group
         everyone = differentiate("all_gather", node, x.unsqueeze(0), 0)
@@ -79,7 +79,7 @@ class AllReduce(Operation):
         return x.new_empty(x.shape)
 
     @classmethod
-    def keep(cls, node: Any, x: torch.Tensor, group: Any, args: Sequence[Any], output: torch.Tensor) -> None:
+    def save_for_backward(cls, node: Any, x: torch.Tensor, group: Any, args: Sequence[Any], output: torch.Tensor) -> None:
         keep_values(node, args[0], x, output)
 
     @classmethod
@@ -161,7 +161,7 @@ class Reduce(Operation):
 class ReduceOnOne(Operation):
     """The sum of every rank's tensor on one rank, zeros elsewhere: the derivative of a broadcast.
 
-    In one operator, because those who get zeros must not be able to leave it out.
+    One operator for all ranks: the compiler must not drop it on those that get zeros.
     """
 
     name = "reduce_on_one"
@@ -260,7 +260,7 @@ class ReduceScatter(Operation):
         return x.new_empty(checks.resized(x, dim, checks.even(place, x, dim)[0]))
 
     @classmethod
-    def keep(cls, node: Any, x: torch.Tensor, group: Any, args: Sequence[Any], output: torch.Tensor) -> None:
+    def save_for_backward(cls, node: Any, x: torch.Tensor, group: Any, args: Sequence[Any], output: torch.Tensor) -> None:
         keep_values(node, args[1], x, output)
 
     @classmethod
@@ -308,7 +308,7 @@ class ReduceScatterV(ReduceScatter):
         return x.new_empty(checks.resized(x, dim, checks.split(place, x, dim, sizes)[place.rank_in_group]))
 
     @classmethod
-    def keep(cls, node: Any, x: torch.Tensor, group: Any, args: Sequence[Any], output: torch.Tensor) -> None:
+    def save_for_backward(cls, node: Any, x: torch.Tensor, group: Any, args: Sequence[Any], output: torch.Tensor) -> None:
         keep_values(node, args[2], x, output)
 
     @classmethod

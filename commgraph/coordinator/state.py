@@ -1,4 +1,4 @@
-"""What the coordinators over the same ranks share: their members, the live strategies and which of them serves a call, and counts."""
+"""`GroupState`: shared by the coordinators over the same ranks. Members, live strategies and which of them serves a call, counters."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Strategies:
     """The live strategies of one group, first choice first, and which of them serves a call."""
 
     def __init__(self, members: Members, communicators: Sequence[Communicator] = (), refused: Sequence[Refused] = ()) -> None:
-        """`refused`: those that the group could have had, and why it has not. Both are empty for one rank."""
+        """`refused`: strategies that the group does not have, with the reasons. Both are empty for one rank."""
         self.members = members
         self.communicators = tuple(communicators)
         self.refused = tuple(refused)
@@ -84,23 +84,23 @@ class Strategies:
                 return communicator
         if capturing:
             raise UnsupportedTensorError(
-                f"{operation} in group {self.members.ident} (rank {self.members.rank}): a graph is being captured, and of its "
+                f"{operation} in group {self.members.uid} (rank {self.members.rank}): a graph is being captured, and of its "
                 f"strategies {', '.join(c.name for c in self.communicators)} none that can be captured serves {dtype} {tuple(shape)} on "
                 f"{device}. Nothing was sent.",
                 operation=operation,
                 rank=self.members.rank,
             )
         raise RuntimeError(
-            f"no strategy of group {self.members.ident} serves {operation} of {dtype} on {device}: the platform's chain is incomplete"
+            f"no strategy of group {self.members.uid} serves {operation} of {dtype} on {device}: the platform's chain is incomplete"
         )
 
     def fast(self) -> FastPath | None:
-        """Return the fast path that passes the choice of a strategy: that of the first one that serves the host."""
+        """Return the fast path that bypasses `route`: that of the first strategy that serves the host."""
         first = next((c for c in self.communicators if c.serves_host), None)
         return None if first is None else first.fast
 
     def by_fast_path(self) -> tuple[Communicator | None, FastPath | None]:
-        """Return the strategy whose calls find out by themselves that ranks called different things, and its fast path."""
+        """Return the strategy that detects mismatched calls itself, and its fast path."""
         found = next((c for c in self.communicators if c.fast is not None), None)
         return found, None if found is None else found.fast
 
@@ -145,10 +145,10 @@ class GroupState:
             network: that connects it; None for one rank.
             timeouts: default deadlines.
             check: compare every call with the peers'.
-            experts: how many there are, where rows go only to the ranks whose experts they need.
+            experts: number of experts, where `dispatch` is routed; else None.
             device: of this rank.
-            streams: of that device; None where its calls are made and not enqueued.
-            order: in which calls that are only enqueued are compared with the peers', whatever group they are of.
+            streams: of that device; None where calls are not stream-ordered.
+            order: of the world's device; with `check` stream-ordered calls of all groups are compared in it.
             rebuild: makes a state of the same ranks with communicators of their own, for a sibling of the given name. Collective.
         """
         self.members = members
@@ -159,35 +159,35 @@ class GroupState:
         self.rebuild = rebuild
         strategies.streams, strategies.device = streams, device
         self.detecting, self.detects = strategies.by_fast_path()
-        # Calls may pass the choice of a strategy where there is none to make, and comparison with the peers where none is asked for.
+        # Fast calls bypass the choice of a strategy and the comparison with the peers.
         self.fast = None if check else strategies.fast()
-        # Whoever puts a record for all does not wait for anybody, and so could not learn of a mismatch at once, as `check` promises.
+        # A rank that puts a record for all does not wait, and could not raise for a mismatch at once, as `check` promises.
         self.mailbox = self.detects.mailbox if self.detects is not None and not check else None
         self.counter: Any = _Counter() if self.detects is None else self.detects.counter
         self.comparison = Comparison(members, network.transport, order) if check and network is not None else None
         side_streams = None if streams is None else SideStreams(streams)
-        self.pending = Pending(members.ident, side_streams, None if self.detects is None else self.detects.pause)
+        self.pending = Pending(members.uid, side_streams, None if self.detects is None else self.detects.pause)
         self.own_messages = OwnMessages(members.rank_in_group)
-        # From whom the last receive from any rank was served.
+        # Source of the last message that was received from any rank.
         self.served = members.rank_in_group
         self.failures = Failures(members, None if network is None else network.store, self._abort, self.detects)
         self.torch_groups = TorchGroups(self)
-        # `commgraph.coordinator.native_messages.NativeMessages`, where there are such.
+        # A `commgraph.coordinator.native_messages.NativeMessages`, or None.
         self.native_messages: Any = None
         self._order = order
         self._open: set[str] = set()
         self._counts: dict[Any, int] = {}
         self._lock = threading.Lock()
 
-    # Who and how many.
+    # Streams and counters.
 
     @property
     def side_streams(self) -> SideStreams | None:
-        """The streams of calls with device tensors that nobody waits for."""
+        """The side streams of pending calls with device tensors."""
         return self.pending.side_streams
 
     def streams(self, device: torch.device) -> Streams | None:
-        """Return the streams on which calls with tensors of such a device are enqueued; None where they are made."""
+        """Return the streams on which calls with tensors of such a device are enqueued; None for the host."""
         return None if device.type != self.strategies.device.type else self.strategies.streams
 
     @property
@@ -196,7 +196,7 @@ class GroupState:
         return int(self.counter.sequence)
 
     def begin(self, name: str) -> int:
-        """Count one collective, failed ones too, so that ranks that raised stay level with each other and with nobody else."""
+        """Count one collective, also one that fails, so that ranks that all raise keep equal counts."""
         if name not in self._open or self.failures.broken is not None:
             self.ensure_open(name)
         counter = self.counter
@@ -205,7 +205,7 @@ class GroupState:
         return number
 
     def uncount_collective(self) -> None:
-        """Take the last collective's number back: it is still to come."""
+        """Take back the number of the last collective, which was not begun."""
         self.counter.sequence -= 1
 
     def count(self, key: Any) -> int:
@@ -219,10 +219,10 @@ class GroupState:
         return self._counts.get(key, 0)
 
     def uncount(self, key: Any) -> None:
-        """Take the last number back: its message is still awaited."""
+        """Take back the last number: its message was not received yet."""
         self._counts[key] -= 1
 
-    # Life.
+    # Lifetime.
 
     def ensure_open(self, name: str) -> None:
         """Raise where the coordinator of that name was closed or the group is broken."""

@@ -1,4 +1,4 @@
-"""Dictionaries with tensors in them, taken apart for the way: a description that travels as an object, and the tensors."""
+"""Dictionaries with tensors in them, split for sending: a description that is sent as an object, and the tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import torch
 
-__all__ = ["Entry", "Plan", "join_dict", "places", "split_dict"]
+__all__ = ["Entry", "Plan", "join_dict", "result_tensors", "split_dict"]
 
 # An entry of the description: path of keys, then ("o", value), ("d",) for an empty dict, or ("t", dtype, shape, on the host?).
 Entry = tuple[tuple[Any, ...], tuple[Any, ...]]
@@ -58,13 +58,13 @@ def join_dict(entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> dict
     return tree
 
 
-def places(entries: Sequence[Entry], device: torch.device, carried: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
-    """Return a tensor for each one of the description: the one that came with it, else one to fill, on the host or on `device` as it was.
+def result_tensors(entries: Sequence[Entry], device: torch.device, carried: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
+    """Return a tensor for each one of the description: that of `carried`, else an empty one, on the host or on `device` as it was.
 
     Args:
         entries: the description.
         device: of tensors that were not on the host.
-        carried: tensors that are there already, 1-D, by their place among all.
+        carried: tensors that came with the description, 1-D, by index among all.
     """
     described = [what for _, what in entries if what[0] == "t"]
     return [
@@ -77,9 +77,9 @@ def places(entries: Sequence[Entry], device: torch.device, carried: Mapping[int,
 
 @attrs.frozen
 class Plan:
-    """Which tensors of a dict travel as one slice per rank of an all-gather group.
+    """Which tensors of a dict are sent as one slice per rank of an all-gather group.
 
-    The same on both sides, from the description alone: the sender's rank i of the group sends slice i, its counterpart gathers.
+    Sender and receiver derive equal plans from the description alone: the sender's rank i of the group sends slice i, the receivers gather.
 
     Attributes:
         world_size: ranks of the all-gather group; 1 sends everything whole.
@@ -107,7 +107,7 @@ class Plan:
             divides = numel % self.world_size == 0
             wanted = self.override.get(key, divides)
             if wanted and not divides:
-                raise ValueError(f"all_gather_tensors[{key!r}] is True, but its {numel} entries do not divide by {self.world_size} ranks")
+                raise ValueError(f"all_gather_tensors[{key!r}] is True, but its {numel} elements do not divide by {self.world_size} ranks")
             result.append(wanted and self.world_size > 1 and numel > 0)
         return result
 

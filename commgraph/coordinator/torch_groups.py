@@ -16,7 +16,7 @@ __all__ = ["TorchGroups"]
 
 
 class _State(Protocol):
-    """What is asked of a `GroupState`."""
+    """The attributes of a `GroupState` that `TorchGroups` reads."""
 
     members: Any
     network: Any
@@ -52,7 +52,7 @@ class TorchGroups:
 
         Args:
             kind: "device" or "cpu".
-            exchange: gives a rank's number to all ranks and returns those of all.
+            exchange: sends a rank's number to all ranks and returns those of all.
         """
         group = self.cpu if kind == "cpu" else self.device
         if group is None:
@@ -64,12 +64,12 @@ class TorchGroups:
                 backend = compat.make_gloo(store, 0, 1, timedelta(seconds=self._host_timeout), compat.gloo_device(loopback=True))
                 group = compat.wrap(store, 0, 1, backend, torch.device("cpu"))
             device = "" if group is self.cpu or self.cpu is None else " device"
-            compat.enter_tables(group, f"commgraph {self._members.ident}{device}", ranks, store)
+            compat.enter_tables(group, f"commgraph {self._members.uid}{device}", ranks, store)
             self._entered.append(group)
         return group
 
     def close(self) -> None:
-        """Take them out of the tables."""
+        """Remove the groups from the tables of torch.distributed."""
         for group in self._entered:
             compat.leave_tables(group)
         self._entered = []

@@ -18,7 +18,7 @@ Progress = Callable[["Generated"], None]
 
 @attrs.define
 class Generated:
-    """What was written, and what it took.
+    """Generated tokens, and the cost of generating them.
 
     Attributes:
         tokens: without the prompt.
@@ -49,8 +49,8 @@ class Generated:
 class Engine:
     """One copy of the target on some ranks, and the draft that runs beside it on the first of them.
 
-    The ranks move in step: the driver (the group's first rank) says what comes next by `broadcast_object`, all of them run the target,
-    and its last stage says what it made of it. Ranks of another copy of the draft stand by.
+    The ranks move in step: the driver (the group's first rank) broadcasts the next step by `broadcast_object`, all of them run the target,
+    and its last stage broadcasts the result. Ranks of another copy of the draft are idle.
 
     Attributes:
         group: every rank of this engine, first stage first.
@@ -62,7 +62,7 @@ class Engine:
     draft: ShardedLlama
 
     def generate(self, prompt: Sequence[int], count: int, *, draft_length: int, progress: Progress | None = None) -> Generated:
-        """Writes `count` tokens after `prompt`: those that the target alone would write, whatever the draft proposes.
+        """Generate `count` tokens after `prompt`: those that the target alone would, whatever the draft proposes.
 
         Args:
             prompt: tokens, the same on every rank.
@@ -76,7 +76,7 @@ class Engine:
         started = time.perf_counter()
         while len(result.tokens) < count:
             guess = self._propose(tokens, draft_cache, draft_length) if self._drafts else []
-            # Who proposed and who will verify need not be the same ranks: the driver decides for all.
+            # The draft's ranks and the target's may differ: the driver decides for all.
             guess = self.group.broadcast_object(guess, src=0)
             truth = self._verify(tokens[target_cache.length :], guess, target_cache)
             agreed = next((i for i, token in enumerate(guess) if token != truth[i]), len(guess))
@@ -87,7 +87,7 @@ class Engine:
             result.accepted += agreed
             result.steps += 1
             result.seconds = time.perf_counter() - started
-            # The last token is always fed anew: its successor is what the next step asks for.
+            # The last token is fed in the next step, which computes its successor.
             target_cache.truncate(len(tokens) - 1)
             draft_cache.truncate(len(tokens) - 1)
             if progress is not None and self.group.is_first_rank:
@@ -108,7 +108,7 @@ class Engine:
         return guess
 
     def _verify(self, new: Sequence[int], guess: Sequence[int], cache: KVCache) -> list[int]:
-        """What the target itself writes after each of the guessed tokens, the first of them after `new`."""
+        """Return the target's own next token after the last one of `new` and after each of the guessed ones."""
         logits = self.target([*new, *guess], cache)
         mine = None if logits is None else logits[len(new) - 1 :].argmax(-1).tolist()
         truth: list[int] = self.group.broadcast_object(mine, src=self.group.world_size - 1)

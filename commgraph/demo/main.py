@@ -1,4 +1,4 @@
-"""The demo's command line: starts the ranks, lets them generate, and holds what they wrote against an unsharded model."""
+"""The demo's command line: starts the ranks, lets them generate, and compares their tokens with those of an unsharded model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _Arguments:
     nproc: int
 
     def layouts(self) -> tuple[cg.Layout, cg.Layout]:
-        """The target's and the draft's.
+        """Return the layouts of the target and the draft.
 
         Raises:
             ConfigurationError: sizes that cannot work, with the reason.
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo, or one rank of it where a launcher started this process.
 
     Returns:
-        0; 1 if what was written differs from what the unsharded model writes, or the ranks could not talk; 2 if the sizes cannot work.
+        0; 1 if the tokens differ from those of the unsharded model, or the ranks could not communicate; 2 if the sizes cannot work.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     first = True
@@ -119,7 +119,7 @@ def _parse(argv: Sequence[str], launched: launch.Launch) -> _Arguments:
 
 
 def _start(argv: Sequence[str], nproc: int) -> int:
-    """Starts the ranks on this machine by torch's elastic launcher, which meets at a port that it binds before it tells it."""
+    """Starts the ranks on this machine by torch's elastic launcher, which binds its port before it announces it."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -158,7 +158,7 @@ def _run(world: cg.World, arguments: _Arguments, layout: cg.Layout, draft_layout
         number = world.rank // engine.group.world_size
         prompt = arguments.prompt[number % len(arguments.prompt)]
 
-        # Both ways once before anything is timed: first calls are slow for reasons of their own.
+        # With and without the draft once before anything is timed: first calls are slow.
         for length in (0, arguments.draft_length):
             engine.generate(encode(prompt), min(_WARMUP_TOKENS, arguments.tokens), draft_length=length)
         before = _traffic(target_ctx, draft_ctx)

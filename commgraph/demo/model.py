@@ -1,4 +1,4 @@
-"""The demo's Llama, cut over tensor and pipeline parallelism: what a model looks like that was handed a `ParallelContext`.
+"""The demo's Llama, cut over tensor and pipeline parallelism: an example of a model that is given a `ParallelContext`.
 
 Shapes: T new tokens of one sequence over S = past + T positions, hidden size H, heads of size D, of which a rank holds its share.
 """
@@ -136,7 +136,7 @@ class ShardedLlama(nn.Module):
         config, tensors = load_checkpoint(path)
         model = cls(config, ctx=ctx, dtype=dtype)
         report = load_full_state_dict(model, tensors, mapping=_FUSED, strict=False)
-        # Another stage's layers are no mistake; a parameter of this one that nothing was loaded into would be.
+        # Layers of other stages are skipped; a parameter of this stage that is not in the file is an error.
         if report.missing:
             raise ConfigurationError(f"{path.name} lacks {', '.join(report.missing)}")
         return model.eval().requires_grad_(False)

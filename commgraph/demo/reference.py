@@ -116,7 +116,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then the MLP, each normalised before and added to what came in."""
+    """Attention, then the MLP, each normalised before and added to its input."""
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class Llama(nn.Module):
 
 @attrs.frozen
 class SpeculativeResult:
-    """What :func:`speculate` wrote, and how many of the draft's proposals the target took."""
+    """Tokens written by :func:`speculate`, and how many of the draft's proposals the target accepted."""
 
     tokens: list[int]
     proposed: int

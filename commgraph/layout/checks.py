@@ -1,4 +1,4 @@
-"""What the modules of this package share to look at arguments and to word what is wrong with them."""
+"""Checks of arguments, and texts of errors about them, for the modules of this package."""
 
 from __future__ import annotations
 

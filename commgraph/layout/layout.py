@@ -24,8 +24,8 @@ _AXES = ("replica", "dp", "pp", "pcp", "tp")
 class Layout:
     """Where each rank of a world sits: a grid of axes, and groups of ranks by name.
 
-    Rank numbers count through the axes ``replica, dp, pp, pcp, tp``, ``tp`` fastest. ``replica`` is what the other sizes leave: engines
-    that never talk to each other. Three groups are derived: ``world`` is everyone; ``ep`` joins dp x pcp x tp of one stage of one
+    Rank numbers count through the axes ``replica, dp, pp, pcp, tp``, ``tp`` fastest. ``replica`` is the rest after the other sizes: engines
+    that never communicate. Three groups are derived: ``world`` is everyone; ``ep`` joins dp x pcp x tp of one stage of one
     replica; ``dcp`` cuts the pcp x tp ranks of one stage, pcp fastest, into runs.
 
     Layouts are frozen, hashable and equal where world size, axes, first rank and groups (with their order) are equal, however they were

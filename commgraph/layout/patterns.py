@@ -61,7 +61,7 @@ class Pattern(abc.ABC):
 
     @abc.abstractmethod
     def content(self) -> list[object]:
-        """What the pattern is, in values that JSON can write; its part of a digest."""
+        """Return the parameters of the pattern, in values that JSON can write; part of a layout's digest."""
 
     def head(self, rank: int, limit: int) -> tuple[int, ...]:
         """The first `limit` ranks of the group of `rank`."""

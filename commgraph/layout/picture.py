@@ -1,6 +1,6 @@
 """Layouts as plain text: a picture of where ranks sit, and a table of who is grouped with whom.
 
-What is drawn is cut short with "…", so that the cost is that of the text and never that of the world.
+The text is cut short with "…", so that the cost is that of the text and never that of the world.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _caption(layout: Layout, outer: Sequence[str], down: str | None, across: str
 
 @attrs.frozen(init=False)
 class _Block:
-    """One grid of ranks: what all blocks of a picture have in common."""
+    """One grid of ranks: the format that all blocks of a picture share."""
 
     layout: Layout
     down: str | None

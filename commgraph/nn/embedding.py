@@ -1,4 +1,4 @@
-"""The vocabulary's two ends: embedding and LM head, cut by tokens.
+"""Embedding and LM head, cut by tokens.
 
 A vocabulary that tp does not divide is padded: each rank holds ``ceil(num_embeddings / tp)`` rows, the last ones zero. Padding never
 leaves the layer and gets no gradient.
@@ -78,7 +78,7 @@ class VocabParallelEmbedding(ParallelLayer):
         start, stop = self.vocab_range
         foreign = (ids < start) | (ids >= stop)
         invalid = (ids < 0) | (ids >= self.num_embeddings)
-        # Foreign ids look up row 0 and are blotted out; invalid ones stay invalid on every rank, for an accelerator's lookup to see.
+        # Ids of other ranks look up row 0 and are zeroed; invalid ones stay invalid on every rank, so that an accelerator's lookup fails.
         local = (ids - start).masked_fill(foreign, 0).masked_fill(invalid, -1)
         y = F.embedding(local, self.weight).masked_fill(foreign.unsqueeze(-1), 0)
         return reduce_from(y, self.group)
@@ -95,7 +95,7 @@ class VocabParallelEmbedding(ParallelLayer):
             )
 
     def extra_repr(self) -> str:
-        """The sizes, and this rank's place."""
+        """Sizes, and this rank's number in the group."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self._where()}"
 
     def _draw(self, name: str, full: torch.Tensor, generator: torch.Generator | None) -> None:

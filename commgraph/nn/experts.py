@@ -1,4 +1,4 @@
-"""A mixture of experts whose experts lie on the ranks: data-parallel attention beside expert-parallel MLPs."""
+"""A mixture of experts, which are distributed over the ranks: data-parallel attention beside expert-parallel MLPs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ExpertParallelMLP(ParallelLayer):
     """A router and ``num_experts`` gated MLPs, ``down(silu(gate(x)) * up(x))``, of which each rank of ``ctx.ep`` holds its share.
 
     Attention before it is data parallel: each rank of dp has rows of its own. They are dispatched to the ranks that hold the experts, and
-    what the experts make of them is added up on the rank they came from. Without `sequence_parallel` the rows are equal on the ranks of tp
+    the experts' results are added up on the rank that the rows came from. Without `sequence_parallel` the rows are equal on the ranks of tp
     and go over ``ctx.dp``, and the result is added up over ``ctx.tp``; with it they are split over tp (and pcp), too, and go over
     ``ctx.ep``. Contexts built with ``CommunicatorOptions(experts=num_experts)`` send a row only where one of its experts is.
 
@@ -36,7 +36,7 @@ class ExpertParallelMLP(ParallelLayer):
         intermediate_size: features inside an expert.
         num_experts: in all; a multiple of the size of ``ctx.ep``.
         top_k: experts of each row.
-        renormalize: whether the weights of the chosen experts add up to 1; else they are what softmax over all experts gave them.
+        renormalize: whether the weights of the chosen experts add up to 1; else they are those of the softmax over all experts.
         sequence_parallel: whether the rows are split over tp.
         ctx: the context.
         device, dtype: of the parameters; None: torch's defaults.
@@ -95,11 +95,11 @@ class ExpertParallelMLP(ParallelLayer):
 
     @property
     def _exchange(self) -> GroupCoordinator:
-        """The ranks whose rows differ."""
+        """Return the group of the ranks whose rows differ."""
         return self.ctx.ep if self.sequence_parallel or self.ctx.tp.world_size == 1 else self.ctx.dp
 
     def forward(self, x: torch.Tensor, *, sizes: Sequence[int] | str | None = None) -> torch.Tensor:
-        """Sends each row to its experts, and adds up what they make of it.
+        """Sends each row to its experts, and adds up their results.
 
         Args:
             x: ``[..., hidden_size]``: this rank's rows, which may be none; equal on the ranks of tp without `sequence_parallel`.
@@ -129,7 +129,7 @@ class ExpertParallelMLP(ParallelLayer):
         return y.reshape(x.shape)
 
     def _choose(self, rows: torch.Tensor, router: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights and ids of each row's experts, ``[rows, top_k]`` both."""
+        """Return weights and ids of each row's experts, ``[rows, top_k]`` both."""
         scores = F.linear(rows, router).float().softmax(-1)
         weights, ids = scores.topk(self.top_k, dim=-1)
         if self.renormalize:
@@ -137,8 +137,8 @@ class ExpertParallelMLP(ParallelLayer):
         return weights.to(rows.dtype), ids
 
     def _own(self, rows: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """What this rank's experts add to each row."""
-        # Which rows an expert has is known from their data, and so not where code is traced: there each expert does all of them.
+        """Return the contribution of this rank's experts to each row."""
+        # The rows of an expert depend on data, which traced code does not have: there each expert computes all rows.
         dense = is_dynamo_compiling() or is_watched(rows)
         total = torch.zeros_like(rows)
         for local, expert in enumerate(range(*self.experts)):
@@ -159,7 +159,7 @@ class ExpertParallelMLP(ParallelLayer):
         nn.init.uniform_(full, -bound, bound, generator=generator)
 
     def extra_repr(self) -> str:
-        """The sizes, and this rank's place."""
+        """Sizes, and this rank's number in the group."""
         return (
             f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, experts {self.experts[0]} to "
             f"{self.experts[1] - 1} of {self.num_experts}, top_k={self.top_k}, sequence_parallel={self.sequence_parallel}, {self._where()}"

@@ -38,25 +38,25 @@ __all__ = ["copy_to", "gather_from", "reduce_from", "reduce_scatter_to", "scatte
 
 
 class Reducer(Protocol):
-    """What `copy_to` and `reduce_from` need of a group."""
+    """The part of a group that `copy_to` and `reduce_from` use."""
 
     @property
     def world_size(self) -> int:
         """Ranks in the group."""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over the group, as a new tensor."""
+        """Return the sum over the group, as a new tensor."""
 
 
 def copy_to(x: torch.Tensor, group: Reducer) -> torch.Tensor:
-    """Hands a replicated tensor to computations that differ from rank to rank, e.g. to a column-parallel layer.
+    """Passes a replicated tensor to computations that differ from rank to rank, e.g. to a column-parallel layer.
 
     Args:
         x: any shape, equal on all ranks; floating point.
         group: a `GroupCoordinator`.
 
     Returns:
-        x. Backward sums the ranks' gradients (each saw only what its own computation made of x), so that they are replicated, too.
+        x. Backward sums the ranks' gradients (each is that of its rank's computation only), so that they are replicated, too.
     """
     return _apply(_Copy, x, group) if group.world_size > 1 and _records(x) else x
 
@@ -85,8 +85,8 @@ def gather_from(x: torch.Tensor, group: GroupCoordinator, dim: int = -1, *, redu
         x: equal shapes on all ranks, at least 1-D. Unchanged.
         group: who joins.
         dim: where the pieces are joined, in rank order.
-        reduce_grad: what follows on the result. False: the same on every rank; then every rank has the whole gradient, and backward takes
-            its own slice. True: something else on every rank (a column-parallel layer, after a region split by sequence); then each rank
+        reduce_grad: the computation on the result. False: equal on every rank; then every rank has the whole gradient, and backward takes
+            its own slice. True: different on every rank (a column-parallel layer, after a region split by sequence); then each rank
             has part of the gradient, and backward is a reduce-scatter.
 
     Returns:
@@ -150,7 +150,7 @@ def _check_even(x: torch.Tensor, group: GroupCoordinator, dim: int) -> None:
         raise ValueError(f"{where}: dim={dim} is out of range for shape {tuple(x.shape)}")
     if x.shape[dim] % group.world_size:
         raise ValueError(
-            f"{where}: dim {dim} of x {tuple(x.shape)} has {x.shape[dim]} entries, which {group.world_size} ranks cannot share equally"
+            f"{where}: dim {dim} of x {tuple(x.shape)} has {x.shape[dim]} elements, which {group.world_size} ranks cannot share equally"
         )
 
 

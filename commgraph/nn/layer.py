@@ -1,4 +1,4 @@
-"""`ParallelLayer`: what the parallel layers have in common."""
+"""`ParallelLayer`: the base class of the parallel layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ParallelLayer(nn.Module, abc.ABC):
     """A module whose parameters lie cut on the ranks of one group of a `ParallelContext`.
 
     The context is a plain attribute: `deepcopy` shares it, `state_dict` does not see it (and so holds this rank's shares alone), and
-    `torch.save` of the whole module raises what the context raises when it is pickled.
+    `torch.save` of the whole module raises, as contexts cannot be pickled.
 
     Attributes:
         ctx: the context. `commgraph.nn.rebind` moves a model to another one.

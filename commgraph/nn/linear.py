@@ -48,7 +48,7 @@ class _Linear(ParallelLayer):
 
 
 class ColumnLinear(_Linear):
-    """What the layers cut along the output have in common: one weight, made of one full weight or several."""
+    """Base of the layers cut along the output: one weight, made of one full weight or several."""
 
     gather_output: bool
 
@@ -99,7 +99,7 @@ class ColumnLinear(_Linear):
         return F.linear(copy_to(self._checked(x), self.group), self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        """The sizes, and this rank's place."""
+        """Sizes, and this rank's number in the group."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"gather_output={self.gather_output}, {self._where()}"
@@ -261,7 +261,7 @@ class QKVParallelLinear(ColumnLinear):
 
 @attrs.frozen
 class _Holders:
-    """The ranks of `group` that hold the same key-value head: `world_size` neighbours, summed by way of the whole group."""
+    """The ranks of `group` that hold the same key-value head: `world_size` neighbours. Sums over them go through the whole group."""
 
     group: GroupCoordinator
     world_size: int
@@ -344,7 +344,7 @@ class RowParallelLinear(_Linear):
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        """The sizes, and this rank's place."""
+        """Sizes, and this rank's number in the group."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"input_is_parallel={self.input_is_parallel}, reduce_results={self.reduce_results}, {self._where()}"

@@ -1,4 +1,4 @@
-"""`rebind`: a model moves to another context of the same layout."""
+"""`rebind`: moves a model to another context of the same layout."""
 
 from __future__ import annotations
 

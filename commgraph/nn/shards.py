@@ -34,7 +34,7 @@ class Piece:
         return -(-self.full // self.blocks)
 
     def span(self, rank: int, world: int) -> tuple[int, int]:
-        """First index and end, in the full tensor, of what `rank` of `world` holds; padding not counted."""
+        """First index and end, in the full tensor, of the part of `rank` of `world`; padding not counted."""
         start = min(rank * self.blocks // world * self.size, self.full)
         return start, min(start + self.size, self.full)
 
@@ -107,7 +107,7 @@ class Cut:
         """The full tensors, in order, out of every rank's blocks. Differentiable.
 
         Args:
-            gathered: what all ranks hold, joined along `dim` in rank order.
+            gathered: the parts of all ranks, joined along `dim` in rank order.
             dim: along which the pieces lie; None: the parameter's own.
         """
         dim = self.dim if dim is None else dim

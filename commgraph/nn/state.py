@@ -20,11 +20,11 @@ NameMapping = Mapping[str, str | tuple[str, Shard] | None]
 
 @attrs.frozen
 class LoadReport:
-    """What did not fit.
+    """Differences between a model and a checkpoint.
 
     Attributes:
         missing: tensors of the model that the checkpoint lacks, as ``"layers.0.qkv_proj.weight[k]"`` where one shard is.
-        unexpected: names in the checkpoint that the model has no place for.
+        unexpected: names in the checkpoint without a tensor in the model.
     """
 
     missing: tuple[str, ...]
@@ -51,10 +51,10 @@ def load_full_state_dict(
         mapping: how names differ: whole dotted parts (``"q_proj"``, ``"transformer.h"``, never pieces of words), each entry used at its
             first place in a name, in order. See `NameMapping`.
         strict: whether missing and unexpected names are an error. A pipeline stage, which takes some layers of a checkpoint, passes False
-            and looks at what is missing.
+            and reads the report.
 
     Returns:
-        What was missing and unexpected.
+        The missing and unexpected names.
 
     Raises:
         ConfigurationError: names do not fit, before anything is loaded; or a tensor's shape does not, naming it, the shape and the rank.
@@ -106,7 +106,7 @@ def full_state_dict(model: nn.Module, *, mapping: NameMapping | None = None) -> 
         Name -> full tensor, on the model's device, on every rank.
     """
     full: dict[str, torch.Tensor] = {}
-    gathered: dict[int, list[torch.Tensor]] = {}  # tied parameters travel once
+    gathered: dict[int, list[torch.Tensor]] = {}  # tied parameters are gathered once
     for path, place in _places(model).items():
         if id(place.tensor) not in gathered:
             gathered[id(place.tensor)] = place.gather()
@@ -129,7 +129,7 @@ class _Place:
 
     @property
     def shards(self) -> tuple[Shard | None, ...]:
-        """What it is made of; (None,) where it is one tensor."""
+        """The shards of which the tensor is made; (None,) where it is one."""
         return tuple(self.cut.pieces) if self.cut is not None and len(self.cut.pieces) > 1 else (None,)
 
     def fill(self, full: torch.Tensor, shard: Shard | None, what: str) -> None:
@@ -184,7 +184,7 @@ def _renamed(name: str, mapping: NameMapping | None) -> tuple[str, Shard | None]
 
 
 def _original(path: str, shard: Shard | None, mapping: NameMapping | None) -> str | None:
-    """The checkpoint's name for the model's; None: the mapping does not tell it for this shard."""
+    """The checkpoint's name for the model's; None: the mapping has none for this shard."""
     parts, is_found = path.split("."), shard is None
     for source, target in reversed(list((mapping or {}).items())):
         replacement, target_shard = target if isinstance(target, tuple) else (target, None)

@@ -1,4 +1,4 @@
-"""A scaled matmul whose result is reduced and scattered: what a sequence-parallel layer of 8-bit floats ends with.
+"""A scaled matmul whose result is reduced and scattered, as at the end of a sequence-parallel layer of 8-bit floats.
 
 By the fused kernel of torch where there is one, which overlaps the two; elsewhere one after the other, with the same checks, so that shapes
 and numbers can be tested without an accelerator.
@@ -43,7 +43,7 @@ class _Given:
         return self.a.dtype if self.out_dtype is None else self.out_dtype
 
     def shape(self) -> list[Any]:
-        """The shape of the whole product, if everything fits."""
+        """Shape of the whole product, after a check of all arguments."""
         a, b, n = self.a, self.b, compat.real_object(self.group).world_size
         if a.dim() < 2:
             raise ValueError(f"A has shape {tuple(a.shape)}: a matrix, or a stack of rows with more leading dims, is needed")
@@ -81,7 +81,7 @@ class _Given:
 
 
 def _fused(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """The kernel: on CUDA torch's own, found by the name under which torch.distributed lists the group."""
+    """Run torch's kernel on CUDA, which finds the group by its name in torch.distributed."""
     given = _Given(*args, **kwargs)
     shape, group = given.shape(), given.group
     y: torch.Tensor

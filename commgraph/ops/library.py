@@ -1,4 +1,4 @@
-"""How a torch operator is declared: schema, kernel, what it gives for fake tensors, and derivative. Imports nothing upward."""
+"""Declaration of a torch operator: schema, kernel, kernel for fake tensors, and derivative. Imports nothing upward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from commgraph import compat
 
 __all__ = ["declare"]
 
-# What the schemas call the type of a coordinator, which is registered with torch before the first operator is declared.
+# Name, in schemas, of the type of a coordinator, which is registered with torch before the first operator is declared.
 _GROUP = "commgraph.coordinator.group.GroupCoordinator"
 
 # Owns the definitions: they end with it.
@@ -25,16 +25,16 @@ def declare(
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
     *,
-    keep: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
     gradient: Callable[[Any, Any], Any] | None = None,
 ) -> Any:
     """Declare an operator, and return ``torch.ops.commgraph.<name>``.
 
     Args:
-        schema: with ``Group`` in the place of a coordinator's type; the first argument is the one that a gradient passes through.
+        schema: with ``Group`` for a coordinator's type; the first argument is the one that a gradient passes through.
         kernel: takes plain tensors and a live coordinator.
         fake: the same arguments, with tensors that have shapes only; gives empty ones.
-        keep: (node, inputs, output), notes what the gradient needs.
+        setup_context: (node, inputs, output), saves on `node` values that `gradient` needs.
         gradient: (node, gradient of the output), gives that of the first input; None where no gradient passes.
     """
     name = schema[: schema.index("(")]
@@ -48,22 +48,22 @@ def declare(
 
     torch.library.register_fake(f"commgraph::{name}", ordered_fake, lib=_LIBRARY)
     operator = getattr(torch.ops.commgraph, name)
-    if gradient is not None and keep is not None:
+    if gradient is not None and setup_context is not None:
         count = schema.count(",") + 1 - schema[schema.index("->") :].count(",")
         if "(a!)" in schema:
-            # Torch's own way to register a derivative refuses operators that change an argument, as the token is.
-            _LIBRARY.impl(name, _function(name, operator, keep, gradient, count).apply, "Autograd")
+            # torch.library.register_autograd refuses operators that change an argument, such as the token.
+            _LIBRARY.impl(name, _function(name, operator, setup_context, gradient, count).apply, "Autograd")
         else:
 
             def backward(node: Any, grad: Any) -> tuple[Any, ...]:
                 return gradient(node, grad), *[None] * (count - 1)
 
-            torch.library.register_autograd(f"commgraph::{name}", backward, setup_context=keep, lib=_LIBRARY)
+            torch.library.register_autograd(f"commgraph::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     return operator
 
 
 def _function(
-    name: str, operator: Any, keep: Callable[[Any, tuple[Any, ...], Any], None], gradient: Callable[[Any, Any], Any], count: int
+    name: str, operator: Any, setup_context: Callable[[Any, tuple[Any, ...], Any], None], gradient: Callable[[Any, Any], Any], count: int
 ) -> type[Function]:
     """Return the derivative of an operator that changes an argument: a function of the same arguments, which calls it below autograd."""
 
@@ -72,7 +72,7 @@ def _function(
         def forward(node: Any, *inputs: Any) -> Any:
             with compat.below_autograd():
                 output = operator(*inputs)
-            keep(node, inputs, output)
+            setup_context(node, inputs, output)
             return output
 
         @staticmethod

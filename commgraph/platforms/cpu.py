@@ -33,7 +33,7 @@ class CpuPlatform(Platform):
 
 
 def host_chain(facts: GroupFacts, transport: GlooTransport) -> Sequence[Communicator | Refused]:
-    """The strategies for host tensors, on any platform. Collective."""
+    """Return the strategies for host tensors, on any platform. Collective."""
     gloo = GlooCommunicator(transport)
     if not facts.options.shm:
         return Refused("shm", "turned off by options.shm=False"), gloo

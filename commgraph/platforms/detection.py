@@ -1,4 +1,4 @@
-"""What other packages bring: platforms and strategies, by the entry points of their metadata."""
+"""Platforms and strategies of other packages, found by the entry points of their metadata."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STRATEGIES = "commgraph.communicators"
 
 
 def detect() -> Platform:
-    """As `Platform.detect` says."""
+    """`Platform.detect`."""
     for point in _points(PLATFORMS):
         found = _load(point)
         if not (isinstance(found, type) and issubclass(found, Platform)):
@@ -35,7 +35,7 @@ def detect() -> Platform:
 
 @attrs.frozen
 class Plugins:
-    """The strategies that other packages bring, in the order of their names. Looked for once a context: every search reads all metadata.
+    """The strategies that other packages bring, in the order of their names. Found once per context, as every search reads all metadata.
 
     An entry point of the group ``commgraph.communicators`` is a callable ``(facts, host) -> Communicator | Refused``, for example a class
     method of the strategy: `commgraph.platforms.GroupFacts`, and a strategy that serves the group's host tensors.
@@ -45,15 +45,15 @@ class Plugins:
 
     @classmethod
     def find(cls) -> Self:
-        """Those that are installed; nothing is loaded yet."""
+        """Return the entry points that are installed; nothing is loaded yet."""
         return cls(_points(STRATEGIES))
 
     def describe(self) -> str:
-        """Names and versions: to be the same on every rank."""
+        """Return names and versions, which have to be equal on every rank."""
         return ", ".join(f"{point.name}={point.value} ({_package(point)})" for point in self.points)
 
     def strategies(self, facts: GroupFacts, transport: GlooTransport) -> list[Communicator | Refused]:
-        """Theirs for a group. Collective over it."""
+        """Return their strategies for a group. Collective over it."""
         made = []
         for point in self.points:
             one = _load(point)(facts, GlooCommunicator(transport))

@@ -1,9 +1,9 @@
-"""The shared memory of one group: how its ranks come to have it, and what lies where.
+"""The shared memory of one group: how its ranks map it, and its layout.
 
 ::
 
     page 0      a number that only this segment has
-    seats       one for each rank
+    members     one for each rank: its doorbell, state and process (native/team.h)
     group       lines, notes and slots of the collectives (native/steps.c)
     rings       one from each rank to all others, for what is broadcast; then one for each ordered pair of ranks
 """
@@ -26,17 +26,17 @@ __all__ = ["HostMemory", "Sizes"]
 
 _PAGE = 4096
 _NONCE_BYTES = 16
-# Of memory for results that nobody uses at the moment.
+# Most bytes of free memory that the pool keeps for results.
 _POOL_BYTES = 256 << 20
 
 
 @attrs.frozen
 class Sizes:
-    """How large the parts are: the same on every rank.
+    """Sizes of the parts, equal on every rank.
 
     Attributes:
         n: ranks.
-        slot_bytes: what one rank can stage at once; it has two slots.
+        slot_bytes: of each of a rank's two slots: as much as it can stage at once.
         broadcast_bytes: of the ring from one rank to all others.
         pair_bytes: of the ring from one rank to one other; 0 for none of both kinds.
     """
@@ -48,8 +48,8 @@ class Sizes:
 
     @classmethod
     def plan(cls, n: int, *, shm_bytes: int, queue_bytes: int, queues: bool) -> Self:
-        """What n ranks get out of the sizes that a user gave: large groups get less for each rank, so that the whole stays bounded."""
-        # At least some lines for what each rank sends to each other one.
+        """Return the sizes for n ranks from those that a user gave: less for each rank of a large group, so that the sum stays bounded."""
+        # A slot has at least a few cache lines for each other rank.
         slot = _pages(max(min(shm_bytes, max(8 * shm_bytes // n, 16 * 1024)), 256 * n))
         broadcast = min(queue_bytes, max(4 * queue_bytes // n, 16 * 1024))
         pair = min(queue_bytes // 2, max(4 * queue_bytes // (n * (n - 1)), 4 * 1024))
@@ -57,7 +57,7 @@ class Sizes:
 
 
 class _Word(msgspec.Struct):
-    """What a rank tells the others while they meet."""
+    """A rank's message to the others while they map each other's memory."""
 
     problem: str = ""
     pid: int = 0
@@ -87,30 +87,30 @@ class HostMemory:
 
     @property
     def group_offset(self) -> int:
-        """Where the memory of the collectives begins."""
+        """Offset of the memory of the collectives in the segment."""
         return _PAGE + _pages(self.native.group_layout(self.sizes.n, self.sizes.slot_bytes)[0])
 
     def broadcast_ring(self, src: int) -> Any:
-        """The ring that `src` writes and all others read."""
+        """Return the ring that `src` writes and all others read."""
         n, size = self.sizes.n, self.sizes.broadcast_bytes
         offset = _rings_offset(self.native, self.sizes) + src * _ring_bytes(self.native, n - 1, size)
         return self.native.Ring(self.team, self.pool, offset, src, 0, n - 1, size, True, False)
 
     def pair_ring(self, src: int, dst: int) -> Any:
-        """The ring that `src` writes and `dst` reads; a thread may use it while another is in a collective."""
+        """Return the ring that `src` writes and `dst` reads; a thread may use it while another is in a collective."""
         n = self.sizes.n
         begin = _rings_offset(self.native, self.sizes) + n * _ring_bytes(self.native, n - 1, self.sizes.broadcast_bytes)
-        place = src * (n - 1) + (dst if dst < src else dst - 1)
-        offset = begin + place * _ring_bytes(self.native, 1, self.sizes.pair_bytes)
-        # The first seat from `dst` on that is not the writer's is dst itself.
+        index = src * (n - 1) + (dst if dst < src else dst - 1)
+        offset = begin + index * _ring_bytes(self.native, 1, self.sizes.pair_bytes)
+        # The ring's one reader is the first member from `dst` on that is not the writer: dst itself.
         return self.native.Ring(self.team, self.pool, offset, src, dst, 1, self.sizes.pair_bytes, False, True)
 
 
-def join(tell: Callable[[bytes], list[bytes]], sizes: Sizes, rank_in_group: int, *, local_size: int) -> HostMemory | str:
-    """Makes the memory of a group, or says why there is none. Collective: every rank gets memory, or every rank the same reason.
+def join(exchange: Callable[[bytes], list[bytes]], sizes: Sizes, rank_in_group: int, *, local_size: int) -> HostMemory | str:
+    """Make the memory of a group, or return why there is none. Collective: every rank gets memory, or every rank the same reason.
 
     Args:
-        tell: gives a rank's word (up to 1,000 bytes) to all ranks and returns those of all in rank order.
+        exchange: sends a rank's bytes (up to 1,000) to all ranks and returns those of all in rank order.
         sizes: of the parts.
         rank_in_group: this rank.
         local_size: ranks of the whole job on this host, which share its cores.
@@ -129,7 +129,7 @@ def join(tell: Callable[[bytes], list[bytes]], sizes: Sizes, rank_in_group: int,
                 word = _Word("", os.getpid(), fd, nbytes, nonce)
         except BuildError as error:
             word = _Word(problem=str(error))
-        words = _exchange(tell, word)
+        words = _exchange_words(exchange, word)
         problem = _problem_of(words)
         if problem or native is None:
             return problem
@@ -139,8 +139,8 @@ def join(tell: Callable[[bytes], list[bytes]], sizes: Sizes, rank_in_group: int,
             verdict = _Word()
         except (OSError, Stopped, MemoryError) as error:
             verdict = _Word(problem=f"the segment of the group's first rank (process {words[0].pid}) could not be opened: {error}")
-        # Whoever has heard this of all knows that all have mapped it: the descriptor may go.
-        problem = _problem_of(_exchange(tell, verdict))
+        # A rank that has the verdicts of all knows that all have mapped the segment: the descriptor can be closed.
+        problem = _problem_of(_exchange_words(exchange, verdict))
         return problem if problem or memory is None else memory
     finally:
         if fd >= 0:
@@ -157,9 +157,9 @@ def _open(native: Any, first: _Word, sizes: Sizes, rank_in_group: int, local_siz
         os.close(fd)
 
 
-def _exchange(tell: Callable[[bytes], list[bytes]], word: _Word) -> list[_Word]:
+def _exchange_words(exchange: Callable[[bytes], list[bytes]], word: _Word) -> list[_Word]:
     word.problem = word.problem[:700]
-    return [msgspec.msgpack.decode(said, type=_Word) for said in tell(msgspec.msgpack.encode(word))]
+    return [msgspec.msgpack.decode(said, type=_Word) for said in exchange(msgspec.msgpack.encode(word))]
 
 
 def _problem_of(words: list[_Word]) -> str:
@@ -179,8 +179,8 @@ def _ring_bytes(native: Any, n_readers: int, capacity: int) -> int:
 
 
 def _rings_offset(native: Any, sizes: Sizes) -> int:
-    seats, group = native.group_layout(sizes.n, sizes.slot_bytes)
-    return int(_PAGE + _pages(seats) + _pages(group))
+    member_bytes, group_bytes = native.group_layout(sizes.n, sizes.slot_bytes)
+    return int(_PAGE + _pages(member_bytes) + _pages(group_bytes))
 
 
 def _total(native: Any, sizes: Sizes) -> int:

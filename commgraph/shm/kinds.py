@@ -1,4 +1,4 @@
-"""Dtypes as the native module calls them."""
+"""Numbers of dtypes in the native module."""
 
 from __future__ import annotations
 

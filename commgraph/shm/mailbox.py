@@ -1,8 +1,8 @@
 """Records between the ranks of one host: to one of them, or to all.
 
 A record has a kind, a number that says which message it is (`meta`), and parts. Records of one kind from one rank to another arrive in
-order; one of another kind than is asked for is laid aside. Several threads may receive from one rank, each another kind: one of them reads,
-and hands the others what is theirs.
+order; a record of another kind than the one asked for is unexpected and kept. Several threads may receive from one rank, each another kind:
+one of them reads the ring, and keeps the records of the others for them.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = ["DICT", "OBJECT", "PIECES", "SIZES", "TENSORS", "Mailbox", "tensors_w
 
 TENSORS, OBJECT, DICT, SIZES, PIECES = 1, 2, 3, 4, 5
 
-# As `Team.state` says that a side was closed, and that it was after an error.
+# Values of `Team.state` of a side that was closed, and of one closed after an error.
 _CLOSED, _FAILED = 2, 3
 
-# Smaller ones are cheaper through the ring, however small that is.
-_HANDED_FROM = 64 << 10
+# Bytes of a part from which on it is copied by rendezvous: smaller ones are cheaper through the ring, however small that is.
+_RENDEZVOUS_FROM = 64 << 10
 
 
 def tensors_with(label: int) -> int:
@@ -37,37 +37,37 @@ def tensors_with(label: int) -> int:
 
 
 class _Inbox:
-    """Records from one rank that were read before anybody asked for them, and whose turn it is to read further ones."""
+    """Unexpected records of one rank, read before a receive asked for them, and the lock of the thread that reads further ones."""
 
-    __slots__ = ("_aside", "_changed", "_turn", "_waiting")
+    __slots__ = ("_changed", "_turn", "_unexpected", "_waiting")
 
     def __init__(self) -> None:
         self._turn = threading.Lock()
         self._changed = threading.Condition(threading.Lock())
         self._waiting = 0
-        self._aside: dict[int, deque[tuple[int, list[Any]]]] = {}
+        self._unexpected: dict[int, deque[tuple[int, list[Any]]]] = {}
 
     def has(self, kind: int) -> bool:
-        """Whether a record of that kind lies aside."""
-        return kind in self._aside
+        """Whether an unexpected record of that kind was kept."""
+        return kind in self._unexpected
 
     def first(self, kind: int) -> tuple[int, list[Any]]:
-        """Return the first record of that kind that lies aside; it stays."""
-        return self._aside[kind][0]
+        """Return the first unexpected record of that kind; it stays."""
+        return self._unexpected[kind][0]
 
     def pop(self, kind: int) -> tuple[int, list[Any]]:
-        """Return the first record of that kind that lies aside."""
+        """Remove and return the first unexpected record of that kind."""
         with self._changed:
-            records = self._aside[kind]
+            records = self._unexpected[kind]
             record = records.popleft()
             if not records:
-                del self._aside[kind]  # there may be a million kinds
+                del self._unexpected[kind]  # there may be a million kinds
             return record
 
-    def lay_aside(self, kind: int, meta: int, parts: list[Any]) -> None:
-        """Keep a record for whoever asks for its kind."""
+    def keep_unexpected(self, kind: int, meta: int, parts: list[Any]) -> None:
+        """Keep a record for the receive that asks for its kind."""
         with self._changed:
-            self._aside.setdefault(kind, deque()).append((meta, parts))
+            self._unexpected.setdefault(kind, deque()).append((meta, parts))
             self._changed.notify_all()
 
     def try_turn(self) -> bool:
@@ -75,11 +75,11 @@ class _Inbox:
         return self._turn.acquire(False)
 
     def take_turn(self, kind: int, src: int, timeout_ns: int) -> bool:
-        """Wait for the turn to read; False where a record of that kind lies aside, which comes first."""
-        if kind in self._aside or not (self._turn.acquire(False) or self._wait(kind, src, timeout_ns)):
+        """Wait for the turn to read; False if an unexpected record of that kind was kept, which comes first."""
+        if kind in self._unexpected or not (self._turn.acquire(False) or self._wait(kind, src, timeout_ns)):
             return False
-        # Whoever had the turn before may have laid one aside since.
-        if kind in self._aside:
+        # The thread that had the turn before may have kept one since.
+        if kind in self._unexpected:
             self.pass_turn()
             return False
         return True
@@ -90,7 +90,7 @@ class _Inbox:
         with self._changed:
             self._waiting += 1
             try:
-                while kind not in self._aside:
+                while kind not in self._unexpected:
                     if self._turn.acquire(False):
                         return True
                     left = deadline - time.monotonic_ns()
@@ -110,18 +110,18 @@ class _Inbox:
 
 
 class Mailbox:
-    """One rank's side. Every method raises `commgraph.shm.stopped.Stopped`; a timeout loses nothing and sends nothing."""
+    """One rank's rings to and from the others. Every method raises `commgraph.shm.stopped.Stopped`; a timeout loses and sends nothing."""
 
     def __init__(self, memory: HostMemory) -> None:
         n, me = memory.sizes.n, memory.rank_in_group
         self.team = memory.team
         self.pickler = Pickler()
-        # A record of so many bytes for all can be put before anybody reads, if all have read those before it.
+        # Bytes of a record for all that can be put without waiting for readers, if they have read all records before it.
         self.room = memory.sizes.broadcast_bytes // 2
-        # To each rank, those for all under this rank's own number: several threads may send, each to another one.
+        # Bytes sent to each rank, and to all at this rank's own index. Per rank, as several threads may send, each to another one.
         self._sent = [0] * n
         self._me = me
-        # What goes into a ring at once, if it is empty.
+        # Bytes of a record that an empty ring takes at once.
         self._whole = memory.sizes.pair_bytes // 4 - 1024
         self.take = memory.pool.take
         self._broadcast = [memory.broadcast_ring(src) for src in range(n)]
@@ -140,18 +140,18 @@ class Mailbox:
         """Open the native calls, and return them.
 
         Args:
-            tensors_of: gives what the native module needs to look at tensors.
+            tensors_of: makes the native module's object that reads and makes tensors (native/module_tensors.h).
             digest: of a message, by its kind (DLPack's code and bits, in a byte each) and its number of elements.
             timeout_ns: of calls without a timeout of their own.
         """
         self.native = self._module.Messages(tensors_of(self._module), digest, timeout_ns)
         return self.native
 
-    def hand_over(self) -> None:
-        """From now on both sides copy large parts where they lie: the ranks reach each other's memory."""
+    def enable_rendezvous(self) -> None:
+        """Send large parts by rendezvous from now on: sender and receiver copy them from process to process (cross-memory attach)."""
         for ring in self.outgoing.values():
-            # What a ring holds at once is sent without its reader.
-            ring.handed_from = max(self._pair_bytes, _HANDED_FROM)
+            # A part that fits the ring is sent without waiting for its reader.
+            ring.zero_copy_from = max(self._pair_bytes, _RENDEZVOUS_FROM)
 
     def send(self, dst: int, kind: int, meta: int, parts: tuple[Any, ...], timeout_ns: int) -> None:
         """Put a record for one rank.
@@ -185,7 +185,7 @@ class Mailbox:
         return True
 
     def receive(self, src: int, kind: int, timeout_ns: int) -> tuple[int, list[Any]]:
-        """Meta and parts of the next record of that kind: the first as bytes, the others as writable buffers of their own."""
+        """Return meta and parts of the next record of that kind: the first part as bytes, the others as writable buffers of their own."""
         inbox, ring = self._inboxes[src], self.incoming[src]
         if not inbox.take_turn(kind, src, timeout_ns):
             return inbox.pop(kind)
@@ -194,31 +194,31 @@ class Mailbox:
                 found, meta, parts = ring.get(timeout_ns, 0)
                 if found == kind:
                     return meta, parts
-                inbox.lay_aside(found, meta, parts)
+                inbox.keep_unexpected(found, meta, parts)
         finally:
             inbox.pass_turn()
 
     def receive_any(self, src: int, timeout_ns: int) -> tuple[int, int, list[Any]]:
-        """Kind, meta and parts of the next record of any kind, where no other thread receives from that rank."""
+        """Return kind, meta and parts of the next record of any kind; no other thread may receive from that rank meanwhile."""
         return self.incoming[src].get(timeout_ns, 0)  # type: ignore[no-any-return]  # as native/module_ring.c has it
 
     def receive_into(self, src: int, kind: int, meta: int, targets: Sequence[tuple[int, int]], owner: object, timeout_ns: int) -> bool:
-        """Reads the next record of a kind to memory of the caller's.
+        """Read the next record of a kind to memory of the caller's.
 
         Args:
-            src: whose.
-            kind: which.
-            meta: what it must be.
+            src: rank that sends it.
+            kind: of the record.
+            meta: expected of it.
             targets: (address, bytes) for each part.
-            owner: keeps that memory.
-            timeout_ns: nanoseconds.
+            owner: keeps that memory alive.
+            timeout_ns: deadline in nanoseconds.
 
         Returns:
-            Whether it was that one; if not nothing was written.
+            Whether its meta and sizes are those expected; if not nothing was written.
         """
         inbox = self._inboxes[src]
         if not inbox.take_turn(kind, src, timeout_ns):
-            return self._take_aside(inbox, kind, meta, targets)
+            return self._take_unexpected(inbox, kind, meta, targets)
         try:
             while (found := self._read(src, kind, meta, targets, owner, timeout_ns)) is None:
                 pass
@@ -229,16 +229,16 @@ class Mailbox:
     def receive_first(
         self, metas: Mapping[int, int], kind: int, targets: Sequence[tuple[int, int]], owner: object, timeout_ns: int, rest_ns: int
     ) -> tuple[int, bool] | None:
-        """Reads the next record of a kind, from whichever of several ranks has one first, to memory of the caller's.
+        """Read the next record of a kind, from the first of several ranks that has one, to memory of the caller's.
 
         Args:
-            metas: what it must be, by rank; those that come first are looked at first.
+            metas: expected meta by rank; ranks are polled in this order.
             kind, targets, owner: as for `receive_into`.
-            timeout_ns: for one to begin to come, in nanoseconds. Ranks from which another thread receives are looked at once.
+            timeout_ns: for a record to begin, in nanoseconds. Ranks from which another thread receives are polled once only.
             rest_ns: for the rest of it.
 
         Returns:
-            Whose it was, and whether it was the one that it must be (if not nothing was written); None where none came.
+            Its rank, and whether its meta and sizes are those expected (if not nothing was written); None where none came.
         """
         taken: list[int] = []
         deadline = time.monotonic_ns() + timeout_ns
@@ -249,7 +249,7 @@ class Mailbox:
                     if src not in taken and inbox.try_turn():
                         taken.append(src)
                     if inbox.has(kind):
-                        return src, self._take_aside(inbox, kind, metas[src], targets)
+                        return src, self._take_unexpected(inbox, kind, metas[src], targets)
                 at = self._module.any_ring(tuple([self.incoming[src] for src in taken]), max(deadline - time.monotonic_ns(), 0))
                 if at < 0:
                     self._see_to(metas, taken)
@@ -263,9 +263,9 @@ class Mailbox:
                 self._inboxes[src].pass_turn()
 
     def _read(self, src: int, kind: int, meta: int, targets: Sequence[tuple[int, int]], owner: object, timeout_ns: int) -> bool | None:
-        """Read one record, in this thread's turn: to the targets if it is of that kind, else to lay it aside, and return None."""
+        """Read one record, in this thread's turn: to the targets if it is of that kind, else keep it and return None."""
         ring = self.incoming[src]
-        # One that another receive has begun to lay aside is laid aside to its end.
+        # A record that another receive has begun to read as unexpected is read to its end.
         found, number, sizes = (0, 0, ()) if ring.reading else ring.peek(timeout_ns, 0)
         if found == kind:
             if number != meta or list(sizes) != [nbytes for _, nbytes in targets]:
@@ -273,10 +273,10 @@ class Mailbox:
             return True if ring.take(timeout_ns, targets, owner) else None  # None: the writer gave it up
         found, number, parts = ring.get(timeout_ns, 0)
         inbox = self._inboxes[src]
-        inbox.lay_aside(found, number, parts)
-        return self._take_aside(inbox, kind, meta, targets) if found == kind else None
+        inbox.keep_unexpected(found, number, parts)
+        return self._take_unexpected(inbox, kind, meta, targets) if found == kind else None
 
-    def _take_aside(self, inbox: _Inbox, kind: int, meta: int, targets: Sequence[tuple[int, int]]) -> bool:
+    def _take_unexpected(self, inbox: _Inbox, kind: int, meta: int, targets: Sequence[tuple[int, int]]) -> bool:
         number, parts = inbox.first(kind)
         if number != meta or [len(part) for part in parts] != [nbytes for _, nbytes in targets]:
             return False
@@ -286,13 +286,13 @@ class Mailbox:
         return True
 
     def _see_to(self, sources: Collection[int], taken: Collection[int]) -> None:
-        """Raise where no record can come: one of the sources died or failed, all of them have left, or this rank has."""
+        """Raise if no record can come: one of the sources died or failed, all of them have closed, or this rank has."""
         if self.team.state(self._me) >= _CLOSED:
             raise Stopped(SELF, self._me)
         lost = self.team.lost()
         states = {src: self.team.state(src) for src in sources}
         gone = [src for src in taken if states[src] >= _CLOSED or (lost == (LOST, src))]
-        # What they did before they left counts.
+        # Records that they sent before they left are still received.
         if not gone or self._module.any_ring(tuple([self.incoming[src] for src in gone]), 0) >= 0:
             return
         for src in gone:
@@ -303,17 +303,17 @@ class Mailbox:
         if len(gone) == len(states):
             raise Stopped(GONE, gone[0])
 
-    def has_aside(self, src: int, kind: int) -> bool:
-        """Whether a record of that kind was laid aside, which comes before those in the ring."""
+    def has_unexpected(self, src: int, kind: int) -> bool:
+        """Whether an unexpected record of that kind was kept, which comes before those in the ring."""
         return self._inboxes[src].has(kind)
 
     def unpack(self, parts: list[Any]) -> dict[str, torch.Tensor] | None:
         """Return the dict that the native module described by itself; None for another record."""
         return None if self.native is None else self.native.unpack(parts)
 
-    def broadcast(self, kind: int, meta: int, parts: tuple[Any, ...], timeout_ns: int, posted: int) -> None:
+    def broadcast(self, kind: int, meta: int, parts: tuple[Any, ...], timeout_ns: int, call_id: int) -> None:
         """Put a record for all others."""
-        self.mine.put(kind, meta, parts, timeout_ns, posted)
+        self.mine.put(kind, meta, parts, timeout_ns, call_id)
         self._sent[self._me] += _nbytes(parts)
 
     @property
@@ -321,17 +321,17 @@ class Mailbox:
         """Bytes put so far."""
         return sum(self._sent) + (0 if self.native is None else self.native.bytes_sent)
 
-    def receive_broadcast(self, src: int, timeout_ns: int, posted: int) -> tuple[int, int, list[Any]]:
+    def receive_broadcast(self, src: int, timeout_ns: int, call_id: int) -> tuple[int, int, list[Any]]:
         """Return kind, meta and parts of the next record that `src` put for all."""
-        return self._broadcast[src].get(timeout_ns, posted)  # type: ignore[no-any-return]  # as native/module_ring.c has it
+        return self._broadcast[src].get(timeout_ns, call_id)  # type: ignore[no-any-return]  # as native/module_ring.c has it
 
-    def lay_aside(self, src: int, kind: int, meta: int, parts: list[Any]) -> None:
-        """Keeps a record for whoever asks for its kind."""
-        self._inboxes[src].lay_aside(kind, meta, parts)
+    def keep_unexpected(self, src: int, kind: int, meta: int, parts: list[Any]) -> None:
+        """Keep a record for the receive that asks for its kind."""
+        self._inboxes[src].keep_unexpected(kind, meta, parts)
 
 
 def memory_at(address: int, nbytes: int) -> memoryview:
-    """Bytes of this process as a writable buffer."""
+    """Return memory of this process as a writable buffer."""
     import ctypes
 
     return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")

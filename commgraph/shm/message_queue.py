@@ -1,4 +1,4 @@
-"""One writer, many readers, each of which gets every object: through shared memory on one host, through sockets elsewhere."""
+"""`MessageQueue`: one writer and many readers, each of which gets every object, by shared memory on one host and by sockets elsewhere."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ANYWHERE = frozenset({"", "0.0.0.0", "::"})
 
 @attrs.frozen
 class QueueHandle:
-    """What a reader needs to attach. Pickle it and send it on a way that others cannot read: it holds the secret of the queue.
+    """Address and secret with which a reader attaches. Pickle it and send it over a channel that others cannot read.
 
     The authkey is not pickled with it, except into a process that multiprocessing is about to start.
 
@@ -61,7 +61,7 @@ class QueueHandle:
 
     @property
     def name(self) -> str:
-        """As errors call the queue."""
+        """Name of the queue in errors."""
         return self.queue.hex()[:8]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -75,7 +75,7 @@ class MessageQueue:
 
     The writer calls `create`, hands `handle` to its readers, and each calls `attach` once, in the process or thread that reads. They need
     not be ranks of anything. On one host objects go through shared memory, large buffers in them (tensors, arrays) beside their pickle.
-    What `dequeue` gives is the reader's own: writable, and not changed by later messages.
+    An object from `dequeue` is the reader's own: writable, and not changed by later messages.
 
     A full queue makes the writer wait for its slowest reader. A deadline that passes changes nothing: nobody got anything of an `enqueue`
     that timed out, and a `dequeue` that timed out is called again. When a participant dies or closes, all others get `PeerLostError` within
@@ -114,7 +114,7 @@ class MessageQueue:
             n_local_readers: how many of them, those of the lowest numbers, are on this host; None for all. The others go through sockets.
             chunk_bytes, chunks: the queue holds ``chunk_bytes * chunks`` bytes (at least a page) of what its slowest reader has not read,
                 and as much for each reader behind a socket. An object may be larger: it passes in pieces.
-            address: by which readers on other hosts reach this one, ``"host"``, ``"host:port"``, ``"[v6]:port"`` or ``(host, port)``;
+            address: to which readers on other hosts connect, ``"host"``, ``"host:port"``, ``"[v6]:port"`` or ``(host, port)``;
                 None for readers of this host only. Without a port any free one is taken.
             authkey: secret of the job, which lets any picklable object travel through sockets; else COMMGRAPH_AUTHKEY. Without one they
                 carry plain data only (`GroupCoordinator.broadcast_object` says what that is).
@@ -191,7 +191,7 @@ class MessageQueue:
 
     @property
     def handle(self) -> QueueHandle:
-        """What readers attach with. Can be pickled."""
+        """The `QueueHandle` with which readers attach. Can be pickled."""
         return self._handle
 
     @property
@@ -247,7 +247,7 @@ class MessageQueue:
     def close(self, timeout: Timeout = _CLOSE_TIMEOUT) -> None:
         """Closes this side; from any thread. Calls that wait here end in `ContextClosedError`, those of the others in `PeerLostError`.
 
-        What the writer sent before can still be read.
+        Objects that the writer sent before can still be read.
 
         Args:
             timeout: how long the writer stays for readers behind sockets that have not taken everything yet.
@@ -261,7 +261,7 @@ class MessageQueue:
         self.close()
 
     def __del__(self) -> None:
-        # The finalizer closes; this says that nobody did.
+        # The finalizer closes the queue; the warning says that the program did not.
         side = getattr(self, "_side", None)
         if side is not None and side.is_open:
             with contextlib.suppress(AttributeError):
@@ -278,13 +278,13 @@ class MessageQueue:
 
 
 def _open_memory(handle: QueueHandle, reader: int, where: str) -> QueueMemory | str:
-    """The writer's memory, or why it cannot be opened."""
+    """Return the writer's memory, or why it cannot be opened."""
     if reader >= handle.n_local_readers:
         return f"readers from {handle.n_local_readers} on are on other hosts"
     if handle.memory is None:
         return "the writer has no native module"
     if handle.namespace != _pid_namespace():
-        # Its processes have other numbers here, by which nobody could tell whether they live.
+        # Pids of its processes differ here, so that a death could not be detected.
         return "the writer is in another pid namespace"
     native = _native()
     if native is None:

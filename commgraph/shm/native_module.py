@@ -10,11 +10,11 @@ __all__ = ["load", "why_missing"]
 
 
 def load() -> Any | None:
-    """The module `commgraph.shm._native`, None where there is none; then one warning says why."""
+    """Return the module `commgraph.shm._native`, or None after one warning that says why there is none."""
     reason = why_missing()
     if reason is None:
         return importlib.import_module("commgraph.shm._native")
-    # Python shows a warning of one place and text once: so this is its place, and not that of whoever asked.
+    # Python shows a warning of one location and text once: the location is this line, and not the caller's.
     warnings.warn(
         f"commgraph's native module is missing ({reason}): the ranks of one host go through gloo, at a hundredth of the speed. Install "
         "commgraph where there is a C compiler (and the headers of Python), or from a wheel",
@@ -25,7 +25,7 @@ def load() -> Any | None:
 
 
 def why_missing() -> str | None:
-    """Why there is no native module here, None if there is one."""
+    """Return why there is no native module here, None if there is one."""
     try:
         importlib.import_module("commgraph.shm._native")
     except ImportError as error:

@@ -1,6 +1,6 @@
-"""Python objects as a pickle and the large buffers in it, which travel beside it and are not copied into it (pickle protocol 5, PEP 574).
+"""Python objects as a pickle and its large buffers, which are sent beside it without a copy (pickle protocol 5, PEP 574).
 
-For processes that share memory and so trust each other; `commgraph.wire` is for what comes from a network.
+For processes that share memory and so trust each other; `commgraph.wire` is for frames from a network.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from commgraph.wire import CARRIERS
 
 __all__ = ["Pickler", "buffer_of", "loads", "tensor_over"]
 
-# Bytes of a buffer from which on it travels beside the pickle.
+# Bytes of a buffer from which on it is sent beside the pickle.
 _OUT_OF_BAND = 4096
 
 
 class Pickler:
-    """Makes records of objects, one after the other."""
+    """Pickles objects to the parts of records."""
 
     def __init__(self) -> None:
-        # What pickle writes: one piece, and three for each large bytes object in it.
+        # Pieces that pickle writes: one, and three for each large bytes object in it.
         self._pieces: list[bytes] = []
         self._buffers: list[memoryview] = []
         pickler = _Pickler(SimpleNamespace(write=self._pieces.append), protocol=5, buffer_callback=self._take)
         self._dump, self._clear_memo = pickler.dump, pickler.clear_memo
 
     def dumps(self, obj: object) -> tuple[Any, ...]:
-        """The parts of a record: the pickle, then its buffers. They are views of the object: write them before it changes.
+        """Return the parts of a record: the pickle, then its buffers. They are views of the object: write them before it changes.
 
         Raises:
             Exception: whatever pickling raises.
@@ -43,7 +43,7 @@ class Pickler:
             pickled = pieces[0] if len(pieces) == 1 else b"".join(pieces)
             return (pickled, *buffers) if buffers else (pickled,)
         finally:
-            # What was pickled is remembered by its address, which another object may have by the next call.
+            # The memo knows objects by address, which another object may have by the next call.
             self._clear_memo()
             pieces.clear()
             buffers.clear()
@@ -57,10 +57,10 @@ class Pickler:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles plain host tensors by their values: torch's own way copies the whole storage of a view, and fails on float8."""
+    """Pickles plain host tensors by their values: torch's own reduction copies the whole storage of a view, and fails on float8."""
 
     def reducer_override(self, obj: Any) -> Any:
-        """As pickle asks for each object that is not of a built-in kind; NotImplemented leaves it to the usual way."""
+        """Return how an object that is not of a built-in kind is pickled; NotImplemented leaves it to pickle."""
         if type(obj) is not torch.Tensor or obj.requires_grad:
             return NotImplemented
         if obj.device.type != "cpu" or obj.layout is not torch.strided or obj.is_nested or obj.is_quantized:
@@ -69,7 +69,7 @@ class _Pickler(pickle.Pickler):
 
 
 def buffer_of(x: torch.Tensor) -> Any:
-    """The bytes of a strided host tensor as a buffer, which keeps them alive: its own memory, or that of a contiguous copy."""
+    """Return the bytes of a strided host tensor as a buffer, which keeps them alive: its own memory, or that of a contiguous copy."""
     bits = x.detach().resolve_conj().resolve_neg().view(CARRIERS[x.dtype.itemsize]).contiguous()
     if not bits.nbytes:
         return bytearray()
@@ -79,7 +79,7 @@ def buffer_of(x: torch.Tensor) -> Any:
 
 
 def tensor_over(buffer: Any, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
-    """A tensor whose memory is a writable buffer, which it keeps alive."""
+    """Return a tensor over a writable buffer, which it keeps alive."""
     if not len(buffer):
         return torch.empty(tuple(shape), dtype=dtype)
     flat = torch.frombuffer(buffer, dtype=dtype)
@@ -87,5 +87,5 @@ def tensor_over(buffer: Any, dtype: torch.dtype, shape: Sequence[int]) -> torch.
 
 
 def loads(pickled: bytes | memoryview, buffers: Iterable[Any]) -> Any:
-    """The object of a record; what it holds in buffers stays in their memory. Takes as many of them as it has."""
+    """Return the object of a record, over the memory of its buffers. An iterator of buffers is advanced by those of the object."""
     return pickle.loads(pickled, buffers=buffers)

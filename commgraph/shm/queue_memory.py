@@ -2,8 +2,8 @@
 
 Its parts::
 
-    page 0      a number that only this segment has; who was lost, if anybody was
-    seats       the writer's, then one for each local reader
+    page 0      a number that only this segment has; the participant that was lost first, if any
+    members     the writer, then one for each local reader
     ring        from the writer to them
 """
 
@@ -22,9 +22,9 @@ __all__ = ["FAULT_WRITER", "WRITER_CLOSED", "QueueMemory"]
 _PAGE = 4096
 _NONCE_BYTES = 16
 _FAULT = struct.Struct("=I")
-# What stands there: 0 for nobody, 1 + reader, or this for the writer.
+# Value of the fault word: 0 for nobody, 1 + reader, or this for the writer.
 FAULT_WRITER = 0xFFFFFFFF
-# Of memory for results that nobody uses at the moment.
+# Most bytes of free memory that the pool keeps for results.
 _POOL_BYTES = 64 << 20
 
 WRITER_CLOSED = "it closed the queue, and all that it had sent was read"
@@ -37,12 +37,12 @@ class QueueMemory:
         team, ring: objects of the native module.
         fd: the writer's descriptor, which readers open; -1 on readers.
         nbytes: of the whole.
-        nonce: what tells this memory from any other.
+        nonce: 16 random bytes that only this memory has.
     """
 
-    def __init__(self, native: Any, fd: int, nbytes: int, seat: int, n_local: int, capacity: int) -> None:
+    def __init__(self, native: Any, fd: int, nbytes: int, member: int, n_local: int, capacity: int) -> None:
         self._segment = native.Segment(fd, nbytes)
-        self.team = native.Team(self._segment, _PAGE, 1 + n_local, seat, 1 + n_local)
+        self.team = native.Team(self._segment, _PAGE, 1 + n_local, member, 1 + n_local)
         pool = native.Pool(_POOL_BYTES)
         self.ring = native.Ring(self.team, pool, _ring_offset(native, n_local), 0, 1, n_local, capacity, False, False)
         self.fd = -1
@@ -51,7 +51,7 @@ class QueueMemory:
 
     @classmethod
     def create(cls, native: Any, n_local: int, capacity: int) -> Self:
-        """The writer's.
+        """Make the memory; return the writer's view.
 
         Raises:
             BuildError: there is no memory for it.
@@ -76,11 +76,11 @@ class QueueMemory:
 
     @classmethod
     def open(cls, native: Any, owner: tuple[int, int, int], nonce: bytes, reader: int, n_local: int, capacity: int) -> Self:
-        """A reader's; `owner` is the writer's (process, descriptor, bytes).
+        """Open the memory; return a reader's view. `owner` is the writer's (process, descriptor, bytes).
 
         Raises:
             OSError: it cannot be opened, or is another's.
-            ValueError: the reader's seat is taken.
+            ValueError: this reader has attached before.
         """
         fd = segments.open_peer(*owner)
         try:
@@ -92,34 +92,34 @@ class QueueMemory:
 
     @property
     def fault(self) -> int:
-        """Who was lost, as it stands in the memory."""
+        """Fault word: the participant that was lost first, as recorded in the memory."""
         with memoryview(self._segment) as view:
             return int(_FAULT.unpack_from(view, _NONCE_BYTES)[0])
 
     def blame(self, fault: int) -> None:
-        """Says who was lost, unless somebody said so before. To be followed by something that publishes it: closing the team."""
+        """Record the participant that was lost, unless one is recorded already. Close the team afterwards, which publishes it."""
         if not self.fault:
             with memoryview(self._segment) as view:
                 _FAULT.pack_into(view, _NONCE_BYTES, fault)
 
-    def blame_of(self, code: int, seat: int, writer_pid: int = 0) -> tuple[int | None, str]:
-        """Who was lost first (None: the writer), and how, where the native module found that `seat` has died or left."""
+    def blame_of(self, code: int, member: int, writer_pid: int = 0) -> tuple[int | None, str]:
+        """Return the reader that was lost first (None: the writer), and how, after the native module found that `member` died or left."""
         if code == GONE:
-            # It may have left because it saw what this side has not seen yet.
+            # It may have left because of an earlier loss, which this side has not seen yet.
             if fault := self.fault:
                 how = "another side found that it died or left"
                 return (None if fault == FAULT_WRITER else fault - 1), how
-            code, seat = self.team.lost() or (code, seat)
+            code, member = self.team.lost() or (code, member)
         if code == LOST:
             how = "its process died, or ended without close()"
         else:
-            how = "it closed the queue" if seat else WRITER_CLOSED
-        if seat:
-            return seat - 1, how
+            how = "it closed the queue" if member else WRITER_CLOSED
+        if member:
+            return member - 1, how
         return None, how + (f" (process {writer_pid})" if writer_pid else "")
 
     def let_go(self) -> None:
-        """Closes the descriptor: no reader can open the memory any more."""
+        """Close the descriptor: no reader can open the memory any more."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -1,4 +1,4 @@
-"""The two sides of a message queue: its writer, and a reader that is reached through memory or through a socket."""
+"""The two sides of a message queue: its writer, and a reader, connected by memory or by a socket."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ Timeout = timedelta | float | None
 
 # 2**62 ns are 146 years.
 _FOREVER = 1 << 62
-# For readers that nobody has seen yet, where no timeout is given.
+# Seconds to wait for readers that have not attached, where no timeout is given.
 _READY_NS = 300 * 10**9
-# Seconds between two looks of a writer that never waits at whether its readers live.
+# Seconds after which a writer that never waits checks again that its readers live.
 _LOOK_EVERY = 0.1
 # Seconds that remote readers get to learn of a loss, and to read what came before.
 _TELL_TIMEOUT = 10.0
-# Seconds that a call which was told to end may take to do so.
+# Seconds within which an interrupted call has to end.
 _LEAVE_TIMEOUT = 1.0
 
 _KEPT = "Nothing is lost: call again to go on waiting for the same"
@@ -41,11 +41,11 @@ _USED_UP = "the object arrived and could not be unpickled here. It is used up; t
 
 
 class Side(abc.ABC):
-    """What both sides have in common: one thread at a time, closing from any thread, and errors that say which queue and whose side.
+    """Base of both sides: one thread at a time, closing from any thread, and errors that say which queue and whose side.
 
     Attributes:
         name: of the queue.
-        me: this side, in words.
+        me: name of this side in errors.
         closed: `close` was called.
     """
 
@@ -59,7 +59,7 @@ class Side(abc.ABC):
 
     @property
     def is_open(self) -> bool:
-        """Whether it is still to be closed, by this process."""
+        """Whether this process has yet to close it."""
         return not self.closed and os.getpid() == self._pid
 
     @abc.abstractmethod
@@ -92,7 +92,7 @@ class Side(abc.ABC):
         elif self._closing.acquire(blocking=False):
             self.closed = True
             self._leave(seconds, wait)
-            # Whoever is in a call is on its way out. A signal handler may have interrupted it, and so wait for itself.
+            # A thread in a call is about to leave it. It may be this very thread, in a signal handler that closes: the wait is bounded.
             if self._call.acquire(timeout=_LEAVE_TIMEOUT):
                 try:
                     self._drop(inherited=False)
@@ -100,16 +100,16 @@ class Side(abc.ABC):
                     self._call.release()
 
     def release(self) -> None:
-        """What is left to do when nobody holds the queue any more, or the interpreter ends."""
+        """Close without waiting, for a queue that is collected or an interpreter that ends."""
         self.close(0.0, wait=False)
 
     @abc.abstractmethod
     def _leave(self, seconds: float, wait: bool) -> None:
-        """Tells all that this side is closed, and ends what waits here."""
+        """Announce that this side is closed, and end the calls that wait here."""
 
     @abc.abstractmethod
     def _drop(self, inherited: bool) -> None:
-        """Gives back what this side holds; `inherited`: by a fork, which has copies of the descriptors and no part in the queue."""
+        """Release memory and descriptors; `inherited`: in a forked process, which has copies of them and no part in the queue."""
 
     # One thread at a time.
 
@@ -166,7 +166,7 @@ class Writer(Side):
         self._dumps = Pickler().dumps
         self._put: Callable[..., None] = _refuse if self.memory is None else self.memory.ring.put
         self._ready = False
-        # All readers are in memory, none is known to be lost, nobody has closed.
+        # Whether the fast path serves: all readers are local, none is known to be lost, no side is closed.
         self._direct = False
         self._in_memory = False
         self._look_at = 0.0
@@ -174,7 +174,7 @@ class Writer(Side):
         self._lost: tuple[int, str] | None = None
 
     def describe(self) -> str:
-        """How far it is."""
+        """Return the state of the queue as text, for `repr`."""
         missing = 0 if self._ready or self.closed else len(self._missing())
         return f"{self.n_readers - missing} attached, {len(self._senders)} of them through sockets; {self.capacity} bytes"
 
@@ -200,12 +200,12 @@ class Writer(Side):
             self._call.release()
 
     def _enqueue_by_steps(self, obj: Any, ns: int) -> None:
-        """As `enqueue`: where there are remote readers, before the queue is ready, and once there is an error to raise."""
+        """`enqueue` by the general path: with remote readers, before the queue is ready, and to raise an error."""
         deadline = _deadline(ns)
         self._check("enqueue")
         if not self._ready:
             self._get_ready("enqueue", ns)
-        # In one of the two forms it may not be possible to send it at all: nobody gets anything before both are there.
+        # Either form (record, frame) may refuse the object: both are made before anything is sent.
         frame: list[memoryview] = []
         try:
             parts = self._dumps(obj) if self._in_memory else ()
@@ -278,7 +278,7 @@ class Writer(Side):
         if self.closed or self._lost is not None:
             self._direct = False
 
-    # What can end it.
+    # Checks before a call, and the error of one that ends.
 
     def _check(self, operation: str) -> None:
         """Raises if the queue is closed or somebody is lost."""
@@ -290,18 +290,18 @@ class Writer(Side):
         self._look_at = time.monotonic() + _LOOK_EVERY
 
     def _look(self) -> None:
-        """Whether the local readers live; from any thread."""
+        """Check that the local readers live, and break the queue if not; from any thread."""
         memory = self.memory
         if memory is not None and self._lost is None and (found := memory.team.lost()) is not None:
             self._fail_by(memory, *found)
 
-    def _fail_by(self, memory: QueueMemory, code: int, seat: int) -> None:
-        reader, why = memory.blame_of(code, seat)
-        self._fail(seat - 1 if reader is None else reader, why)
+    def _fail_by(self, memory: QueueMemory, code: int, member: int) -> None:
+        reader, why = memory.blame_of(code, member)
+        self._fail(member - 1 if reader is None else reader, why)
 
     def _fail(self, reader: int, why: str) -> None:
-        """A reader is lost: everybody is told, and this side's calls end; from any thread."""
-        # All of it or nothing: whoever sees that a reader is lost may close at once, and the others are to learn of the reader first.
+        """Break the queue after a reader is lost: tell the other readers and end this side's calls; from any thread."""
+        # Under a lock: a caller that sees `_lost` may close at once, and the readers have to be told of the lost reader before that.
         with self._fate:
             if self.closed or self._lost is not None:
                 return
@@ -315,13 +315,13 @@ class Writer(Side):
 
     def _ended(self, operation: str, stopped: Stopped, ns: int) -> Exception:
         if stopped.code == TIMEOUT:
-            return self._full(stopped.seat - 1, ns)
+            return self._full(stopped.member - 1, ns)
         if stopped.code == SELF:
             if self._lost is None or self.closed:
                 return self._closed_error(operation)
             return self._lost_error(operation, *self._lost)
         if self.memory is not None:
-            self._fail_by(self.memory, stopped.code, stopped.seat)
+            self._fail_by(self.memory, stopped.code, stopped.member)
         return self._closed_error(operation) if self._lost is None else self._lost_error(operation, *self._lost)
 
     def _full(self, reader: int, ns: int) -> CollectiveTimeoutError:
@@ -339,7 +339,7 @@ class Writer(Side):
             return ValueError(f"{where}: the object to send is nested too deep for pickle. Nothing was sent.")
         if isinstance(error, ValueError):
             return ValueError(f"{where}: {error}. Nothing was sent.")
-        # TypeErrors say it all: pickle's of what never can be, or that something is no plain data.
+        # TypeErrors are complete: pickle's for objects that can never be pickled, or that of data that is not plain.
         what = f"{error}" if isinstance(error, TypeError) else f"cannot pickle a {type(obj).__name__}: {type(error).__name__}: {error}"
         count = len(self._senders)
         remote = f" (for a queue MessageQueue.create(..., authkey=...); {count} of the readers here need one)" if count else ""
@@ -412,11 +412,11 @@ class MemoryReader(Side):
             if self._memory is None:
                 self._get = _refuse
 
-    def _get_first(self, ns: int, posted: int) -> tuple[int, int, list[Any]]:
-        """In the place of the ring's `get`, before the first object."""
+    def _get_first(self, ns: int, call_id: int) -> tuple[int, int, list[Any]]:
+        """Stands in for the ring's `get` until the first object."""
         deadline = _deadline(ns)
         self._get_ready(ns)
-        return self._get(_left(deadline), posted)
+        return self._get(_left(deadline), call_id)
 
     def _ended(self, operation: str, stopped: Stopped, ns: int, what: str) -> Exception:
         if stopped.code == TIMEOUT:
@@ -424,8 +424,8 @@ class MemoryReader(Side):
         memory = self._memory
         if stopped.code == SELF or memory is None:
             return self._closed_error(operation)
-        reader, why = memory.blame_of(stopped.code, stopped.seat, self._writer_pid)
-        # So that those who see this side close learn who was lost first.
+        reader, why = memory.blame_of(stopped.code, stopped.member, self._writer_pid)
+        # Recorded in the memory, for the participants that see this side close: the first one lost is to blame.
         if reader is not None or stopped.code == DIED:
             memory.blame(FAULT_WRITER if reader is None else 1 + reader)
         return self._lost_error(operation, reader, why)
@@ -447,7 +447,7 @@ class SocketReader(Side):
         self._why = why
         self._incoming = incoming
         self._ready = False
-        # How it ended: words, and who was lost; or words alone, of what came instead of a frame.
+        # How the connection ended: a text and the lost reader; or the text alone, where no valid frame came.
         self._lost: tuple[int | None, str] | None = None
         self._forged = ""
 
@@ -518,7 +518,7 @@ class SocketReader(Side):
 
 
 def _refuse(*_: object) -> NoReturn:
-    """In the place of a ring, once this side is closed."""
+    """Stands in for a ring once this side is closed."""
     raise Stopped(SELF, 0)
 
 

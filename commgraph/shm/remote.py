@@ -1,4 +1,4 @@
-"""Readers of a message queue that are reached through sockets.
+"""Readers of a message queue that are connected by sockets.
 
 ::
 
@@ -56,7 +56,7 @@ logger = logging.getLogger("commgraph")
 
 
 class HungUp(Exception):  # noqa: N818 - internal; the queue turns it into the public error
-    """The other side closed its connection, or it broke, or what came through it is nothing that the other side would send."""
+    """The other side closed its connection, the connection broke, or it carried bytes that are no valid frame."""
 
 
 class Late(Exception):  # noqa: N818 - likewise
@@ -65,7 +65,7 @@ class Late(Exception):  # noqa: N818 - likewise
 
 @attrs.frozen
 class Secret:
-    """What proves that somebody has a queue's handle, and its authkey where there is one.
+    """Keys that authenticate a participant: those of the queue's handle, and the authkey where there is one.
 
     Attributes:
         queue: 16 bytes that name the queue.
@@ -83,11 +83,11 @@ class Secret:
         return hmac.digest(key, _MAGIC + self.queue + b"".join(pieces), hashlib.sha256)
 
     def encode(self, kind: int, number: int, obj: Any) -> bytes:
-        """The body of a frame; raises what `commgraph.wire.encode` does."""
+        """Return the body of a frame; raises as `commgraph.wire.encode` does."""
         return wire.encode(obj, key=self.authkey, context=self._context(kind, number))
 
     def decode(self, kind: int, number: int, body: bytearray) -> Any:
-        """What is in the body of a frame; raises what `commgraph.wire.decode` does."""
+        """Return the object in the body of a frame; raises as `commgraph.wire.decode` does."""
         return wire.decode(body, key=self.authkey, context=self._context(kind, number))
 
     def _context(self, kind: int, number: int) -> bytes:
@@ -105,7 +105,7 @@ class _Stranger:
 
 
 class Entrance:
-    """Where readers come in.
+    """The listening socket of the writer, which authenticates readers.
 
     Attributes:
         address: host and port, bound and listening.
@@ -116,10 +116,10 @@ class Entrance:
         """Binds.
 
         Args:
-            secret: what readers must prove to have.
-            address: host, by which readers reach this one, and port, 0 for any.
+            secret: which readers have to know.
+            address: host and port to listen at; port 0 for any.
             backlog: readers that may come at once.
-            admit: whether there is a place for that reader, which comes for the first time.
+            admit: called with the number of a reader that attaches; whether it is free.
         """
         self._secret = secret
         self._admit = admit
@@ -139,7 +139,7 @@ class Entrance:
         self.address: tuple[str, int] = (address[0], self._listener.getsockname()[1])
 
     def step(self, seconds: float) -> list[tuple[int, socket.socket]]:
-        """Waits for a while; the readers that came in meanwhile. Nobody who connects can hold it up."""
+        """Wait for a while and return the readers that attached meanwhile. No connection can block it."""
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
         for descriptor in self._strangers:
@@ -160,7 +160,7 @@ class Entrance:
         return came
 
     def close(self) -> None:
-        """Nobody comes in any more."""
+        """Stop listening."""
         self._listener.close()
         for descriptor in list(self._strangers):
             self._turn_away(descriptor)
@@ -185,7 +185,7 @@ class Entrance:
         self.turned_away += 1
 
     def _listen_to(self, stranger: _Stranger) -> int | None:
-        """The reader that it has proved to be, if it has. Closes the connection where it is none."""
+        """Return the reader that a connection has authenticated as, None before; closes a connection that fails to."""
         try:
             said = stranger.connection.recv(_HELLO.size - len(stranger.said))
         except BlockingIOError:
@@ -217,7 +217,7 @@ class Entrance:
 
 
 class _Sender:
-    """One reader's connection, backlog and thread. What is said of a lock is about that of its `Senders`."""
+    """One reader's connection, backlog and thread. "The lock" is that of its `Senders`."""
 
     def __init__(self, senders: Senders, reader: int, connection: socket.socket) -> None:
         self.reader = reader
@@ -257,12 +257,12 @@ class _Sender:
             self.pieces.clear()
             self.held = 0
             senders.room.notify_all()
-        # Whoever hangs up once the queue is closed has what it wanted.
+        # A reader that hangs up once the queue is closed has read all that it wanted.
         if problem is not None and not senders.ending:
             senders.lost(self.reader, problem)
 
     def _next(self) -> memoryview | None:
-        """What is to be sent next, None at the end."""
+        """Wait for the next piece to send; None at the end."""
         while True:
             with self._senders.lock:
                 if not self.pieces and not self._senders.ending:
@@ -271,7 +271,7 @@ class _Sender:
                     return self.pieces[0]
                 if self._senders.ending:
                     return None
-            # It never says anything after its hello.
+            # A reader sends nothing after its hello.
             poll = select.poll()
             poll.register(self._connection, select.POLLIN)
             if poll.poll(0):
@@ -295,12 +295,12 @@ class _Sender:
 
 
 class Senders:
-    """The readers of one writer that are reached through sockets.
+    """The readers of one writer that are connected by sockets.
 
     Attributes:
         lock: guards what follows and the backlogs.
         room: notified when a backlog has shrunk, and at the end.
-        ending: nothing more is taken; what is in the backlogs is still sent.
+        ending: no frame is taken any more; the backlogs are still sent.
         until: when that ends (monotonic).
         lost: called from their threads with a reader and why it is lost.
         look: called from their threads, now and then.
@@ -326,12 +326,12 @@ class Senders:
         return len(self._all)
 
     def add(self, reader: int, connection: socket.socket) -> None:
-        """One more, before anything is sent."""
+        """Add a reader, before the first frame."""
         with self.lock:
             self._all[reader] = _Sender(self, reader, connection)
 
     def frame(self, kind: int, obj: Any) -> list[memoryview]:
-        """The next frame; raises what `commgraph.wire.encode` does, and ValueError where it is too large."""
+        """Return the next frame; raises as `commgraph.wire.encode` does, and ValueError where it is too large."""
         body = self._secret.encode(kind, self._number, obj)
         if len(body) > _MAX_FRAME:
             raise ValueError(f"an object of {len(body)} bytes does not go through a socket: {_MAX_FRAME} are the most")
@@ -339,7 +339,7 @@ class Senders:
         return [memoryview(head + body)] if len(body) <= _SMALL else [memoryview(head), memoryview(body)]
 
     def wait_for_room(self, frame: list[memoryview], deadline: float) -> int | None:
-        """Waits until every backlog has room for a frame, or the end came; the reader in whose way it is where the deadline passed."""
+        """Wait until every backlog has room for a frame, or `end` was called; return the reader whose backlog is full at the deadline."""
         nbytes = sum(map(len, frame))
         with self.lock:
             while not self.ending:
@@ -353,7 +353,7 @@ class Senders:
         return None
 
     def push(self, frame: list[memoryview]) -> bool:
-        """Gives a frame to all; False if the end came before."""
+        """Append a frame to all backlogs; False if `end` was called before."""
         with self.lock:
             if self.ending:
                 return False
@@ -369,7 +369,7 @@ class Senders:
                 sender.work.notify()
 
     def end(self, kind: int, obj: Any, seconds: float) -> None:
-        """Sends what is in the backlogs and a last frame, for so long."""
+        """Send the backlogs and a last frame, within that time."""
         with self.lock:
             if not self.ending:
                 self._push(self.frame(kind, obj))
@@ -386,7 +386,7 @@ class Senders:
                 sender.thread.join()
 
     def drop(self) -> None:
-        """In a process that was forked: closes the copies of the descriptors."""
+        """Close the copies of the descriptors, in a process that was forked."""
         for sender in self._all.values():
             sender.drop()
 
@@ -398,7 +398,7 @@ class Incoming:
     """A reader's connection to its writer. A call that is late has lost nothing: call again."""
 
     def __init__(self, secret: Secret, address: tuple[str, int], reader: int) -> None:
-        """Connects and says hello; what becomes of it is learned with the first frame.
+        """Connect and send the hello; the answer is read with the first frame.
 
         Raises:
             OSError: nobody listens there.
@@ -422,12 +422,12 @@ class Incoming:
         self._answered = False
 
     def receive(self, deadline: float) -> tuple[int, Any]:
-        """Kind of the next frame, and what it holds.
+        """Return the kind of the next frame, and its content.
 
         Raises:
             Late: the deadline (monotonic) passed.
             HungUp: the writer did, or never let this reader in.
-            WireError: what came was damaged or forged. Whatever unpickling raises: the frame is used up.
+            WireError: a frame was damaged or forged. Whatever unpickling raises: the frame is used up.
         """
         if not self._answered:
             self._fill(deadline)
@@ -446,7 +446,7 @@ class Incoming:
         return kind, self._secret.decode(kind, number, body)
 
     def interrupt(self) -> None:
-        """Ends a `receive` of another thread, and all later ones, in `HungUp`. The writer learns of it."""
+        """End a `receive` of another thread, and all later ones, in `HungUp`. The writer sees the connection close."""
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
 

@@ -19,7 +19,7 @@ _SEALS = 0x0002 | 0x0004  # F_SEAL_SHRINK | F_SEAL_GROW
 
 
 def create(nbytes: int) -> int:
-    """A descriptor of `nbytes` of zeroed memory.
+    """Return a descriptor of `nbytes` of zeroed memory.
 
     Raises:
         BuildError: there is no memory for it, saying how much is needed.
@@ -39,7 +39,7 @@ def create(nbytes: int) -> int:
 
 
 def open_peer(pid: int, fd: int, nbytes: int) -> int:
-    """A descriptor of this process for the memory that process `pid` has as `fd`.
+    """Return a descriptor of this process for the memory that process `pid` has as `fd`.
 
     Raises:
         OSError: it cannot be opened, or is something else.

@@ -1,4 +1,4 @@
-"""How a wait in shared memory ends early. In Python, so that it can be caught where the native module is missing."""
+"""Exceptions of the native module. Defined in Python, so that they can be caught where it is missing."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Stopped(Exception):  # noqa: N818 - internal; the coordinator turns it int
     Attributes:
         code: TIMEOUT (the deadline passed), LOST (a process died), GONE (one closed its side), SELF (this side was closed by another
             thread), MISMATCH (the ranks called different things).
-        seat: of the participant that it is about.
+        member: number of the participant that it is about.
     """
 
-    def __init__(self, code: int, seat: int) -> None:
-        super().__init__(code, seat)
+    def __init__(self, code: int, member: int) -> None:
+        super().__init__(code, member)
         self.code = code
-        self.seat = seat
+        self.member = member
 
 
 class Busy(RuntimeError):  # noqa: N818 - internal name of a RuntimeError that says it all

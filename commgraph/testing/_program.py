@@ -53,7 +53,7 @@ OPERATIONS = (
     "dispatch",
     "combine",
 )
-"""What a step may do. ``ring``: every rank sends to the next and receives from the previous one; ``pair``: one rank sends to one other."""
+"""A step's operations. ``ring``: every rank sends to the next and receives from the previous one; ``pair``: one rank sends to one other."""
 
 LATER = (
     "all_reduce",
@@ -69,7 +69,7 @@ LATER = (
     "pair",
     "tensor_dict_ring",
 )
-"""Those that can be begun in one step and waited for in a later one."""
+"""Operations that can be begun in one step and waited for in a later one."""
 
 
 @attrs.frozen
@@ -80,7 +80,7 @@ class TensorSpec:
         dtype: name of its dtype, without ``torch.``.
         shape: its shape.
         strides: how it lies in memory: one of `STRIDES`.
-        bits: random bits (NaN and all), and not the gentle numbers that a reduction does not overflow with.
+        bits: random bits (NaN included), and not small numbers with which a reduction does not overflow.
     """
 
     dtype: str = "float32"
@@ -89,13 +89,13 @@ class TensorSpec:
     bits: bool = False
 
     def make(self, seed: int) -> torch.Tensor:
-        """The tensor; the same one for the same seed."""
+        """Return the tensor; equal for equal seeds."""
         if not self.shape:
             return self._dense((), seed)
         if self.strides == "transposed":
             return self._dense(self.shape[::-1], seed).permute(*range(len(self.shape) - 1, -1, -1))
         if self.strides == "sliced":
-            # Also not at the start of its memory.
+            # Its data do not begin at the start of its memory either.
             return self._dense((*self.shape[:-1], 2 * self.shape[-1] + 1), seed)[..., 1::2]
         if self.strides == "expanded":
             return self._dense((min(self.shape[0], 1), *self.shape[1:]), seed).expand(self.shape)
@@ -115,19 +115,19 @@ class TensorSpec:
             return torch.complex(torch.randn(shape, generator=random), torch.randn(shape, generator=random)).to(dtype)
         if dtype.itemsize > 1:
             return torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)
-        # Few bits: numbers that they hold, and a kind that knows powers of two only.
+        # Dtypes of few bits: small numbers, and powers of two for a dtype that has no others.
         few = torch.randint(-3, 4, shape, generator=random).float()
         return (few.exp2() if dtype == torch.float8_e8m0fnu else few / 2).to(dtype)
 
 
 @attrs.frozen
 class Step:
-    """One operation on one group, the same in every rank's program. What an operation does not need, it does not look at.
+    """One operation on one group, the same in every rank's program. An operation ignores the attributes that it does not need.
 
     Attributes:
         operation: one of `OPERATIONS`.
         group: name of the group.
-        tensor: what each rank gives, or its piece of that. Values differ between ranks.
+        tensor: input of each rank, or its piece of that. Values differ between ranks.
         dim, other_dim: as given to the operation (`other_dim`: where `all_to_all` joins).
         op: of a reduction.
         root: source or destination, modulo the size of the group.
@@ -158,15 +158,15 @@ class Step:
     batch: bool = False
 
     def extent(self, i: int) -> int:
-        """The uneven size of rank i."""
+        """Return the uneven size of rank i."""
         return self.sizes[i % len(self.sizes)]
 
-    def crossing(self, i: int, j: int) -> int:
-        """The uneven size of what goes from rank i to rank j."""
+    def pair_size(self, i: int, j: int) -> int:
+        """Return the uneven size of the piece that rank i sends to rank j."""
         return self.sizes[(i + 2 * j) % len(self.sizes)]
 
     def extents(self, n: int, i: int) -> tuple[int, ...]:
-        """The shape of what rank i of n gives."""
+        """Return the shape of the input of rank i of n."""
         shape, operation = list(self.tensor.shape), self.operation
         if operation in ("reduce_scatter", "all_to_all", "scatter"):
             shape[self.dim] *= n
@@ -177,7 +177,7 @@ class Step:
         elif operation in ("reduce_scatterv", "scatterv"):
             shape[self.dim] = sum(map(self.extent, range(n)))
         elif operation == "all_to_allv" and self.same_dims:
-            shape[self.dim] = sum(self.crossing(i, j) for j in range(n))
+            shape[self.dim] = sum(self.pair_size(i, j) for j in range(n))
         elif operation == "all_to_allv":
             shape[self.dim] = sum(map(self.extent, range(n)))
             shape[self.other_dim] = self.extent(i + 1)
@@ -189,11 +189,11 @@ class Step:
         return (self.dim - self.other_dim) % max(len(self.tensor.shape), 1) == 0
 
     def given(self, n: int, i: int, seed: int) -> torch.Tensor:
-        """The tensor of rank i of n; `seed` tells ranks apart."""
+        """Return the tensor of rank i of n; `seed` differs between ranks."""
         return attrs.evolve(self.tensor, shape=self.extents(n, i)).make(seed)
 
     def run(self, group: GroupCoordinator, seed: Callable[[int], int], gather: GroupCoordinator | None = None) -> tuple[Any, Any]:
-        """Performs the step on this rank, or begins it.
+        """Run the step on this rank, or begin it.
 
         Args:
             group: the coordinator.
@@ -201,7 +201,7 @@ class Step:
             gather: the all-gather group of ``tensor_dict_ring``.
 
         Returns:
-            What was given to the operation, and what came of it; of one that does not block what waits for that.
+            The input and the result; of an operation that does not block, a callable that waits for the result.
         """
         n, me, operation = group.world_size, group.rank_in_group, self.operation
         root = self.root % n
@@ -252,7 +252,7 @@ class Step:
         if operation == "ring" and self.batch and into is not None and n > 1:
             from commgraph.work import Recv, Send
 
-            # The receive first: in a batch no order is the wrong one.
+            # The receive first: a batch may have any order.
             both = group.batch([Recv(into), Send(x)])
             return lambda: both.wait()[0]
         if operation == "ring":
@@ -272,8 +272,8 @@ class Step:
             return {}
         if self.same_dims:
             return {
-                "input_sizes": [self.crossing(me, j) for j in range(n)],
-                "output_sizes": [self.crossing(j, me) for j in range(n)],
+                "input_sizes": [self.pair_size(me, j) for j in range(n)],
+                "output_sizes": [self.pair_size(j, me) for j in range(n)],
             }
         return {"input_sizes": self._uneven(n), "output_sizes": [self.extent(j + 1) for j in range(n)]}
 
@@ -324,7 +324,7 @@ class Step:
         if operation in ("gather", "gatherv"):
             return group.gather(x, root, dim, sizes=self._uneven(n))
         if operation in ("scatter", "scatterv"):
-            # Elsewhere than on the root there is nothing to give, or a tensor whose values are ignored: for its shape.
+            # Elsewhere than on the root the input is None, or a tensor of which only the shape counts.
             if me != root and not self.out:
                 return group.scatter(None, root, dim)
             return group.scatter(x, root, dim, sizes=self._uneven(n))
@@ -350,7 +350,7 @@ class Step:
     def _ring(group: GroupCoordinator, send: Callable[[], None], receive: Callable[[], Any]) -> Any:
         if group.world_size == 1:
             return None
-        # A send returns when it was taken, so somebody has to begin.
+        # A send may wait for its receiver, so one rank has to send first.
         if group.is_first_rank:
             send()
             return receive()
@@ -363,7 +363,7 @@ class Step:
             return None
         shape = list(x.shape)
         shape[dim] = extent
-        # Not contiguous, and full of something else.
+        # Not contiguous, and filled with other values.
         return attrs.evolve(self.tensor, shape=tuple(shape), strides="transposed", bits=False).make(0)
 
 
@@ -386,20 +386,20 @@ class Program:
 
     @staticmethod
     def seed(index: int, rank: int) -> int:
-        """What the values of a rank in a step come from."""
+        """Return the seed of the values of a rank in a step."""
         return 1 + index * 4099 + rank * 17
 
     def __call__(self, world: World) -> list[tuple[Any, Any]]:
-        """Runs it on one rank.
+        """Run it on one rank.
 
         Returns:
-            For each step what this rank gave, and what it got.
+            For each step the input and the result of this rank.
         """
         with world.context(self.layout, name="program") as context:
             return self.perform(context)
 
     def perform(self, context: ParallelContext) -> list[tuple[Any, Any]]:
-        """The same on a context that is there already."""
+        """Run it on one rank of an existing context; return as a call does."""
         done: list[tuple[Any, Any]] = []
         awaited: dict[int, list[int]] = {}
         for index, step in enumerate(self.steps):
@@ -414,7 +414,7 @@ class Program:
 
 
 def fill(tree: Any, seed: int) -> Any:
-    """`tree` with a tensor in the place of each `TensorSpec`."""
+    """Return `tree` with a tensor for each `TensorSpec`."""
     if isinstance(tree, TensorSpec):
         return tree.make(seed)
     return {key: fill(value, seed + 1 + i) for i, (key, value) in enumerate(tree.items())} if isinstance(tree, Mapping) else tree

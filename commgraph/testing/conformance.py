@@ -50,19 +50,19 @@ def check_communicator(
     """Runs a strategy through every operation that it lists, on ranks that are threads, against what one process computes.
 
     Values, bits that agree on all ranks, inputs left alone, strides of every kind, empty tensors, uneven pieces; that `accepts` answers
-    alike on all ranks and whenever it is asked; that a rank whose peers do not come is told within its deadline; that it can be aborted and
-    closed twice. Whatever `accepts` declines is not tried.
+    alike on all ranks and whenever it is asked; that a rank whose peers do not come raises within its deadline; that it can be aborted and
+    closed twice. Calls that `accepts` declines are not tried.
 
     Args:
         factory: ``(facts, host) -> Communicator | Refused``, as an entry point of ``commgraph.communicators`` is called; collective. `host`
-            serves host tensors of the group, and is what its ranks can tell each other things with.
+            serves host tensors of the group, so that its ranks can exchange data.
         world_sizes: how many ranks to try it with; it must not refuse all of them.
         device: whose tensors it serves.
         options: of the group.
-        ends_waits: whether its operations hold up the host and end by their deadline; False for those that only enqueue.
+        ends_waits: whether its operations block the host and end by their deadline; False for stream-ordered ones.
 
     Raises:
-        AssertionError: says what was expected, of which operation, and what came.
+        AssertionError: says operation, expected and actual result.
     """
     refusals = []
     for n in world_sizes:
@@ -84,7 +84,7 @@ class _Check:
         self.tags = itertools.count(1)
 
     def run(self) -> str | None:
-        """Why it was refused, None where it passed."""
+        """Run the check; return why the strategy was refused, None where it passed."""
         made = self.made
         kinds = self.world.group.all_gather_object("refused" if isinstance(made, Refused) else "made")
         _expect(len(set(kinds)) == 1, f"the ranks do not agree whether there is one: {kinds}")
@@ -115,7 +115,7 @@ class _Check:
             for op in sorted(made.reductions) if operation in _REDUCTIONS else ("sum",):
                 if operation in _REDUCTIONS and refuse_reduction(dtype, op) is not None:
                     continue
-                # Of these two the shape is that of the whole, which they make of several sizes.
+                # Shape of the whole for these two, whose pieces have several sizes.
                 if operation in ("all_gather", "reduce_scatter") or self._accepts(made, operation, shape, dtype):
                     getattr(self, f"_{operation}")(made, _Case(self, operation, dtype, shape, strided), op)
 
@@ -239,7 +239,7 @@ class _Check:
         case.same(out, case.made(before, case.shape), "not what the previous rank sent")
 
     def _late(self, made: Communicator) -> None:
-        """A rank whose peers do not come. Afterwards the strategy is of no use any more, as a broken group's is not."""
+        """Check a rank whose peers do not come. The strategy cannot be used afterwards, as that of a broken group."""
         operation = next((name for name in ("all_reduce", "all_gather", "broadcast") if name in made.operations), None)
         if operation is None or not self._accepts(made, operation, (4, 3), torch.float32):
             return
@@ -262,13 +262,13 @@ class _Check:
                 _expect(False, f"{made!r}: {operation} returned though no other rank called it")
             took = time.monotonic() - started
             _expect(took < _LATE + 5, f"{made!r}: {operation} took {took:.1f} s to find out that nobody came within {_LATE} s")
-            # Over the store: the group that carried everything so far may have ended with it.
+            # Over the store: the connections of the group may have ended with it.
             self.world.store.set("late", "")
         self.world.store.wait(["late"])
 
 
 class _Case:
-    """Tensors of one kind, the same for whoever makes them."""
+    """Tensors of one kind, equal on all ranks that make them."""
 
     def __init__(self, check: _Check, operation: str, dtype: torch.dtype, shape: tuple[int, ...], strided: bool) -> None:
         self.check, self.operation, self.dtype, self.shape, self.strided = check, operation, dtype, shape, strided
@@ -320,7 +320,7 @@ class _Case:
         _expect(accumulator(self.dtype) is not None, f"{self}: {self.dtype} cannot be reduced")
 
     def alike(self, got: torch.Tensor) -> None:
-        """The same bits on every rank."""
+        """Expect the same bits on every rank."""
         said = self.check.world.group.all_gather_object(
             _plain(got).contiguous().reshape(-1).view(torch.uint8).tolist() if got.numel() else []
         )
@@ -328,7 +328,7 @@ class _Case:
 
 
 def _plain(x: torch.Tensor) -> torch.Tensor:
-    """On the host, with the strides of a new tensor; of a dtype that torch compares."""
+    """Return x on the host, contiguous, in a dtype that torch can compare."""
     x = x.cpu().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
     return x.float() if x.dtype.itemsize == 1 and x.dtype.is_floating_point else x
 

@@ -1,4 +1,4 @@
-"""A World of any size in one process: its operations answer shapes, so that a model can be traced for ranks that do not exist."""
+"""A World of any size in one process: its operations compute shapes only, so that a model can be traced for ranks that do not exist."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _NEVER_WAITED = timedelta(seconds=1)
 def fake_world(world_size: int, rank: int = 0, *, device: torch.device | str = "meta") -> World:
     """A World of `world_size` ranks, of which this process is one and the others do not exist.
 
-    Its contexts have every group of their layout, at no cost, and their operations answer shapes: on meta tensors, and under torch's
-    fake-tensor mode on fake tensors of any device, also while a model is compiled or exported. There is nobody whose data could come:
-    real tensors are refused, and so is whatever would receive an object. A layout of thousands of ranks is no more than one of two.
+    Its contexts have every group of their layout, at no cost, and their operations compute shapes only: on meta tensors, and under torch's
+    fake-tensor mode on fake tensors of any device, also while a model is compiled or exported. No peer could send data:
+    real tensors are refused, and so are operations that would receive an object. A layout of thousands of ranks is no more than one of two.
 
     Args:
         world_size: number of ranks.
-        rank: which of them this process plays.
+        rank: that of this process.
         device: of its coordinators: ``"meta"``, or that of the fake tensors, e.g. ``"cuda"`` (no such device is needed).
 
     Raises:
@@ -54,19 +54,19 @@ def fake_world(world_size: int, rank: int = 0, *, device: torch.device | str = "
 
 @attrs.frozen
 class _FakeBuilder(Builder):
-    """Makes groups that have no connections, and agrees with nobody."""
+    """Makes groups without connections, and exchanges nothing."""
 
     holds_something: ClassVar[bool] = False
 
     def agree(self, store: dist.Store, facts: Mapping[str, str], *, what: str, error: str = "", follows: bool = False) -> None:
         pass
 
-    def connect(self, ident: str, ranks: tuple[int, ...]) -> Connection | None:
+    def connect(self, uid: str, ranks: tuple[int, ...]) -> Connection | None:
         return None if len(ranks) == 1 else Connection(self.store, _NoTransport(ranks.index(self.rank), len(ranks)))
 
     def state(
         self,
-        ident: str,
+        uid: str,
         ranks: tuple[int, ...],
         connection: Connection | None,
         platform: Platform,
@@ -77,7 +77,7 @@ class _FakeBuilder(Builder):
         plugins: Plugins,
         partition: Callable[[], Sequence[Sequence[int]]],
     ) -> GroupState:
-        members = Members(ident, ranks, ranks.index(self.rank))
+        members = Members(uid, ranks, ranks.index(self.rank))
         live = [] if connection is None else [FakeCommunicator(members.rank_in_group, len(ranks))]
         network = None if connection is None else Network(connection.transport, connection.store, None)
         seconds = _NEVER_WAITED.total_seconds()
@@ -94,23 +94,23 @@ class _FakeBuilder(Builder):
         return GroupState(members, strategies, network, Timeouts(seconds, seconds), experts=options.experts, rebuild=rebuild)
 
     def _sibling(self, of: GroupState, name: str, *, platform: Platform, options: CommunicatorOptions, **kind: Any) -> GroupState:
-        ident, ranks = f"{of.members.ident}/sibling {of.count('siblings')}", of.members.ranks
-        return self.state(ident, ranks, self.connect(ident, ranks), platform, options, **kind)
+        uid, ranks = f"{of.members.uid}/sibling {of.count('siblings')}", of.members.ranks
+        return self.state(uid, ranks, self.connect(uid, ranks), platform, options, **kind)
 
 
 class _FakeStrategies(Strategies):
-    """Finds no strategy for tensors that have data."""
+    """Raises for tensors that have data."""
 
     def route(
         self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, op: str | None = None
     ) -> Communicator:
-        # Under a mode nothing has data, whatever its device.
+        # Under a mode no tensor has data, whatever its device.
         place = torch.device("meta") if compat.count_modes() else device
         (fake,) = self.communicators
         if fake.accepts(operation, shape, dtype, place, capturing=False):
             return fake
         raise UnsupportedTensorError(
-            f"{operation} in group {self.members.ident} of a fake world (rank {self.members.rank}): a {dtype} tensor {tuple(shape)} "
+            f"{operation} in group {self.members.uid} of a fake world (rank {self.members.rank}): a {dtype} tensor {tuple(shape)} "
             f"on {device} has data, and there are no peers to exchange it with: give meta or fake tensors, or run it in "
             "commgraph.testing.spmd",
             operation=operation,
@@ -119,7 +119,7 @@ class _FakeStrategies(Strategies):
 
 
 class _NoTransport(GlooTransport):
-    """Sends into the void, and has nothing to receive."""
+    """A transport without connections."""
 
     def __init__(self, rank_in_group: int, world_size: int) -> None:
         self.rank_in_group = rank_in_group

@@ -35,12 +35,12 @@ class ThreadStore(dist.Store):
         super().__init__()
         self._data: dict[str, bytes] = {}
         self._changed = threading.Condition()
-        # Once aborted: the keys that were there then, and the only ones that a wait still finds. Whether a group has met is thereby
-        # the same for all of its ranks.
+        # After `abort`: the keys that existed then, which a wait still finds, and no others: all ranks of a group see alike
+        # whether it has met.
         self._final: frozenset[str] | None = None
 
     def abort(self) -> None:
-        """Ends every wait, now and later, with an error, but for keys that were there before."""
+        """End every wait, now and later, with an error, except for keys that exist already."""
         with self._changed:
             if self._final is None:
                 self._final = frozenset(self._data)
@@ -77,7 +77,7 @@ class ThreadStore(dist.Store):
         with self._changed:
             self._changed.wait_for(lambda: self._final is not None or self.check(keys), limit)
             if self._final is None or all(f"/{CONNECTING}/" in key for key in keys):
-                # All ranks of a group that connects have met. One that left now would leave the others in gloo's wait, which nothing ends.
+                # All ranks of a connecting group have met. If one left now, the others would stay in gloo's wait, which nothing ends.
                 there = self._changed.wait_for(lambda: self.check(keys), 0 if self._final is None else min(limit, _CONNECT_SECONDS))
             else:
                 there = self._final.issuperset(keys)
@@ -109,20 +109,20 @@ class ThreadStore(dist.Store):
 
 
 class _Rank(threading.Thread):
-    """One rank: its world, and what became of its function."""
+    """One rank: its thread, its world, and the result of its function."""
 
     def __init__(self, run: _Run, rank: int) -> None:
         super().__init__(name=f"commgraph-rank-{rank}", daemon=True)
         self.run_ = run
         self.rank = rank
         self.world: World | None = None
-        # To be waited for in place of the thread: a join that Ctrl-C interrupts takes the thread for ended (CPython before 3.13).
+        # Waited for instead of the thread: a join that Ctrl-C interrupts marks the thread as ended (CPython before 3.13).
         self.ended = threading.Event()
 
     def run(self) -> None:
         run = self.run_
         try:
-            # A name per node, the nodes' ranks being neighbours; no name where there is one node, so that it is found out for real.
+            # A label per node of neighbouring ranks; no label for a single node, which is then discovered as in a real job.
             label = f"node {self.rank * run.nodes // run.world_size}" if run.nodes > 1 else ""
             timeout = timedelta(seconds=run.timeout)
             self.world = World._make(run.store, self.rank, run.world_size, None, timeout, None, None, None, label=label)
@@ -130,7 +130,7 @@ class _Rank(threading.Thread):
                 try:
                     run.results[self.rank] = run.fn(world)
                 except BaseException as error:
-                    # Before the world is left: from then on the peers fail too, and theirs are not the first failure.
+                    # Noted before the world is left, which makes the peers fail, too.
                     run.fail(self.rank, error)
                     raise
         except BaseException as error:
@@ -140,7 +140,7 @@ class _Rank(threading.Thread):
 
 
 class _Run:
-    """What the ranks of one call share."""
+    """State that the ranks of one call share."""
 
     def __init__(self, fn: Callable[[World], object], world_size: int, timeout: float, nodes: int) -> None:
         self.fn = fn
@@ -155,7 +155,7 @@ class _Run:
         self._lock = threading.Lock()
 
     def fail(self, rank: int, error: BaseException) -> None:
-        """Notes the first failure; those that follow from it are of no interest. Releases every rank."""
+        """Note the first failure, which later ones follow from, and release every rank."""
         with self._lock:
             if self.failure is not None or self.expired:
                 return
@@ -163,7 +163,7 @@ class _Run:
         self.release()
 
     def expire(self) -> None:
-        """The time is over: what fails from now on is no failure of its own. Releases every rank."""
+        """Note that the time ran out, so that later failures do not count, and release every rank."""
         with self._lock:
             self.expired = self.failure is None or isinstance(self.failure[1], CollectiveTimeoutError)
         self.release()
@@ -175,7 +175,7 @@ class _Run:
                 thread.world._abort()
 
     def join(self, deadline: float) -> list[_Rank]:
-        """Waits for the threads; returns those that have not ended."""
+        """Wait for the threads; return those that have not ended."""
         for thread in self.threads:
             if thread.ended.wait(max(deadline - time.monotonic(), 0.0)):
                 thread.join()
@@ -194,7 +194,7 @@ def spmd(fn: Callable[[World], T], world_size: int, *, timeout: float = 60, node
         nodes: simulated hosts that the ranks are spread over, in runs of neighbours.
 
     Returns:
-        What `fn` returned, in rank order.
+        The results of `fn`, in rank order.
 
     Raises:
         ConfigurationError: sizes that cannot be, or more ranks than this process may have open files for.
@@ -232,7 +232,7 @@ def spmd(fn: Callable[[World], T], world_size: int, *, timeout: float = 60, node
 
 
 def _make_room(world_size: int) -> None:
-    """Sees to it that there are descriptors enough: where gloo runs out of them it ends the process."""
+    """Raise the limit of open files if it is too low, or raise: gloo ends the process when it runs out of descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return

@@ -21,7 +21,7 @@ __all__ = ["layouts", "programs", "tensors"]
 
 _AXES = ("dp", "pp", "pcp", "tp")
 
-# Every dtype that can be reduced, by what its reductions are.
+# Every dtype that can be reduced, by the kind of its reductions.
 _FLOATS = (
     "float32",
     "float64",
@@ -101,12 +101,12 @@ def layouts(
     sizes: dict[str, int] = {}
     for axis in draw(st.permutations(("replica", *_AXES))):
         if world_size is None:
-            # The square root leaves room for the axes that come later: a world whose ranks all lie along one axis tests little.
+            # The square root leaves ranks for the later axes: a world whose ranks are all along one axis tests little.
             sizes[axis] = draw(st.integers(1, min(room, math.isqrt(room) + 1)))
         else:
             sizes[axis] = draw(st.sampled_from(_divisors(room)))
         room //= sizes[axis]
-    # What the drawn axes leave of an exact world falls to replica, as it does in Layout itself.
+    # `replica` gets the rest of an exact world, as in Layout itself.
     world = math.prod(sizes.values()) if world_size is None else world_size
     sizes["replica"] = world // math.prod(sizes[axis] for axis in _AXES)
     tp, pcp = sizes["tp"], sizes["pcp"]
@@ -133,7 +133,7 @@ def tensors(
     strides: Sequence[str] = STRIDES,
     bits: bool = False,
 ) -> st.SearchStrategy[torch.Tensor]:
-    """Host tensors of every dtype, of any shape (0-d and empty ones too) and lying in memory in any way.
+    """Host tensors of every dtype, of any shape (0-d and empty ones too) with any strides.
 
     Args:
         dtypes: of which; None: every one that can be reduced.
@@ -151,7 +151,7 @@ _REDUCTIONS = frozenset({"all_reduce", "all_reduce_", "reduce", "reduce_scatter"
 _OPS = ("sum", "avg", "max", "min", "product", "band", "bor", "bxor")
 _BITWISE = _OPS[-3:]
 _IN_PLACE = frozenset({"all_reduce_", "broadcast"})
-# Those that have no dim take tensors without one.
+# Operations without a dim, which take 0-dimensional tensors, too.
 _WITHOUT_DIM = frozenset({"all_reduce", "all_reduce_", "reduce", "broadcast", "ring", "pair"})
 _AROUND = ("replica", *_AXES)
 
@@ -178,7 +178,7 @@ def _trees() -> st.SearchStrategy[dict[Any, Any]]:
 def _steps(draw: st.DrawFn, layout: Layout, operations: Sequence[str]) -> Step:
     operation = draw(st.sampled_from(operations))
     later = draw(st.none() | st.integers(0, 3)) if operation in LATER else None
-    # Small layouts have many groups of one rank: look for a larger one first.
+    # Small layouts have many groups of one rank: a larger group is preferred.
     names = sorted(layout.names, key=layout.size, reverse=True)
     group = names[draw(st.integers(0, len(names) - 1)) if draw(st.booleans()) else draw(st.integers(0, min(3, len(names) - 1)))]
     if "object" in operation or operation == "broadcast_tensor_dict":

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import commgraph as cg
-from commgraph.accelerators.custom_all_reduce import CustomAllReduce, prove, strategy
+from commgraph.accelerators.custom_all_reduce import CustomAllReduce, probe_peer_access, strategy
 from commgraph.accelerators.custom_all_reduce.renumbered import Renumbered
 from commgraph.accelerators.kernel_table import KERNELS, OTHERS, KernelTable, Row, Step, merged
 from commgraph.communicators.base import OPERATIONS, Communicator
@@ -640,7 +640,7 @@ def test_the_children_meet_where_they_are_told() -> None:
         def tell(word: bytes) -> list[bytes]:
             return world.group.all_gather_object(word)
 
-        return prove(
+        return probe_peer_access(
             tell,
             lambda port: [sys.executable, "-c", program, str(port), str(world.rank), str(world.size)],
             range(3),
@@ -661,10 +661,10 @@ def test_the_real_trial_says_what_is_missing_here() -> None:
         def tell(word: bytes) -> list[bytes]:
             return world.group.all_gather_object(word)
 
-        return prove(tell, command_of(world.rank, 2, 0), range(2), world.rank, seconds=60).problem
+        return probe_peer_access(tell, command_of(world.rank, 2, 0), range(2), world.rank, seconds=60).problem
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU, so it would succeed")
     for problem in spmd(run, 2):
-        assert problem.startswith("rank 0: its trial of the peers' memory ended with code 1: ")
+        assert problem.startswith("rank 0: its probe of the peers' memory ended with code 1: ")
         assert "CUDA" in problem

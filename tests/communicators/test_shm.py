@@ -279,7 +279,7 @@ def test_large_pieces_are_read_where_they_lie(n: int) -> None:
     """Whether they are runs of memory or strided, on either side, beside pieces that are staged; the way in is found out, not believed."""
 
     def body(tp: GroupCoordinator) -> None:
-        reaches: bool = tp.communicator("shm")._group.reaches  # type: ignore[attr-defined]  # the native group
+        reaches: bool = tp.communicator("shm")._group.has_cma  # type: ignore[attr-defined]  # the native group
         assert ("read where they lie" in tp.communicator("shm").describe()) == reaches
         me = tp.rank_in_group
         for shape in ((n * 40_000,), (n * 4, 30_000), (n * 200, n * 3, 90), (1_200_000,)):
@@ -318,7 +318,7 @@ def test_a_tensor_that_a_late_sender_may_still_fill_stays(entries: int, stays: b
                 with pytest.raises(cg.CollectiveError):
                     ctx.tp.broadcast(torch.ones(entries), 0)
                 return None
-            reaches: bool = ctx.tp.communicator("shm")._group.reaches  # type: ignore[attr-defined]  # the native group
+            reaches: bool = ctx.tp.communicator("shm")._group.has_cma  # type: ignore[attr-defined]  # the native group
             x = torch.zeros(entries)
             ref = weakref.ref(x)
             with pytest.raises(cg.CollectiveTimeoutError):

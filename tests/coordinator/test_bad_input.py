@@ -207,7 +207,7 @@ _TAGGED: dict[str, Callable[[GroupCoordinator, Any], Any]] = {
 for _op, _peer in _TAGGED.items():
     for _value in (-1, 1 << 20, 1.0, "0", None, True):
         case(f"{_op}: tag {_value!r}", _op, lambda g, call=_peer, value=_value: call(g, value), f"tag={_value!r}")  # type: ignore[misc]
-case("recv: nothing from anybody", "recv", lambda g: g.recv(0, torch.float32, cg.ANY), "no entries")
+case("recv: nothing from anybody", "recv", lambda g: g.recv(0, torch.float32, cg.ANY), "no elements")
 case("batch: from anybody", "batch", lambda g: g.batch([cg.Recv(x46(), cg.ANY)]), "src=commgraph.ANY")  # type: ignore[arg-type]
 for _value in (None, [1], [1, 2, 3], 7):
     case(f"scatter_object: {_value!r}", "scatter_object", lambda g, value=_value: g.scatter_object(value, g.rank_in_group), "objs")  # type: ignore[misc]
@@ -285,9 +285,9 @@ for _op, _peer in _SIZES.items():
         if _value is not None:
             case(f"{_op} = {_value!r}", _name, lambda g, call=_peer, value=_value: call(g, value), _argument)  # type: ignore[misc]
 
-case("reduce_scatter: uneven", "reduce_scatter", lambda g: g.reduce_scatter(torch.ones(3, 5), 1), "5 entries")
-case("reduce_scatterv: uneven without sizes", "reduce_scatterv", lambda g: g.reduce_scatterv(torch.ones(3, 5), 1), "5 entries")
-case("scatter: uneven", "scatter", lambda g: g.scatter(torch.ones(3, 5), g.rank_in_group), "5 entries")
+case("reduce_scatter: uneven", "reduce_scatter", lambda g: g.reduce_scatter(torch.ones(3, 5), 1), "5 elements")
+case("reduce_scatterv: uneven without sizes", "reduce_scatterv", lambda g: g.reduce_scatterv(torch.ones(3, 5), 1), "5 elements")
+case("scatter: uneven", "scatter", lambda g: g.scatter(torch.ones(3, 5), g.rank_in_group), "5 elements")
 case("scatter: a dim that is none, of nothing", "scatter", lambda g: g.scatter(None, g.next_in_group, 1.5), "dim=1.5")
 case("scatter: sizes that are none, of nothing", "scatter", lambda g: g.scatter(None, g.next_in_group, sizes=[1, 2, 3]), "sizes")
 case("scatter: 25 dims", "scatter", lambda g: g.scatter(torch.ones([1] * 24 + [2]), g.rank_in_group), "24 dims")
@@ -297,7 +297,7 @@ case(
     lambda g: g.scatter(torch.zeros(4, 6, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), g.rank_in_group),
     "float4",
 )
-case("all_to_all: uneven", "all_to_all", lambda g: g.all_to_all(torch.ones(3, 5), scatter_dim=1), "5 entries")
+case("all_to_all: uneven", "all_to_all", lambda g: g.all_to_all(torch.ones(3, 5), scatter_dim=1), "5 elements")
 case("all_to_all: no output_sizes", "all_to_all", lambda g: g.all_to_all(x46(), input_sizes=[1, 3]), "without output_sizes")
 case("all_gatherv: nothing", "all_gatherv", lambda g: g.all_gatherv(7), "int")
 case(
@@ -383,7 +383,7 @@ case(
     "send_tensor_dict: a tensor that does not divide",
     "send_tensor_dict",
     lambda g: g.send_tensor_dict({"a": torch.ones(3)}, None, g, {"a": True}),
-    "3 entries",
+    "3 elements",
 )
 case("send_object: a lambda", "send_object", lambda g: g.send_object(lambda: 0, g.next_in_group), "cannot pickle")
 case("all_gather_object: a lambda", "all_gather_object", lambda g: g.all_gather_object([lambda: 0]), "cannot pickle")

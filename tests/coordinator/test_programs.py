@@ -129,7 +129,7 @@ def expected(step: Step, ranks: Sequence[int], me: int, seed: Callable[[int], in
     assert operation == "all_to_allv"
     pieces = []
     for i, x in enumerate(given):
-        cut = [step.crossing(i, j) if step.same_dims else step.extent(j) for j in range(n)]
+        cut = [step.pair_size(i, j) if step.same_dims else step.extent(j) for j in range(n)]
         pieces.append(x.narrow(dim, sum(cut[:me]), cut[me]))
     return torch.cat(pieces, step.other_dim)
 

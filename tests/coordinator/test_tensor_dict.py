@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import commgraph as cg
 from commgraph.coordinator import GroupCoordinator
-from commgraph.coordinator.tensor_dict import Plan, join_dict, places, split_dict
+from commgraph.coordinator.tensor_dict import Plan, join_dict, result_tensors, split_dict
 from commgraph.testing import spmd
 from commgraph.testing._program import fill
 from commgraph.testing.strategies import _trees, tensors  # the trees that `programs` draws
@@ -284,7 +284,7 @@ def test_taken_apart_and_joined_again(tree: dict[Any, Any], seed: int) -> None:
     filled = fill(tree, seed)
     entries, parts = split_dict(filled)
     assert same(join_dict(entries, parts), filled)
-    shells = places(entries, torch.device("cpu"), {})
+    shells = result_tensors(entries, torch.device("cpu"), {})
     assert [(x.dtype, x.shape) for x in shells] == [(x.dtype, x.shape) for x in parts]
 
 

@@ -352,7 +352,7 @@ def test_bad_input_raises_when_it_is_begun() -> None:
         cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
             (ValueError, "op='mean'", lambda: pp.all_reduce_async(x, op="mean")),
             (ValueError, "dim=3", lambda: pp.all_gather_async(x, 3)),
-            (ValueError, "3 entries, which 2 ranks", lambda: pp.reduce_scatter_async(x)),
+            (ValueError, "3 elements, which 2 ranks", lambda: pp.reduce_scatter_async(x)),
             (cg.UnsupportedTensorError, "out is", lambda: pp.all_gather_async(x, out=torch.empty(5))),
             (cg.UnsupportedTensorError, "out is", lambda: pp.reduce_scatter_async(torch.ones(4), out=torch.empty(5))),
             (ValueError, "timeout=-1", lambda: pp.all_reduce_async(x, timeout=-1)),

@@ -137,11 +137,11 @@ def test_gradients_are_counted_once_where_the_adjoint_of_the_sum_of_losses_count
 def test_bad_input_raises_and_the_group_goes_on() -> None:
     def run(group: cg.GroupCoordinator) -> None:
         x = torch.ones(4, 3, requires_grad=True)
-        with pytest.raises(ValueError, match=r"scatter_to on group 'tp' \(rank \d\): dim -1 of x \(4, 3\) has 3 entries, which 2 ranks"):
+        with pytest.raises(ValueError, match=r"scatter_to on group 'tp' \(rank \d\): dim -1 of x \(4, 3\) has 3 elements, which 2 ranks"):
             scatter_to(x, group)
         with pytest.raises(ValueError, match=r"scatter_to .* dim=2 is out of range for shape \(4, 3\)"):
             scatter_to(x, group, 2)
-        with pytest.raises(ValueError, match="3 entries"):
+        with pytest.raises(ValueError, match="3 elements"):
             reduce_scatter_to(x, group)
         with pytest.raises(ValueError, match="dim=5"):
             gather_from(x, group, 5)

@@ -116,7 +116,9 @@ def test_a_missing_backend_is_missing_for_all_and_said_once_in_a_warning() -> No
         on_devices(3, body, lambda: StandIn({1: "this torch has no NCCL, or sees no GPU"}))
     assert texts == ["nccl: not used, rank 1: this torch has no NCCL, or sees no GPU"] * 3
     said = [str(one.message) for one in caught if issubclass(one.category, RuntimeWarning)]
-    assert set(said) == {"nccl cannot serve cuda tensors (rank 1: this torch has no NCCL, or sees no GPU); they go by way of the host"}
+    assert set(said) == {
+        "nccl cannot serve cuda tensors (rank 1: this torch has no NCCL, or sees no GPU); they are staged through the host"
+    }
 
 
 @pytest.mark.filterwarnings("ignore:nccl cannot serve")

@@ -159,10 +159,10 @@ def test_a_failure_before_a_world_is_complete(rank: int, monkeypatch: pytest.Mon
 
     connect = building.Builder.connect
 
-    def fail(self: building.Builder, ident: str, ranks: tuple[int, ...]) -> Any:
+    def fail(self: building.Builder, uid: str, ranks: tuple[int, ...]) -> Any:
         if self.rank == rank:
             raise OSError("no network")
-        return connect(self, ident, ranks)
+        return connect(self, uid, ranks)
 
     monkeypatch.setattr(building.Builder, "connect", fail)
     begun = time.monotonic()

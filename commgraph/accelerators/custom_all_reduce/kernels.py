@@ -1,4 +1,4 @@
-"""Memory that all ranks of a group can reach, and kernels over it."""
+"""Memory that all ranks of a group can access, and kernels over it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from commgraph.accelerators.custom_all_reduce.renumbered import Renumbered
 
 __all__ = ["ALIGNMENT", "Kernels", "TorchKernels"]
 
-# Bytes of which a kernel's message is a multiple, and at multiples of which it begins: what one thread moves at once.
+# Bytes that one thread moves at once: size and address of a kernel's message are multiples of it.
 ALIGNMENT = 16
 
 
 class Kernels(abc.ABC):
     """A buffer of the same size on each rank, and the kernels that work on all of them. Enqueued on the current stream.
 
-    Tensors are contiguous, not empty, of a multiple of 16 bytes for each rank, and fit into the buffer. The kernels bring what they need
-    into the buffer themselves: how is each rank's own affair. All ranks call the same kernel with the same sizes, in the same order.
+    Tensors are contiguous, not empty, of a multiple of 16 bytes for each rank, and fit into the buffer. The kernels copy their input
+    into the buffer themselves. All ranks call the same kernel with the same sizes, in the same order.
     """
 
     room: int
@@ -33,36 +33,36 @@ class Kernels(abc.ABC):
 
     @abc.abstractmethod
     def all_reduce(self, kernel: str, x: torch.Tensor, out: torch.Tensor) -> None:
-        """The sum of every rank's x, 1-D, float32 or bfloat16, into `out`; they may be the same."""
+        """Write the sum of every rank's x, 1-D, float32 or bfloat16, to `out`, which may be x."""
 
     @abc.abstractmethod
     def all_gather(self, kernel: str, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Every rank's x, 1-D, one after the other into `out`."""
+        """Write every rank's x, 1-D, one after the other to `out`."""
 
     @abc.abstractmethod
     def reduce_scatter(self, kernel: str, pieces: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        """The sum of every rank's ``pieces[rank_in_group]`` into `out`, all 1-D, float32 or bfloat16."""
+        """Write the sum of every rank's ``pieces[rank_in_group]`` to `out`, all 1-D, float32 or bfloat16."""
 
     @abc.abstractmethod
     def drain(self) -> None:
-        """Waits until the device has done all that was enqueued on it: for ever, where a kernel waits for a peer that never came."""
+        """Wait until the device is idle: for ever, where a kernel waits for a peer that never comes."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Gives the memory back. Idempotent; nothing is said to the peers."""
+        """Release the memory. Idempotent; the peers are not told."""
 
 
 class TorchKernels(Kernels):
-    """Those of ``torch.ops.symm_mem`` over torch's symmetric memory. Not yet run on a GPU.
+    """The kernels of ``torch.ops.symm_mem`` over torch's symmetric memory. Not yet run on a GPU.
 
-    What was read in torch's sources (2.11 to 2.13) and is relied upon: every kernel begins and ends with a barrier of the ranks, block by
+    Relied upon, as read in torch's sources (2.11 to 2.13): every kernel begins and ends with a barrier of the ranks, block by
     block, so that the buffer may be filled again by whatever follows on the stream; the one- and two-shot kernels add in rank order, and
     bfloat16 in bfloat16; `multimem_all_reduce_` adds each part on one rank and hands the sum to all, in float32 for bfloat16, while
     `multimem_one_shot_all_reduce` may give other bits on other ranks and is therefore not used. They wait for peers without a deadline.
     """
 
     def __init__(self, name: str, store: dist.Store, rank_in_group: int, world_size: int, device: torch.device, room: int) -> None:
-        """Allocates the buffer and maps those of the peers. Collective.
+        """Allocate the buffer and map those of the peers. Collective.
 
         Args:
             name: the same on all ranks, and of no other group in any of their processes.
@@ -82,17 +82,17 @@ class TorchKernels(Kernels):
         with torch.cuda.device(device):
             self._memory, handle, group = compat.symmetric_memory(name, self._store, rank_in_group, world_size, device, room)
         self.multicast = bool(handle.multicast_ptr)
-        # Kept for as long as the buffer: the mappings of the peers', and what torch finds the group by.
+        # Kept for as long as the buffer: the mappings of the peers' buffers, and the group, which torch finds by name.
         self._handle: Any = handle
         self._group: Any = group
 
     def peer(self, rank: int, nbytes: int) -> torch.Tensor:
-        """The first bytes of a rank's buffer, where they lie."""
+        """Return the first bytes of a rank's buffer, mapped."""
         found: torch.Tensor = self._handle.get_buffer(rank, (nbytes,), torch.uint8)
         return found
 
     def barrier(self) -> None:
-        """Of the ranks, on the current stream."""
+        """Enqueue a barrier of the ranks on the current stream."""
         self._handle.barrier(0)
 
     def all_reduce(self, kernel: str, x: torch.Tensor, out: torch.Tensor) -> None:
@@ -104,7 +104,7 @@ class TorchKernels(Kernels):
                 out.copy_(buffer)
                 return
             target = out if _aligned(out) else torch.empty_like(out)
-            # Not by one_shot_all_reduce_copy_out: by its source some threads tell the peers before others have brought their part of x.
+            # Not one_shot_all_reduce_copy_out: in its source some threads signal the peers before others have copied their part of x.
             buffer.copy_(x)
             run = ops.two_shot_all_reduce_out if kernel == "two_shot" else ops.one_shot_all_reduce_out
             run(buffer, "sum", self._name, target)
@@ -140,5 +140,5 @@ class TorchKernels(Kernels):
 
 
 def _aligned(x: torch.Tensor) -> bool:
-    """Whether a kernel can read or write it where it lies. torch looks at the offset, the processor at the address."""
+    """Whether a kernel can read or write x without a copy. torch checks the offset, the processor the address."""
     return x.data_ptr() % ALIGNMENT == 0 and x.storage_offset() * x.itemsize % ALIGNMENT == 0

@@ -1,8 +1,8 @@
-"""Whether the ranks of a group can reach each other's device memory: shown by moving data, not asked of the driver.
+"""Probe whether the ranks of a group can access each other's device memory, by moving data and not by asking the driver.
 
-Drivers have claimed access that then hung or gave wrong bytes. So each rank has a child process go through the very path that the strategy
-will take (allocate, map, write, barrier, read, reduce) while it waits with a deadline itself. A child that hangs is ended, whatever it says
-is heard by all ranks, and all come to one verdict.
+Drivers have claimed access that then hung or gave wrong bytes. Each rank therefore has a child process take the path that the strategy
+will take (allocate, map, write, barrier, read, reduce) while it waits with a deadline itself. A child that hangs is killed. The
+results of all children are exchanged, so that all ranks come to one verdict.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import attrs
 import msgspec
 import torch.distributed as dist
 
-__all__ = ["MARK", "Proof", "Proofs", "Word", "command_of", "prove"]
+__all__ = ["MARK", "PeerAccess", "PeerAccessCache", "Word", "command_of", "probe_peer_access"]
 
-# A child prints its word on a line that begins like this; whatever else libraries print there is not it.
+# Begin of the line on which a child prints its `Word`; libraries may print other lines.
 MARK = "commgraph peers: "
 
 
 class Word(msgspec.Struct, frozen=True):
-    """What a rank found out.
+    """One rank's result of the test.
 
     Attributes:
-        problem: why it cannot reach the others; empty where it can.
+        problem: why it cannot access the others' memory; empty where it can.
         multicast: whether it can send to all others in one instruction.
         gigabytes: read from the slowest peer in a second, in 10^9 bytes.
     """
@@ -41,11 +41,11 @@ class Word(msgspec.Struct, frozen=True):
 
 
 @attrs.frozen
-class Proof:
+class PeerAccess:
     """The verdict of all ranks.
 
     Attributes:
-        problem: why not, of the first rank that had one; empty where every rank reached every other.
+        problem: that of the first rank that has one; empty where every rank can access the memory of every other.
         multicast: whether every rank can send to all others in one instruction.
         gigabytes: of the slowest pair.
     """
@@ -55,37 +55,37 @@ class Proof:
     gigabytes: float
 
 
-class Proofs:
-    """What was shown among the ranks of one world: a group within a group that was shown to be connected needs no children of its own."""
+class PeerAccessCache:
+    """Results among the ranks of one world, by set of ranks. A subset of a set whose test succeeded needs no test of its own."""
 
     def __init__(self) -> None:
-        self._known: dict[frozenset[int], Proof] = {}
+        self._known: dict[frozenset[int], PeerAccess] = {}
 
-    def find(self, ranks: Sequence[int]) -> Proof | None:
-        """What is known of these ranks; each of them knows the same, as all took part in finding it out."""
+    def find(self, ranks: Sequence[int]) -> PeerAccess | None:
+        """Return the result for these ranks, None if they were not tested; alike on each of them, as all took part in the test."""
         wanted = frozenset(ranks)
-        return next((proof for known, proof in self._known.items() if known == wanted or (wanted < known and not proof.problem)), None)
+        return next((access for known, access in self._known.items() if known == wanted or (wanted < known and not access.problem)), None)
 
-    def add(self, ranks: Sequence[int], proof: Proof) -> None:
-        """Notes what was found."""
-        self._known[frozenset(ranks)] = proof
+    def add(self, ranks: Sequence[int], access: PeerAccess) -> None:
+        """Add the result for a set of ranks."""
+        self._known[frozenset(ranks)] = access
 
 
-def prove(
-    tell: Callable[[bytes], list[bytes]],
+def probe_peer_access(
+    exchange: Callable[[bytes], list[bytes]],
     command: Callable[[int], Sequence[str]],
     ranks: Sequence[int],
     rank_in_group: int,
     *,
     seconds: float,
-) -> Proof:
-    """Has children of the ranks reach for each other. Collective.
+) -> PeerAccess:
+    """Test in one child process per rank whether the ranks can access each other's memory. Collective.
 
     Args:
-        tell: tells the ranks each other's bytes.
-        command: of a port on this host where the children meet: the command line of this rank's.
+        exchange: sends a rank's bytes to all ranks and returns those of all in rank order.
+        command: from a port of this host, where the children meet, to the command line of this rank's child.
         ranks: global ranks in group order.
-        rank_in_group: this rank's place.
+        rank_in_group: this rank.
         seconds: deadline of a child.
     """
     store = (
@@ -93,11 +93,11 @@ def prove(
         if rank_in_group == 0
         else None
     )
-    (port, *_) = [int(said) for said in tell(b"0" if store is None else str(store.port).encode())]
+    (port, *_) = [int(said) for said in exchange(b"0" if store is None else str(store.port).encode())]
     mine = _ask(command(port), seconds)
-    words = [msgspec.json.decode(said, type=Word) for said in tell(msgspec.json.encode(mine))]
+    words = [msgspec.json.decode(said, type=Word) for said in exchange(msgspec.json.encode(mine))]
     del store
-    return Proof(
+    return PeerAccess(
         next((f"rank {rank}: {word.problem}" for rank, word in zip(ranks, words, strict=True) if word.problem), ""),
         all(word.multicast for word in words),
         min(word.gigabytes for word in words),
@@ -105,7 +105,7 @@ def prove(
 
 
 def _ask(command: Sequence[str], seconds: float) -> Word:
-    """What the child says, or what became of it."""
+    """Run the child and return its result, or a `Word` with the problem that it ended in."""
     with tempfile.TemporaryFile() as printed:
         # A session of its own: what it started is ended with it.
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True)
@@ -123,10 +123,10 @@ def _ask(command: Sequence[str], seconds: float) -> Word:
     if code == 0 and said is not None:
         return msgspec.json.decode(said, type=Word)
     how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
-    return Word(f"its trial of the peers' memory {how}: {lines[-1][:300] if lines else 'it said nothing'}")
+    return Word(f"its probe of the peers' memory {how}: {lines[-1][:300] if lines else 'it said nothing'}")
 
 
 def command_of(rank_in_group: int, world_size: int, device: int) -> Callable[[int], Sequence[str]]:
-    """The command line of the real child, by the port where the children meet."""
+    """Return a function from the port where the children meet to the command line of a child (`trial.main`)."""
     module = f"{__package__}.trial"
     return lambda port: [sys.executable, "-m", module, *map(str, (port, rank_in_group, world_size, device))]

@@ -12,7 +12,7 @@ __all__ = ["Renumbered"]
 
 
 class Renumbered(dist.Store):
-    """Passes keys on with numbers of this rendezvous in place of the process's.
+    """Replaces the process's number in keys by one that counts from 0 in this rendezvous.
 
     torch numbers the exchanges of a process, of whatever groups, and puts the number into their keys: ``<what>/<number>/<rank>``. Ranks
     that took part in different numbers of them would wait for each other's keys for ever. Here the first number of each kind is 0.

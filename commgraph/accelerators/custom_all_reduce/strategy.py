@@ -1,4 +1,4 @@
-"""The strategy for small messages between accelerators that can reach each other's memory."""
+"""The strategy for small messages between accelerators that can access each other's memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from commgraph.accelerators.custom_all_reduce.kernels import ALIGNMENT, Kernels
 from commgraph.accelerators.kernel_table import KERNELS, OTHERS, Plan
 from commgraph.accelerators.streams import Streams
 from commgraph.communicators.base import Communicator, PeerClosed
-from commgraph.communicators.memory import are_slices_joined, as_bytes, is_packed, packed
+from commgraph.communicators.memory import are_slices_joined, as_bytes, dense, is_dense
 from commgraph.deadline import Deadline
 
 __all__ = ["CustomAllReduce"]
@@ -28,10 +28,10 @@ _REDUCTIONS = frozenset({"all_reduce", "reduce_scatter"})
 
 
 class CustomAllReduce(Communicator):
-    """All-reduce, all-gather and reduce-scatter by kernels over memory that all ranks can reach.
+    """All-reduce, all-gather and reduce-scatter by kernels over memory that all ranks can access.
 
-    Which kernel serves a size says a `Plan`. Sums are those of float32 and bfloat16, averages likewise; other reductions and uneven pieces
-    go to the strategy behind it, on all ranks alike. What is larger than the buffer goes through in pieces. Its buffer is made when the
+    A `Plan` chooses the kernel by size. It serves sums and averages of float32 and bfloat16; other reductions and uneven pieces go to the
+    strategy behind it, on all ranks alike. A tensor larger than the buffer goes through in pieces. Its buffer is made when the
     context is built and stays where it is, so its calls can be captured into graphs.
 
     A kernel waits for its peers without a deadline: where one never comes the device is busy until the process ends. Closing is bounded
@@ -51,14 +51,14 @@ class CustomAllReduce(Communicator):
         device: torch.device,
         streams: Streams | None = None,
     ) -> None:
-        """On memory that is there, of a group of the ranks of `rest`.
+        """Over existing kernels, of a group of the ranks of `rest`.
 
         Args:
             kernels: over the memory.
             plan: which of them serve what.
             rest: serves what they cannot; its owner's to close.
             device: whose tensors it serves.
-            streams: of that device; None where calls are made and not enqueued.
+            streams: of that device; None where calls are not stream-ordered.
         """
         super().__init__(rest.rank_in_group, rest.world_size)
         self.serves_host = device.type == "cpu"
@@ -78,7 +78,7 @@ class CustomAllReduce(Communicator):
         return self.kernel_for(operation, math.prod(shape) * dtype.itemsize, dtype) != OTHERS
 
     def kernel_for(self, operation: str, nbytes: int, dtype: torch.dtype) -> str:
-        """The kernel that serves such a call, `nbytes` as `commgraph.KernelTable` counts them; ``""`` where none does."""
+        """Return the kernel that serves such a call, `nbytes` as `commgraph.KernelTable` counts them; ``""`` where none does."""
         parts = 1 if operation == "all_reduce" else self.world_size
         if nbytes == 0 or nbytes % (ALIGNMENT * parts) or (operation in _REDUCTIONS and dtype not in _REDUCIBLE):
             return OTHERS
@@ -88,14 +88,14 @@ class CustomAllReduce(Communicator):
         if op not in ("sum", "avg"):
             return self._rest.all_reduce(x, op, tag=tag, deadline=deadline)
         out = self.new(x.shape, x.dtype, x.device)
-        self._reduce(packed(x), out, op)
+        self._reduce(dense(x), out, op)
         return out
 
     def all_reduce_(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
         if op not in ("sum", "avg"):
             return self._rest.all_reduce_(x, op, tag=tag, deadline=deadline)
-        out = x if is_packed(x) else self.new(x.shape, x.dtype, x.device)
-        self._reduce(packed(x), out, op)
+        out = x if is_dense(x) else self.new(x.shape, x.dtype, x.device)
+        self._reduce(dense(x), out, op)
         return x if out is x else x.copy_(out)
 
     def _reduce(self, x: torch.Tensor, out: torch.Tensor, op: str) -> None:
@@ -111,8 +111,8 @@ class CustomAllReduce(Communicator):
             self._rest.all_gather(x, dim, sizes, out, tag=tag, deadline=deadline)
             return
         kernels, kernel = self._begin(), self.kernel_for("all_gather", out.nbytes, out.dtype)
-        flat = as_bytes(packed(x))
-        # Straight into the result where its pieces lie one after the other.
+        flat = as_bytes(dense(x))
+        # Without a copy where the pieces of the result lie one after the other.
         straight = are_slices_joined(out, dim)
         whole = as_bytes(out) if straight else torch.empty(out.nbytes, dtype=torch.uint8, device=out.device)
         step = self._step(1, self.world_size)
@@ -136,15 +136,15 @@ class CustomAllReduce(Communicator):
             self._rest.reduce_scatter(x, dim, sizes, op, out, tag=tag, deadline=deadline)
             return
         kernels, kernel = self._begin(), self.kernel_for("reduce_scatter", x.nbytes, x.dtype)
-        landing = out if is_packed(out) else self.new(out.shape, out.dtype, out.device)
+        staging = out if is_dense(out) else self.new(out.shape, out.dtype, out.device)
         step = self._step(x.itemsize, self.world_size)
-        cut = [packed(piece).view(-1).split(step) for piece in x.split(list(sizes), dim)]
-        for part, pieces in zip(landing.view(-1).split(step), zip(*cut, strict=True), strict=True):
+        cut = [dense(piece).view(-1).split(step) for piece in x.split(list(sizes), dim)]
+        for part, pieces in zip(staging.view(-1).split(step), zip(*cut, strict=True), strict=True):
             kernels.reduce_scatter(kernel, pieces, part)
         self._bytes += x.nbytes
-        self._average(landing, op)
-        if landing is not out:
-            out.copy_(landing)
+        self._average(staging, op)
+        if staging is not out:
+            out.copy_(staging)
 
     def _begin(self) -> Kernels:
         if self._kernels is None:
@@ -153,9 +153,9 @@ class CustomAllReduce(Communicator):
         return self._kernels
 
     def _take_turn(self) -> None:
-        """Lets the current stream come after the one of the last call: one buffer cannot serve two at once."""
+        """Order the current stream after the one of the last call: the buffer serves one call at a time."""
         streams = self._streams
-        # A graph may not wait for what is not in it. Whoever replays one beside other calls orders the two.
+        # A graph cannot wait for an event outside of it. A program that replays it beside other calls orders the two.
         if streams is None or streams.is_capturing():
             return
         now = streams.current()
@@ -173,13 +173,13 @@ class CustomAllReduce(Communicator):
             out.div_(self.world_size)
 
     def _step(self, itemsize: int, parts: int) -> int:
-        """Elements of each rank's part that go through the buffer at once."""
+        """Return how many elements of each rank's part fit into the buffer at once."""
         return self._room // (ALIGNMENT * parts) * ALIGNMENT // itemsize
 
     # Life.
 
     def warmup(self, model: torch.nn.Module | None = None) -> None:
-        """Runs every kernel that it has once: the first run of each loads it."""
+        """Run every kernel once: the first run of each loads it."""
         unit = ALIGNMENT * self.world_size
         smallest = sorted({0, *(step.max_bytes for steps in self._plan.steps.values() for step in steps)})
         for operation in KERNELS:
@@ -203,15 +203,15 @@ class CustomAllReduce(Communicator):
             self.reduce_scatter(whole, 0, each, "sum", part, **limits)
 
     def abort(self) -> None:
-        """Nothing of it waits on the host."""
+        """Nothing to do: no call waits on the host."""
 
     def close(self) -> None:
         kernels, self._kernels = self._kernels, None
         if kernels is None:
             return
-        # What replayed graphs wait for is known to nobody but the device. Giving the memory back waits for it, too, and would hold the
-        # interpreter meanwhile.
-        waiting = threading.Thread(target=kernels.drain, name="commgraph drain", daemon=True)
+        # Whether a replayed graph still waits for a peer only the device knows. Freeing the memory waits for the device, too, and would
+        # hold the interpreter meanwhile.
+        waiting = threading.Thread(target=kernels.drain, name="commgraph synchronize", daemon=True)
         waiting.start()
         waiting.join(_CLOSE_SECONDS)
         if not waiting.is_alive():

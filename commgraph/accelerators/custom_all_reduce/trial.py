@@ -1,4 +1,4 @@
-"""A child's trial of its peers' device memory: ``python -m commgraph.accelerators.custom_all_reduce.trial PORT RANK SIZE DEVICE``.
+"""A child process's probe of its peers' device memory: ``python -m commgraph.accelerators.custom_all_reduce.trial PORT RANK SIZE DEVICE``.
 
 Prints a `peers.Word`. Not yet run on a GPU.
 """
@@ -22,27 +22,27 @@ _NUMEL = 1024
 
 
 def main(port: int, rank: int, size: int, device: int) -> None:
-    """Meets the other children at a port of this host, and says what came of it."""
+    """Meet the other children at a port of this host, run the probe, and print its result."""
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
     torch.cuda.init()  # says what is wrong with it, where something is
     torch.cuda.set_device(device)
     kernels = TorchKernels("trial", dist.PrefixStore("trial", store), rank, size, torch.device("cuda", device), _BYTES)
 
     def meet(step: str) -> None:
-        """On the host: ranks that wait on a device that they share with others take its time from them, which are measured here."""
+        """Barrier on the host: a barrier on a device shared with other ranks would take time that is measured here."""
         torch.cuda.synchronize(device)
         store.set(f"{step}/{rank}", "")
         store.wait([f"{step}/{peer}" for peer in range(size)])
 
     word = try_peers(kernels, rank, size, meet)
     print(f"{MARK}{msgspec.json.encode(word).decode()}", flush=True)
-    # The memory must not go before the last peer has read it.
+    # The memory must not be freed before the last peer has read it.
     meet("done")
     kernels.close()
 
 
 def try_peers(kernels: TorchKernels, rank: int, size: int, meet: Callable[[str], None]) -> Word:
-    """Reads and writes every peer's memory, and reduces over all."""
+    """Read and write every peer's memory, and run each reduction kernel; return the result."""
     device = kernels.peer(rank, 1).device
     kernels.peer(rank, _BYTES).copy_(_pattern(rank, device))
     meet("written")
@@ -54,10 +54,10 @@ def try_peers(kernels: TorchKernels, rank: int, size: int, meet: Callable[[str],
             return Word(f"{wrong} of {_BYTES} bytes that it read from rank {peer} of the group were wrong")
         slowest = min(slowest, _gigabytes(theirs))
     meet("read")
-    # Each writes a number of its own to the place of its own in every peer's memory.
+    # Each rank writes rank + 1 at index rank of every peer's memory.
     for peer in range(size):
         kernels.peer(peer, size)[rank] = rank + 1
-    meet("told")
+    meet("marked")
     written = kernels.peer(rank, size).tolist()
     if written != list(range(1, size + 1)):
         return Word(f"its peers wrote {list(range(1, size + 1))} to it, and {written} came")
@@ -73,13 +73,13 @@ def try_peers(kernels: TorchKernels, rank: int, size: int, meet: Callable[[str],
 
 
 def _pattern(rank: int, device: torch.device) -> torch.Tensor:
-    """Bytes that tell ranks and places apart."""
+    """Return bytes that differ between ranks and offsets."""
     numbers = torch.arange(_BYTES // 4, dtype=torch.int32, device=device)
     return ((numbers * 1640531527 + rank * 40503) ^ (numbers >> 7)).to(torch.int32).view(torch.uint8)
 
 
 def _gigabytes(theirs: torch.Tensor) -> float:
-    """A second's worth of reading, from the best of a few times."""
+    """Return the bandwidth of reads, in 10^9 bytes per second: the best of five."""
     best = float("inf")
     for _ in range(5):
         torch.cuda.synchronize(theirs.device)

@@ -34,7 +34,7 @@ def load(spec: str) -> type[Library]:
 
 
 def inherit(specs: Sequence[str], ranks: int) -> dict[str, Any]:
-    """What the peers want to hand to the ranks, made in the process that starts them."""
+    """Return, by peer, the objects that it passes to the ranks when this process starts them."""
     return {spec: load(spec).inherit(ranks) for spec in specs}
 
 

@@ -36,7 +36,7 @@ class Peer(Library):
         return None
 
     def channel(self, readers: int) -> Channel | None:
-        """Those that were inherited for so many readers."""
+        """Return the channel over the queues that were inherited for so many readers, None where there are none."""
         queues = self.job.inherited.get(readers)
         return queues and _Objects(queues, self.job.world.rank)
 

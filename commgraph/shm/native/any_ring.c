@@ -15,16 +15,16 @@
 enum {
     MOST = 128,        /* futexes of one futex_waitv */
     WAIT_SHARED = 2,   /* FUTEX_32, and not private to this process */
-    YIELD_NS = 200000, /* as in team.c, at most */
-    SHARE = 500,       /* of a short wait that is repeated, so that an idle one costs next to nothing */
-    POLL_NS = 1000000, /* between two looks where the kernel cannot wait for several */
+    YIELD_NS = 200000, /* longest, as in wait.c */
+    FRACTION = 500,    /* 1/500 of a short wait is spun at most: a caller that repeats short waits costs next to nothing */
+    POLL_NS = 1000000, /* between two checks where the kernel cannot wait for several futexes */
 };
 
 /* As in linux/futex.h, where that is recent enough. */
 typedef struct {
     uint64_t value, address;
     uint32_t flags, unused;
-} wait_entry;
+} futex_waiter;
 
 static int first_ready(cg_ring *const *rings, int n) {
     for (int i = 0; i < n; i++)
@@ -32,10 +32,10 @@ static int first_ready(cg_ring *const *rings, int n) {
     return -1;
 }
 
-/* Sleeps until one of the doorbells rings, at most until `end`. */
-static void sleep_on(wait_entry *entries, int n, int64_t end) {
+/* Sleeps until one of the doorbells is rung, at most until `end`. */
+static void sleep_on(futex_waiter *waiters, int n, int64_t end) {
     struct timespec until = {.tv_sec = end / 1000000000, .tv_nsec = end % 1000000000};
-    if (n <= MOST && (syscall(SYS_futex_waitv, entries, n, 0, &until, CLOCK_MONOTONIC) >= 0 || errno != ENOSYS)) return;
+    if (n <= MOST && (syscall(SYS_futex_waitv, waiters, n, 0, &until, CLOCK_MONOTONIC) >= 0 || errno != ENOSYS)) return;
     int64_t left = end - cg_clock_ns();
     struct timespec brief = {.tv_nsec = left > POLL_NS ? POLL_NS : left > 0 ? left : 0};
     nanosleep(&brief, NULL);
@@ -46,7 +46,7 @@ int cg_any_ring(cg_ring *const *rings, int n, int64_t deadline) {
     if (found >= 0 || n == 0) return found;
     cg_team *team = rings[0]->team;
     int64_t now = cg_clock_ns();
-    const int64_t some = (deadline - now) / SHARE, patience = now + (some < YIELD_NS ? some : YIELD_NS);
+    const int64_t some = (deadline - now) / FRACTION, patience = now + (some < YIELD_NS ? some : YIELD_NS);
     const int64_t spun = now + (some < team->spin_ns ? some : team->spin_ns);
     for (; now < spun; now = cg_clock_ns()) {
         if ((found = first_ready(rings, n)) >= 0) return found;
@@ -57,16 +57,16 @@ int cg_any_ring(cg_ring *const *rings, int n, int64_t deadline) {
         sched_yield();
     }
     /* Stores, fence and loads in the order of cg_wait, for each doorbell. */
-    wait_entry entries[MOST];
+    futex_waiter waiters[MOST];
     for (int i = 0; i < n; i++) {
         cg_bell *bell = rings[i]->team->bell;
         if (i < MOST)
-            entries[i] = (wait_entry){atomic_load_explicit(&bell->doorbell, memory_order_acquire), (uintptr_t)&bell->doorbell, WAIT_SHARED, 0};
+            waiters[i] = (futex_waiter){atomic_load_explicit(&bell->doorbell, memory_order_acquire), (uintptr_t)&bell->doorbell, WAIT_SHARED, 0};
         atomic_store_explicit(&bell->sleeping, 1, memory_order_relaxed);
     }
     atomic_thread_fence(memory_order_seq_cst);
     found = first_ready(rings, n);
-    if (found < 0 && now < deadline && !cg_team_left(team)) sleep_on(entries, n, deadline);
+    if (found < 0 && now < deadline && !cg_team_left(team)) sleep_on(waiters, n, deadline);
     for (int i = 0; i < n; i++) atomic_store_explicit(&rings[i]->team->bell->sleeping, 0, memory_order_relaxed);
     return found >= 0 ? found : first_ready(rings, n);
 }

@@ -1,11 +1,11 @@
-/* A wait for whichever of several rings has a record first. */
+/* A wait for the first record of several rings. */
 #ifndef COMMGRAPH_ANY_RING_H
 #define COMMGRAPH_ANY_RING_H
 
 #include "ring.h"
 
-/* The index of the first of these rings in which cg_ring_next finds something; -1 at the deadline, where this side was closed, or where a signal
- * came. Each is private, and this thread is its only reader. Neither the death nor the leaving of a writer ends it: see to those in between. */
+/* Returns the index of the first ring in which cg_ring_next finds a record; -1 at the deadline, after this side was closed, or after a signal.
+ * Each ring is private, and this thread its only reader. The death or leaving of a writer does not end the wait: check for it between two waits. */
 int cg_any_ring(cg_ring *const *rings, int n, int64_t deadline);
 
 #endif

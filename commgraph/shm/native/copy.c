@@ -6,16 +6,16 @@
 #include <emmintrin.h>
 #endif
 
-void cg_stream_fence(void) {
+void cg_store_fence(void) {
 #if defined(__SSE2__)
     _mm_sfence();
 #endif
 }
 
-void cg_copy(void *to, const void *from, size_t bytes, int streaming) {
+void cg_copy(void *to, const void *from, size_t bytes, int nontemporal) {
 #if defined(__SSE2__)
-    /* Every x86-64 has these. Four at a time fill one line, which then leaves as a whole. */
-    if (streaming && bytes >= 256) {
+    /* Every x86-64 has these stores. Four fill one line, which then leaves the core as a whole. */
+    if (nontemporal && bytes >= 256) {
         char *out = to;
         const char *in = from;
         size_t head = (size_t)(-(uintptr_t)out & 63);
@@ -33,16 +33,16 @@ void cg_copy(void *to, const void *from, size_t bytes, int streaming) {
         return;
     }
 #else
-    (void)streaming;
+    (void)nontemporal;
 #endif
     memcpy(to, from, bytes);
 }
 
-void cg_copy_both(void *to, const void *from, void *put, const void *next, size_t bytes, int streaming) {
+void cg_copy_both(void *to, const void *from, void *put, const void *next, size_t bytes, int nontemporal) {
     size_t at = 0;
     for (; at + CG_RUN <= bytes; at += CG_RUN) {
         CG_SOON((char *)put + at, 1)
-        if (streaming) cg_copy((char *)to + at, (const char *)from + at, CG_RUN, 1);
+        if (nontemporal) cg_copy((char *)to + at, (const char *)from + at, CG_RUN, 1);
         else memcpy((char *)to + at, (const char *)from + at, CG_RUN);
         memcpy((char *)put + at, (const char *)next + at, CG_RUN);
     }
@@ -50,16 +50,16 @@ void cg_copy_both(void *to, const void *from, void *put, const void *next, size_
     memcpy((char *)put + at, (const char *)next + at, bytes - at);
 }
 
-void cg_pack(void *to, const cg_block *from, size_t at, size_t bytes, int streaming) {
+void cg_pack(void *to, const cg_block *from, size_t at, size_t bytes, int nontemporal) {
     char *out = to;
-    if (bytes == 0) return; /* of a block of none, whose rows may have no bytes */
+    if (bytes == 0) return; /* the rows of an empty block may have no bytes */
     if (from->rows <= 1 || from->pitch == from->row) {
-        cg_copy(out, from->base + at, bytes, streaming);
+        cg_copy(out, from->base + at, bytes, nontemporal);
         return;
     }
     for (size_t row = at / from->row, offset = at % from->row; bytes > 0; row++, offset = 0) {
         size_t part = from->row - offset < bytes ? from->row - offset : bytes;
-        cg_copy(out, from->base + row * from->pitch + offset, part, streaming);
+        cg_copy(out, from->base + row * from->pitch + offset, part, nontemporal);
         out += part, bytes -= part;
     }
 }

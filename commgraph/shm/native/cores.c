@@ -19,15 +19,15 @@ int cg_cores_allowed(void) {
     return sched_getaffinity(0, sizeof allowed, &allowed) == 0 ? CPU_COUNT(&allowed) : 1;
 }
 
-void cg_cores_init(cg_cores *cores, int crowd) { *cores = (cg_cores){.crowd = crowd, .patience = PATIENCE_NS}; }
+void cg_cores_init(cg_cores *cores, int local_size) { *cores = (cg_cores){.local_size = local_size, .patience = PATIENCE_NS}; }
 
 void cg_cores_free(cg_cores *cores) {
     free(cores->idle);
     cores->idle = NULL;
 }
 
-/* Reads how long every core has been idle. Returns the one of `allowed` other than `mine` that was idle longest since the last time, and how
- * many ticks; -1 if there is none. */
+/* Reads from /proc/stat how long every core has been idle. Returns the core of `allowed`, other than `mine`, that was idle longest since the last
+ * call, and for how many ticks; -1 if there is none. */
 static int longest_idle(cg_cores *cores, const cpu_set_t *allowed, int mine, uint32_t *ticks) {
     int best = -1;
     *ticks = 0;
@@ -43,7 +43,7 @@ static int longest_idle(cg_cores *cores, const cpu_set_t *allowed, int mine, uin
             held += (size_t)got;
         }
         *end = 0;
-        if (!first) { /* which is that of all cores */
+        if (!first) { /* the first line is the sum of all cores */
             unsigned core;
             unsigned long long idle, waiting;
             char *at = text;
@@ -80,7 +80,7 @@ int cg_affinity_restore(int core, const cg_affinity *before) {
     CPU_SET(core, &narrow);
     if (sched_getaffinity(0, sizeof now, &now) || !CPU_EQUAL(&now, &narrow)) return 0;
     memcpy(&back, before, sizeof back);
-    /* A thread that may run everywhere is told so: it then follows its cpuset as one does whose affinity nobody ever set. */
+    /* A thread that may run everywhere gets all bits: it then follows its cpuset, as a thread whose affinity was never set. */
     if (CPU_COUNT(&back) == (int)sysconf(_SC_NPROCESSORS_ONLN)) memset(&back, 0xFF, sizeof back);
     return sched_setaffinity(0, sizeof back, &back) == 0;
 }
@@ -94,11 +94,11 @@ int cg_cores_wait(cg_cores *cores, int beside, int64_t now) {
     cpu_set_t allowed;
     uint32_t ticks = 0;
     int64_t passed = cores->since == 0 ? 0 : now - cores->since;
-    int target = -1, many = sched_getaffinity(0, sizeof allowed, &allowed) == 0 && CPU_COUNT(&allowed) > 1 && CPU_COUNT(&allowed) >= cores->crowd;
+    int target = -1, many = sched_getaffinity(0, sizeof allowed, &allowed) == 0 && CPU_COUNT(&allowed) > 1 && CPU_COUNT(&allowed) >= cores->local_size;
     if (many && cores->idle == NULL) cores->idle = calloc(CPU_SETSIZE, sizeof *cores->idle);
     if (many && cores->idle != NULL) target = longest_idle(cores, &allowed, sched_getcpu(), &ticks);
     cores->since = now;
-    if (passed == 0) return 0; /* this was the first look of two */
+    if (passed == 0) return 0; /* the first reading of two */
     cg_affinity before;
     if (target < 0 || ticks * (1000000000ll / sysconf(_SC_CLK_TCK)) * 2 <= passed || !cg_affinity_narrow(target, &before)) {
         if (cores->patience < LONGEST_NS) cores->patience *= 2;

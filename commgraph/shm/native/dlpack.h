@@ -1,4 +1,4 @@
-/* What is used of DLPack 1.x (https://dmlc.github.io/dlpack/latest/c_api.html): the layout of its structures is its ABI. */
+/* The used part of DLPack 1.x (https://dmlc.github.io/dlpack/latest/c_api.html): the layout of its structures is its ABI. */
 #ifndef COMMGRAPH_DLPACK_H
 #define COMMGRAPH_DLPACK_H
 

@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #endif
 
-enum { BLOCK = 1024 }; /* entries: a block of float32 fills an eighth of a usual first cache */
+enum { BLOCK = 1024 }; /* elements: a block of float32 fills an eighth of a usual first cache */
 
 #define TARGET
 #if defined(__aarch64__)
@@ -22,9 +22,9 @@ enum { BLOCK = 1024 }; /* entries: a block of float32 fills an eighth of a usual
 #undef NAME
 
 #if defined(__x86_64__)
-/* A wheel must run on any x86-64, so what newer ones can do is compiled beside it and chosen at run time. No fused multiply-add: its
- * results would differ in the last bit from those of the other sets. Max and min of the processor give b where either is not a number:
- * what is left to do is where a is none. */
+/* A wheel must run on any x86-64, so kernels of newer instruction sets are compiled as well and chosen at run time. No fused multiply-add: its
+ * results would differ in the last bit from those of the other sets. The processor's max and min return b where either is NaN: only the case
+ * that a is NaN needs a blend. */
 #define TARGET __attribute__((target("avx2,f16c,prfchw")))
 #define NAME(x) x##_avx2
 #define LANES 8
@@ -32,7 +32,7 @@ enum { BLOCK = 1024 }; /* entries: a block of float32 fills an eighth of a usual
 TARGET static inline void copy_avx2(uint16_t *to, const uint16_t *from) { _mm256_storeu_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)from)); }
 TARGET static inline lanes larger_avx2(lanes a, lanes b) { return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
 TARGET static inline lanes smaller_avx2(lanes a, lanes b) { return _mm256_blendv_ps(_mm256_min_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
-/* bfloat16 by pairs: a word of 32 bits holds two, and either is a float32 once the other's bits are gone. Nothing has to change places. */
+/* bfloat16 by pairs: a word of 32 bits holds two, and either is a float32 once the other's bits are gone. No element is moved. */
 TARGET static inline lanes bf16_low_avx2(const uint16_t *from) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i *)from), 16)); }
 TARGET static inline lanes bf16_high_avx2(const uint16_t *from) {
     return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256((const __m256i *)from), _mm256_set1_epi32((int)0xFFFF0000)));
@@ -47,7 +47,7 @@ TARGET static inline __m256i bf16_quiet_avx2(__m256i rounded, lanes value) {
 }
 TARGET static inline void bf16_store_avx2(uint16_t *to, lanes low, lanes high) {
     __m256i below = bf16_round_avx2(low), above = bf16_round_avx2(high);
-    if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(low, high, _CMP_UNORD_Q)), 0)) /* either is not a number */
+    if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(low, high, _CMP_UNORD_Q)), 0)) /* either is NaN */
         below = bf16_quiet_avx2(below, low), above = bf16_quiet_avx2(above, high);
     _mm256_storeu_si256((__m256i *)to, _mm256_blend_epi16(_mm256_srli_epi32(below, 16), above, 0xAA));
 }
@@ -63,8 +63,8 @@ TARGET static inline void f16_store_avx2(uint16_t *to, lanes low, lanes high) {
 #undef LANES
 #undef lanes
 
-#if defined(__clang__) || __GNUC__ >= 10 /* which know these instructions */
-/* Twice as wide, with an instruction that rounds to bfloat16. What the memory limits gains nothing from it, bfloat16 half its time. */
+#if defined(__clang__) || __GNUC__ >= 10 /* compilers that know these instructions */
+/* Twice as wide, with an instruction that rounds to bfloat16. A kernel that memory limits gains nothing; one of bfloat16 takes half the time. */
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,f16c,prfchw,prefer-vector-width=512")))
 #define NAME(x) x##_avx512
 #define LANES 16
@@ -87,7 +87,7 @@ TARGET __attribute__((noinline)) static void bf16_store_rare_avx512(uint16_t *to
     _mm256_storeu_si256((__m256i *)(to + LANES), bf16_round_avx512(high));
 }
 TARGET static inline void bf16_store_avx512(uint16_t *to, lanes low, lanes high) {
-    /* The instruction makes zeros of subnormal numbers, and keeps what a NaN carries. */
+    /* The instruction flushes subnormal numbers to zero, and keeps the payload of a NaN. */
     enum { NAN_OR_SUBNORMAL = 0x80 | 0x20 | 0x01 };
     if (__builtin_expect(_mm512_fpclass_ps_mask(low, NAN_OR_SUBNORMAL) | _mm512_fpclass_ps_mask(high, NAN_OR_SUBNORMAL), 0))
         bf16_store_rare_avx512(to, low, high);

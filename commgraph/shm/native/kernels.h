@@ -9,14 +9,14 @@ enum {
 };
 enum { CG_SUM, CG_AVG, CG_MAX, CG_MIN, CG_PRODUCT, CG_OPS };
 
-/* out[i] = ((src[0][i] op src[1][i]) op src[2][i]) ...; `out` may be one of the sources; n >= 2. bfloat16 and float16 are taken together in
+/* out[i] = ((src[0][i] op src[1][i]) op src[2][i]) ...; `out` may be one of the sources; n >= 2. bfloat16 and float16 are combined in
  * float32 and rounded once, to nearest even; integers wrap; NaN wins in max and min.
  *
- * `put` may be NULL. With two sources it may be other memory, which gets `count` entries from `next` meanwhile, a few lines at a time: while the
- * processor waits for what another core wrote it has the time to write what that one reads after. */
+ * `put` may be NULL. With two sources it may be other memory, which gets `count` elements from `next` meanwhile, a few lines at a time: while the
+ * processor waits for lines that another core wrote it writes those that the other core reads next. */
 typedef void (*cg_kernel)(void *out, const void *const *src, int n, size_t count, void *put, const void *next);
 
-/* The best of this processor; NULL where there is none (the average of integers). */
+/* The fastest kernel of this processor; NULL where there is none (the average of integers). */
 cg_kernel cg_find_kernel(int dtype, int op);
 size_t cg_dtype_bytes(int dtype);
 /* How many times as long as a byte of float32 a byte of this kind takes, roughly. */

@@ -3,10 +3,11 @@
 #if defined(__clang__)
 #define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
-#define INDEPENDENT _Pragma("GCC ivdep") /* where `out` is a source, it is the same entry that is read and written */
+#define INDEPENDENT _Pragma("GCC ivdep") /* where `out` is a source, each iteration reads and writes one element of it */
 #endif
 
-/* Two sources go straight through, more by way of a block that stays in the first cache: `out` may be one that is still to be read. */
+/* Kernels in the type itself. Two sources in one pass; more through a block that stays in the first-level cache, because `out` may be a source that is
+ * still to be read. */
 #define DIRECT(name, T, COMBINE, FINISH)                                                             \
     TARGET static void NAME(name)(void *out_, const void *const *src, int n, size_t count, void *put_, const void *next_) { \
         T *out = out_, *put = put_;                                                                  \
@@ -53,13 +54,13 @@
         }                                                                                            \
     }
 
-/* The same in float32, for kinds of 16 bits. Two registers at a time where this instruction set has a way to do that. */
-#define WIDENED(name, KIND, COMBINE, WAY, FINISH)                                                    \
+/* Kernels of 16-bit types, in float32. Two registers at a time where the instruction set has `lanes`. */
+#define WIDENED(name, KIND, COMBINE, COMBINE_LANES, FINISH)                                                    \
     TARGET static void NAME(name)(void *out_, const void *const *src, int n, size_t count, void *put_, const void *next_) { \
         uint16_t *out = out_, *put = put_;                                                           \
         const uint16_t *next = next_;                                                                \
         size_t at = 0;                                                                               \
-        BY_REGISTERS(KIND, WAY, FINISH)                                                              \
+        BY_REGISTERS(KIND, COMBINE_LANES, FINISH)                                                              \
         float block[BLOCK], other[BLOCK];                                                            \
         for (; at < count; at += BLOCK) {                                                            \
             size_t length = count - at < BLOCK ? count - at : BLOCK;                                 \
@@ -81,40 +82,40 @@
 
 #if defined(LANES)
 /* This instruction set has `lanes`, LANES float32 in a register, and for each kind of 16 bits two loads, each of one half of
- * 2 LANES entries, a store of both, and a copy of so many. */
+ * 2 LANES elements, a store of both, and a copy of so many. */
 #define LANES_LARGER NAME(larger)(a, b)
 #define LANES_SMALLER NAME(smaller)(a, b)
-#define REGISTERS(KIND, UNTIL, HALF, WAY, FINISH, ALSO)                                              \
+#define REGISTERS(KIND, UNTIL, HALF, COMBINE_LANES, FINISH, ALSO)                                              \
     for (; at + 2 * LANES <= UNTIL; at += 2 * LANES) {                                               \
         lanes low, high;                                                                             \
-        { HALF(KIND##_low, WAY) low = FINISH; }                                                      \
-        { HALF(KIND##_high, WAY) high = FINISH; }                                                    \
+        { HALF(KIND##_low, COMBINE_LANES) low = FINISH; }                                                      \
+        { HALF(KIND##_high, COMBINE_LANES) high = FINISH; }                                                    \
         NAME(KIND##_store)(out + at, low, high);                                                     \
         ALSO                                                                                         \
     }
-#define OF_TWO(LOAD, WAY)                                                                            \
+#define OF_TWO(LOAD, COMBINE_LANES)                                                                            \
     lanes a = NAME(LOAD)(first + at), b = NAME(LOAD)(second + at);                                   \
-    a = WAY;
-#define OF_MANY(LOAD, WAY)                                                                           \
+    a = COMBINE_LANES;
+#define OF_MANY(LOAD, COMBINE_LANES)                                                                           \
     lanes a = NAME(LOAD)(first + at);                                                                \
     for (int k = 1; k < n; k++) {                                                                    \
         lanes b = NAME(LOAD)((const uint16_t *)src[k] + at);                                         \
-        a = WAY;                                                                                     \
+        a = COMBINE_LANES;                                                                                     \
     }
-#define BY_REGISTERS(KIND, WAY, FINISH)                                                              \
+#define BY_REGISTERS(KIND, COMBINE_LANES, FINISH)                                                              \
     const uint16_t *first = src[0], *second = src[1];                                                \
     while (put != NULL && at + CG_RUN / sizeof *put <= count) {                                      \
         size_t until = at + CG_RUN / sizeof *put;                                                    \
         CG_SOON(first + at, 0)                                                                       \
         CG_SOON(second + at, 0)                                                                      \
         CG_SOON(put + at, 1)                                                                         \
-        REGISTERS(KIND, until, OF_TWO, WAY, FINISH, NAME(copy)(put + at, next + at);)                \
+        REGISTERS(KIND, until, OF_TWO, COMBINE_LANES, FINISH, NAME(copy)(put + at, next + at);)                \
     }                                                                                                \
     if (put != NULL) memcpy(put + at, next + at, (count - at) * sizeof *put);                        \
-    if (n == 2) REGISTERS(KIND, count, OF_TWO, WAY, FINISH, )                                        \
-    else REGISTERS(KIND, count, OF_MANY, WAY, FINISH, )
+    if (n == 2) REGISTERS(KIND, count, OF_TWO, COMBINE_LANES, FINISH, )                                        \
+    else REGISTERS(KIND, count, OF_MANY, COMBINE_LANES, FINISH, )
 #else
-#define BY_REGISTERS(KIND, WAY, FINISH)                                                              \
+#define BY_REGISTERS(KIND, COMBINE_LANES, FINISH)                                                              \
     if (put != NULL) memcpy(put, next, count * sizeof *put);
 #endif
 

@@ -35,7 +35,7 @@ int parse_timeout(PyObject *self, PyObject *value, int64_t standard_ns, int64_t 
         PyErr_Clear(); /* a number beyond a double */
         return 0;
     }
-    if (!(seconds > 0 && seconds < 1e9)) return 0; /* the general path says what is wrong, or cuts it */
+    if (!(seconds > 0 && seconds < 1e9)) return 0; /* the general path raises, or limits it */
     *ns = (int64_t)(seconds * 1e9);
     return 1;
 }
@@ -44,34 +44,34 @@ PyObject *not_handled(void) { return PyErr_Occurred() ? NULL : Py_NewRef(Py_None
 
 uint32_t make_tag(uint32_t kind, uint64_t number, uint32_t digest) { return kind << 28 | ((digest ^ (uint32_t)number * 0x9E3779B1u) & 0xFFFFFFF); }
 
-/* Threads that wake up together would all ask for the interpreter, and be handed it by one futex after the other, each of which takes
- * longer than what most of them want to do. So those of one process take turns: who has come back from a wait keeps the turn until its next one,
- * and the others wait, those on its own core by letting it run. It may be long about something else, so patience is short. */
+/* Threads that wake up together would all request the interpreter, and get it through one futex after the other, each of which takes longer than
+ * most of them hold it. Threads of one process therefore take turns: a thread that has returned from a wait keeps the turn until its next wait.
+ * The others spin, or yield if they are on its core, for TURN_NS at most: the thread may compute for long. */
 #define TURN_NS 50000
 
 static void take_turn(Team *self) {
-    if (!cg_team_is_crew(&self->team)) return;
-    uintptr_t me = (uintptr_t)pthread_self(), nobody = 0;
+    if (!cg_team_has_same_process(&self->team)) return;
+    uintptr_t me = (uintptr_t)pthread_self(), holder = 0;
     const int64_t patience = cg_clock_ns() + TURN_NS;
-    while (!atomic_compare_exchange_weak_explicit(&self->turn->thread, &nobody, me, memory_order_relaxed, memory_order_relaxed)) {
-        if (nobody != 0 && cg_clock_ns() > patience) {
+    while (!atomic_compare_exchange_weak_explicit(&self->turn->thread, &holder, me, memory_order_relaxed, memory_order_relaxed)) {
+        if (holder != 0 && cg_clock_ns() > patience) {
             atomic_store_explicit(&self->turn->thread, me, memory_order_relaxed);
             break;
         }
-        nobody = 0;
+        holder = 0;
         if (atomic_load_explicit(&self->turn->core, memory_order_relaxed) == sched_getcpu()) sched_yield();
         else for (int i = 0; i < 10; i++) cg_pause();
     }
     atomic_store_explicit(&self->turn->core, sched_getcpu(), memory_order_relaxed);
 }
 
-static void let_go(Team *self) {
+static void release_interpreter(Team *self) {
     self->saved = PyEval_SaveThread();
     uintptr_t me = (uintptr_t)pthread_self();
     atomic_compare_exchange_strong_explicit(&self->turn->thread, &me, 0, memory_order_relaxed, memory_order_relaxed);
 }
 
-static void take_back(Team *self) {
+static void take_interpreter(Team *self) {
     take_turn(self);
     PyEval_RestoreThread(self->saved);
 }
@@ -93,30 +93,30 @@ static int claim(Team *team) {
 int enter_keeping(Team *team, int keep) {
     if (!claim(team)) return 0;
     team->brief = keep;
-    if (!keep) let_go(team);
+    if (!keep) release_interpreter(team);
     return 1;
 }
 
 int enter(Team *team) { return enter_keeping(team, 0); }
 
-/* Among threads of one process nobody's call is over before another had the interpreter: they copy and reduce meanwhile. */
-int keeps_interpreter(Team *team, size_t bytes) { return bytes <= BRIEF && !cg_team_is_crew(&team->team); }
+/* A call of same-process ranks never keeps the interpreter: it ends only after the other threads have had it. They copy and reduce meanwhile. */
+int keeps_interpreter(Team *team, size_t bytes) { return bytes <= BRIEF && !cg_team_has_same_process(&team->team); }
 
 int enter_for(Team *team, size_t bytes) { return enter_keeping(team, keeps_interpreter(team, bytes)); }
 
 void leave(Team *team) {
-    if (!team->brief) take_back(team);
+    if (!team->brief) take_interpreter(team);
     team->busy = 0;
 }
 
 static void pause_interpreter(cg_team *team) {
     Team *self = team->user;
-    if (self->brief) let_go(self);
+    if (self->brief) release_interpreter(self);
 }
 
 static void resume_interpreter(cg_team *team) {
     Team *self = team->user;
-    if (self->brief) take_back(self);
+    if (self->brief) take_interpreter(self);
 }
 
 PyObject *raise_stopped(PyObject *self, int code, int who) {
@@ -174,7 +174,7 @@ static PyObject *segment_address(PyObject *self, void *closure) {
     return PyLong_FromVoidPtr(((Segment *)self)->base);
 }
 
-/* Touches every page, so that first use finds them in place. */
+/* Reads every page, so that a later access causes no page fault. */
 static PyObject *segment_populate(PyObject *self, PyObject *unused) {
     (void)unused;
     Segment *segment = (Segment *)self;
@@ -184,7 +184,7 @@ static PyObject *segment_populate(PyObject *self, PyObject *unused) {
     Py_RETURN_NONE;
 }
 
-static PyGetSetDef segment_getset[] = {{"address", segment_address, NULL, "where it is mapped", NULL}, {0}};
+static PyGetSetDef segment_getset[] = {{"address", segment_address, NULL, "address at which it is mapped", NULL}, {0}};
 static PyMethodDef segment_methods[] = {{"populate", segment_populate, METH_NOARGS, "populate()\n--\n\nMaps every page now."}, {0}};
 static PyType_Slot segment_slots[] = {
     {Py_tp_doc, "Segment(fd, nbytes)\n--\n\nShared memory behind a descriptor, mapped; a writable buffer. Unmapped when the last reference goes."},
@@ -261,18 +261,18 @@ static PyObject *team_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     (void)kwargs;
     PyObject *segment;
     Py_ssize_t offset;
-    int n, me, crowd;
-    if (!PyArg_ParseTuple(args, "Oniii", &segment, &offset, &n, &me, &crowd)) return NULL;
+    int n, me, local_size;
+    if (!PyArg_ParseTuple(args, "Oniii", &segment, &offset, &n, &me, &local_size)) return NULL;
     module_state *state = PyType_GetModuleState(type);
     if (state == NULL || !PyObject_TypeCheck(segment, state->segment)) return PyErr_Format(PyExc_TypeError, "a Segment is needed");
-    if (me < 0 || me >= n || offset < 0 || offset % CG_LINE || (size_t)offset + (size_t)n * sizeof(cg_seat) > ((Segment *)segment)->bytes)
-        return PyErr_Format(PyExc_ValueError, "seat %d of %d at %zd does not fit into the segment", me, n, offset);
+    if (me < 0 || me >= n || offset < 0 || offset % CG_LINE || (size_t)offset + (size_t)n * sizeof(cg_member) > ((Segment *)segment)->bytes)
+        return PyErr_Format(PyExc_ValueError, "member %d of %d at %zd does not fit into the segment", me, n, offset);
     Team *self = (Team *)allocate(type);
     if (self == NULL) return NULL;
-    int error = cg_team_join(&self->team, (cg_seat *)(((Segment *)segment)->base + offset), n, me, crowd);
+    int error = cg_team_join(&self->team, (cg_member *)(((Segment *)segment)->base + offset), n, me, local_size);
     if (error) {
         Py_DECREF(self);
-        return error == EBUSY ? PyErr_Format(PyExc_ValueError, "seat %d of %d is taken", me, n) : PyErr_NoMemory();
+        return error == EBUSY ? PyErr_Format(PyExc_ValueError, "member %d of %d has joined already", me, n) : PyErr_NoMemory();
     }
     Py_INCREF(segment);
     self->segment = (Segment *)segment;
@@ -284,7 +284,6 @@ static PyObject *team_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     return (PyObject *)self;
 }
 
-/* A further view for a ring between two. */
 Team *new_view(module_state *state, Team *of, cg_bell *bell, cg_bell *theirs) {
     Team *self = (Team *)allocate(state->team);
     if (self == NULL) return NULL;
@@ -317,17 +316,17 @@ static PyObject *team_close(PyObject *self, PyObject *args) {
 }
 
 static PyObject *team_state(PyObject *self, PyObject *arg) {
-    long seat = PyLong_AsLong(arg);
+    long member = PyLong_AsLong(arg);
     Team *team = (Team *)self;
-    if (seat < 0 || seat >= team->team.n) return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_IndexError, "seat %ld", seat);
-    return PyLong_FromUnsignedLong(atomic_load_explicit(&team->team.seats[seat].state, memory_order_acquire));
+    if (member < 0 || member >= team->team.n) return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_IndexError, "member %ld", member);
+    return PyLong_FromUnsignedLong(atomic_load_explicit(&team->team.members[member].state, memory_order_acquire));
 }
 
 static PyObject *team_lost(PyObject *self, PyObject *unused) {
     (void)unused;
     Team *team = (Team *)self;
     int who = -1;
-    /* A thread that waits looks by itself, through the same descriptors; none can begin to while this one holds the interpreter. */
+    /* A thread that waits checks for itself, through the same descriptors; none can begin a wait while this thread holds the interpreter. */
     int result = team->busy ? CG_OK : cg_team_lost(&team->team, &who);
     return result == CG_OK ? Py_NewRef(Py_None) : Py_BuildValue("(ii)", result, who);
 }
@@ -335,18 +334,18 @@ static PyObject *team_lost(PyObject *self, PyObject *unused) {
 static PyObject *team_unpost(PyObject *self, PyObject *unused) {
     (void)unused;
     Team *team = (Team *)self;
-    atomic_store_explicit(&team->team.seats[team->team.me].posted, 0, memory_order_release);
+    atomic_store_explicit(&team->team.members[team->team.me].posted, 0, memory_order_release);
     Py_RETURN_NONE;
 }
 
 static PyMethodDef team_methods[] = {
-    {"close", team_close, METH_VARARGS, "close(failed=False)\n--\n\nLeaves for good and wakes everybody; from any thread."},
-    {"state", team_state, METH_O, "state(seat)\n--\n\n0 empty, 1 taken, 2 left, 3 left after an error."},
-    {"lost", team_lost, METH_NOARGS, "lost()\n--\n\n(code, seat) of one that left or died, as in Stopped; None: nobody, or a thread waits and looks."},
-    {"unpost", team_unpost, METH_NOARGS, "unpost()\n--\n\nTakes back that the call last begun was begun."},
+    {"close", team_close, METH_VARARGS, "close(failed=False)\n--\n\nCloses this side and wakes every member; from any thread."},
+    {"state", team_state, METH_O, "state(member)\n--\n\n0 empty, 1 joined, 2 closed, 3 failed."},
+    {"lost", team_lost, METH_NOARGS, "lost()\n--\n\n(code, member) of one that left or died, as in Stopped; None: there is none, or a thread waits and checks."},
+    {"unpost", team_unpost, METH_NOARGS, "unpost()\n--\n\nUndoes that the last call was posted."},
     {0}};
 static PyType_Slot team_slots[] = {
-    {Py_tp_doc, "Team(segment, offset, n, me, crowd)\n--\n\nA seat among n, in memory that all have mapped. `crowd`: how many of them share the cores here."},
+    {Py_tp_doc, "Team(segment, offset, n, me, local_size)\n--\n\nMember `me` of n, in memory that all have mapped. `local_size`: how many ranks share the cores of this host."},
     {Py_tp_new, team_new}, {Py_tp_dealloc, team_dealloc}, {Py_tp_methods, team_methods}, {0}};
 static PyType_Spec team_spec = {"commgraph.shm._native.Team", sizeof(Team), 0, Py_TPFLAGS_DEFAULT, team_slots};
 
@@ -357,7 +356,7 @@ static PyObject *module_layout(PyObject *module, PyObject *args) {
     int n;
     Py_ssize_t slot_bytes;
     if (!PyArg_ParseTuple(args, "in", &n, &slot_bytes)) return NULL;
-    return Py_BuildValue("(nn)", (Py_ssize_t)(sizeof(cg_seat) * (size_t)n), (Py_ssize_t)cg_group_bytes(n, (size_t)slot_bytes));
+    return Py_BuildValue("(nn)", (Py_ssize_t)(sizeof(cg_member) * (size_t)n), (Py_ssize_t)cg_group_bytes(n, (size_t)slot_bytes));
 }
 
 static PyObject *module_ring_bytes(PyObject *module, PyObject *args) {
@@ -369,8 +368,8 @@ static PyObject *module_ring_bytes(PyObject *module, PyObject *args) {
 }
 
 static PyMethodDef module_methods[] = {
-    {"group_layout", module_layout, METH_VARARGS, "group_layout(n, slot_bytes)\n--\n\nBytes of the seats of n, and of a group's memory."},
-    {"any_ring", module_any_ring, METH_VARARGS, "any_ring(rings, timeout_ns)\n--\n\nWhich of these rings has a record; -1: none in time."},
+    {"group_layout", module_layout, METH_VARARGS, "group_layout(n, slot_bytes)\n--\n\nBytes of n members, and of a group's memory."},
+    {"any_ring", module_any_ring, METH_VARARGS, "any_ring(rings, timeout_ns)\n--\n\nIndex of a ring that has a record; -1: none in time."},
     {"ring_bytes", module_ring_bytes, METH_VARARGS, "ring_bytes(n_readers, capacity)\n--\n\n"},
     {0}};
 

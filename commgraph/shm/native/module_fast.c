@@ -1,8 +1,8 @@
-/* Native calls of a coordinator: plain tensors, checked here and not in Python.
+/* The fast path of a coordinator's collectives: plain tensors, checked in C.
  *
- * Every method answers None, with nothing sent, for whatever is not plain: another kind of tensor or argument, a closed or broken group.
- * The coordinator then takes the general path, which knows every case and every error. Both paths count alike and tag alike, so that ranks may
- * take different ones. The last argument of each is a timeout as the coordinator's method has it: seconds, a timedelta, or None. */
+ * Every method returns None, with nothing sent, if an argument is not plain (another kind of tensor or argument), or the group is closed or broken.
+ * The coordinator then takes the general path, which handles every case and raises every error. Both paths number and tag calls alike, so that
+ * ranks may take different ones. The last argument of each is the timeout of the coordinator's method: seconds, a timedelta, or None. */
 #include "module_tensors.h"
 
 #include <stdlib.h>
@@ -24,11 +24,11 @@ typedef struct {
     PyObject_HEAD
     Group *group; /* NULL: a group of one rank */
     Tensors *tensors;
-    PyObject *describe; /* gives the digest of a call's text, which the general path has: (name, arguments) -> int */
+    PyObject *describe; /* (name, arguments) -> int: the digest of the text that the general path has for a call */
     int64_t timeout_ns; /* of calls without a timeout of their own */
-    PyObject *filled; /* by the call that runs, if that is a tensor of the caller's */
+    PyObject *filled;   /* the caller's tensor that the current call fills; NULL if there is none */
     half_done begun;
-    int open; /* one that was closed may have no group any more */
+    int open;           /* 0 after close(), which may have dropped the group */
 } FastCalls;
 
 static int parse_op(PyObject *name) {
@@ -51,8 +51,8 @@ static int reduces(const view *v, int *dtype, int *op) {
     return *dtype != ANY_DTYPE && cg_find_kernel(*dtype, *op) != NULL;
 }
 
-/* Begins a call: its tag, as commgraph.communicators.tags.tag_of has it, and its deadline. `args` are those of the coordinator's method that its
- * text depends on; `extra` tells calls apart whose tensor is of one kind and shape. 0 with an error set. */
+/* Numbers a call, and sets its tag (commgraph.communicators.tags.tag_of) and deadline. `args`: the arguments of the coordinator's method that its
+ * text depends on; `extra`: distinguishes, in the cache, calls with equal tensors and different arguments. 0 with an error set. */
 static int prepare(FastCalls *fast, const char *name, int operation, const view *v, int64_t extra, PyObject *const *args, int n_args,
                    int64_t timeout_ns, cg_call *call) {
     Group *group = fast->group;
@@ -79,18 +79,18 @@ static int prepare(FastCalls *fast, const char *name, int operation, const view 
     call->tag = make_tag(0, group->sequence - 1, digest); /* 0: a collective */
     call->call = call_word(group, operation);
     call->meanwhile = NULL;
-    /* One of a single step waits once, and need not look at the clock before. */
+    /* A call of a single step waits once: a relative deadline saves reading the clock. */
     call->deadline = v->bytes <= BRIEF ? -timeout_ns : deadline_after(timeout_ns);
     return 1;
 }
 
-/* The result: the caller's if it fits and lies apart from x, a new one if there is none; NULL, with or without an error. */
+/* The result tensor: `given` if it fits and does not overlap x, a new one if `given` is None; NULL, with or without an error. */
 static PyObject *result_for(FastCalls *fast, PyObject *given, const view *x, const int64_t *shape, char **data) {
     size_t bytes = x->size;
     for (int i = 0; i < x->ndim; i++) bytes *= (size_t)shape[i];
     if (given == Py_None) return new_tensor(fast->tensors, fast->group->pool, x->kind, x->ndim, shape, bytes, data);
     view out;
-    if (look(fast->tensors, given, &out) <= 0) return NULL;
+    if (view_tensor(fast->tensors, given, &out) <= 0) return NULL;
     if (out.ndim != x->ndim || memcmp(&out.kind, &x->kind, sizeof out.kind) || memcmp(out.shape, shape, sizeof *shape * (size_t)x->ndim) ||
         (out.data < x->data + x->bytes && x->data < out.data + out.bytes) || may_fill(fast->tensors, given) <= 0)
         return NULL;
@@ -98,10 +98,10 @@ static PyObject *result_for(FastCalls *fast, PyObject *given, const view *x, con
     return Py_NewRef(given);
 }
 
-/* The answer of a call with x, or the exception. */
-static PyObject *answer(FastCalls *fast, int result, int who, PyObject *x, PyObject *value) {
+/* The return value of a call with x, or NULL with the exception set. */
+static PyObject *finish_call(FastCalls *fast, int result, int who, PyObject *x, PyObject *value) {
     if (result == CG_OK) return value;
-    /* Where others may still be at x and the result, both stay for ever. */
+    /* If other ranks may still access x and the result, both stay for ever. */
     if (fast->group->group.exposed) Py_INCREF(x);
     else Py_DECREF(value);
     fast->group->enabled = 0;
@@ -110,25 +110,25 @@ static PyObject *answer(FastCalls *fast, int result, int who, PyObject *x, PyObj
 
 static void mark_filled(void *of) {
     FastCalls *fast = of;
-    if (!mark(fast->tensors, fast->filled)) PyErr_WriteUnraisable(fast->filled);
+    if (!mark_as_written(fast->tensors, fast->filled)) PyErr_WriteUnraisable(fast->filled);
 }
 
-/* Enters the group. What is filled is marked while the others come, if this thread keeps the interpreter. */
+/* Enters the group. `filled` is marked as written while the other ranks arrive, if this thread keeps the interpreter, else now. */
 static int begin(FastCalls *fast, cg_call *call, PyObject *filled, size_t bytes) {
     Team *team = fast->group->team;
     int keep = keeps_interpreter(team, bytes);
-    if ((filled == NULL || keep || mark(fast->tensors, filled)) && enter_keeping(team, keep)) {
+    if ((filled == NULL || keep || mark_as_written(fast->tensors, filled)) && enter_keeping(team, keep)) {
         fast->filled = filled;
         if (filled != NULL && keep) call->meanwhile = mark_filled, call->of = fast;
         return 1;
     }
-    fast->group->sequence--; /* refused, and so not begun */
+    fast->group->sequence--; /* the call was not begun */
     return 0;
 }
 
 static int is_open(const FastCalls *fast) {
     if (!fast->open || (fast->group != NULL && (!fast->group->enabled || fast->group->paused))) return 0;
-    return is_unwatched(fast->tensors) > 0;
+    return has_no_modes(fast->tensors) > 0;
 }
 
 /* A dimension, counted from the front; -1 if it is none. */
@@ -140,7 +140,7 @@ static int dim_of(PyObject *value, const view *v) {
     return (int)(dim < 0 ? dim + v->ndim : dim);
 }
 
-/* `n` pieces of dimension `dim`, which has `extent` entries in all of them together: as blocks of a tensor that begins at `data`. */
+/* Splits dimension `dim`, of size `extent`, into n equal pieces: blocks of a dense tensor that begins at `data`. */
 static void cut(cg_block *blocks, int n, char *data, const view *v, int dim, int64_t extent) {
     size_t rows = 1, inner = v->size;
     for (int i = 0; i < dim; i++) rows *= (size_t)v->shape[i];
@@ -155,7 +155,7 @@ static PyObject *fast_all_reduce_(PyObject *self, PyObject *const *args, Py_ssiz
     view v;
     int64_t timeout;
     int dtype, op = parse_op(args[1]), given = op, who = 0;
-    if (!is_open(fast) || look(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) || may_fill(fast->tensors, args[0]) <= 0 ||
+    if (!is_open(fast) || view_tensor(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) || may_fill(fast->tensors, args[0]) <= 0 ||
         parse_timeout(self, args[2], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
     if (fast->group == NULL) return Py_NewRef(Py_True);
@@ -164,7 +164,7 @@ static PyObject *fast_all_reduce_(PyObject *self, PyObject *const *args, Py_ssiz
     if (!begin(fast, &call, args[0], v.bytes)) return NULL;
     int result = cg_all_reduce(&fast->group->group, &call, v.data, v.data, v.bytes / v.size, dtype, op, 1, &who);
     leave(fast->group->team);
-    return answer(fast, result, who, args[0], Py_NewRef(Py_True));
+    return finish_call(fast, result, who, args[0], Py_NewRef(Py_True));
 }
 
 static PyObject *fast_all_reduce(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
@@ -173,7 +173,7 @@ static PyObject *fast_all_reduce(PyObject *self, PyObject *const *args, Py_ssize
     view v;
     int64_t timeout;
     int dtype, op = parse_op(args[1]), given = op, who = 0;
-    if (!is_open(fast) || look(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) || parse_timeout(self, args[2], fast->timeout_ns, &timeout) <= 0)
+    if (!is_open(fast) || view_tensor(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) || parse_timeout(self, args[2], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
     if (fast->group == NULL) return Py_NewRef(args[0]);
     char *out;
@@ -186,17 +186,17 @@ static PyObject *fast_all_reduce(PyObject *self, PyObject *const *args, Py_ssize
     }
     int result = cg_all_reduce(&fast->group->group, &call, v.data, out, v.bytes / v.size, dtype, op, 0, &who);
     leave(fast->group->team);
-    return answer(fast, result, who, args[0], tensor);
+    return finish_call(fast, result, who, args[0], tensor);
 }
 
-/* Begins an all_reduce whose end is not waited for. Native calls of the group are refused until then; the caller orders all others after it. */
+/* Begins an all_reduce. Native calls of the group are refused until `end_all_reduce`; the caller of this module orders all others after it. */
 static PyObject *fast_begin_all_reduce(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     FastCalls *fast = (FastCalls *)self;
     if (nargs != 3) return PyErr_Format(PyExc_TypeError, "begin_all_reduce(x, op, timeout)");
     view v;
     int64_t timeout;
     int dtype, op = parse_op(args[1]), given = op;
-    if (!is_open(fast) || fast->group == NULL || fast->begun.group != NULL || look(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) ||
+    if (!is_open(fast) || fast->group == NULL || fast->begun.group != NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) ||
         parse_timeout(self, args[2], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
     half_done half = {.from = v.data, .count = v.bytes / v.size, .dtype = dtype, .op = op};
@@ -235,7 +235,7 @@ static PyObject *fast_end_all_reduce(PyObject *self, PyObject *unused) {
     half_done half = fast->begun;
     int result = CG_SELF, who = 0;
     if (half.group == NULL) return PyErr_Format(PyExc_RuntimeError, "no all_reduce was begun");
-    /* Collectives of another thread, which does not know of this one, were made meanwhile: nobody can tell what belongs to what. */
+    /* Another thread has made collectives meanwhile, without knowing of this one: the slots of this call may have been overwritten. */
     if (half.group->group.step != half.step) half.group->enabled = 0;
     if (half.group->enabled) {
         if (!enter_for(half.group->team, half.count)) return NULL;
@@ -261,7 +261,7 @@ static PyObject *fast_all_gather(PyObject *self, PyObject *const *args, Py_ssize
     view v;
     int64_t timeout;
     int dim, who = 0;
-    if (!is_open(fast) || fast->group == NULL || look(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
+    if (!is_open(fast) || fast->group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
         parse_timeout(self, args[3], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
     int n = fast->group->group.n;
@@ -280,9 +280,9 @@ static PyObject *fast_all_gather(PyObject *self, PyObject *const *args, Py_ssize
         Py_DECREF(out);
         return NULL;
     }
-    int result = cg_share(&fast->group->group, &call, v.data, bytes, into, 1, &who);
+    int result = cg_all_gatherv(&fast->group->group, &call, v.data, bytes, into, 1, &who);
     leave(fast->group->team);
-    return answer(fast, result, who, args[0], out);
+    return finish_call(fast, result, who, args[0], out);
 }
 
 static PyObject *fast_reduce_scatter(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
@@ -291,7 +291,7 @@ static PyObject *fast_reduce_scatter(PyObject *self, PyObject *const *args, Py_s
     view v;
     int64_t timeout;
     int dim, dtype, op = parse_op(args[2]), given = op, who = 0;
-    if (!is_open(fast) || fast->group == NULL || look(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 || !reduces(&v, &dtype, &op) ||
+    if (!is_open(fast) || fast->group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 || !reduces(&v, &dtype, &op) ||
         parse_timeout(self, args[4], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
     int n = fast->group->group.n;
@@ -311,7 +311,7 @@ static PyObject *fast_reduce_scatter(PyObject *self, PyObject *const *args, Py_s
     }
     int result = cg_reduce_scatter(&fast->group->group, &call, pieces, data, dtype, op, &who);
     leave(fast->group->team);
-    return answer(fast, result, who, args[0], out);
+    return finish_call(fast, result, who, args[0], out);
 }
 
 static PyObject *all_to_all_by_sizes(FastCalls *fast, PyObject *const *args, const view *v, int dim, int64_t timeout);
@@ -322,7 +322,7 @@ static PyObject *fast_all_to_all(PyObject *self, PyObject *const *args, Py_ssize
     view v;
     int64_t timeout;
     int dim, who = 0;
-    if (!is_open(fast) || fast->group == NULL || look(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
+    if (!is_open(fast) || fast->group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
         dim_of(args[2], &v) != dim || parse_timeout(self, args[6], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
     if (args[3] != Py_None || args[4] != Py_None) return all_to_all_by_sizes(fast, args, &v, dim, timeout);
@@ -340,9 +340,9 @@ static PyObject *fast_all_to_all(PyObject *self, PyObject *const *args, Py_ssize
         Py_DECREF(out);
         return NULL;
     }
-    int result = cg_trade(&fast->group->group, &call, sends, receives, &who);
+    int result = cg_all_to_allv(&fast->group->group, &call, sends, receives, &who);
     leave(fast->group->team);
-    return answer(fast, result, who, args[0], out);
+    return finish_call(fast, result, who, args[0], out);
 }
 
 static PyObject *fast_broadcast(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
@@ -351,7 +351,7 @@ static PyObject *fast_broadcast(PyObject *self, PyObject *const *args, Py_ssize_
     view v;
     int64_t timeout;
     int who = 0;
-    if (!is_open(fast) || fast->group == NULL || !PyLong_CheckExact(args[1]) || look(fast->tensors, args[0], &v) <= 0 ||
+    if (!is_open(fast) || fast->group == NULL || !PyLong_CheckExact(args[1]) || view_tensor(fast->tensors, args[0], &v) <= 0 ||
         parse_timeout(self, args[2], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
     int n = fast->group->group.n, overflow;
@@ -365,9 +365,9 @@ static PyObject *fast_broadcast(PyObject *self, PyObject *const *args, Py_ssize_
     into[src] = (cg_block){v.data, 1, v.bytes, v.bytes};
     cg_call call;
     if (!prepare(fast, "broadcast", OP_BROADCAST, &v, src, args, 2, timeout, &call) || !begin(fast, &call, args[0], v.bytes)) return NULL;
-    int result = cg_share(&fast->group->group, &call, v.data, bytes, into, 0, &who);
+    int result = cg_all_gatherv(&fast->group->group, &call, v.data, bytes, into, 0, &who);
     leave(fast->group->team);
-    return answer(fast, result, who, args[0], Py_NewRef(Py_True));
+    return finish_call(fast, result, who, args[0], Py_NewRef(Py_True));
 }
 
 static PyObject *fast_barrier(PyObject *self, PyObject *timeout_given) {
@@ -381,12 +381,12 @@ static PyObject *fast_barrier(PyObject *self, PyObject *timeout_given) {
     if (!prepare(fast, "barrier", OP_BARRIER, &nothing, 0, NULL, 0, timeout, &call) || !begin(fast, &call, NULL, 0)) return NULL;
     int result = cg_barrier(&fast->group->group, &call, &who);
     leave(fast->group->team);
-    return answer(fast, result, who, Py_None, Py_NewRef(Py_True));
+    return finish_call(fast, result, who, Py_None, Py_NewRef(Py_True));
 }
 
-/* Operations of pieces of any sizes, and those to or from one rank. */
+/* Operations with pieces of any sizes, and operations with a root. */
 
-/* One size per rank, of a list or tuple of whole numbers: 1; None: 2. 0 if it is nothing of the kind. */
+/* Reads one size per rank from a list or tuple of integers: 1; None: 2. 0 if it is neither. */
 static int parse_sizes(PyObject *value, int n, int64_t *sizes) {
     if (value == Py_None) return 2;
     int list = PyList_CheckExact(value);
@@ -415,14 +415,14 @@ static int64_t sum_of(const int64_t *sizes, int n) {
     return sum;
 }
 
-/* What tells calls of one tensor apart: a number and sizes. */
+/* `extra` of a call with a number and sizes. */
 static int64_t hash_of(int64_t number, const int64_t *sizes, int n) {
     uint64_t hash = (uint64_t)number + 1;
     for (int i = 0; i < n; i++) hash = (hash ^ (uint64_t)sizes[i]) * 0x9E3779B97F4A7C15ull, hash ^= hash >> 29;
     return (int64_t)hash;
 }
 
-/* Pieces of any sizes of dimension `dim`, as blocks of a packed tensor that begins at `data`. */
+/* Splits dimension `dim` into pieces of these sizes: blocks of a dense tensor that begins at `data`. */
 static void cut_by(cg_block *blocks, const int64_t *sizes, int n, char *data, const view *v, int dim) {
     size_t rows = 1, inner = v->size;
     for (int i = 0; i < dim; i++) rows *= (size_t)v->shape[i];
@@ -435,10 +435,10 @@ static void cut_by(cg_block *blocks, const int64_t *sizes, int n, char *data, co
     }
 }
 
-/* Bytes of what has one index along `dim`. */
+/* Bytes of the elements with one index along `dim`. */
 static size_t row_bytes(const view *v, int dim) { return v->bytes / (size_t)v->shape[dim]; }
 
-/* A call that may take several steps has one deadline for all of them. */
+/* Makes the deadline absolute for a call that may take several steps. */
 static void limit(cg_call *call, size_t bytes, int64_t timeout_ns) {
     if (bytes > BRIEF && call->deadline < 0) call->deadline = deadline_after(timeout_ns);
 }
@@ -449,7 +449,7 @@ static PyObject *fast_all_gatherv(PyObject *self, PyObject *const *args, Py_ssiz
     view v;
     int64_t timeout;
     int dim, who = 0;
-    if (!is_open(fast) || fast->group == NULL || look(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
+    if (!is_open(fast) || fast->group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
         parse_timeout(self, args[3], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
     int n = fast->group->group.n, me = fast->group->group.me;
@@ -471,9 +471,9 @@ static PyObject *fast_all_gatherv(PyObject *self, PyObject *const *args, Py_ssiz
     if (!prepare(fast, "all_gatherv", OP_ALL_GATHER, &v, hash_of(dim, sizes, n), args, 3, timeout, &call)) return Py_DECREF(out), NULL;
     limit(&call, row * (size_t)shape[dim], timeout);
     if (!begin(fast, &call, NULL, v.bytes)) return Py_DECREF(out), NULL;
-    int result = cg_share(&fast->group->group, &call, v.data, bytes, into, 1, &who);
+    int result = cg_all_gatherv(&fast->group->group, &call, v.data, bytes, into, 1, &who);
     leave(fast->group->team);
-    return answer(fast, result, who, args[0], out);
+    return finish_call(fast, result, who, args[0], out);
 }
 
 static PyObject *fast_gather(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
@@ -482,7 +482,7 @@ static PyObject *fast_gather(PyObject *self, PyObject *const *args, Py_ssize_t n
     view v;
     int64_t timeout;
     int dim, who = 0;
-    if (!is_open(fast) || fast->group == NULL || look(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[2], &v)) < 0 ||
+    if (!is_open(fast) || fast->group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[2], &v)) < 0 ||
         parse_timeout(self, args[4], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
     int n = fast->group->group.n, me = fast->group->group.me, dst = rank_of(args[1], n);
@@ -505,9 +505,9 @@ static PyObject *fast_gather(PyObject *self, PyObject *const *args, Py_ssize_t n
     if (!prepare(fast, "gather", OP_GATHER, &v, hash_of(dst * MAX_DIMS + dim, sizes, n), args, 4, timeout, &call)) return Py_DECREF(out), NULL;
     limit(&call, row * (size_t)shape[dim], timeout);
     if (!begin(fast, &call, NULL, v.bytes)) return Py_DECREF(out), NULL;
-    int result = cg_share(&fast->group->group, &call, v.data, bytes, into, 0, &who);
+    int result = cg_all_gatherv(&fast->group->group, &call, v.data, bytes, into, 0, &who);
     leave(fast->group->team);
-    return answer(fast, result, who, args[0], out);
+    return finish_call(fast, result, who, args[0], out);
 }
 
 static PyObject *fast_reduce_scatterv(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
@@ -516,7 +516,7 @@ static PyObject *fast_reduce_scatterv(PyObject *self, PyObject *const *args, Py_
     view v;
     int64_t timeout;
     int dim, dtype, op = parse_op(args[3]), given = op, who = 0;
-    if (!is_open(fast) || fast->group == NULL || look(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
+    if (!is_open(fast) || fast->group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
         !reduces(&v, &dtype, &op) || parse_timeout(self, args[4], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
     int n = fast->group->group.n, me = fast->group->group.me;
@@ -535,10 +535,10 @@ static PyObject *fast_reduce_scatterv(PyObject *self, PyObject *const *args, Py_
         return Py_DECREF(out), NULL;
     int result = cg_reduce_scatter(&fast->group->group, &call, pieces, data, dtype, op, &who);
     leave(fast->group->team);
-    return answer(fast, result, who, args[0], out);
+    return finish_call(fast, result, who, args[0], out);
 }
 
-/* Bytes up to which `dst` alone reduces; beyond each rank reduces a share (commgraph/communicators/shm.py). */
+/* Bytes up to which `dst` alone reduces; above, each rank reduces its partition (commgraph/communicators/shm.py). */
 enum { ONE_RANK_BYTES = 256 * 1024 };
 
 static PyObject *fast_reduce(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
@@ -547,7 +547,7 @@ static PyObject *fast_reduce(PyObject *self, PyObject *const *args, Py_ssize_t n
     view v;
     int64_t timeout;
     int dtype, op = parse_op(args[2]), given = op, who = 0;
-    if (!is_open(fast) || fast->group == NULL || look(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) ||
+    if (!is_open(fast) || fast->group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) ||
         parse_timeout(self, args[3], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
     int n = fast->group->group.n, me = fast->group->group.me, dst = rank_of(args[1], n);
@@ -562,7 +562,7 @@ static PyObject *fast_reduce(PyObject *self, PyObject *const *args, Py_ssize_t n
         return Py_DECREF(out), NULL;
     int result = cg_reduce_scatter(&fast->group->group, &call, pieces, data, dtype, op, &who);
     leave(fast->group->team);
-    return answer(fast, result, who, args[0], out);
+    return finish_call(fast, result, who, args[0], out);
 }
 
 /* `all_to_all` along one dimension, by sizes. */
@@ -581,17 +581,17 @@ static PyObject *all_to_all_by_sizes(FastCalls *fast, PyObject *const *args, con
     cut_by(sends, cut, n, v->data, v, dim);
     cut_by(receives, joined, n, data, v, dim);
     cg_call call;
-    /* The text has no sizes, nor what each rank may choose of the shape: the key is told apart from that of even pieces. */
+    /* The text has no sizes, and nothing of the shape that a rank may choose: `extra` differs from that of even pieces. */
     if (!prepare(fast, "all_to_all", OP_ALL_TO_ALL, v, MAX_DIMS + dim, args, 5, timeout, &call)) return Py_DECREF(out), NULL;
     limit(&call, v->bytes + row_bytes(v, dim) * (size_t)shape[dim], timeout);
     if (!begin(fast, &call, args[5] == Py_None ? NULL : out, v->bytes)) return Py_DECREF(out), NULL;
-    int result = cg_trade(&fast->group->group, &call, sends, receives, &who);
+    int result = cg_all_to_allv(&fast->group->group, &call, sends, receives, &who);
     leave(fast->group->team);
-    return answer(fast, result, who, args[0], out);
+    return finish_call(fast, result, who, args[0], out);
 }
 
-/* The header that goes before the pieces of a scatter, as commgraph/coordinator/exchanges.py has it: DLPack's code and bits, dim, number of dims, whether it lies
- * on the host, shape, sizes. */
+/* The header before the pieces of a scatter, equal to that of commgraph/coordinator/exchanges.py: DLPack's code and bits, dim, number of dims,
+ * whether the tensor is on the host, shape, sizes. */
 enum { HEADER_DIMS = 24, HEADER_FIXED = 4 };
 
 static PyObject *fast_scatter(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
@@ -606,7 +606,7 @@ static PyObject *fast_scatter(PyObject *self, PyObject *const *args, Py_ssize_t 
     memset(header, 0, sizeof header);
     if (src < 0) return not_handled();
     if (me == src) {
-        if (look(fast->tensors, args[0], &v) <= 0 || v.ndim == 0 || (dim = dim_of(args[2], &v)) < 0) return not_handled();
+        if (view_tensor(fast->tensors, args[0], &v) <= 0 || v.ndim == 0 || (dim = dim_of(args[2], &v)) < 0) return not_handled();
         int given = parse_sizes(args[3], n, sizes);
         if (given == 2)
             for (int p = 0; p < n; p++) sizes[p] = v.shape[dim] / n;
@@ -630,10 +630,10 @@ static PyObject *fast_scatter(PyObject *self, PyObject *const *args, Py_ssize_t 
     memset(bytes, 0, sizeof bytes);
     bytes[src] = sizeof header;
     into[src] = (cg_block){(char *)header, 1, sizeof header, sizeof header};
-    int result = cg_share(&fast->group->group, &call, (char *)header, bytes, into, 0, &who);
+    int result = cg_all_gatherv(&fast->group->group, &call, (char *)header, bytes, into, 0, &who);
     leave(fast->group->team);
-    if (result != CG_OK) return answer(fast, result, who, args[0], Py_NewRef(Py_None));
-    /* What is awaited now is known on every rank. A tensor that is none of the native module's is left to the general path, which goes on from here. */
+    if (result != CG_OK) return finish_call(fast, result, who, args[0], Py_NewRef(Py_None));
+    /* Every rank knows from the header which pieces follow. A tensor that is not plain is left to the general path, which continues after the header. */
     if (me != src) {
         int64_t code = header[0];
         v = (view){.kind = {(uint8_t)(code >> 8), (uint8_t)code, 1}, .ndim = (int)header[2], .size = (size_t)(code & 0xFF) / 8};
@@ -667,16 +667,16 @@ static PyObject *fast_scatter(PyObject *self, PyObject *const *args, Py_ssize_t 
     receives[src] = (cg_block){data, 1, own, own};
     call.call = call_word(fast->group, OP_ALL_TO_ALL);
     if (!enter_for(fast->group->team, v.bytes)) return Py_DECREF(out), NULL;
-    result = cg_trade(&fast->group->group, &call, sends, receives, &who);
+    result = cg_all_to_allv(&fast->group->group, &call, sends, receives, &who);
     leave(fast->group->team);
-    return answer(fast, result, who, args[0], out);
+    return finish_call(fast, result, who, args[0], out);
 }
 
 static PyObject *fast_close(PyObject *self, PyObject *unused) {
     (void)unused;
     FastCalls *fast = (FastCalls *)self;
     fast->open = 0;
-    /* Its memory goes with the last reference, unless another thread is in a call on it: then this one goes with these calls. */
+    /* The group's memory goes with the last reference. If another thread is in a call on it, this object keeps its reference. */
     if (fast->group != NULL && !fast->group->team->busy) Py_CLEAR(fast->group);
     Py_RETURN_NONE;
 }
@@ -724,10 +724,10 @@ static PyMethodDef fast_methods[] = {
     FAST(reduce, "reduce(x, dst, op, timeout)\n--\n\nA new tensor on dst and False elsewhere, or None."),
     FAST(scatter, "scatter(x, src, dim, sizes, timeout)\n--\n\nA new tensor, or None; a list is the header that was sent, after which the pieces are due."),
     {"barrier", fast_barrier, METH_O, "barrier(timeout)\n--\n\nTrue, or None."},
-    FAST(begin_all_reduce, "begin_all_reduce(x, op, timeout)\n--\n\nTrue, or None: what `end_all_reduce` is due for, before any other collective."),
-    {"has_arrived", fast_has_arrived, METH_NOARGS, "has_arrived()\n--\n\nWhether `end_all_reduce` has nobody to wait for."},
+    FAST(begin_all_reduce, "begin_all_reduce(x, op, timeout)\n--\n\nTrue, or None. `end_all_reduce` comes next, before any other collective."),
+    {"has_arrived", fast_has_arrived, METH_NOARGS, "has_arrived()\n--\n\nWhether `end_all_reduce` would wait for no rank."},
     {"end_all_reduce", fast_end_all_reduce, METH_NOARGS, "end_all_reduce()\n--\n\nThe new tensor."},
-    {"close", fast_close, METH_NOARGS, "close()\n--\n\nFrom now on every answer is None."},
+    {"close", fast_close, METH_NOARGS, "close()\n--\n\nMakes every later call return None."},
     {0}};
 static PyType_Slot fast_slots[] = {
     {Py_tp_doc, "FastCalls(group, tensors, describe, timeout_ns)\n--\n\nNative calls of one coordinator; `group` is None for one rank."},

@@ -1,4 +1,4 @@
-/* Group: collectives of a team over one piece of shared memory, as Python sees it. */
+/* The Python type Group: collectives of a team over one piece of shared memory. */
 #include "module.h"
 
 #include <errno.h>
@@ -34,10 +34,10 @@ static void group_dealloc(PyObject *self) {
     free_object(self);
 }
 
-/* `owner`: of the tensors, NULL where there are none. */
+/* The return value of a call. `owner` holds its tensors; NULL if it has none. */
 static PyObject *finished(Group *group, int result, int who, PyObject *owner) {
     if (result == CG_OK) return Py_NewRef(Py_None);
-    if (group->group.exposed) Py_XINCREF(owner); /* for ever: others may still be at them */
+    if (group->group.exposed) Py_XINCREF(owner); /* for ever: other ranks may still access them */
     group->enabled = 0;
     return raise_stopped((PyObject *)group, result, who);
 }
@@ -94,7 +94,7 @@ static int parse_blocks(PyObject *sequence, cg_block *blocks, int n) {
     return 1;
 }
 
-static PyObject *group_share(PyObject *self, PyObject *args) {
+static PyObject *group_all_gatherv(PyObject *self, PyObject *args) {
     Group *group = (Group *)self;
     unsigned long tag;
     long long timeout;
@@ -116,12 +116,12 @@ static PyObject *group_share(PyObject *self, PyObject *args) {
     cg_call call = {.tag = (uint32_t)tag, .call = call_word(group, operation), .deadline = deadline_after(timeout)};
     int who = 0;
     if (!enter(group->team)) return NULL;
-    int result = cg_share(&group->group, &call, (char *)(uintptr_t)mine, bytes, into, operation == OP_ALL_GATHER, &who);
+    int result = cg_all_gatherv(&group->group, &call, (char *)(uintptr_t)mine, bytes, into, operation == OP_ALL_GATHER, &who);
     leave(group->team);
     return finished(group, result, who, owner);
 }
 
-static PyObject *group_trade(PyObject *self, PyObject *args) {
+static PyObject *group_all_to_allv(PyObject *self, PyObject *args) {
     Group *group = (Group *)self;
     unsigned long tag;
     long long timeout;
@@ -133,7 +133,7 @@ static PyObject *group_trade(PyObject *self, PyObject *args) {
     cg_call call = {.tag = (uint32_t)tag, .call = call_word(group, OP_ALL_TO_ALL), .deadline = deadline_after(timeout)};
     int who = 0;
     if (!enter(group->team)) return NULL;
-    int result = cg_trade(&group->group, &call, out, into, &who);
+    int result = cg_all_to_allv(&group->group, &call, out, into, &who);
     leave(group->team);
     return finished(group, result, who, NULL);
 }
@@ -174,7 +174,7 @@ static PyObject *group_ping_pong(PyObject *self, PyObject *args) {
     return finished(group, result, who, NULL);
 }
 
-static PyObject *group_reach(PyObject *self, PyObject *args) {
+static PyObject *group_probe_cma(PyObject *self, PyObject *args) {
     Group *group = (Group *)self;
     unsigned long tag;
     long long timeout;
@@ -182,14 +182,14 @@ static PyObject *group_reach(PyObject *self, PyObject *args) {
     cg_call call = {.tag = (uint32_t)tag, .call = call_word(group, OP_BARRIER), .deadline = deadline_after(timeout)};
     int who = 0;
     if (!enter(group->team)) return NULL;
-    int result = cg_group_reach(&group->group, &call, &who);
+    int result = cg_group_probe_cma(&group->group, &call, &who);
     leave(group->team);
     return finished(group, result, who, NULL);
 }
 
-static PyObject *get_reaches(PyObject *self, void *closure) {
+static PyObject *get_has_cma(PyObject *self, void *closure) {
     (void)closure;
-    return PyBool_FromLong(((Group *)self)->group.reach_from != 0);
+    return PyBool_FromLong(((Group *)self)->group.cma_from != 0);
 }
 
 static PyObject *group_add_region(PyObject *self, PyObject *args) {
@@ -206,7 +206,7 @@ static PyObject *group_add_region(PyObject *self, PyObject *args) {
     return error ? PyErr_NoMemory() : Py_NewRef(Py_None);
 }
 
-/* Notes: what a rank says about its last call, once the ranks differ. */
+/* Notes: the text of each rank's last call, for the error if the calls differ. */
 
 static PyObject *group_post_note(PyObject *self, PyObject *arg) {
     Group *group = (Group *)self;
@@ -254,22 +254,22 @@ static PyObject *get_bytes_sent(PyObject *self, void *closure) {
 
 static PyGetSetDef group_getset[] = {
     {"sequence", get_sequence, set_sequence, "calls begun", NULL},
-    {"enabled", get_enabled, set_enabled, "whether native calls are taken", NULL},
-    {"paused", get_paused, set_paused, "whether native calls are refused while calls that were begun before are pending", NULL},
-    {"bytes_sent", get_bytes_sent, NULL, "bytes given to the others", NULL},
-    {"reaches", get_reaches, NULL, "whether the ranks may read each other's memory", NULL},
+    {"enabled", get_enabled, set_enabled, "whether native calls are handled", NULL},
+    {"paused", get_paused, set_paused, "whether native calls are not handled because earlier calls are pending", NULL},
+    {"bytes_sent", get_bytes_sent, NULL, "bytes sent to other ranks", NULL},
+    {"has_cma", get_has_cma, NULL, "whether the ranks access each other's memory (cross-memory attach)", NULL},
     {0}};
 static PyMethodDef group_methods[] = {
     {"barrier", group_barrier, METH_VARARGS, "barrier(tag, timeout_ns)\n--\n\n"},
     {"all_reduce", group_all_reduce, METH_VARARGS, "all_reduce(tag, timeout_ns, from, to, count, dtype, op, in_place, owner)\n--\n\n"},
-    {"share", group_share, METH_VARARGS, "share(operation, tag, timeout_ns, mine, bytes, into, owner)\n--\n\n"},
-    {"trade", group_trade, METH_VARARGS, "trade(tag, timeout_ns, out, into)\n--\n\n"},
+    {"all_gatherv", group_all_gatherv, METH_VARARGS, "all_gatherv(operation, tag, timeout_ns, mine, bytes, into, owner)\n--\n\n"},
+    {"all_to_allv", group_all_to_allv, METH_VARARGS, "all_to_allv(tag, timeout_ns, out, into)\n--\n\n"},
     {"reduce_scatter", group_reduce_scatter, METH_VARARGS, "reduce_scatter(tag, timeout_ns, out, to, dtype, op, owner)\n--\n\n"},
     {"ping_pong", group_ping_pong, METH_VARARGS, "ping_pong(tag, timeout_ns, rounds)\n--\n\nNanoseconds, one way."},
     {"add_region", group_add_region, METH_VARARGS, "add_region(segment, offset, stride, bytes)\n--\n\n"},
     {"post_note", group_post_note, METH_O, "post_note(text)\n--\n\n"},
     {"read_note", group_read_note, METH_O, "read_note(rank)\n--\n\n"},
-    {"reach", group_reach, METH_VARARGS, "reach(tag, timeout_ns)\n--\n\nFinds out whether the ranks may read each other's memory."},
+    {"probe_cma", group_probe_cma, METH_VARARGS, "probe_cma(tag, timeout_ns)\n--\n\nProbes cross-memory attach between all ranks."},
     {0}};
 static PyType_Slot group_slots[] = {
     {Py_tp_doc, "Group(team, pool, offset, slot_bytes)\n--\n\nCollectives of a team."},

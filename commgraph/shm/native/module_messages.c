@@ -1,7 +1,7 @@
-/* Native messages between the ranks of a host: plain tensors, and dicts of them, checked here and not in Python.
+/* The fast path of messages between the ranks of a host: plain tensors, and dicts of them, checked in C.
  *
- * As the collectives (module_fast.c) they answer None, with nothing sent or read, for whatever is not plain. Native and general path tag alike, so that
- * the two ranks of a message may take different ones. */
+ * As those of module_fast.c the methods return None, with nothing sent or read, if an argument is not plain. Fast and general path tag alike, so
+ * that the two ranks of a message may take different ones. */
 #include "module_tensors.h"
 
 #include <string.h>
@@ -12,12 +12,12 @@ enum { FEW_TENSORS = 32, DESCRIPTION = 4096 };
 /* The first byte of the description of a plain dict, where a pickle has 0x80. */
 enum { PLAIN = 1 };
 
-/* In the description of a dict, for each tensor; its shape and its key follow. For a plain value `lanes` is 0, `code` says which, `ndim` is the number of
- * its bytes, and these take the place of the shape. */
+/* Header of an item in the description of a dict. Of a tensor its shape and its key follow. Of a plain value `lanes` is 0, `code` is a VALUE_*, `ndim`
+ * the number of its bytes, and these and the key follow. */
 typedef struct {
     dl_dtype kind;
     uint32_t ndim, key_bytes;
-} entry;
+} item_header;
 enum { VALUE_NONE, VALUE_FALSE, VALUE_TRUE, VALUE_INT, VALUE_FLOAT, VALUE_STR };
 
 typedef struct {
@@ -29,7 +29,7 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     Tensors *tensors;
-    PyObject *digest; /* called with a kind and a count: as commgraph.communicators.tags.digest has it */
+    PyObject *digest; /* (kind, count) -> int: commgraph.communicators.tags.digest */
     int64_t timeout_ns; /* of calls without a timeout of their own */
     uint64_t sent;      /* bytes */
     known_kind known[CACHED];
@@ -64,7 +64,7 @@ static PyObject *messages_send(PyObject *self, PyObject *const *args, Py_ssize_t
     if (nargs != 4) return PyErr_Format(PyExc_TypeError, "send(ring, x, number, timeout)");
     view v;
     Ring *ring = ring_of(self, args[0]);
-    if (ring == NULL || is_unwatched(messages->tensors) <= 0 || look(messages->tensors, args[1], &v) <= 0) return not_handled();
+    if (ring == NULL || has_no_modes(messages->tensors) <= 0 || view_tensor(messages->tensors, args[1], &v) <= 0) return not_handled();
     uint64_t number = PyLong_AsUnsignedLongLong(args[2]), tag;
     int64_t timeout;
     if (parse_timeout(self, args[3], messages->timeout_ns, &timeout) <= 0) return not_handled();
@@ -77,7 +77,7 @@ static PyObject *messages_send(PyObject *self, PyObject *const *args, Py_ssize_t
     return Py_NewRef(Py_True);
 }
 
-/* The shape that is asked for; 0 if it is none with entries, or not plain. */
+/* Reads a shape of Python into v. 0 if it has no elements, or is not plain. */
 static int parse_shape(PyObject *size, view *v) {
     Py_ssize_t ndim = PyTuple_Check(size) ? PyTuple_Size(size) : 1;
     if (ndim > MAX_DIMS) return 0;
@@ -95,8 +95,8 @@ static int parse_shape(PyObject *size, view *v) {
     return 1;
 }
 
-/* Reads the tensor that comes next to `memory`, if it is the one that is meant: 1. 0 if it is not, and nothing was read. -1 with an error set, and
- * `*kept` if another process may still write there. */
+/* Reads the next message into `memory`, if it has this tag and size: 1. 0 if it has not, and nothing was read. -1 with an error set, and
+ * `*kept` if another process may still write to `memory`. */
 static int read_tensor(Ring *ring, uint64_t tag, void *memory, size_t bytes, int64_t deadline, int *kept) {
     *kept = 0;
     if (!enter_for(ring->team, bytes)) return -1;
@@ -113,7 +113,7 @@ static int read_tensor(Ring *ring, uint64_t tag, void *memory, size_t bytes, int
     }
     leave(ring->team);
     if (result == CG_OK) return mine;
-    if (result == CG_RESTART) return 0; /* its writer gave it up */
+    if (result == CG_RESTART) return 0; /* the writer gave up on it */
     raise_stopped((PyObject *)ring, result, who);
     return -1;
 }
@@ -122,7 +122,7 @@ static PyObject *messages_recv(PyObject *self, PyObject *const *args, Py_ssize_t
     Messages *messages = (Messages *)self;
     if (nargs != 6) return PyErr_Format(PyExc_TypeError, "recv(ring, size, kind, out, number, timeout)");
     Ring *ring = ring_of(self, args[0]);
-    if (ring == NULL || ring->parts != NULL || messages->tensors->exchange == NULL || is_unwatched(messages->tensors) <= 0) return not_handled();
+    if (ring == NULL || ring->parts != NULL || messages->tensors->exchange == NULL || has_no_modes(messages->tensors) <= 0) return not_handled();
     long kind = PyLong_AsLong(args[2]);
     uint64_t number = PyLong_AsUnsignedLongLong(args[4]), tag;
     int64_t timeout;
@@ -132,15 +132,15 @@ static PyObject *messages_recv(PyObject *self, PyObject *const *args, Py_ssize_t
     view v = {.kind = {(uint8_t)(kind >> 8), (uint8_t)kind, 1}, .size = (size_t)(kind & 0xFF) / 8}, out;
     PyObject *given = args[3] == Py_None ? NULL : args[3];
     if (!parse_shape(args[1], &v)) return not_handled();
-    if (given != NULL && (look(messages->tensors, given, &out) <= 0 || code_of(out.kind) != kind || out.ndim != v.ndim ||
+    if (given != NULL && (view_tensor(messages->tensors, given, &out) <= 0 || code_of(out.kind) != kind || out.ndim != v.ndim ||
                           memcmp(out.shape, v.shape, sizeof *v.shape * (size_t)v.ndim) || may_fill(messages->tensors, given) <= 0))
         return not_handled();
     if (!tag_of(messages, v.kind, (int64_t)(v.bytes / v.size), number, &tag)) return NULL;
     void *memory = given != NULL ? out.data : cg_pool_take(ring->pool->pool, v.bytes);
-    if (memory == NULL) Py_RETURN_NONE; /* the long way says so, and the group goes on */
+    if (memory == NULL) Py_RETURN_NONE; /* the general path raises, and the group stays usable */
     int kept, came = read_tensor(ring, tag, memory, v.bytes, deadline, &kept);
     if (came > 0 && given == NULL) return tensor_over(messages->tensors, memory, v.kind, v.ndim, v.shape);
-    if (came > 0) return mark(messages->tensors, given) ? Py_NewRef(given) : NULL;
+    if (came > 0) return mark_as_written(messages->tensors, given) ? Py_NewRef(given) : NULL;
     if (given == NULL && !kept) cg_pool_give(memory);
     if (given != NULL && kept) Py_INCREF(given); /* for ever */
     return came < 0 ? NULL : not_handled();
@@ -148,24 +148,24 @@ static PyObject *messages_recv(PyObject *self, PyObject *const *args, Py_ssize_t
 
 /* Dicts of plain tensors: one record, of a description and the memory of each. */
 
-static int put(char *description, size_t *at, const void *data, size_t bytes) {
+static int append(char *description, size_t *at, const void *data, size_t bytes) {
     if (bytes > DESCRIPTION - *at) return 0;
     memcpy(description + *at, data, bytes);
     *at += bytes;
     return 1;
 }
 
-/* What is going to be sent of a dict. */
+/* A dict as the parts of a record. */
 typedef struct {
     char description[DESCRIPTION];
     size_t length;
-    PyObject *held[FEW_TENSORS]; /* another thread may change the dict meanwhile */
+    PyObject *held[FEW_TENSORS]; /* references: another thread may change the dict meanwhile */
     cg_part parts[1 + FEW_TENSORS];
     Py_ssize_t n;
-} packed;
+} packed_dict;
 
-/* Adds a plain value. 0 if it is none. */
-static int pack_value(packed *p, const char *key, size_t key_bytes, PyObject *value) {
+/* Appends a plain value. 0 if it is not plain. */
+static int pack_value(packed_dict *p, const char *key, size_t key_bytes, PyObject *value) {
     int64_t number;
     double real;
     const void *data = NULL;
@@ -182,33 +182,33 @@ static int pack_value(packed *p, const char *key, size_t key_bytes, PyObject *va
         code = VALUE_FLOAT, data = &real, bytes = sizeof real;
     } else if (PyUnicode_CheckExact(value)) {
         code = VALUE_STR, data = PyUnicode_AsUTF8AndSize(value, &bytes);
-        if (data == NULL) return PyErr_Clear(), 0; /* half of a surrogate pair: the pickle can have it */
+        if (data == NULL) return PyErr_Clear(), 0; /* half of a surrogate pair: a pickle can hold it */
         if (bytes > DESCRIPTION) return 0;
     } else return 0;
-    entry e = {{(uint8_t)code, 0, 0}, (uint32_t)bytes, (uint32_t)key_bytes};
-    return put(p->description, &p->length, &e, sizeof e) && put(p->description, &p->length, data, (size_t)bytes) &&
-           put(p->description, &p->length, key, key_bytes);
+    item_header e = {{(uint8_t)code, 0, 0}, (uint32_t)bytes, (uint32_t)key_bytes};
+    return append(p->description, &p->length, &e, sizeof e) && append(p->description, &p->length, data, (size_t)bytes) &&
+           append(p->description, &p->length, key, key_bytes);
 }
 
-/* Adds a tensor. 0, with or without an error, if it is not plain. */
-static int pack(Messages *messages, packed *p, PyObject *key, PyObject *value) {
+/* Appends an item. 0, with or without an error, if it is not plain. */
+static int pack_item(Messages *messages, packed_dict *p, PyObject *key, PyObject *value) {
     view v;
     Py_ssize_t key_bytes;
     if (!PyUnicode_CheckExact(key)) return 0;
     const char *text = PyUnicode_AsUTF8AndSize(key, &key_bytes);
     if (text == NULL) {
-        PyErr_Clear(); /* half of a surrogate pair: the pickle can have it */
+        PyErr_Clear(); /* half of a surrogate pair: a pickle can hold it */
         return 0;
     }
     if (key_bytes > DESCRIPTION) return 0;
     if (Py_TYPE(value) != messages->tensors->tensor_type) return pack_value(p, text, (size_t)key_bytes, value);
     if (p->n == FEW_TENSORS) return 0;
     p->held[p->n++] = Py_NewRef(value);
-    if (look(messages->tensors, value, &v) <= 0) return 0;
-    entry e = {v.kind, (uint32_t)v.ndim, (uint32_t)key_bytes};
+    if (view_tensor(messages->tensors, value, &v) <= 0) return 0;
+    item_header e = {v.kind, (uint32_t)v.ndim, (uint32_t)key_bytes};
     p->parts[p->n] = (cg_part){v.data, v.bytes};
-    return put(p->description, &p->length, &e, sizeof e) &&
-           put(p->description, &p->length, v.shape, sizeof *v.shape * (size_t)v.ndim) && put(p->description, &p->length, text, (size_t)key_bytes);
+    return append(p->description, &p->length, &e, sizeof e) &&
+           append(p->description, &p->length, v.shape, sizeof *v.shape * (size_t)v.ndim) && append(p->description, &p->length, text, (size_t)key_bytes);
 }
 
 static PyObject *messages_put_dict(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
@@ -218,22 +218,22 @@ static PyObject *messages_put_dict(PyObject *self, PyObject *const *args, Py_ssi
     int64_t timeout = PyLong_AsLongLong(args[3]);
     if (PyErr_Occurred()) return NULL;
     Ring *ring = ring_of(self, args[0]);
-    /* Without the means to read one nobody sends one. */
-    if (ring == NULL || !PyDict_CheckExact(args[1]) || messages->tensors->exchange == NULL || is_unwatched(messages->tensors) <= 0) return not_handled();
-    packed p;
+    /* A torch that could not read such a record sends none. */
+    if (ring == NULL || !PyDict_CheckExact(args[1]) || messages->tensors->exchange == NULL || has_no_modes(messages->tensors) <= 0) return not_handled();
+    packed_dict p;
     p.description[0] = PLAIN;
     p.length = 1;
     p.n = 0;
     PyObject *key, *value, *sent = NULL;
     int plain = 1;
-    for (Py_ssize_t position = 0; plain && PyDict_Next(args[1], &position, &key, &value);) plain = pack(messages, &p, key, value);
+    for (Py_ssize_t position = 0; plain && PyDict_Next(args[1], &position, &key, &value);) plain = pack_item(messages, &p, key, value);
     if (!plain) sent = not_handled();
     else {
         p.parts[0] = (cg_part){p.description, p.length};
         size_t bytes = 0;
         for (Py_ssize_t i = 0; i <= p.n; i++) bytes += p.parts[i].bytes;
         if (enter_for(ring->team, bytes)) {
-            if (posted) say_posted(ring, posted);
+            if (posted) publish_posted(ring, posted);
             int who = 0, result = cg_ring_put(&ring->ring, DICT, meta, p.parts, 1 + (uint32_t)p.n, deadline_after(timeout), &who);
             leave(ring->team);
             sent = result == CG_OK ? Py_NewRef(Py_True) : raise_stopped(self, result, who);
@@ -244,18 +244,18 @@ static PyObject *messages_put_dict(PyObject *self, PyObject *const *args, Py_ssi
     return sent;
 }
 
-static int get(const char *description, size_t length, size_t *at, void *to, size_t bytes) {
+static int consume(const char *description, size_t length, size_t *at, void *to, size_t bytes) {
     if (bytes > length - *at) return 0;
     memcpy(to, description + *at, bytes);
     *at += bytes;
     return 1;
 }
 
-/* The next item of a dict, if it is a plain value: 1. 0 if it is a tensor, -1 with an error set. */
+/* Adds the next item to the dict, if it is a plain value: 1. 0 if it is a tensor, -1 with an error set. */
 static int add_value(PyObject *dict, const char *description, size_t length, size_t *at) {
-    entry e;
+    item_header e;
     size_t after = *at;
-    if (!get(description, length, &after, &e, sizeof e) || e.kind.lanes != 0) return 0;
+    if (!consume(description, length, &after, &e, sizeof e) || e.kind.lanes != 0) return 0;
     const char *data = description + after, *key = data + e.ndim;
     int fits = e.ndim <= length - after && e.key_bytes <= length - after - e.ndim;
     int64_t number;
@@ -279,12 +279,12 @@ static int add_value(PyObject *dict, const char *description, size_t length, siz
     return added ? 1 : -1;
 }
 
-/* The next tensor of a dict over its block. 0 with an error set. */
+/* Adds the next tensor, over its block, to the dict. 0 with an error set. */
 static int add_tensor(Messages *messages, PyObject *dict, const char *description, size_t length, size_t *at, PyObject *part) {
-    entry e;
+    item_header e;
     int64_t shape[MAX_DIMS];
     size_t bytes;
-    int sound = get(description, length, at, &e, sizeof e) && e.ndim <= MAX_DIMS && get(description, length, at, shape, sizeof *shape * e.ndim) &&
+    int sound = consume(description, length, at, &e, sizeof e) && e.ndim <= MAX_DIMS && consume(description, length, at, shape, sizeof *shape * e.ndim) &&
                 e.key_bytes <= length - *at && PyObject_TypeCheck(part, state_of((PyObject *)messages)->block) && ((Block *)part)->base != NULL;
     if (sound) {
         bytes = e.kind.bits / 8;
@@ -299,7 +299,7 @@ static int add_tensor(Messages *messages, PyObject *dict, const char *descriptio
     *at += e.key_bytes;
     if (key == NULL) return 0;
     void *memory = ((Block *)part)->base;
-    ((Block *)part)->base = NULL; /* it is the tensor's now */
+    ((Block *)part)->base = NULL; /* the tensor owns it now */
     PyObject *tensor = tensor_over(messages->tensors, memory, e.kind, (int)e.ndim, shape);
     int added = tensor != NULL && PyDict_SetItem(dict, key, tensor) == 0;
     Py_DECREF(key);
@@ -307,7 +307,7 @@ static int add_tensor(Messages *messages, PyObject *dict, const char *descriptio
     return added;
 }
 
-/* The dict of a record, None if it is not a plain one. */
+/* The dict of a record; None if it is not a plain one. */
 static PyObject *messages_unpack(PyObject *self, PyObject *parts) {
     char *description;
     Py_ssize_t length, n = PyList_Size(parts);
@@ -365,7 +365,7 @@ static PyMethodDef messages_methods[] = {
     FAST(put_dict, "put_dict(ring, tensors, meta, timeout_ns, posted)\n--\n\nTrue, or None."),
     {"unpack", messages_unpack, METH_O, "unpack(parts)\n--\n\nThe plain dict of a record, or None."},
     {0}};
-static PyGetSetDef messages_getset[] = {{"bytes_sent", messages_sent, NULL, "bytes that were sent so", NULL}, {0}};
+static PyGetSetDef messages_getset[] = {{"bytes_sent", messages_sent, NULL, "bytes that these calls sent", NULL}, {0}};
 static PyType_Slot messages_slots[] = {
     {Py_tp_doc, "Messages(tensors, digest, timeout_ns)\n--\n\nNative messages through rings."},
     {Py_tp_new, messages_new}, {Py_tp_dealloc, messages_dealloc}, {Py_tp_methods, messages_methods}, {Py_tp_getset, messages_getset}, {0}};

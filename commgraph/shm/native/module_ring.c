@@ -1,4 +1,4 @@
-/* Ring: records from one seat of a team to others, as Python sees it. */
+/* The Python type Ring: records from one member of a team to others. */
 #include "module.h"
 #include "any_ring.h"
 
@@ -33,10 +33,10 @@ static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     return (PyObject *)self;
 }
 
-/* Whether what was being read is nobody else's. Otherwise it is never freed: another process may still write to it. */
-static int give_up(Ring *ring) {
+/* Gives up on a part that was being read. 0 if another process may still write to its memory, which must then never be freed. */
+static int release_part(Ring *ring) {
     int unused = 1;
-    if (ring->ring.taken != CG_UNOPENED) {
+    if (ring->ring.claimed != CG_UNOPENED) {
         Py_BEGIN_ALLOW_THREADS
         unused = cg_ring_give_up(&ring->ring);
         Py_END_ALLOW_THREADS
@@ -46,15 +46,15 @@ static int give_up(Ring *ring) {
 
 static void ring_dealloc(PyObject *self) {
     Ring *ring = (Ring *)self;
-    if (give_up(ring)) Py_XDECREF(ring->parts);
+    if (release_part(ring)) Py_XDECREF(ring->parts);
     cg_ring_leave(&ring->ring);
     Py_XDECREF((PyObject *)ring->team);
     Py_XDECREF((PyObject *)ring->pool);
     free_object(self);
 }
 
-void say_posted(Ring *ring, uint64_t posted) {
-    atomic_store_explicit(&ring->team->team.seats[ring->team->team.me].posted, posted, memory_order_release);
+void publish_posted(Ring *ring, uint64_t posted) {
+    atomic_store_explicit(&ring->team->team.members[ring->team->team.me].posted, posted, memory_order_release);
 }
 
 enum { FEW_PARTS = 8 };
@@ -81,7 +81,7 @@ static PyObject *ring_put(PyObject *self, PyObject *const *args, Py_ssize_t narg
     if (parts != NULL && views != NULL) {
         for (; held < n; held++) {
             PyObject *item = PyTuple_GetItem(args[2], held);
-            views[held].obj = NULL; /* nothing to be released */
+            views[held].obj = NULL; /* no buffer to release */
             if (PyTuple_Check(item)) {
                 unsigned long long address;
                 Py_ssize_t bytes;
@@ -96,7 +96,7 @@ static PyObject *ring_put(PyObject *self, PyObject *const *args, Py_ssize_t narg
         for (Py_ssize_t i = 0; i < held; i++) total += parts[i].bytes;
         if (held == n && enter_for(ring->team, total)) {
             entered = 1;
-            if (posted) say_posted(ring, posted);
+            if (posted) publish_posted(ring, posted);
             result = cg_ring_put(&ring->ring, (uint32_t)kind, meta, parts, (uint32_t)n, deadline_after(timeout), &who);
             leave(ring->team);
         }
@@ -110,9 +110,9 @@ static PyObject *ring_put(PyObject *self, PyObject *const *args, Py_ssize_t narg
     return result == CG_OK ? Py_NewRef(Py_None) : raise_stopped(self, result, who);
 }
 
-/* Waits for a record; (kind, meta, sizes). */
+/* Waits for the next record. */
 static int wait_next(Ring *ring, int64_t deadline, unsigned long long posted, int *who) {
-    if (posted) say_posted(ring, posted);
+    if (posted) publish_posted(ring, posted);
     return cg_ring_next(&ring->ring, deadline, who);
 }
 
@@ -136,7 +136,7 @@ static PyObject *ring_peek(PyObject *self, PyObject *args) {
     return Py_BuildValue("(kKN)", (unsigned long)record->kind, (unsigned long long)record->meta, sizes);
 }
 
-/* Where the next part is to be read to: bytes for the first, which is a pickle, a Block for the others. */
+/* Memory for the next part: bytes for the first, which is a pickle, a Block for the others. */
 static char *new_part(Ring *ring, PyObject **part) {
     size_t index = (size_t)PyList_Size(ring->parts), bytes = cg_ring_size(&ring->ring, (uint32_t)index);
     if (index == 0) {
@@ -148,7 +148,7 @@ static char *new_part(Ring *ring, PyObject **part) {
     return block == NULL ? NULL : block->base;
 }
 
-/* get(timeout_ns, posted): (kind, meta, first part as bytes, the others as Blocks ...) */
+/* get(timeout_ns, posted): (kind, meta, parts); the first part is bytes, the others are Blocks. */
 static PyObject *ring_get(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     Ring *ring = (Ring *)self;
     if (nargs != 2) return PyErr_Format(PyExc_TypeError, "get(timeout_ns, posted)");
@@ -203,8 +203,8 @@ static PyObject *ring_reading(PyObject *self, void *closure) {
     return PyBool_FromLong(((Ring *)self)->parts != NULL);
 }
 
-/* take(timeout_ns, [(address, bytes), ...], owner): reads the parts of the record that `peek` found to memory of the caller's, which `owner`
- * keeps. False if the writer gave up on it. */
+/* take(timeout_ns, [(address, bytes), ...], owner): reads the parts of the record that `peek` found into the caller's memory, which `owner`
+ * keeps alive. False if the writer gave up on the record. */
 static PyObject *ring_take(PyObject *self, PyObject *args) {
     Ring *ring = (Ring *)self;
     long long timeout;
@@ -230,7 +230,7 @@ static PyObject *ring_take(PyObject *self, PyObject *args) {
     }
     if (result == CG_RESTART) Py_RETURN_FALSE;
     if (result != CG_OK) {
-        if (!give_up(ring)) Py_INCREF(owner);
+        if (!release_part(ring)) Py_INCREF(owner);
         cg_ring_finish(&ring->ring);
         return raise_stopped(self, result, who);
     }
@@ -238,8 +238,7 @@ static PyObject *ring_take(PyObject *self, PyObject *args) {
     Py_RETURN_TRUE;
 }
 
-/* any_ring(rings, timeout_ns): the index of the first of these rings in which a record lies, -1 where none comes in time. The caller is the only
- * reader of each. */
+/* any_ring(rings, timeout_ns): the index of the first ring that has a record, -1 if none has one in time. The caller is the only reader of each. */
 PyObject *module_any_ring(PyObject *module, PyObject *args) {
     PyObject *given;
     long long timeout;
@@ -252,7 +251,7 @@ PyObject *module_any_ring(PyObject *module, PyObject *args) {
         PyObject *ring = PyTuple_GetItem(given, i);
         if (!PyObject_TypeCheck(ring, state->ring) || !((Ring *)ring)->ring.private) {
             PyMem_Free(rings);
-            return PyErr_Format(PyExc_TypeError, "any_ring(rings, timeout_ns): rings between two");
+            return PyErr_Format(PyExc_TypeError, "any_ring(rings, timeout_ns): private rings are needed");
         }
         rings[i] = &((Ring *)ring)->ring;
     }
@@ -264,15 +263,15 @@ PyObject *module_any_ring(PyObject *module, PyObject *args) {
     return PyLong_FromLong(found);
 }
 
-static int set_handed_from(PyObject *self, PyObject *value, void *closure) {
+static int set_zero_copy_from(PyObject *self, PyObject *value, void *closure) {
     (void)closure;
     size_t bytes = value == NULL ? 0 : PyLong_AsSize_t(value);
     if (PyErr_Occurred()) return -1;
     if (bytes && !((Ring *)self)->ring.private) {
-        PyErr_SetString(PyExc_ValueError, "only between two are parts handed over");
+        PyErr_SetString(PyExc_ValueError, "only a private ring has zero-copy parts");
         return -1;
     }
-    ((Ring *)self)->ring.handed_from = bytes;
+    ((Ring *)self)->ring.zero_copy_from = bytes;
     return 0;
 }
 
@@ -287,15 +286,15 @@ static PyMethodDef ring_methods[] = {
     {"put", (PyCFunction)(void (*)(void))ring_put, METH_FASTCALL, "put(kind, meta, parts, timeout_ns, posted)\n--\n\nWrites a record."},
     {"get", (PyCFunction)(void (*)(void))ring_get, METH_FASTCALL, "get(timeout_ns, posted)\n--\n\n(kind, meta, parts) of the next record."},
     {"peek", ring_peek, METH_VARARGS, "peek(timeout_ns, posted)\n--\n\n(kind, meta, sizes) of the next record, which stays."},
-    {"take", ring_take, METH_VARARGS, "take(timeout_ns, targets, owner)\n--\n\nReads the parts of the record that was peeked at; False: the writer gave up."},
-    {"leave_out", ring_leave_out, METH_O, "leave_out(reader)\n--\n\nGoes on without a reader that has not sat down; False if it has."},
+    {"take", ring_take, METH_VARARGS, "take(timeout_ns, targets, owner)\n--\n\nReads the parts of the record that `peek` returned; False: the writer gave up."},
+    {"leave_out", ring_leave_out, METH_O, "leave_out(reader)\n--\n\nGoes on without a reader that has not joined; False if it has."},
     {0}};
 static PyGetSetDef ring_getset[] = {
-    {"reading", ring_reading, NULL, "whether a `get` ended halfway: it goes on, and nothing else can", NULL},
-    {"handed_from", NULL, set_handed_from, "bytes from which a part is copied from process to process by both of them; 0: none is", NULL},
+    {"reading", ring_reading, NULL, "whether a `get` ended inside a record: only another `get` may follow", NULL},
+    {"zero_copy_from", NULL, set_zero_copy_from, "bytes from which a part is zero-copy: copied from process to process; 0: none is", NULL},
     {0}};
 static PyType_Slot ring_slots[] = {
-    {Py_tp_doc, "Ring(team, pool, offset, writer, first_reader, n_readers, capacity, collective, private)\n--\n\nRecords from one seat to others; `private`: to "
+    {Py_tp_doc, "Ring(team, pool, offset, writer, first_reader, n_readers, capacity, collective, private)\n--\n\nRecords from one member to others; `private`: to "
                 "one, with a view of its own, so that a thread may use it while another is in a call of the team."},
     {Py_tp_new, ring_new}, {Py_tp_dealloc, ring_dealloc}, {Py_tp_methods, ring_methods}, {Py_tp_getset, ring_getset}, {0}};
 PyType_Spec ring_spec = {"commgraph.shm._native.Ring", sizeof(Ring), 0, Py_TPFLAGS_DEFAULT, ring_slots};

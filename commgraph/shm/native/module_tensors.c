@@ -2,7 +2,7 @@
 
 #include <stdlib.h>
 
-int is_unwatched(const Tensors *tensors) {
+int has_no_modes(const Tensors *tensors) {
     PyObject *modes = PyObject_CallNoArgs(tensors->modes);
     if (modes == NULL) return -1;
     int none = PyLong_AsLong(modes) == 0;
@@ -30,11 +30,11 @@ static int flag(PyObject *x, PyObject *name, int call) {
     return set;
 }
 
-int look(const Tensors *tensors, PyObject *x, view *v) {
+int view_tensor(const Tensors *tensors, PyObject *x, view *v) {
     if (Py_TYPE(x) != tensors->tensor_type || tensors->exchange == NULL) return 0;
     dl_tensor t;
     if (tensors->exchange->view_of_object(x, &t) != 0) {
-        PyErr_Clear(); /* a sparse one, say */
+        PyErr_Clear(); /* a sparse tensor, for example */
         return 0;
     }
     if (t.device.type != DL_CPU || t.data == NULL || t.ndim > MAX_DIMS || t.dtype.bits % 8 || t.dtype.lanes != 1) return 0;
@@ -45,11 +45,11 @@ int look(const Tensors *tensors, PyObject *x, view *v) {
         count *= t.shape[i];
     }
     if (count == 0) return 0;
-    /* Complex memory may be lazily conjugated, and that of floats lazily negated (the imaginary part of such a tensor, restrided). */
+    /* Complex memory may be lazily conjugated, and memory of floats lazily negated (the imaginary part of a conjugated tensor, restrided). */
     if (t.dtype.code > DL_BFLOAT && t.dtype.code != DL_BOOL) return 0;
     module_state *state = state_of((PyObject *)tensors);
     int set = flag(x, state->requires_grad, 0);
-    if (set > 0) { /* which matters only where gradients are recorded */
+    if (set > 0) { /* it matters only where gradients are recorded */
         PyObject *recorded = PyObject_CallNoArgs(tensors->grad_mode);
         set = recorded == NULL ? -1 : PyObject_IsTrue(recorded);
         Py_XDECREF(recorded);
@@ -72,14 +72,14 @@ int may_fill(const Tensors *tensors, PyObject *x) {
     int may = PyObject_IsTrue(on);
     Py_DECREF(on);
     if (may != 0) return may;
-    /* One that was made in inference mode may be filled in that mode only. It has no version, and is_inference() takes twice as long. */
+    /* A tensor of inference mode may be filled in that mode only. It is one if it has no version; is_inference() takes twice as long. */
     PyObject *version = PyObject_GetAttr(x, state_of((PyObject *)tensors)->version);
     if (version == NULL) PyErr_Clear();
     Py_XDECREF(version);
     return version != NULL;
 }
 
-int mark(const Tensors *tensors, PyObject *x) {
+int mark_as_written(const Tensors *tensors, PyObject *x) {
     PyObject *all = PyTuple_Pack(1, x), *done = all == NULL ? NULL : PyObject_CallFunctionObjArgs(tensors->mark_written, all, NULL);
     Py_XDECREF(all);
     Py_XDECREF(done);

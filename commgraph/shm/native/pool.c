@@ -7,7 +7,7 @@
 #include <sys/mman.h>
 
 enum { CLASSES = 4 * 44, HEAD = 64 };
-#define MOST ((size_t)1 << 50) /* bytes; no machine has so many, and there is a class for each size below */
+#define MOST ((size_t)1 << 50) /* bytes; more than any machine has, and every size below it has a class */
 
 /* In front of every block. */
 typedef struct block {
@@ -25,7 +25,7 @@ struct cg_pool {
 };
 
 /* Four sizes between one power of two and the next: at most a fifth is wasted. */
-static int class_of(size_t bytes, size_t *rounded) {
+static int size_class(size_t bytes, size_t *rounded) {
     int power = 63 - __builtin_clzll((unsigned long long)(bytes < 256 ? 256 : bytes));
     for (int quarter = 0; quarter < 4; quarter++) {
         size_t size = ((size_t)4 + (size_t)quarter) << (power - 2);
@@ -38,7 +38,7 @@ static int class_of(size_t bytes, size_t *rounded) {
     return (power - 7) * 4;
 }
 
-/* Large blocks straight from the kernel, so that giving them back gives them back. */
+/* Takes large blocks from the kernel, so that releasing them returns them to the kernel. */
 static block *fetch(size_t bytes) {
     if (bytes < 128 * 1024) {
         void *memory = NULL;
@@ -65,7 +65,7 @@ cg_pool *cg_pool_new(size_t keep) {
 void *cg_pool_take(cg_pool *pool, size_t bytes) {
     size_t rounded;
     if (bytes > MOST) return NULL;
-    int class_ = class_of(bytes + HEAD, &rounded);
+    int class_ = size_class(bytes + HEAD, &rounded);
     pthread_mutex_lock(&pool->lock);
     block *b = pool->free_[class_];
     if (b != NULL) {
@@ -78,7 +78,7 @@ void *cg_pool_take(cg_pool *pool, size_t bytes) {
         b = fetch(rounded);
         if (b == NULL) {
             pthread_mutex_lock(&pool->lock);
-            pool->out--; /* the owner is here, so this was not the last */
+            pool->out--; /* the owner holds a reference, so this was not the last */
             pthread_mutex_unlock(&pool->lock);
             return NULL;
         }
@@ -87,7 +87,7 @@ void *cg_pool_take(cg_pool *pool, size_t bytes) {
     return (char *)b + HEAD;
 }
 
-/* Takes out all that is kept; the caller releases it outside the lock. */
+/* Empties the pool; the caller releases the blocks outside the lock. */
 static block *empty(cg_pool *pool) {
     block *all = NULL;
     for (int i = 0; i < CLASSES; i++) {
@@ -110,7 +110,7 @@ static void release_all(block *all) {
     }
 }
 
-static void leave(cg_pool *pool, block *back) {
+static void give_back_block(cg_pool *pool, block *back) {
     block *surplus = NULL;
     pthread_mutex_lock(&pool->lock);
     if (back != NULL) {
@@ -118,14 +118,14 @@ static void leave(cg_pool *pool, block *back) {
             back->next = NULL;
             surplus = back;
         } else {
-            /* What was used last is likeliest to be used again: the rest goes. */
+            /* The block that was used last is likeliest to be used again: the others are released. */
             if (pool->kept + back->bytes > pool->keep) surplus = empty(pool);
             back->next = pool->free_[back->class_];
             pool->free_[back->class_] = back;
             pool->kept += back->bytes;
         }
     } else {
-        pool->keep = 0; /* nobody takes any more */
+        pool->keep = 0; /* no more blocks are taken */
         surplus = empty(pool);
     }
     int last = --pool->out == 0;
@@ -140,9 +140,9 @@ static void leave(cg_pool *pool, block *back) {
 
 void cg_pool_give(void *memory) {
     block *b = (block *)((char *)memory - HEAD);
-    leave(b->pool, b);
+    give_back_block(b->pool, b);
 }
 
-void cg_pool_drop(cg_pool *pool) { leave(pool, NULL); }
+void cg_pool_drop(cg_pool *pool) { give_back_block(pool, NULL); }
 
 size_t cg_pool_usable(const void *memory) { return ((const block *)((const char *)memory - HEAD))->bytes - HEAD; }

@@ -1,27 +1,27 @@
-#include "relay.h"
+#include "pipelined.h"
 #include "steps.h"
-#include "stores.h"
+#include "nontemporal.h"
 
 #include <sched.h>
 #include <string.h>
 
 enum {
-    /* Bytes that all ranks together reduce in one step, each everything: beyond, each reduces its share in a step of its own. */
+    /* Bytes, of all ranks together, up to which each rank reduces everything in one step; above, each reduces its partition, in one step more. */
     ONE_SHOT = 512 * 1024,
-    /* Reduced at once, so that it is still in the first cache where it is copied on. */
+    /* Bytes that are reduced at once, so that they are still in the first-level cache when they are copied. */
     REDUCE_BLOCK = 16 * 1024,
-    HANDS_OFF_NS = 1000000000, /* a thread may be without a core for a while */
+    RELEASE_PATIENCE_NS = 1000000000, /* longest wait for the other ranks to release a tensor: a thread may be without a core for a while */
 };
 
-/* Everybody reduces everything. */
+/* One-shot all-reduce: each rank reduces all elements of all ranks. */
 static int one_shot(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, size_t size, cg_kernel kernel, int *who) {
     size_t bytes = count * size;
-    int way = cg_choose_way(g, bytes);
+    int nontemporal = cg_choose_stores(g, bytes);
     cg_stopwatch writing = cg_start(bytes);
-    cg_copy(cg_slot_of(g, g->me, g->step), from, bytes, way);
-    if (way) cg_stream_fence();
-    cg_note_write(g, bytes, way, cg_stop(&writing));
-    cg_announce(g, call, 0, 1, way);
+    cg_copy(cg_slot_of(g, g->me, g->step), from, bytes, nontemporal);
+    if (nontemporal) cg_store_fence();
+    cg_note_write(g, bytes, nontemporal, cg_stop(&writing));
+    cg_announce(g, call, 0, 1, nontemporal);
     int result = cg_agree(g, call, who);
     if (result != CG_OK) return result;
     const void *sources[g->n];
@@ -32,20 +32,20 @@ static int one_shot(cg_group *g, const cg_call *call, const void *from, void *to
     return CG_OK;
 }
 
-/* Entries [begin, end) of `count` that rank r reduces; whole cache lines, as evenly as these allow. */
-static void share_of(size_t count, size_t size, int n, int r, size_t *begin_, size_t *end) {
+/* Elements [begin, end) of `count` that rank r reduces: whole cache lines, as even as these allow. */
+static void partition_of(size_t count, size_t size, int n, int r, size_t *begin_, size_t *end) {
     size_t unit = CG_LINE / size, each = cg_round_up((count + (size_t)n - 1) / (size_t)n, unit);
     *begin_ = cg_smaller((size_t)r * each, count);
     *end = cg_smaller(*begin_ + each, count);
 }
 
-/* Tensors that all ranks can reach are reduced where they are, and the results written to all of them. */
+/* Reduces, in place, tensors that all lie in shared memory: each rank reduces its partition and writes the result to all of them. */
 static int reduce_in_shared(cg_group *g, const cg_call *call, size_t count, size_t size, cg_kernel kernel, int *who) {
     char *tensors[g->n];
     const void *sources[g->n];
     for (int p = 0; p < g->n; p++) tensors[p] = cg_resolve(g, p, cg_line_of(g, p, g->step)->where);
     size_t at, end, block = REDUCE_BLOCK / size;
-    share_of(count, size, g->n, g->me, &at, &end);
+    partition_of(count, size, g->n, g->me, &at, &end);
     for (; at < end; at += block) {
         size_t length = cg_smaller(block, end - at);
         for (int p = 0; p < g->n; p++) sources[p] = tensors[p] + at * size;
@@ -55,39 +55,40 @@ static int reduce_in_shared(cg_group *g, const cg_call *call, size_t count, size
     return cg_leave_together(g, call, who);
 }
 
-/* In bytes [begin, end) of what changes hands: takes the result of the chunk before, if there is one, and puts a part of the next in its place. */
-static void turn_over(char *mine, char *before, const char *part, size_t begin, size_t end, int way) {
-    if (before != NULL && way == 0) {
+/* In bytes [begin, end) of this rank's reduce buffer: copies the result of the preceding chunk to `before`, if there is one, and a part of the next
+ * chunk into its place. */
+static void swap_chunk(char *mine, char *before, const char *part, size_t begin, size_t end, int nontemporal) {
+    if (before != NULL && nontemporal == 0) {
         cg_copy_both(before + begin, mine + begin, mine + begin, part + begin, end - begin, 0);
         return;
     }
     if (before != NULL) memcpy(before + begin, mine + begin, end - begin);
-    cg_copy(mine + begin, part + begin, end - begin, way);
+    cg_copy(mine + begin, part + begin, end - begin, nontemporal);
 }
 
-/* Each rank reduces a share, chunk by chunk, and puts the result back where it found the parts: the cache lines came with them, and the ranks
- * that wrote the parts get them back with the result, ready for their next ones. A line moves once in each direction. */
+/* Two-shot all-reduce, chunk by chunk: each rank reduces its partition of all reduce buffers, and writes the result back into them. It holds these
+ * cache lines since it read them, and their owners get them back with the result, ready for the next chunk. A line moves once in each direction. */
 static int two_shot(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, size_t size, int in_place, cg_kernel kernel, int *who) {
     uint64_t where = cg_find_region(g, from, count * size);
-    size_t chunk = cg_share_bytes(g->slot_bytes) / size, mine_from, mine_to;
-    char *mine = cg_shares_of(g, g->me), *before = NULL;
+    size_t chunk = cg_reduce_buffer_bytes(g->slot_bytes) / size, own_begin, own_end;
+    char *mine = cg_reduce_buffer_of(g, g->me), *before = NULL;
     for (size_t at = 0; at < count; at += chunk) {
         size_t length = cg_smaller(chunk, count - at), block = REDUCE_BLOCK / size;
-        share_of(length, size, g->n, g->me, &mine_from, &mine_to);
-        int way = cg_choose_way(g, length * size);
+        partition_of(length, size, g->n, g->me, &own_begin, &own_end);
+        int nontemporal = cg_choose_stores(g, length * size);
         if (at > 0) g->step++;
         if (where == 0) {
-            /* Each part to its place, but for this rank's own share, which nobody else reads. */
+            /* All of the chunk except this rank's own partition, which no other rank reads. */
             const char *part = (const char *)from + at * size;
             cg_stopwatch writing = cg_start(length * size);
-            turn_over(mine, before, part, 0, mine_from * size, way);
-            turn_over(mine, before, part, mine_to * size, length * size, way);
-            if (way) cg_stream_fence();
-            cg_note_write(g, length * size, way, cg_stop(&writing));
+            swap_chunk(mine, before, part, 0, own_begin * size, nontemporal);
+            swap_chunk(mine, before, part, own_end * size, length * size, nontemporal);
+            if (nontemporal) cg_store_fence();
+            cg_note_write(g, length * size, nontemporal, cg_stop(&writing));
         }
         int result;
         if (at == 0) {
-            cg_announce(g, call, where, 1, way);
+            cg_announce(g, call, where, 1, nontemporal);
             result = cg_agree(g, call, who);
             if (result != CG_OK) return result;
             int direct = in_place;
@@ -95,7 +96,7 @@ static int two_shot(cg_group *g, const cg_call *call, const void *from, void *to
             if (direct) return reduce_in_shared(g, call, count, size, kernel, who);
         } else {
             cg_line_of(g, g->me, g->step)->where = where;
-            cg_line_of(g, g->me, g->step)->streamed = (uint32_t)way;
+            cg_line_of(g, g->me, g->step)->nontemporal = (uint32_t)nontemporal;
             result = cg_next_step(g, call, who);
             if (result != CG_OK) return result;
         }
@@ -103,45 +104,45 @@ static int two_shot(cg_group *g, const cg_call *call, const void *from, void *to
         const void *sources[g->n];
         for (int p = 0; p < g->n; p++) {
             uint64_t there = cg_line_of(g, p, g->step)->where;
-            parts[p] = p == g->me ? (const char *)from + at * size : there ? cg_resolve(g, p, there) + at * size : cg_shares_of(g, p);
+            parts[p] = p == g->me ? (const char *)from + at * size : there ? cg_resolve(g, p, there) + at * size : cg_reduce_buffer_of(g, p);
         }
         char *out = (char *)to + at * size;
         cg_stopwatch reading = cg_start(length * size);
-        for (size_t i = mine_from; i < mine_to; i += block) {
-            size_t some = cg_smaller(block, mine_to - i);
+        for (size_t i = own_begin; i < own_end; i += block) {
+            size_t some = cg_smaller(block, own_end - i);
             for (int p = 0; p < g->n; p++) sources[p] = parts[p] + i * size;
             kernel(out + i * size, sources, g->n, some, NULL, NULL);
-            for (int k = 1; k < g->n; k++) cg_copy(cg_shares_of(g, (g->me + k) % g->n) + i * size, out + i * size, some * size, way);
+            for (int k = 1; k < g->n; k++) cg_copy(cg_reduce_buffer_of(g, (g->me + k) % g->n) + i * size, out + i * size, some * size, nontemporal);
         }
-        if (way) cg_stream_fence();
+        if (nontemporal) cg_store_fence();
         cg_note_reads(g, length * size, cg_stop(&reading));
-        result = cg_leave_together(g, call, who); /* the parts, which may lie in the tensors of others, for their results */
+        result = cg_leave_together(g, call, who); /* the parts, which may lie in the tensors of other ranks, have been read; the results have been written */
         if (result != CG_OK) return result;
-        /* The next chunk's parts go where its results lie, if both are cut alike. */
+        /* The parts of the next chunk replace these results, if both chunks are partitioned alike. */
         before = where == 0 && at + 2 * chunk <= count ? out : NULL;
         if (before != NULL) continue;
-        memcpy(out, mine, mine_from * size);
-        memcpy(out + mine_to * size, mine + mine_to * size, (length - mine_to) * size);
+        memcpy(out, mine, own_begin * size);
+        memcpy(out + own_end * size, mine + own_end * size, (length - own_end) * size);
     }
     return CG_OK;
 }
 
-static int are_among_threads(const cg_group *g, size_t bytes) { return g->among_from && bytes >= g->among_from; }
+static int takes_same_process_path(const cg_group *g, size_t bytes) { return g->same_process_from && bytes >= g->same_process_from; }
 
-/* Threads of one process work on each other's tensors where they lie, between the first step of a call and the second, with which it ends. So
- * whoever gives up says so, and stays until all have their hands off his: they look for that between two blocks, and who comes later does
- * not begin. */
-static int end_among_threads(cg_group *g, const cg_call *call, int result, int *who) {
+/* Ends a same-process call. The ranks, threads of one process, access each other's tensors between the first step of a call and the second, which is
+ * its last. A rank that gives up therefore marks itself as failed, and stays until all others have released its tensors: they check for a failed
+ * rank between two blocks, and one that arrives later does not begin. */
+static int end_same_process(cg_group *g, const cg_call *call, int result, int *who) {
     const uint32_t first = g->step;
-    atomic_store_explicit(&cg_line_of(g, g->me, first)->off, first, memory_order_release);
+    atomic_store_explicit(&cg_line_of(g, g->me, first)->released, first, memory_order_release);
     if (result == CG_OK) result = cg_leave_together(g, call, who);
     if (result == CG_OK) return result;
     cg_team_fail(g->team);
-    const int64_t patience = cg_clock_ns() + HANDS_OFF_NS;
+    const int64_t patience = cg_clock_ns() + RELEASE_PATIENCE_NS;
     for (int p = 0; p < g->n; p++) {
         cg_line *line = cg_line_of(g, p, first);
-        /* Who is in another call has no hands there. */
-        while (atomic_load_explicit(&line->off, memory_order_acquire) != first &&
+        /* A rank that is in another call accesses no tensor of this one. */
+        while (atomic_load_explicit(&line->released, memory_order_acquire) != first &&
                atomic_load_explicit(&line->step, memory_order_seq_cst) == first && line->tag == call->tag) {
             g->exposed = cg_clock_ns() > patience;
             if (g->exposed) return result;
@@ -151,9 +152,9 @@ static int end_among_threads(cg_group *g, const cg_call *call, int result, int *
     return result;
 }
 
-/* A block of the parts of all, unless somebody has given up. */
+/* Reduces a block of the parts of all ranks, unless a rank has given up. */
 static int reduce_block(cg_group *g, const char *const *parts, size_t offset, void *to, size_t count, cg_kernel kernel, int *who) {
-    int result = cg_nobody_gave_up(g, who);
+    int result = cg_check_no_failure(g, who);
     if (result != CG_OK) return result;
     const void *sources[g->n];
     for (int p = 0; p < g->n; p++) sources[p] = parts[p] + offset;
@@ -161,11 +162,11 @@ static int reduce_block(cg_group *g, const char *const *parts, size_t offset, vo
     return CG_OK;
 }
 
-static int reduce_among_threads(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, size_t size, cg_kernel kernel, int *who) {
+static int reduce_same_process(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, size_t size, cg_kernel kernel, int *who) {
     char *results[g->n];
     const char *parts[g->n];
     size_t at, end, block = REDUCE_BLOCK / size;
-    uint64_t *mine = cg_pair_row(g, g->me, CG_WHERE); /* for all alike: the first is the part, the second the result */
+    uint64_t *mine = cg_pair_row(g, g->me, CG_WHERE); /* the row for all peers alike: element 0 is the address of the input, 1 that of the output */
     mine[0] = (uint64_t)(uintptr_t)from, mine[1] = (uint64_t)(uintptr_t)to;
     cg_announce(g, call, 0, 1, 0);
     int result = cg_agree(g, call, who);
@@ -173,16 +174,16 @@ static int reduce_among_threads(cg_group *g, const cg_call *call, const void *fr
         parts[p] = (const char *)(uintptr_t)cg_pair_row(g, p, CG_WHERE)[0];
         results[p] = (char *)(uintptr_t)cg_pair_row(g, p, CG_WHERE)[1];
     }
-    share_of(count, size, g->n, g->me, &at, &end);
+    partition_of(count, size, g->n, g->me, &at, &end);
     for (; result == CG_OK && at < end; at += block) {
         size_t length = cg_smaller(block, end - at), offset = at * size;
         result = reduce_block(g, parts, offset, (char *)to + offset, length, kernel, who);
         for (int i = 1; result == CG_OK && i < g->n; i++) cg_copy(results[(g->me + i) % g->n] + offset, (char *)to + offset, length * size, 0);
     }
-    return end_among_threads(g, call, result, who);
+    return end_same_process(g, call, result, who);
 }
 
-static int reduce_scatter_among_threads(cg_group *g, const cg_call *call, const cg_block *out, void *to, size_t count, size_t size, cg_kernel kernel, int *who) {
+static int reduce_scatter_same_process(cg_group *g, const cg_call *call, const cg_block *out, void *to, size_t count, size_t size, cg_kernel kernel, int *who) {
     const char *parts[g->n];
     size_t block = REDUCE_BLOCK / size;
     for (int p = 0; p < g->n; p++) cg_pair_row(g, g->me, CG_WHERE)[p] = (uint64_t)(uintptr_t)out[p].base;
@@ -191,11 +192,11 @@ static int reduce_scatter_among_threads(cg_group *g, const cg_call *call, const 
     for (int p = 0; result == CG_OK && p < g->n; p++) parts[p] = (const char *)(uintptr_t)cg_pair_row(g, p, CG_WHERE)[g->me];
     for (size_t at = 0; result == CG_OK && at < count; at += block)
         result = reduce_block(g, parts, at * size, (char *)to + at * size, cg_smaller(block, count - at), kernel, who);
-    return end_among_threads(g, call, result, who);
+    return end_same_process(g, call, result, who);
 }
 
-/* Of two ranks what lies in shared memory is read there, and nobody leaves before. */
-static int reduce_there(cg_group *g, const cg_call *call, const void *mine, const void *theirs, void *to, size_t count, cg_kernel kernel, int *who) {
+/* Of two ranks, tensors in shared memory are read in place; neither rank leaves before the other has read. */
+static int reduce_two_in_place(cg_group *g, const cg_call *call, const void *mine, const void *theirs, void *to, size_t count, cg_kernel kernel, int *who) {
     const void *sources[2];
     sources[g->me] = mine, sources[1 - g->me] = theirs;
     kernel(to, sources, 2, count, NULL, NULL);
@@ -203,16 +204,16 @@ static int reduce_there(cg_group *g, const cg_call *call, const void *mine, cons
 }
 
 static int all_reduce_of_two(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, size_t size, int in_place, cg_kernel kernel, int *who) {
-    size_t bytes = count * size, chunk = cg_relay_chunk(g, bytes);
+    size_t bytes = count * size, chunk = cg_pipelined_chunk(g, bytes);
     uint64_t where = cg_find_region(g, from, bytes);
-    cg_block give = {(char *)from, 1, bytes, bytes};
-    cg_offer(g, call, &give, chunk, where);
+    cg_block send = {(char *)from, 1, bytes, bytes};
+    cg_stage_first(g, call, &send, chunk, where);
     int result = cg_agree(g, call, who);
-    if (result == CG_OK) result = cg_meet(g, call, &give, chunk, &where, who);
+    if (result == CG_OK) result = cg_agree_on_staging(g, call, &send, chunk, &where, who);
     if (result != CG_OK) return result;
     if (where != 0 && in_place) return reduce_in_shared(g, call, count, size, kernel, who);
-    if (where != 0) return reduce_there(g, call, from, cg_resolve(g, 1 - g->me, where), to, count, kernel, who);
-    return cg_relay_reduced(g, call, &give, from, to, bytes, chunk, size, kernel, who);
+    if (where != 0) return reduce_two_in_place(g, call, from, cg_resolve(g, 1 - g->me, where), to, count, kernel, who);
+    return cg_pipelined_reduce(g, call, &send, from, to, bytes, chunk, size, kernel, who);
 }
 
 int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, int dtype, int op, int in_place, int *who) {
@@ -220,9 +221,9 @@ int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, 
     cg_kernel kernel = cg_find_kernel(dtype, op);
     cg_begin(g, call);
     g->bytes_sent += bytes;
-    if (are_among_threads(g, bytes)) return reduce_among_threads(g, call, from, to, count, size, kernel, who);
+    if (takes_same_process_path(g, bytes)) return reduce_same_process(g, call, from, to, count, size, kernel, who);
     if (g->n == 2) return all_reduce_of_two(g, call, from, to, count, size, in_place, kernel, who);
-    /* Where reducing takes several times as long as copying, sharing the work pays early. */
+    /* Where reducing takes several times as long as copying, two-shot pays at smaller sizes. */
     if (bytes <= g->slot_bytes && bytes * (size_t)g->n * (size_t)cg_kernel_weight(dtype) <= ONE_SHOT)
         return one_shot(g, call, from, to, count, size, kernel, who);
     return two_shot(g, call, from, to, count, size, in_place, kernel, who);
@@ -230,7 +231,7 @@ int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, 
 
 int cg_all_reduce_begin(cg_group *g, const cg_call *call, const void *from, size_t count, int dtype) {
     size_t size = cg_dtype_bytes(dtype), bytes = count * size;
-    if (bytes > CG_READ_THERE || bytes > g->slot_bytes || are_among_threads(g, bytes)) return 0;
+    if (bytes > CG_READ_IN_PLACE_FROM || bytes > g->slot_bytes || takes_same_process_path(g, bytes)) return 0;
     if (g->n > 2 && bytes * (size_t)g->n * (size_t)cg_kernel_weight(dtype) > ONE_SHOT) return 0;
     cg_begin(g, call);
     g->bytes_sent += bytes;
@@ -260,19 +261,19 @@ int cg_reduce_scatter(cg_group *g, const cg_call *call, const cg_block *out, voi
     }
     g->bytes_sent += total - own;
     cg_begin(g, call);
-    if (runs && are_among_threads(g, total)) return reduce_scatter_among_threads(g, call, out, to, own / size, size, kernel, who);
-    /* Whole tensors in shared memory are read where they are, if their pieces are runs. */
+    if (runs && takes_same_process_path(g, total)) return reduce_scatter_same_process(g, call, out, to, own / size, size, kernel, who);
+    /* Whole tensors in shared memory are read in place, if their pieces are runs. */
     uint64_t where = runs ? cg_find_region(g, out[0].base, total) : 0;
     if (n == 2 && runs) {
-        const cg_block *give = &out[1 - g->me];
-        size_t chunk = cg_relay_chunk(g, most);
-        cg_offer(g, call, give, chunk, where);
+        const cg_block *send = &out[1 - g->me];
+        size_t chunk = cg_pipelined_chunk(g, most);
+        cg_stage_first(g, call, send, chunk, where);
         int result = cg_agree(g, call, who);
-        if (result == CG_OK) result = cg_meet(g, call, give, chunk, &where, who);
+        if (result == CG_OK) result = cg_agree_on_staging(g, call, send, chunk, &where, who);
         if (result != CG_OK) return result;
-        if (where == 0) return cg_relay_reduced(g, call, give, out[g->me].base, to, own, chunk, size, kernel, who);
+        if (where == 0) return cg_pipelined_reduce(g, call, send, out[g->me].base, to, own, chunk, size, kernel, who);
         const char *theirs = cg_resolve(g, 1 - g->me, where) + (out[g->me].base - out[0].base);
-        return reduce_there(g, call, out[g->me].base, theirs, to, own / size, kernel, who);
+        return reduce_two_in_place(g, call, out[g->me].base, theirs, to, own / size, kernel, who);
     }
     size_t chunk = g->slot_bytes / (size_t)n / CG_LINE * CG_LINE, rounds = most ? (most + chunk - 1) / chunk : 1;
     int any_direct = 0;
@@ -280,26 +281,26 @@ int cg_reduce_scatter(cg_group *g, const cg_call *call, const cg_block *out, voi
         size_t at = k * chunk, staged = 0;
         if (k > 0) g->step++;
         for (int p = 0; p < n; p++) staged += at < cg_block_bytes(&out[p]) ? cg_smaller(chunk, cg_block_bytes(&out[p]) - at) : 0;
-        int way = cg_choose_way(g, staged);
+        int nontemporal = cg_choose_stores(g, staged);
         if (where == 0) {
             cg_stopwatch writing = cg_start(staged);
             for (int i = 1; i <= n; i++) {
                 int p = (g->me + i) % n;
                 size_t whole = cg_block_bytes(&out[p]);
                 if (at < whole && !(p == g->me && flat))
-                    cg_pack(cg_part_of(g, g->me, p, chunk, g->step), &out[p], at, cg_smaller(chunk, whole - at), p == g->me ? 0 : way);
+                    cg_pack(cg_part_of(g, g->me, p, chunk, g->step), &out[p], at, cg_smaller(chunk, whole - at), p == g->me ? 0 : nontemporal);
             }
-            if (way) cg_stream_fence();
-            cg_note_write(g, staged, way, cg_stop(&writing));
+            if (nontemporal) cg_store_fence();
+            cg_note_write(g, staged, nontemporal, cg_stop(&writing));
         }
         int result;
         if (k == 0) {
-            cg_announce(g, call, where, (uint32_t)rounds, way);
+            cg_announce(g, call, where, (uint32_t)rounds, nontemporal);
             result = cg_agree(g, call, who);
             for (int p = 0; result == CG_OK && p < n; p++) any_direct |= cg_line_of(g, p, g->step)->where != 0;
         } else {
             cg_line_of(g, g->me, g->step)->where = where;
-            cg_line_of(g, g->me, g->step)->streamed = (uint32_t)way;
+            cg_line_of(g, g->me, g->step)->nontemporal = (uint32_t)nontemporal;
             result = cg_next_step(g, call, who);
         }
         if (result != CG_OK) return result;

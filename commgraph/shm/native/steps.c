@@ -12,7 +12,7 @@ enum {
 
 /* Offsets of the parts in the memory of a group. */
 typedef struct {
-    size_t lines, costs, pairs, notes, slots, shares, end;
+    size_t lines, costs, pairs, notes, slots, reduce_buffers, end;
 } cg_map;
 
 static cg_map map_of(int n, size_t slot_bytes) {
@@ -23,8 +23,8 @@ static cg_map map_of(int n, size_t slot_bytes) {
     m.pairs = cg_round_up(m.costs + ranks * ranks * CG_CLASSES * 2 * sizeof(uint32_t), CG_LINE);
     m.notes = m.pairs + 2 * ranks * CG_PAIR_ROWS * ranks * sizeof(uint64_t);
     m.slots = cg_round_up(m.notes + ranks * CG_NOTE_BYTES, PAGE);
-    m.shares = m.slots + ranks * 2 * slot_bytes;
-    m.end = m.shares + (n > 2 ? ranks * cg_share_bytes(slot_bytes) : 0); /* two relay (relay.c) */
+    m.reduce_buffers = m.slots + ranks * 2 * slot_bytes;
+    m.end = m.reduce_buffers + (n > 2 ? ranks * cg_reduce_buffer_bytes(slot_bytes) : 0); /* two ranks exchange through swapped slots (pipelined.c) */
     return m;
 }
 
@@ -42,8 +42,8 @@ void cg_group_join(cg_group *g, cg_team *team, void *memory, size_t slot_bytes) 
     g->pairs = (uint64_t *)((char *)memory + m.pairs);
     g->notes = (char *)memory + m.notes;
     g->slots = (char *)memory + m.slots;
-    g->shares = (char *)memory + m.shares;
-    g->way = -1;
+    g->reduce_buffers = (char *)memory + m.reduce_buffers;
+    g->nontemporal = -1;
 }
 
 void cg_group_leave(cg_group *g) {
@@ -61,7 +61,7 @@ int cg_group_add_region(cg_group *g, char *base, size_t stride, size_t bytes) {
 }
 
 uint64_t cg_find_region(cg_group *g, const void *data, size_t bytes) {
-    if (bytes <= CG_READ_THERE) return 0;
+    if (bytes <= CG_READ_IN_PLACE_FROM) return 0;
     for (int k = 0; k < g->n_regions; k++) {
         const char *mine = g->regions[k].base + (size_t)g->me * g->regions[k].stride, *at = data;
         if (at >= mine && at + bytes <= mine + g->regions[k].bytes)
@@ -78,7 +78,7 @@ char *cg_resolve(cg_group *g, int rank, uint64_t where) {
 typedef struct {
     cg_group *g;
     uint32_t step;
-    int next; /* the first whose line was not seen yet */
+    int next; /* the first rank that was not seen to arrive */
 } arrival;
 
 static int all_arrived(void *arg) {
@@ -105,7 +105,7 @@ int cg_all_reduce_has_arrived(cg_group *g) {
     return all_arrived(&a);
 }
 
-int cg_nobody_gave_up(cg_group *g, int *who) {
+int cg_check_no_failure(cg_group *g, int *who) {
     int failed = cg_team_failed(g->team);
     if (failed < 0) return CG_OK;
     *who = failed;
@@ -114,26 +114,26 @@ int cg_nobody_gave_up(cg_group *g, int *who) {
 
 void cg_begin(cg_group *g, const cg_call *call) {
     g->step++;
-    /* A call of the coordinator may be several here (`empty`): they go by the first of them. */
-    _Atomic uint64_t *posted = &g->team->seats[g->me].posted;
+    /* A call of the coordinator may be several here: all are posted as the first of them. */
+    _Atomic uint64_t *posted = &g->team->members[g->me].posted;
     if (atomic_load_explicit(posted, memory_order_relaxed) >> 8 != (call->call >> 8) + 1)
         atomic_store_explicit(posted, call->call + 256, memory_order_release);
 }
 
-void cg_announce(cg_group *g, const cg_call *call, uint64_t where, uint32_t rounds, int streamed) {
+void cg_announce(cg_group *g, const cg_call *call, uint64_t where, uint32_t rounds, int nontemporal) {
     cg_line *line = cg_line_of(g, g->me, g->step);
     line->tag = call->tag;
     line->where = where;
     line->rounds = rounds;
-    line->streamed = (uint32_t)streamed;
+    line->nontemporal = (uint32_t)nontemporal;
     arrive(g);
     if (call->meanwhile != NULL) call->meanwhile(call->of);
 }
 
 int cg_agree(cg_group *g, const cg_call *call, int *who) {
     int result = await(g, call, who);
-    /* One that was here, and gave up before the last had come, has no result: then nobody has. */
-    if (result == CG_OK) result = cg_nobody_gave_up(g, who);
+    /* A rank that arrived, and gave up before the last had arrived, has no result: then no rank has. */
+    if (result == CG_OK) result = cg_check_no_failure(g, who);
     if (result != CG_OK) return result;
     for (int p = 0; p < g->n; p++) {
         if (cg_line_of(g, p, g->step)->tag != call->tag) {
@@ -152,7 +152,7 @@ int cg_next_step(cg_group *g, const cg_call *call, int *who) {
 int cg_leave_together(cg_group *g, const cg_call *call, int *who) {
     g->step++;
     int result = cg_next_step(g, call, who);
-    return result == CG_OK ? cg_nobody_gave_up(g, who) : result;
+    return result == CG_OK ? cg_check_no_failure(g, who) : result;
 }
 
 int cg_barrier(cg_group *g, const cg_call *call, int *who) {
@@ -167,13 +167,13 @@ int cg_ping_pong(cg_group *g, const cg_call *call, int rounds, double *ns, int *
     rounds = rounds / 2 * 2;
     int64_t started = cg_clock_ns();
     if (g->me < 2) {
-        /* On the lines of the two, by the numbers of steps to come. */
+        /* On the lines of the two ranks, by the numbers of later steps. */
         for (int i = 0; i < rounds; i++) {
             g->step++;
             if (g->me == 0) atomic_store_explicit(&cg_line_of(g, 0, g->step)->step, g->step, memory_order_release);
             for (int64_t spins = 0; atomic_load_explicit(&cg_line_of(g, 1 - g->me, g->step)->step, memory_order_acquire) != g->step; spins++) {
                 if (spins > 20000) {
-                    sched_yield(); /* the other has no core */
+                    sched_yield(); /* the peer has no core */
                     *who = 1 - g->me;
                     if (cg_clock_ns() > call->deadline) return CG_TIMEOUT;
                 }
@@ -181,7 +181,7 @@ int cg_ping_pong(cg_group *g, const cg_call *call, int rounds, double *ns, int *
             if (g->me == 1) atomic_store_explicit(&cg_line_of(g, 1, g->step)->step, g->step, memory_order_release);
         }
     } else {
-        /* An even number, so that what it says next is not said on the line where the barrier may still be looked for. */
+        /* An even number, so that this rank next arrives on the other line: on that of the barrier its arrival there may not have been seen yet. */
         g->step += (uint32_t)rounds;
     }
     *ns = (double)(cg_clock_ns() - started) / (2.0 * rounds);

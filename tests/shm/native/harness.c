@@ -1,13 +1,13 @@
-/* The plain C core under test, without Python: threads (and, in one part, processes) over one piece of zeroed memory.
+/* Tests of the C core without Python: threads (and, in one part, processes) over one piece of zeroed memory.
  *
- *     harness PART SECONDS SEED        PART: collectives, rings, pool, endings, processes, guards, cores, kernels, all
+ *     harness PART SECONDS SEED        PART: one of those at the end of this file, or all
  *
- * Every participant draws the same random numbers, so that each knows what all others give and can say itself what it must get. The first
- * thing that is wrong is printed, and ends the program with 1. nox -s tsan builds it with ThreadSanitizer, and with AddressSanitizer.
+ * Every member draws the same random numbers, so that each knows the input of all others and computes its own expected output. The first
+ * failed check is printed, and ends the program with 1. nox -s tsan builds it with ThreadSanitizer, and with AddressSanitizer.
  */
 #define _GNU_SOURCE
 #include "collective.h"
-#include "kernels.c" /* to reach the tables of every instruction set */
+#include "kernels.c" /* for the tables of every instruction set */
 #include "pool.h"
 #include "ring.h"
 
@@ -28,7 +28,7 @@
 
 enum { MOST = 5, PAGE_BYTES = 4096 };
 
-static _Thread_local char doing[256]; /* what this thread is at, for whoever reads of a failure */
+static _Thread_local char doing[256]; /* the current operation of this thread, for the message of a failed check */
 
 static void fail(const char *format, ...) {
     va_list args;
@@ -68,7 +68,7 @@ static void pause_a_little(dice *d) {
 
 static int64_t soon(void) { return cg_clock_ns() + 60 * 1000000000ll; }
 
-/* Values: what rank `rank` gives in entry `i` of the call whose seed is `seed`. */
+/* Values: element `i` of the input of rank `rank` in the call whose seed is `seed`. */
 
 static uint64_t bits_of(uint64_t seed, int rank, size_t i) { return mix(seed ^ (uint64_t)rank << 56 ^ (uint64_t)i * 0x9E3779B97F4A7C15ull); }
 
@@ -81,8 +81,8 @@ static void check_bytes(const char *found, uint64_t seed, int rank, size_t begin
         CHECK(found[i] == (char)bits_of(seed, rank, begin + i), "%s: byte %zu of %zu from rank %d is wrong", what, i, bytes, rank);
 }
 
-/* Entries as bits: whole numbers of any value; floats of all kinds, NaN and infinity now and then. */
-static uint64_t entry(int dtype, uint64_t seed, int rank, size_t i) {
+/* Elements as bits: integers of any value; floats of all kinds, with some NaN and infinity. */
+static uint64_t element(int dtype, uint64_t seed, int rank, size_t i) {
     uint64_t bits = bits_of(seed, rank, i), kind = bits >> 58;
     if (dtype > CG_F16) return bits;
     static const uint64_t infinity[] = {0x7F800000, 0x7FF0000000000000, 0x7F80, 0x7C00};
@@ -98,21 +98,21 @@ static uint64_t entry(int dtype, uint64_t seed, int rank, size_t i) {
     return sign | (one + (bits >> 12) % 8 * rest) | bits % rest;
 }
 
-static void put(char *to, int dtype, uint64_t bits) { /* little-endian, as every machine this runs on */
+static void store(char *to, int dtype, uint64_t bits) { /* little-endian, as every machine this runs on */
     memcpy(to, &bits, cg_dtype_bytes(dtype));
 }
 
-static uint64_t get(const char *from, int dtype) {
+static uint64_t load(const char *from, int dtype) {
     uint64_t bits = 0;
     memcpy(&bits, from, cg_dtype_bytes(dtype));
     return bits;
 }
 
-static void fill_entries(char *to, int dtype, uint64_t seed, int rank, size_t begin, size_t count) {
-    for (size_t i = 0; i < count; i++) put(to + i * cg_dtype_bytes(dtype), dtype, entry(dtype, seed, rank, begin + i));
+static void fill_elements(char *to, int dtype, uint64_t seed, int rank, size_t begin, size_t count) {
+    for (size_t i = 0; i < count; i++) store(to + i * cg_dtype_bytes(dtype), dtype, element(dtype, seed, rank, begin + i));
 }
 
-/* The reference, which takes another way than the kernels: floats of 16 bits by way of double. */
+/* The reference, independent of the kernels: floats of 16 bits are converted through double. */
 
 static double widen(uint64_t bits, int mantissa, int bias) {
     int exponents = 15 - mantissa;
@@ -169,7 +169,7 @@ static uint64_t combine_whole(uint64_t a, uint64_t b, int dtype, int op) {
     return cg_dtype_bytes(dtype) == 8 ? bits : bits & ((1ull << 8 * cg_dtype_bytes(dtype)) - 1);
 }
 
-/* Whether `found` is the reduction of `given`, in their order. Of a NaN only that it is one, and of a zero not which. */
+/* Whether `found` is the reduction of `given`, in their order. Any NaN equals any other, and either zero the other. */
 static int is_reduction(uint64_t found, const uint64_t *given, int n, int dtype, int op) {
     if (dtype == CG_F64) {
         union { uint64_t bits; double value; } u = {given[0]}, f = {found};
@@ -209,22 +209,22 @@ static int is_reduction(uint64_t found, const uint64_t *given, int n, int dtype,
 static void check_reduction(const char *found, int n, int dtype, int op, uint64_t seed, size_t begin, size_t count) {
     uint64_t given[MOST];
     for (size_t i = 0; i < count; i++) {
-        for (int p = 0; p < n; p++) given[p] = entry(dtype, seed, p, begin + i);
-        uint64_t bits = get(found + i * cg_dtype_bytes(dtype), dtype);
-        CHECK(is_reduction(bits, given, n, dtype, op), "dtype %d op %d of %d ranks, entry %zu of %zu: %#llx of %#llx, %#llx ...", dtype, op, n, i,
+        for (int p = 0; p < n; p++) given[p] = element(dtype, seed, p, begin + i);
+        uint64_t bits = load(found + i * cg_dtype_bytes(dtype), dtype);
+        CHECK(is_reduction(bits, given, n, dtype, op), "dtype %d op %d of %d ranks, element %zu of %zu: %#llx of %#llx, %#llx ...", dtype, op, n, i,
               count, (unsigned long long)bits, (unsigned long long)given[0], (unsigned long long)given[1]);
     }
 }
 
-/* Memory, from whoever asks for it: private with exact ends, in a shared region, or between two pages that may not be touched. */
+/* Memory of a tensor: private with exact ends, in a shared region, or between two pages without access. */
 
 typedef struct {
     char *data, *base;
-    size_t mapped; /* bytes of the mapping; 0: of malloc; SIZE_MAX: of nobody */
+    size_t mapped; /* bytes of the mapping; 0: of malloc; SIZE_MAX: not owned by this buffer */
 } buffer;
 
 enum { SPARES = 2 * MOST, SPARE_PAGES = 4 };
-static _Thread_local char *spares[SPARES]; /* mappings of SPARE_PAGES between guards that may be used again: making one takes long */
+static _Thread_local char *spares[SPARES]; /* mappings of SPARE_PAGES between guards, to be used again: making one takes long */
 static _Thread_local int n_spares;
 
 static buffer guarded(size_t bytes, int at_end) {
@@ -244,13 +244,13 @@ static buffer private(size_t bytes, size_t shift) {
     return (buffer){base + shift, base, 0};
 }
 
-static void give_up(buffer *b) {
+static void free_buffer(buffer *b) {
     if (b->mapped == 0) free(b->base);
     else if (b->mapped == (SPARE_PAGES + 2) * PAGE_BYTES && n_spares < SPARES) spares[n_spares++] = b->base;
     else if (b->mapped != SIZE_MAX) munmap(b->base, b->mapped);
 }
 
-/* Shared memory of a team: seats, a group, a region. */
+/* Shared memory of a team: members, a group, a region. */
 
 typedef struct {
     int n;
@@ -259,15 +259,15 @@ typedef struct {
     size_t bytes;
 } place;
 
-enum { SEATS_BYTES = 4 * PAGE_BYTES, REGIONS = 2 };
+enum { MEMBERS_BYTES = 4 * PAGE_BYTES, REGIONS = 2 };
 
 static place make_place(int n, size_t slot_bytes, size_t region_bytes) {
     place p = {n, slot_bytes, region_bytes, NULL, NULL, 0};
     size_t group = (cg_group_bytes(n, slot_bytes) + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
-    p.bytes = SEATS_BYTES + group + REGIONS * (size_t)n * region_bytes;
+    p.bytes = MEMBERS_BYTES + group + REGIONS * (size_t)n * region_bytes;
     p.memory = mmap(NULL, p.bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     CHECK(p.memory != MAP_FAILED, "mmap: %s", strerror(errno));
-    p.region = p.memory + SEATS_BYTES + group;
+    p.region = p.memory + MEMBERS_BYTES + group;
     return p;
 }
 
@@ -280,9 +280,9 @@ typedef struct {
 } member;
 
 static void join_place(member *m, const place *p, int me) {
-    int error = cg_team_join(&m->team, (cg_seat *)p->memory, p->n, me, p->n);
+    int error = cg_team_join(&m->team, (cg_member *)p->memory, p->n, me, p->n);
     CHECK(error == 0, "join: %s", strerror(error));
-    cg_group_join(&m->group, &m->team, p->memory + SEATS_BYTES, p->slot_bytes);
+    cg_group_join(&m->group, &m->team, p->memory + MEMBERS_BYTES, p->slot_bytes);
     for (int k = 0; k < REGIONS && p->region_bytes; k++) {
         char *base = p->region + (size_t)k * (size_t)p->n * p->region_bytes;
         CHECK(cg_group_add_region(&m->group, base, p->region_bytes, p->region_bytes) == 0, "add_region");
@@ -315,7 +315,7 @@ typedef struct {
 
 enum { STRIDES = 3 };
 
-/* As many bytes as interest: a few, around a slot, around what goes in one step, several slots. */
+/* Sizes around which the core branches: a few bytes, a slot, the bytes of one step, several slots. */
 static size_t interesting(dice *d, const place *p, size_t unit) {
     static const size_t few[] = {1, 2, 3, 7, 8, 16, 63, 64, 65, 100, 127, 255, 256, 257, 1000};
     size_t one_step = 512 * 1024 / (size_t)p->n, bytes;
@@ -330,7 +330,7 @@ static size_t interesting(dice *d, const place *p, size_t unit) {
     return bytes + below(d, 5) > 2 ? bytes + below(d, 5) - 2 : 1;
 }
 
-/* Memory for a tensor of this rank; `mine` are the dice of this rank alone, since where it lies is its own affair. */
+/* Memory for a tensor of this rank; `mine` are the dice of this rank alone, because ranks choose their memory independently. */
 static buffer tensor_of(const session *s, dice *mine, size_t bytes, size_t unit, int *in_use) {
     if (s->guards) return guarded(bytes, chance(mine, 50));
     const place *p = s->place;
@@ -343,7 +343,7 @@ static buffer tensor_of(const session *s, dice *mine, size_t bytes, size_t unit,
     return private(bytes, below(mine, 9) * unit);
 }
 
-/* A block of `bytes`, in rows where these allow, laid out in memory of its own. */
+/* A random block of `bytes`, in rows where their number divides. */
 static cg_block block_of(dice *d, size_t bytes, size_t unit, size_t *span) {
     size_t rows = 1 + below(d, STRIDES), row, pitch;
     while (bytes / unit % rows) rows--;
@@ -369,7 +369,7 @@ static void do_all_reduce(const session *s, member *m, dice *ours, dice *mine, s
     snprintf(doing, sizeof doing, "rank %d: all_reduce of %zu, dtype %d op %d in_place %d", s->me, count, dtype, op, in_place);
     buffer from = tensor_of(s, mine, count * unit, unit, &in_use), to = from;
     if (!in_place) to = tensor_of(s, mine, count * unit, unit, &in_use);
-    fill_entries(from.data, dtype, seed, s->me, 0, count);
+    fill_elements(from.data, dtype, seed, s->me, 0, count);
     cg_call call = next_call(m, 2);
     if (!in_place && chance(mine, 50) && cg_all_reduce_begin(&m->group, &call, from.data, count, dtype)) {
         /* In two halves, which the others need not know. */
@@ -382,33 +382,33 @@ static void do_all_reduce(const session *s, member *m, dice *ours, dice *mine, s
     check_reduction(to.data, n, dtype, op, seed, 0, count);
     if (!in_place) {
         for (size_t i = 0; i < count; i++)
-            CHECK(get(from.data + i * unit, dtype) == (unit == 8 ? entry(dtype, seed, s->me, i) : entry(dtype, seed, s->me, i) & ((1ull << 8 * unit) - 1)),
-                  "entry %zu of the input was changed", i);
-        give_up(&to);
+            CHECK(load(from.data + i * unit, dtype) == (unit == 8 ? element(dtype, seed, s->me, i) : element(dtype, seed, s->me, i) & ((1ull << 8 * unit) - 1)),
+                  "element %zu of the input was changed", i);
+        free_buffer(&to);
     }
-    give_up(&from);
+    free_buffer(&from);
 }
 
-static void do_share(const session *s, member *m, dice *ours, dice *mine, size_t given_bytes) {
+static void do_all_gatherv(const session *s, member *m, dice *ours, dice *mine, size_t given_bytes) {
     int n = s->place->n, who = -1, in_use = 0, kind = (int)below(ours, 3), root = (int)below(ours, (size_t)n);
     uint64_t seed = roll(ours);
     size_t bytes[MOST], spans[MOST];
     cg_block into[MOST];
-    buffer landings[MOST], own = {NULL, NULL, SIZE_MAX};
+    buffer outputs[MOST], own = {NULL, NULL, SIZE_MAX};
     for (int p = 0; p < n; p++) {
         bytes[p] = given_bytes ? given_bytes : chance(ours, 10) ? 0 : interesting(ours, s->place, 1);
         if (kind == 1 && p != root) bytes[p] = 0; /* a broadcast */
     }
-    snprintf(doing, sizeof doing, "rank %d: share of kind %d root %d, %zu %zu ... bytes", s->me, kind, root, bytes[0], bytes[1]);
+    snprintf(doing, sizeof doing, "rank %d: all_gatherv of kind %d root %d, %zu %zu ... bytes", s->me, kind, root, bytes[0], bytes[1]);
     int in_place = kind != 2 && chance(mine, 30);
     for (int p = 0; p < n; p++) {
         into[p] = block_of(mine, bytes[p], 1, &spans[p]);
-        landings[p] = (buffer){NULL, NULL, SIZE_MAX};
+        outputs[p] = (buffer){NULL, NULL, SIZE_MAX};
         if (bytes[p] == 0 || (kind == 2 && s->me != root)) continue; /* a gather */
         if (p == s->me && in_place) into[p] = (cg_block){NULL, 1, bytes[p], bytes[p]}, spans[p] = bytes[p];
-        landings[p] = p == s->me && in_place ? tensor_of(s, mine, spans[p], 1, &in_use) : s->guards ? guarded(spans[p], chance(mine, 50)) : private(spans[p], below(mine, 9));
-        memset(landings[p].data, 0x5A, spans[p]);
-        into[p].base = landings[p].data;
+        outputs[p] = p == s->me && in_place ? tensor_of(s, mine, spans[p], 1, &in_use) : s->guards ? guarded(spans[p], chance(mine, 50)) : private(spans[p], below(mine, 9));
+        memset(outputs[p].data, 0x5A, spans[p]);
+        into[p].base = outputs[p].data;
     }
     if (bytes[s->me] > 0) {
         own = in_place && into[s->me].base ? (buffer){into[s->me].base, NULL, SIZE_MAX} : tensor_of(s, mine, bytes[s->me], 1, &in_use);
@@ -416,39 +416,39 @@ static void do_share(const session *s, member *m, dice *ours, dice *mine, size_t
     }
     cg_call call = next_call(m, 4);
     int everywhere = kind == 0 || (kind == 1 && chance(ours, 30));
-    succeeded(cg_share(&m->group, &call, own.data, bytes, into, everywhere, &who), who);
+    succeeded(cg_all_gatherv(&m->group, &call, own.data, bytes, into, everywhere, &who), who);
     if (bytes[s->me] > 0) check_bytes(own.data, seed, s->me, 0, bytes[s->me], "the input");
     for (int p = 0; p < n; p++)
         if (into[p].base != NULL) block_bytes(&into[p], seed, p, 0, 1, "a piece");
-    give_up(&own);
-    for (int p = 0; p < n; p++) give_up(&landings[p]);
+    free_buffer(&own);
+    for (int p = 0; p < n; p++) free_buffer(&outputs[p]);
 }
 
-static void do_trade(const session *s, member *m, dice *ours, dice *mine, size_t given_bytes) {
+static void do_all_to_allv(const session *s, member *m, dice *ours, dice *mine, size_t given_bytes) {
     int n = s->place->n, who = -1, in_use = 0;
     uint64_t seed = roll(ours);
-    size_t crossing[MOST][MOST], span;
+    size_t pair_sizes[MOST][MOST], span;
     cg_block out[MOST], into[MOST];
     buffer outs[MOST], ins[MOST];
     for (int p = 0; p < n; p++)
-        for (int q = 0; q < n; q++) crossing[p][q] = given_bytes ? given_bytes : chance(ours, 15) ? 0 : 1 + interesting(ours, s->place, 1) / (size_t)n;
-    snprintf(doing, sizeof doing, "rank %d: trade, %zu to the next", s->me, crossing[s->me][(s->me + 1) % n]);
+        for (int q = 0; q < n; q++) pair_sizes[p][q] = given_bytes ? given_bytes : chance(ours, 15) ? 0 : 1 + interesting(ours, s->place, 1) / (size_t)n;
+    snprintf(doing, sizeof doing, "rank %d: all_to_allv, %zu to the next", s->me, pair_sizes[s->me][(s->me + 1) % n]);
     for (int p = 0; p < n; p++) {
-        out[p] = block_of(mine, crossing[s->me][p], 1, &span);
+        out[p] = block_of(mine, pair_sizes[s->me][p], 1, &span);
         outs[p] = tensor_of(s, mine, span, 1, &in_use);
         out[p].base = outs[p].data;
         block_bytes(&out[p], seed + (uint64_t)p, s->me, 0, 0, "");
-        into[p] = block_of(mine, crossing[p][s->me], 1, &span);
+        into[p] = block_of(mine, pair_sizes[p][s->me], 1, &span);
         ins[p] = s->guards ? guarded(span, chance(mine, 50)) : private(span, below(mine, 9));
         into[p].base = ins[p].data;
     }
     cg_call call = next_call(m, 6);
-    succeeded(cg_trade(&m->group, &call, out, into, &who), who);
+    succeeded(cg_all_to_allv(&m->group, &call, out, into, &who), who);
     for (int p = 0; p < n; p++) {
         block_bytes(&out[p], seed + (uint64_t)p, s->me, 0, 1, "an input");
         block_bytes(&into[p], seed + (uint64_t)s->me, p, 0, 1, "a piece");
-        give_up(&outs[p]);
-        give_up(&ins[p]);
+        free_buffer(&outs[p]);
+        free_buffer(&ins[p]);
     }
 }
 
@@ -462,11 +462,11 @@ static void do_reduce_scatter(const session *s, member *m, dice *ours, dice *min
         width += counts[p];
     }
     snprintf(doing, sizeof doing, "rank %d: reduce_scatter of %zu x %zu, dtype %d op %d", s->me, rows, width, dtype, op);
-    /* The whole tensor is rows x width, and cut into columns; entry (row, column) is numbered row * width + column. */
+    /* The whole tensor is rows x width, and cut into columns; element (row, column) is numbered row * width + column. */
     buffer whole = tensor_of(s, mine, rows * width * unit, unit, &in_use);
     size_t own = counts[s->me] * rows * unit, begin = 0;
     buffer to = s->guards ? guarded(own, chance(mine, 50)) : tensor_of(s, mine, own, unit, &in_use);
-    fill_entries(whole.data, dtype, seed, s->me, 0, rows * width);
+    fill_elements(whole.data, dtype, seed, s->me, 0, rows * width);
     cg_block out[MOST];
     size_t column = 0;
     for (int p = 0; p < n; p++) {
@@ -477,8 +477,8 @@ static void do_reduce_scatter(const session *s, member *m, dice *ours, dice *min
     cg_call call = next_call(m, 5);
     succeeded(cg_reduce_scatter(&m->group, &call, out, to.data, dtype, op, &who), who);
     for (size_t r = 0; r < rows; r++) check_reduction(to.data + r * counts[s->me] * unit, n, dtype, op, seed, r * width + begin, counts[s->me]);
-    give_up(&whole);
-    give_up(&to);
+    free_buffer(&whole);
+    free_buffer(&to);
 }
 
 static void *run_session(void *arg) {
@@ -487,15 +487,15 @@ static void *run_session(void *arg) {
     dice ours = {s->seed}, mine = {mix(s->seed + 1 + (uint64_t)s->me)};
     snprintf(doing, sizeof doing, "rank %d", s->me);
     join_place(&m, s->place, s->me);
-    int nobody = -1;
+    int none = -1;
     cg_call first = next_call(&m, 1);
-    succeeded(cg_group_reach(&m.group, &first, &nobody), nobody);
-    const int reaches = m.group.reach_from != 0, threads = m.group.among_from != 0;
+    succeeded(cg_group_probe_cma(&m.group, &first, &none), none);
+    const int has_cma = m.group.cma_from != 0, threads = m.group.same_process_from != 0;
     for (size_t step = 0; step < s->steps; step++) {
         int who = -1;
-        m.group.way = (int)below(&mine, 3) - 1;
-        m.group.reach_from = !reaches ? 0 : below(&mine, 2) ? 1 : SIZE_MAX;
-        m.group.among_from = threads && below(&ours, 2); /* any size, or none */
+        m.group.nontemporal = (int)below(&mine, 3) - 1;
+        m.group.cma_from = !has_cma ? 0 : below(&mine, 2) ? 1 : SIZE_MAX;
+        m.group.same_process_from = threads && below(&ours, 2); /* any size, or none */
         pause_a_little(&mine);
         size_t bytes = s->sizes ? s->sizes[step % s->steps] : 0;
         switch (below(&ours, 9)) {
@@ -506,12 +506,12 @@ static void *run_session(void *arg) {
             break;
         }
         case 1: case 2: case 3: do_all_reduce(s, &m, &ours, &mine, bytes); break;
-        case 4: case 5: do_share(s, &m, &ours, &mine, bytes); break;
-        case 6: do_trade(s, &m, &ours, &mine, bytes); break;
+        case 4: case 5: do_all_gatherv(s, &m, &ours, &mine, bytes); break;
+        case 6: do_all_to_allv(s, &m, &ours, &mine, bytes); break;
         default: do_reduce_scatter(s, &m, &ours, &mine, bytes); break;
         }
     }
-    /* Nobody leaves with memory that another may read. */
+    /* A rank leaves only after all others have ended: they may read its memory. */
     int who = -1;
     cg_call call = next_call(&m, 1);
     succeeded(cg_barrier(&m.group, &call, &who), who);
@@ -548,40 +548,40 @@ static void guarded_copies(void) {
     for (size_t k = 0; k < N_GUARD_SIZES; k++) {
         size_t bytes = GUARD_SIZES[k];
         for (int how = 0; how < 8; how++) {
-            snprintf(doing, sizeof doing, "cg_copy of %zu, streaming %d, ends %d", bytes, how & 1, how >> 1);
+            snprintf(doing, sizeof doing, "cg_copy of %zu, nontemporal %d, ends %d", bytes, how & 1, how >> 1);
             buffer from = guarded(bytes, how >> 1 & 1), to = guarded(bytes, how >> 2);
             fill_bytes(from.data, 7, 0, 0, bytes);
             cg_copy(to.data, from.data, bytes, how & 1);
-            cg_stream_fence();
+            cg_store_fence();
             check_bytes(to.data, 7, 0, 0, bytes, "a copy");
             /* Two copies at once, the second to memory of its own or to where the first was read. */
             for (int same = 0; same < 2; same++) {
                 buffer first = guarded(bytes, how >> 1 & 1), copied = guarded(bytes, how >> 2), put = guarded(bytes, how >> 2);
                 fill_bytes(first.data, 8, 0, 0, bytes);
                 cg_copy_both(copied.data, first.data, same ? first.data : put.data, from.data, bytes, how & 1);
-                cg_stream_fence();
+                cg_store_fence();
                 check_bytes(copied.data, 8, 0, 0, bytes, "the first copy");
                 check_bytes(same ? first.data : put.data, 7, 0, 0, bytes, "the second copy");
-                give_up(&first), give_up(&copied), give_up(&put);
+                free_buffer(&first), free_buffer(&copied), free_buffer(&put);
             }
-            /* Rows of these bytes, three of them, to packed memory and back; whole, and from the middle of one row to that of another. */
+            /* Three rows of these bytes, to dense memory and back, from the middle of one row to the middle of another. */
             for (size_t gap = 0; gap < 2; gap++) {
                 size_t span = 3 * bytes + 2 * gap, at = bytes / 2, part = 2 * bytes;
-                buffer rows = guarded(span, how >> 1 & 1), packed = guarded(part, how >> 2), back = guarded(span, how >> 2);
+                buffer rows = guarded(span, how >> 1 & 1), dense = guarded(part, how >> 2), back = guarded(span, how >> 2);
                 cg_block block = {rows.data, 3, bytes, bytes + gap}, returned = {back.data, 3, bytes, bytes + gap};
                 block_bytes(&block, 9, 0, 0, 0, "");
                 memset(back.data, 0, span);
-                cg_pack(packed.data, &block, at, part, how & 1);
-                cg_stream_fence();
-                check_bytes(packed.data, 9, 0, at, part, "packed");
-                cg_unpack(&returned, packed.data, at, part);
+                cg_pack(dense.data, &block, at, part, how & 1);
+                cg_store_fence();
+                check_bytes(dense.data, 9, 0, at, part, "packed bytes");
+                cg_unpack(&returned, dense.data, at, part);
                 for (size_t i = 0; i < 3 * bytes; i++) {
                     char found = back.data[i / bytes * (bytes + gap) + i % bytes];
                     CHECK(found == (i >= at && i < at + part ? (char)bits_of(9, 0, i) : 0), "unpacked byte %zu", i);
                 }
-                give_up(&rows), give_up(&packed), give_up(&back);
+                free_buffer(&rows), free_buffer(&dense), free_buffer(&back);
             }
-            give_up(&from), give_up(&to);
+            free_buffer(&from), free_buffer(&to);
         }
     }
 }
@@ -595,32 +595,32 @@ static void try_kernel(cg_kernel kernel, const char *set, int dtype, int op) {
             if (n > 3 && count > 300) continue; /* more ranks are the same loop */
             for (int how = 0; how < 4; how++) {
                 int into = how == 3 ? (int)(k % (size_t)n) : -1;
-                snprintf(doing, sizeof doing, "%s kernel, dtype %d op %d of %d, %zu entries, how %d", set, dtype, op, n, count, how);
+                snprintf(doing, sizeof doing, "%s kernel, dtype %d op %d of %d, %zu elements, how %d", set, dtype, op, n, count, how);
                 uint64_t seed = mix((uint64_t)dtype << 40 ^ (uint64_t)op << 32 ^ (uint64_t)n << 24 ^ k);
                 buffer sources[MOST], out = guarded(count * unit, how & 1);
                 const void *pointers[MOST];
                 for (int p = 0; p < n; p++) {
                     sources[p] = guarded(count * unit, how == 2 ? p & 1 : !(how & 1));
-                    fill_entries(sources[p].data, dtype, seed, p, 0, count);
+                    fill_elements(sources[p].data, dtype, seed, p, 0, count);
                     pointers[p] = sources[p].data;
                 }
                 char *to = into >= 0 ? sources[into].data : out.data;
-                /* Two sources, and something else to be copied meanwhile. */
+                /* Two sources, and an interleaved copy. */
                 int puts = n == 2 && how != 1;
                 buffer put = guarded(puts ? count * unit : 0, how & 1), next = guarded(puts ? count * unit : 0, !(how & 1));
                 if (puts) fill_bytes(next.data, seed, 3, 0, count * unit);
                 kernel(to, pointers, n, count, puts ? put.data : NULL, puts ? next.data : NULL);
                 check_reduction(to, n, dtype, op, seed, 0, count);
-                if (puts) check_bytes(put.data, seed, 3, 0, count * unit, "what was copied meanwhile");
-                give_up(&put), give_up(&next);
-                for (int p = 0; p < n; p++) give_up(&sources[p]);
-                give_up(&out);
+                if (puts) check_bytes(put.data, seed, 3, 0, count * unit, "the interleaved copy");
+                free_buffer(&put), free_buffer(&next);
+                for (int p = 0; p < n; p++) free_buffer(&sources[p]);
+                free_buffer(&out);
             }
         }
     }
 }
 
-/* The bits of a result, those of a NaN included, must not depend on where in memory the tensors lie: each rank has them elsewhere. */
+/* The bits of a result, those of a NaN included, must not depend on the alignment of the tensors, which differs between ranks. */
 static void bits_by_place(cg_kernel kernel, const char *set, int dtype, int op) {
     size_t unit = cg_dtype_bytes(dtype), count = 200;
     char first[8 * 200];
@@ -631,16 +631,16 @@ static void bits_by_place(cg_kernel kernel, const char *set, int dtype, int op) 
             const void *pointers[MOST];
             for (int p = 0; p < n; p++) {
                 sources[p] = private(count * unit, ((shift + (size_t)p * 3) % 17) * unit);
-                fill_entries(sources[p].data, dtype, 77, p, 0, count);
-                /* Two NaNs of different payloads in one entry, everywhere in a vector. */
-                for (size_t i = 0; i < count; i += 3) put(sources[p].data + i * unit, dtype, entry(dtype, 77, p, i) | (dtype == CG_F32 ? 0x7FC00000 : dtype == CG_F64 ? 0x7FF8000000000000 : 0x7FC0));
+                fill_elements(sources[p].data, dtype, 77, p, 0, count);
+                /* Two NaNs of different payloads in one element, everywhere in a vector. */
+                for (size_t i = 0; i < count; i += 3) store(sources[p].data + i * unit, dtype, element(dtype, 77, p, i) | (dtype == CG_F32 ? 0x7FC00000 : dtype == CG_F64 ? 0x7FF8000000000000 : 0x7FC0));
                 pointers[p] = sources[p].data;
             }
             kernel(out.data, pointers, n, count, NULL, NULL);
             if (shift == 0) memcpy(first, out.data, count * unit);
             CHECK(memcmp(first, out.data, count * unit) == 0, "other bits than without the shift");
-            for (int p = 0; p < n; p++) give_up(&sources[p]);
-            give_up(&out);
+            for (int p = 0; p < n; p++) free_buffer(&sources[p]);
+            free_buffer(&out);
         }
     }
 }
@@ -661,7 +661,7 @@ static void kernels(void) {
 #endif
         }
     }
-    /* Every value of 16 bits there and back: the maximum of it and itself is itself. */
+    /* Every value of 16 bits, widened and narrowed: its maximum with itself is itself. */
     for (int dtype = CG_BF16; dtype <= CG_F16; dtype++) {
         static uint16_t all[1 << 16], out[1 << 16];
         const void *sources[2] = {all, all};
@@ -732,7 +732,7 @@ static void write_side(ring_side *s, cg_ring *ring, dice *d) {
         int patience = (int)below(d, 4), who = -1, result;
         snprintf(doing, sizeof doing, "writer: record %llu of %u parts, %zu bytes, ring of %zu", (unsigned long long)number, n, total, s->capacity);
         for (int tries = 0;; tries++) {
-            /* No patience: gives up, perhaps halfway, and goes on with another record. */
+            /* No patience: gives up, perhaps inside the record, and continues with the next one. */
             int64_t deadline = patience == 0 ? cg_clock_ns() + (int64_t)below(d, 2) * (int64_t)below(d, 200000) : patience == 1 ? 0 : soon();
             result = cg_ring_put(ring, 5, number, parts, n, deadline, &who);
             if (result == CG_OK || patience == 0 || tries > 200) break;
@@ -795,16 +795,16 @@ static void *run_ring(void *arg) {
     cg_team team;
     cg_ring ring;
     dice mine = {mix(s->seed + 100 + (uint64_t)s->me)};
-    CHECK(cg_team_join(&team, (cg_seat *)s->memory, s->n, s->me, s->n) == 0, "join");
+    CHECK(cg_team_join(&team, (cg_member *)s->memory, s->n, s->me, s->n) == 0, "join");
     cg_team view;
-    char *at = s->memory + SEATS_BYTES;
+    char *at = s->memory + MEMBERS_BYTES;
     int writes = s->me == s->writer, private = s->n_readers == 1 && (s->seed & 1);
     if (private) CHECK(cg_team_view(&view, &team, cg_ring_bell(at, writes), cg_ring_bell(at, !writes)) == 0, "view");
     cg_ring_join(&ring, private ? &view : &team, at, s->writer, s->first_reader, s->n_readers, s->capacity);
     ring.private = private;
-    /* Half of them hand large parts over, in chunks of any size. */
-    ring.handed_from = private && (s->seed & 2) ? 1 + (s->seed >> 8 & 1023) : 0;
-    ring.side.chunk = 64 + (size_t)(s->seed >> 18 & 511); /* smaller ones take seconds; `handovers` has them */
+    /* Half of the private rings have zero-copy parts, in chunks of any size. */
+    ring.zero_copy_from = private && (s->seed & 2) ? 1 + (s->seed >> 8 & 1023) : 0;
+    ring.side.chunk = 64 + (size_t)(s->seed >> 18 & 511); /* smaller ones take seconds: `zero_copies` tests them */
     if (writes) write_side(s, &ring, &mine);
     else if (s->n_readers > 1 || s->me == s->first_reader) read_side(s, &ring, &mine);
     cg_ring_leave(&ring);
@@ -813,7 +813,7 @@ static void *run_ring(void *arg) {
     return NULL;
 }
 
-/* Memory that this process reads and no other reaches: the kernel's own page for the clock. NULL where there is none. */
+/* Memory that this process can read and no other can access: the kernel's page for the clock. NULL if there is none. */
 static char *unreachable_page(void) {
     FILE *maps = fopen("/proc/self/maps", "r");
     char line[512];
@@ -830,15 +830,15 @@ static void *run_unreachable(void *arg) {
     ring_side *s = arg;
     cg_team team, view;
     cg_ring ring;
-    char *at = s->memory + SEATS_BYTES, *page = unreachable_page(), there[2 * 64];
+    char *at = s->memory + MEMBERS_BYTES, *page = unreachable_page(), there[2 * 64];
     int who = -1, writes = s->me == 0;
-    CHECK(cg_team_join(&team, (cg_seat *)s->memory, 2, s->me, 2) == 0, "join");
+    CHECK(cg_team_join(&team, (cg_member *)s->memory, 2, s->me, 2) == 0, "join");
     CHECK(cg_team_view(&view, &team, cg_ring_bell(at, writes), cg_ring_bell(at, !writes)) == 0, "view");
     cg_ring_join(&ring, &view, at, 0, 1, 1, 4096);
     ring.private = 1;
-    ring.handed_from = 64;
-    CHECK(!cg_is_reachable(&team, page) && cg_is_reachable(&team, there), "what is reached");
-    char own[64] = "within reach";
+    ring.zero_copy_from = 64;
+    CHECK(!cg_cma_can_access(&team, page) && cg_cma_can_access(&team, there), "which memory others can access");
+    char own[64] = "accessible";
     cg_part parts[2] = {{own, sizeof own}, {page, 64}};
     if (writes) {
         succeeded(cg_ring_put(&ring, 1, 0, parts, 2, soon(), &who), who);
@@ -848,7 +848,7 @@ static void *run_unreachable(void *arg) {
             size_t done = 0;
             succeeded(cg_ring_read(&ring, i, there + 64 * i, &done, soon(), &who), who);
         }
-        CHECK(memcmp(there, own, sizeof own) == 0, "the part within reach");
+        CHECK(memcmp(there, own, sizeof own) == 0, "the accessible part");
         cg_ring_finish(&ring);
     }
     cg_ring_leave(&ring);
@@ -861,7 +861,7 @@ static void unreachable(void) {
     char *page = unreachable_page(), byte;
     struct iovec here = {&byte, 1}, there = {page, 1};
     if (page == NULL || process_vm_readv(getpid(), &here, 1, &there, 1, 0) == 1) return; /* another kernel */
-    size_t bytes = SEATS_BYTES + cg_ring_bytes(1, 4096);
+    size_t bytes = MEMBERS_BYTES + cg_ring_bytes(1, 4096);
     char *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     CHECK(memory != MAP_FAILED, "mmap");
     ring_side sides[2] = {{.memory = memory, .me = 0}, {.memory = memory, .me = 1}};
@@ -876,7 +876,7 @@ static void rings(dice *d, int64_t until) {
         int n_readers = chance(d, 50) ? 1 : 3, n = n_readers == 1 ? 2 + (int)below(d, 3) : 4;
         int writer = (int)below(d, (size_t)n), first = n_readers == 1 ? (writer + 1 + (int)below(d, (size_t)n - 1)) % n : 0;
         size_t capacity = capacities[below(d, sizeof capacities / sizeof *capacities)];
-        size_t bytes = SEATS_BYTES + cg_ring_bytes(n_readers, capacity);
+        size_t bytes = MEMBERS_BYTES + cg_ring_bytes(n_readers, capacity);
         char *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
         CHECK(memory != MAP_FAILED, "mmap");
         unsigned char sent[RECORDS] = {0};
@@ -892,9 +892,9 @@ static void rings(dice *d, int64_t until) {
     } while (cg_clock_ns() < until);
 }
 
-/* Parts handed over, with deadlines of every length and readers that give up: exactly one thing comes of each. */
+/* Zero-copy parts, with deadlines of every length and readers that give up: both sides must agree on the outcome of each. */
 
-enum { HANDOVERS = 300, MOST_HANDED = 5000 };
+enum { ZERO_COPIES = 300, MOST_ZERO_COPY_BYTES = 5000 };
 
 typedef struct {
     char *memory;
@@ -902,54 +902,54 @@ typedef struct {
     uint64_t seed;
     pthread_barrier_t *round;
     char *source; /* of the round, by the writer */
-    int came;     /* whether it came, as this side has it */
-} hand;
+    int came;     /* whether the part came, as this side knows it */
+} rendezvous_side;
 
-static void offer_part(hand *h, const cg_side *side, uint64_t number, size_t bytes, dice *d) {
+static void offer_part(rendezvous_side *h, const cg_side *side, uint64_t number, size_t bytes, dice *d) {
     int who = -1;
     pause_a_little(d);
     int64_t patience = chance(d, 20) ? 0 : chance(d, 30) ? (int64_t)below(d, 50000) : 20000000;
-    int result = cg_handover_give(side, number, h->source, bytes, cg_clock_ns() + patience, &who);
+    int result = cg_zero_copy_send(side, number, h->source, bytes, cg_clock_ns() + patience, &who);
     h->came = result == CG_OK;
     CHECK(result == CG_OK || result == CG_TIMEOUT || (result == CG_GONE && who == 1), "give ended with %d, about %d", result, who);
-    if (result != CG_OK) memset(h->source, 0xEE, bytes); /* as if it were freed and used again */
+    if (result != CG_OK) memset(h->source, 0xEE, bytes); /* like memory that was freed and is used again */
 }
 
-static void take_part(hand *h, const hand *writer, const cg_side *side, uint64_t number, size_t bytes, dice *d) {
+static void take_part(rendezvous_side *h, const rendezvous_side *writer, const cg_side *side, uint64_t number, size_t bytes, dice *d) {
     char *to = malloc(bytes);
     unsigned taken = CG_UNOPENED;
-    int who = -1, result = CG_TIMEOUT, quits = (int)below(d, 4); /* attempts; 0: as many as it takes */
+    int who = -1, result = CG_TIMEOUT, quits = (int)below(d, 4); /* after so many attempts; 0: never */
     pause_a_little(d);
     for (int tries = 1; result == CG_TIMEOUT; tries++) {
         int64_t deadline = cg_clock_ns() + (chance(d, 50) ? 0 : (int64_t)below(d, 100000));
-        result = cg_handover_take(side, number, (uint64_t)(uintptr_t)writer->source, to, bytes, &taken, deadline, &who);
+        result = cg_zero_copy_receive(side, number, (uint64_t)(uintptr_t)writer->source, to, bytes, &taken, deadline, &who);
         if (result != CG_TIMEOUT || tries != quits) continue;
-        CHECK(cg_handover_revoke(side, number, taken), "the writer has not ended its chunk");
-        memset(to, 0x77, bytes); /* it is somebody else's now */
+        CHECK(cg_zero_copy_revoke(side, number, taken), "the writer has not ended its chunk");
+        memset(to, 0x77, bytes); /* like memory with another use */
         break;
     }
     h->came = result == CG_OK;
     CHECK(result == CG_OK || result == CG_TIMEOUT || result == CG_RESTART, "take ended with %d, about %d", result, who);
-    if (result == CG_OK) check_bytes(to, h->seed + number, 0, 0, bytes, "what was handed over");
+    if (result == CG_OK) check_bytes(to, h->seed + number, 0, 0, bytes, "a zero-copy part");
     pthread_barrier_wait(h->round);
-    if (result == CG_OK) check_bytes(to, h->seed + number, 0, 0, bytes, "what was handed over, later");
+    if (result == CG_OK) check_bytes(to, h->seed + number, 0, 0, bytes, "a zero-copy part, later");
     for (size_t i = 0; result == CG_TIMEOUT && i < bytes; i++) CHECK(to[i] == 0x77, "byte %zu was written after it was given up", i);
     CHECK(h->came == writer->came, "the writer says %d, the reader %d", writer->came, h->came);
     free(to);
 }
 
-static void *run_hand(void *arg) {
-    hand *h = arg;
-    hand *writer = h - h->me;
+static void *run_rendezvous(void *arg) {
+    rendezvous_side *h = arg;
+    rendezvous_side *writer = h - h->me;
     cg_team team, view;
     dice mine = {mix(h->seed + 7 + (uint64_t)h->me)}, both = {mix(h->seed)};
-    char *ring = h->memory + SEATS_BYTES;
-    CHECK(cg_team_join(&team, (cg_seat *)h->memory, 2, h->me, 2) == 0, "join");
+    char *ring = h->memory + MEMBERS_BYTES;
+    CHECK(cg_team_join(&team, (cg_member *)h->memory, 2, h->me, 2) == 0, "join");
     CHECK(cg_team_view(&view, &team, cg_ring_bell(ring, h->me == 0), cg_ring_bell(ring, h->me == 1)) == 0, "view");
-    cg_side side = {(cg_handover *)(h->memory + SEATS_BYTES + PAGE_BYTES), &view, 1 - h->me, 1 + below(&both, 700)};
+    cg_side side = {(cg_zero_copy *)(h->memory + MEMBERS_BYTES + PAGE_BYTES), &view, 1 - h->me, 1 + below(&both, 700)};
     pthread_barrier_wait(h->round);
-    for (uint64_t number = 1; number <= HANDOVERS; number++) {
-        size_t bytes = 1 + below(&both, MOST_HANDED);
+    for (uint64_t number = 1; number <= ZERO_COPIES; number++) {
+        size_t bytes = 1 + below(&both, MOST_ZERO_COPY_BYTES);
         snprintf(doing, sizeof doing, "part %llu of %zu bytes, chunks of %zu", (unsigned long long)number, bytes, side.chunk);
         if (h->me == 0) {
             h->source = malloc(bytes);
@@ -970,29 +970,29 @@ static void *run_hand(void *arg) {
     return NULL;
 }
 
-static void handovers(dice *d, int64_t until) {
+static void zero_copies(dice *d, int64_t until) {
     char one = 1, other = 0;
     struct iovec from = {&one, 1}, to = {&other, 1};
     if (process_vm_readv(getpid(), &to, 1, &from, 1, 0) != 1) {
-        printf("handovers: not tried, for nobody reaches another's memory here (%s)\n", strerror(errno)); /* an emulator, a sandbox */
+        printf("zero_copies: not tried, because cross-memory attach does not work here (%s)\n", strerror(errno)); /* an emulator, a sandbox */
         return;
     }
     do {
-        size_t bytes = SEATS_BYTES + 2 * PAGE_BYTES;
+        size_t bytes = MEMBERS_BYTES + 2 * PAGE_BYTES;
         char *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
         CHECK(memory != MAP_FAILED, "mmap");
         pthread_barrier_t round;
         pthread_barrier_init(&round, NULL, 2);
         uint64_t seed = roll(d);
-        hand hands[2];
-        for (int i = 0; i < 2; i++) hands[i] = (hand){memory, i, seed, &round, NULL, 0};
-        run_threads(2, run_hand, hands, sizeof *hands);
+        rendezvous_side sides[2];
+        for (int i = 0; i < 2; i++) sides[i] = (rendezvous_side){memory, i, seed, &round, NULL, 0};
+        run_threads(2, run_rendezvous, sides, sizeof *sides);
         pthread_barrier_destroy(&round);
         munmap(memory, bytes);
     } while (cg_clock_ns() < until);
 }
 
-/* The pool: blocks taken here and given back there. */
+/* The pool: blocks taken by one thread and given back by another. */
 
 enum { POCKETS = 64 };
 
@@ -1014,7 +1014,7 @@ static void unmark(const char *memory) {
     uint64_t what;
     memcpy(&bytes, memory, sizeof bytes);
     memcpy(&what, memory + 8, sizeof what);
-    for (size_t i = 16; i < bytes; i++) CHECK(memory[i] == (char)(what & 0xFF), "byte %zu of %zu of a block belongs to somebody else, too", i, bytes);
+    for (size_t i = 16; i < bytes; i++) CHECK(memory[i] == (char)(what & 0xFF), "byte %zu of %zu of a block has another owner, too", i, bytes);
 }
 
 static void *swim(void *arg) {
@@ -1051,7 +1051,7 @@ static void pool(dice *d, int64_t until) {
             cg_pool_give(memory);
         }
     } while (cg_clock_ns() < until);
-    /* What was given back is what is taken next. */
+    /* The block that was given back last is taken next. */
     cg_pool *again = cg_pool_new(1 << 20);
     void *first = cg_pool_take(again, 1000);
     cg_pool_give(first);
@@ -1089,9 +1089,9 @@ static void *end_somehow(void *arg) {
         return NULL;
     }
     if (is_odd && e->how == OPERATIONS_DIFFER) {
-        /* Waits for a record that nobody writes, as the call of the same number. */
+        /* Waits for a record that is never written, in the call of the same number. */
         call.call = (call.call & ~0xFFull) | 200;
-        atomic_store_explicit(&m->team.seats[e->me].posted, call.call + 256, memory_order_release);
+        atomic_store_explicit(&m->team.members[e->me].posted, call.call + 256, memory_order_release);
         cg_ring ring;
         static char memory[MOST][8192] __attribute__((aligned(64)));
         cg_ring_join(&ring, &m->team, memory[e->me], (e->me + 1) % e->place->n, 0, e->place->n - 1, 1024);
@@ -1102,7 +1102,7 @@ static void *end_somehow(void *arg) {
         return NULL; /* never calls */
     } else {
         if (is_odd && e->how == SIGNALLED) m->team.user = m;
-        if (e->how == SIGNALLED && e->me == (e->odd + 1) % e->place->n) usleep(120000); /* so that there is something to be broken off */
+        if (e->how == SIGNALLED && e->me == (e->odd + 1) % e->place->n) usleep(120000); /* so that the signal arrives during the wait */
         e->result = cg_barrier(&m->group, &call, &e->who);
     }
     if (e->result != CG_OK) cg_team_close(&m->team, 1);
@@ -1127,7 +1127,7 @@ static void endings(dice *d, int rounds) {
             for (int i = 0; i < n; i++) CHECK(pthread_create(&threads[i], NULL, end_somehow, &ends[i]) == 0, "pthread_create");
             if (how == SELF_CLOSES) {
                 usleep((useconds_t)below(d, 3000));
-                for (int i = 0; i < n; i++) cg_team_close(&members[i].team, 0); /* from a thread that is none of them */
+                for (int i = 0; i < n; i++) cg_team_close(&members[i].team, 0); /* from a thread of no member */
             }
             for (int i = 0; i < n; i++) pthread_join(threads[i], NULL);
             for (int i = 0; i < n; i++) {
@@ -1149,7 +1149,8 @@ static void endings(dice *d, int rounds) {
     }
 }
 
-/* Withdrawals: threads reduce where their tensors lie, until one is closed at some moment, or runs out of patience. Its tensors are its own at once. */
+/* Withdrawals: same-process ranks reduce in place, until one is closed at some moment, or reaches its deadline. When its call has returned no other rank
+ * accesses its tensors. */
 
 typedef struct {
     const place *place;
@@ -1157,7 +1158,7 @@ typedef struct {
     int me, quitter;
     uint64_t seed;
     int64_t patience; /* of the quitter; 0: it has any */
-    int differs; /* the round in which it does not what the others do; -1 for none */
+    int differs; /* the round in which the quitter makes a different call; -1 for none */
     int failed;
     _Atomic int begun;
 } withdrawal;
@@ -1168,8 +1169,8 @@ static void *withdraw(void *arg) {
     dice ours = {w->seed}, mine = {mix(w->seed + 1 + (uint64_t)w->me)};
     int who = -1, n = w->place->n;
     cg_call call = next_call(m, 1);
-    succeeded(cg_group_reach(&m->group, &call, &who), who);
-    m->group.among_from = 1;
+    succeeded(cg_group_probe_cma(&m->group, &call, &who), who);
+    m->group.same_process_from = 1;
     w->begun = 1;
     for (int round = 0; round < 40 && !w->failed; round++) {
         size_t bytes = (size_t)n * (1 + below(&ours, chance(&ours, 50) ? 20000 : 200000)), span = bytes + 100;
@@ -1182,13 +1183,13 @@ static void *withdraw(void *arg) {
         if (w->me == w->quitter && w->patience) call.deadline = cg_clock_ns() + w->patience;
         cg_block pieces[MOST];
         for (int p = 0; p < n; p++) pieces[p] = (cg_block){from.data + (size_t)p * (bytes / (size_t)n), 1, bytes / (size_t)n, bytes / (size_t)n};
-        /* It calls the same by another tag, or a barrier, or is seen in another call until the others believe it, and comes after all. */
+        /* The quitter makes the call with another tag, or a barrier, or posts another call for long enough to be noticed, and then makes this call. */
         int odd = w->me == w->quitter && round == w->differs, stray = round == w->differs && round % 3 == 2;
         if (odd && !stray) call.tag ^= 1;
         if (odd && stray) {
-            atomic_store_explicit(&m->team.seats[w->me].posted, ((call.call & ~0xFFull) | 200) + 256, memory_order_release);
+            atomic_store_explicit(&m->team.members[w->me].posted, ((call.call & ~0xFFull) | 200) + 256, memory_order_release);
             usleep(70000);
-            atomic_store_explicit(&m->team.seats[w->me].posted, 0, memory_order_release);
+            atomic_store_explicit(&m->team.members[w->me].posted, 0, memory_order_release);
         }
         int64_t began = cg_clock_ns();
         int result = odd && round % 3 == 1 ? cg_barrier(&m->group, &call, &who)
@@ -1199,14 +1200,14 @@ static void *withdraw(void *arg) {
         CHECK(round != w->differs || result == CG_MISMATCH || result == CG_GONE || (stray && result == CG_OK), "ended with %d", result);
         size_t length = w->failed ? 0 : scatters ? bytes / (size_t)n : bytes;
         for (size_t i = 0; i < length; i++) CHECK(to.data[i] == (char)n, "byte %zu is %d", i, to.data[i]);
-        /* Whoever still writes here is found, and whoever still reads where there is nothing any more. */
+        /* A rank that still writes here is detected below; one that still reads gets a wrong result, or a fault after munmap. */
         memset(from.data, 0x33, span);
         memset(to.data, 0x33, span);
         if (w->failed) usleep((useconds_t)below(&mine, 300));
         for (size_t i = 0; i < span; i++) CHECK(from.data[i] == 0x33 && to.data[i] == 0x33, "byte %zu was overwritten after the end", i);
         if (to.data != from.data) munmap(to.base, to.mapped);
         munmap(from.base, from.mapped);
-        if (stray && !odd) usleep(60000); /* an owner is long about its error, and closes after the stray one has come */
+        if (stray && !odd) usleep(60000); /* closes only after the stray rank has arrived, like an owner that handles its error slowly */
     }
     if (w->failed) cg_team_close(&m->team, 1);
     return NULL;
@@ -1238,10 +1239,10 @@ static void withdrawals(dice *d, int64_t until) {
         clear_place(&p);
         tries++;
     } while (cg_clock_ns() < until);
-    CHECK(failed > 0, "nobody failed in %d tries", tries);
+    CHECK(failed > 0, "no rank failed in %d tries", tries);
 }
 
-/* Cores: a thread moves to another core and has its affinity afterwards as before. */
+/* Cores: a thread moves to another core, and its affinity is restored. */
 
 static cpu_set_t affinity(void) {
     cpu_set_t now;
@@ -1258,7 +1259,7 @@ static cpu_set_t only(int core) {
     return set;
 }
 
-/* Seen beside a peer for so long, by looks 1 ms apart. Returns how often it moved. */
+/* Reports this thread beside a peer for so long, every 1 ms. Returns how often it moved. */
 static int stay_beside(cg_cores *cores, int milliseconds) {
     int moved = 0;
     for (int i = 0; i < milliseconds; i++, usleep(1000)) moved += cg_cores_wait(cores, 1, cg_clock_ns());
@@ -1305,12 +1306,12 @@ static void cores(void) {
     CHECK(cg_affinity_narrow(second, &before) && cg_affinity_restore(second, &before), "did not move");
     now = affinity();
     CHECK(CPU_EQUAL(&now, &two), "two cores were not given back");
-    /* Changed by somebody else between the two halves. */
+    /* Other code sets the affinity between the two halves. */
     CHECK(cg_affinity_narrow(second, &before), "did not move");
     confine(&one);
-    CHECK(!cg_affinity_restore(second, &before), "took somebody else's affinity for its own");
+    CHECK(!cg_affinity_restore(second, &before), "restored over an affinity that other code set");
     now = affinity();
-    CHECK(CPU_EQUAL(&now, &one), "overwrote somebody else's affinity");
+    CHECK(CPU_EQUAL(&now, &one), "overwrote the affinity of other code");
 
     confine(&all);
     cg_cores_init(&state, CPU_COUNT(&all) + 1);
@@ -1318,13 +1319,13 @@ static void cores(void) {
     cg_cores_free(&state);
     cg_cores_init(&state, 1);
     for (int i = 0; i < 200; i++, usleep(1000)) CHECK(!cg_cores_wait(&state, i % 20 != 0, cg_clock_ns()), "moved though it was seen apart meanwhile");
-    stay_beside(&state, 1000); /* whether it moves is for other programs to say */
+    stay_beside(&state, 1000); /* it may move or not, depending on other programs */
     now = affinity();
     CHECK(CPU_EQUAL(&now, &all), "the affinity is another one after waits");
     cg_cores_free(&state);
 }
 
-/* Processes: one of them is killed at some moment; the others hear of it, though nobody has reaped it. */
+/* Processes: one is killed at some moment; the others notice it, although it has not been reaped. */
 
 static void be_process(const place *p, int me, uint64_t seed, int odd) {
     member m;
@@ -1340,7 +1341,7 @@ static void be_process(const place *p, int me, uint64_t seed, int odd) {
         if (most == 0) result = cg_barrier(&m.group, &call, &who);
         else result = cg_all_reduce(&m.group, &call, x, x, count, CG_F32, CG_SUM, 1, &who);
         if (result == CG_OK) continue;
-        /* Another may have heard of it first, and have left. */
+        /* Another process may have noticed it first, and have left. */
         cg_team_close(&m.team, 1);
         _exit(result == CG_LOST && who == odd ? 42 : result == CG_GONE && who != odd && who != me ? 43 : 50 + result);
     }
@@ -1368,7 +1369,7 @@ static void processes(dice *d, int rounds) {
             CHECK(WEXITSTATUS(status) == 42 || WEXITSTATUS(status) == 43, "ended with %d", WEXITSTATUS(status));
             heard += WEXITSTATUS(status) == 42;
         }
-        CHECK(heard > 0, "nobody has heard of it at first hand");
+        CHECK(heard > 0, "no process has noticed the death itself");
         CHECK(cg_clock_ns() - began < 1500000000, "took %lld ns", (long long)(cg_clock_ns() - began));
         waitpid(pids[odd], NULL, 0);
         clear_place(&p);
@@ -1399,13 +1400,13 @@ int main(int argc, char **argv) {
         fflush(stdout);                                                                        \
         done = 1;                                                                              \
     }
-    RUN("processes", processes(&d, rounds)) /* first: nothing is to be forked that has threads */
+    RUN("processes", processes(&d, rounds)) /* first: a process with threads must not fork */
     RUN("guards", guards())
     RUN("cores", cores())
     RUN("kernels", kernels())
     RUN("collectives", collectives(&d, until))
     RUN("rings", rings(&d, until))
-    RUN("handovers", handovers(&d, until))
+    RUN("zero_copies", zero_copies(&d, until))
     RUN("pool", pool(&d, until))
     RUN("endings", endings(&d, rounds))
     RUN("withdrawals", withdrawals(&d, until))
