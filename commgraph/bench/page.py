@@ -14,6 +14,9 @@ __all__ = ["markdown", "overview"]
 # Least number of samples of which percentiles are shown.
 _FEW = 5
 
+# Columns of libraries that a reader can take in; a table of more has a line for each library.
+_WIDE = 10
+
 _INTRODUCTION = """# Benchmarks
 
 commgraph's operations on one machine, beside other libraries that do the same work.
@@ -58,7 +61,7 @@ _SAYS = MappingProxyType(
         "send_recv": "From one rank to another: half of a round trip.",
         "barrier": "No rank returns before every rank has called.",
         "tensor_dict": "A dict of two tensors of 2 MiB from one pipeline stage to the next: half of a round trip.",
-        "overhead": "Cost of a coordinator: the call that users make, beside the strategy's own method.",
+        "overhead": "Cost of a coordinator: `ctx.tp.all_reduce`, the strategy's own method, and other calls with the same tensor.",
         "object_small": "A dict of a few entries, one way: half of a round trip without pauses.",
         "object_lists": "A dict of lists, as a scheduler sends for one step: half of a round trip without pauses.",
         "object_tensor": "A tensor of 10 MiB as an object (a numpy array for libraries without tensors): half of a round trip.",
@@ -125,7 +128,7 @@ def _opening(runs: Sequence[Run], picture: str) -> list[str]:
 
 
 def _section(operation: str, rows: Sequence[Row]) -> str:
-    """Return the table of one operation: a line for each size, dtype and placement, a column for each library."""
+    """Return the table of one operation: a line for each size, dtype and placement, a column for each library. Transposed if wide."""
     rows = _well_sampled(rows)
     libraries = list(dict.fromkeys((row.who, row.strategy) for row in rows))
     cells = {(row.size, row.dtype, row.placement, row.who, row.strategy): row for row in rows}
@@ -137,6 +140,11 @@ def _section(operation: str, rows: Sequence[Row]) -> str:
         keys.append(("dtype", lambda size, dtype, where: dtype))
     if any(where for _, _, where in lines):
         keys.append(("placement", lambda size, dtype, where: where))
+    if len(libraries) > _WIDE:
+        cases_text = [", ".join(filter(None, (show(*case) for _, show in keys))) for case in lines]
+        table = [["", *cases_text], ["---"] * (1 + len(lines))]
+        table += [[", ".join(filter(None, library)), *(_cell(cells.get((*case, *library))) for case in lines)] for library in libraries]
+        return _written(operation, rows, table)
     speeds = any(row.busbw is not None for row in rows)
     heads = [*(name for name, _ in keys), *(", ".join(filter(None, library)) for library in libraries), *(["GB/s"] if speeds else [])]
     table = [heads, ["---"] * len(heads)]
@@ -144,6 +152,11 @@ def _section(operation: str, rows: Sequence[Row]) -> str:
         found = [cells.get((*case, *library)) for library in libraries]
         speed = next((f"{row.busbw:.2f}" for row in found[:1] if row is not None and row.busbw is not None), "")
         table.append([*(show(*case) for _, show in keys), *map(_cell, found), *([speed] if speeds else [])])
+    return _written(operation, rows, table)
+
+
+def _written(operation: str, rows: Sequence[Row], table: Sequence[Sequence[str]]) -> str:
+    """Return the section of an operation around its table."""
     body = "\n".join(f"| {' | '.join(row)} |" for row in table)
     return f"### {operation}, {rows[0].unit}\n\n{_SAYS[operation]}\n\n{body}\n"
 

@@ -56,9 +56,9 @@ class ShmCommunicator(Communicator):
     """Collectives, messages and objects of the ranks of one host.
 
     Small reductions take one step, in which each rank reads what all others staged; large ones take two for each chunk, a
-    reduce-scatter and a gather (native/reduce.c). Two ranks read and write a chunk at once (native/pipelined.c). Sums are taken in rank
-    order, small floats in float32, so that every rank gets the same bits. Each call carries a header, and ranks whose headers differ
-    raise. Large tensors made by `empty` are not staged, if those of all ranks are.
+    reduce-scatter and a gather (native/reduce.c). Two ranks read and write a chunk at once (native/pipelined.c). Sums are taken in the
+    order of the ranks, small floats in float32, so that every rank gets the same bits. Each call carries a header, and ranks whose headers
+    differ raise. Large tensors made by `empty` are not staged, if those of all ranks are.
     """
 
     name = "shm"

@@ -254,10 +254,10 @@ def test_groups_are_mutual_and_do_not_depend_on_order(verdicts: list[list[int]],
 
 
 def test_grouping_a_large_world_is_quick() -> None:
-    began = time.monotonic()
+    began = time.process_time()
     nodes = group_by_verdicts([range(rank // 8 * 8, rank // 8 * 8 + 8) for rank in range(100_000)])
     assert max(nodes) == 12_499
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 # One process of a world, started under other namespaces by the tests below.

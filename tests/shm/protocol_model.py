@@ -175,21 +175,21 @@ def barrier(
     slots: int = 2,
     lines: int = 2,
     release: bool = True,
-    turned: Callable[[int], int] = lambda step: 0,
-    relayed: bool = False,
+    swapped: Callable[[int], int] = lambda step: 0,
+    pipelined: bool = False,
     closing: Closing | None = None,
 ) -> Model:
-    """(2) Collectives: everybody writes his slot, says so, waits for all, and reads all slots. With `closing`, (4).
+    """(2) Collectives: each rank writes its slot, publishes that, waits for all ranks, and reads all slots. With `closing`, (4).
 
-    In steps that are `turned`, each of two ranks writes to the place of the other, which it has read. `relayed`: a rank writes for the next
-    step while it reads what the others wrote for this one, of which here all comes before.
+    In steps that are `swapped`, each of two ranks writes the slot of the other, which it has read. `pipelined`: a rank writes for the next
+    step while it reads the slots of this one; in the model all of these writes come before the reads.
     """
     codes = []
     for me in range(ranks):
         code = Code(f"rank {me}")
 
         def places(step: int) -> list[int]:
-            return [ranks - 1 - p if turned(step) else p for p in range(ranks)]
+            return [ranks - 1 - p if swapped(step) else p for p in range(ranks)]
 
         def write(code: Code, me: int, step: int) -> None:
             code.store(f"slot[{places(step)[me]}][{step % slots}]", _value(ranks, me, step))
@@ -197,11 +197,11 @@ def barrier(
         for t in range(1, steps + 1):
             begin_step(code, t, me, bell, closing, range(ranks))
             slot, line = t % slots, t % lines
-            if t == 1 or not relayed:
+            if t == 1 or not pipelined:
                 write(code, me, t)
             arrive(code, bell, ranks, me, t, lines, release=release)
             await_all(code, bell, ranks, me, t, lines, closing)
-            if relayed and t < steps:
+            if pipelined and t < steps:
                 write(code, me, t + 1)
             for p in range(ranks):
                 # Of its own a rank reads what it wrote there from.
@@ -226,12 +226,12 @@ def await_all(code: Code, bell: Bell, ranks: int, me: int, step: int, lines: int
     wait_until(code, bell, me, arrived, closing, only=ranks == 2)
 
 
-def handed_back(
+def two_shot(
     bell: Bell, ranks: int, chunks: int, *, parts_awaited: bool = True, results_awaited: bool = True, release: bool = True
 ) -> Model:
-    """(5) Large reductions: everybody writes a part for each other rank, which reduces it and puts the result in its place.
+    """(5) Two-shot reductions: each rank writes a part for each other rank, which reduces it and puts the result in its place.
 
-    Of processes in memory that they share, chunk by chunk; of threads in their tensors.
+    Processes use their reduce buffers, chunk by chunk; same-process ranks use their tensors.
     """
     codes = []
     for me in range(ranks):
@@ -240,22 +240,22 @@ def handed_back(
         for chunk in range(chunks):
             code.step = 2 * chunk + 1
             for p in others:
-                code.store(f"share[{me}][{p}]", 2 * chunk + 1)
+                code.store(f"buffer[{me}][{p}]", 2 * chunk + 1)
             arrive(code, bell, ranks, me, code.step, release=release)
             if parts_awaited:
                 await_all(code, bell, ranks, me, code.step)
             for p in others:
-                code.expect(f"share[{p}][{me}]", 2 * chunk + 1)
-                code.store(f"share[{p}][{me}]", 2 * chunk + 2)
+                code.expect(f"buffer[{p}][{me}]", 2 * chunk + 1)
+                code.store(f"buffer[{p}][{me}]", 2 * chunk + 2)
             code.step = 2 * chunk + 2
             arrive(code, bell, ranks, me, code.step, release=release)
             if results_awaited:
                 await_all(code, bell, ranks, me, code.step)
             for p in others:
-                code.expect(f"share[{me}][{p}]", 2 * chunk + 2)
+                code.expect(f"buffer[{me}][{p}]", 2 * chunk + 2)
         code.label("end")
         codes.append(code)
-    return Model(f"parts handed back, {ranks} ranks, {chunks} chunks", tuple(codes), apart=1)
+    return Model(f"two-shot, {ranks} ranks, {chunks} chunks", tuple(codes), apart=1)
 
 
 def _value(ranks: int, rank: int, step: int) -> int:
@@ -315,7 +315,7 @@ def be_of_one_mind(code: Code, mine: str, theirs: str) -> None:
 
 @attrs.frozen
 class Given:
-    """How a part is handed over from a writer to a reader, who both copy it. The defaults are the protocol, the rest mistakes."""
+    """Options of the zero-copy protocol, in which writer and reader copy a part. The defaults are the protocol, the rest mistakes."""
 
     pushed_released: bool = True
     accepted_by_swap: bool = True
@@ -325,10 +325,10 @@ class Given:
 
 
 def given(bell: Bell, how: Given, chunks: int = 2) -> Model:
-    """(6) Large messages: writer (participant 0) and reader (1) take chunks from one word; either may give up wherever it waits.
+    """(6) Zero-copy messages: writer (member 0) and reader (1) claim chunks from one word; either may give up wherever it waits.
 
-    The word is 0 before the part is opened, then 1 + chunks taken, and in the end `everything` or `nothing`. The memory that the reader
-    wants it in is somebody else's after he has given up, and both have to be of one mind about what has come of it.
+    The word is 0 before the offer is opened, then 1 + chunks claimed, and in the end `everything` or `nothing`. The destination has another
+    owner once the reader has given up, and both sides must agree on the outcome.
     """
     full = 1 + chunks
     everything, nothing = full + 1, full + 2
@@ -449,7 +449,7 @@ def given(bell: Bell, how: Given, chunks: int = 2) -> Model:
 
         give_up(reader, str(mine), "result 2", revoke)
     be_of_one_mind(reader, "took", "gave")
-    return Model(f"part handed over in {chunks} chunks", (writer, reader))
+    return Model(f"zero-copy part in {chunks} chunks", (writer, reader))
 
 
 def given_one_by_one(bell: Bell, parts: int, *, goes_back: bool = False) -> Model:
@@ -496,7 +496,7 @@ def given_one_by_one(bell: Bell, parts: int, *, goes_back: bool = False) -> Mode
     reader.goto("result 1")
     be_of_one_mind(writer, "gave", "took")
     be_of_one_mind(reader, "took", "gave")
-    return Model(f"{parts} parts handed over", (writer, reader))
+    return Model(f"{parts} zero-copy parts", (writer, reader))
 
 
 @attrs.frozen

@@ -17,8 +17,8 @@ from tests.shm.protocol_model import (
     flags,
     given,
     given_one_by_one,
-    handed_back,
     ring_of_messages,
+    two_shot,
     withdrawn,
 )
 
@@ -190,23 +190,23 @@ def every_second_pair(step: int) -> int:
 
 @both
 def test_two_ranks_may_write_where_they_have_read(memory: Memory) -> None:
-    right(barrier(BELL, 2, 5, turned=every_second_pair), memory)
+    right(barrier(BELL, 2, 5, swapped=every_second_pair), memory)
     # Even at once: what a rank overwrites only it has read.
-    right(barrier(BELL, 2, 4, slots=1, turned=lambda step: step & 1), memory)
+    right(barrier(BELL, 2, 4, slots=1, swapped=lambda step: step & 1), memory)
     # Of three it is right as well, with two slots, and only not faster: a place has several readers.
-    right(barrier(BELL, 3, 3, turned=every_second_pair), memory)
+    right(barrier(BELL, 3, 3, swapped=every_second_pair), memory)
 
 
 @both
 def test_two_ranks_may_write_for_the_next_step_while_they_read(memory: Memory) -> None:
-    right(barrier(BELL, 2, 5, relayed=True), memory)
-    right(barrier(BELL, 2, 5, relayed=True, turned=every_second_pair), memory)
+    right(barrier(BELL, 2, 5, pipelined=True), memory)
+    right(barrier(BELL, 2, 5, pipelined=True, swapped=every_second_pair), memory)
 
 
 @both
 @pytest.mark.parametrize(("ranks", "chunks"), [(2, 3), (3, 1)])
 def test_parts_come_back_as_results(ranks: int, chunks: int, memory: Memory) -> None:
-    right(handed_back(BELL, ranks, chunks), memory)
+    right(two_shot(BELL, ranks, chunks), memory)
 
 
 @both
@@ -305,12 +305,12 @@ def test_a_trace_is_a_shortest_story() -> None:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- parts that are handed over
+# --------------------------------------------------------------------------------------------------------------------- zero-copy parts
 
 
 @both
 @pytest.mark.parametrize("chunks", [1, 2])
-def test_just_one_thing_comes_of_a_part_that_is_handed_over(chunks: int, memory: Memory) -> None:
+def test_both_sides_agree_on_the_outcome_of_a_zero_copy_part(chunks: int, memory: Memory) -> None:
     right(given(BELL, Given(), chunks), memory)
 
 
@@ -340,7 +340,7 @@ def test_one_slot_is_not_enough(memory: Memory) -> None:
     wrong(barrier(BELL, 2, 2, slots=1), memory, *OTHER_DATA)
     wrong(barrier(BELL, 3, 2, slots=1), memory, *OTHER_DATA)
     # Changing hands at every step would do where a rank has read before it writes.
-    wrong(barrier(BELL, 2, 3, slots=1, relayed=True, turned=lambda step: step & 1), memory, *OTHER_DATA)
+    wrong(barrier(BELL, 2, 3, slots=1, pipelined=True, swapped=lambda step: step & 1), memory, *OTHER_DATA)
 
 
 @both
@@ -351,8 +351,8 @@ def test_one_line_is_not_enough(memory: Memory) -> None:
 
 @both
 def test_both_steps_of_a_part_are_awaited(memory: Memory) -> None:
-    wrong(handed_back(BELL, 2, 1, parts_awaited=False), memory, *OTHER_DATA)
-    wrong(handed_back(BELL, 2, 1, results_awaited=False), memory, *OTHER_DATA)
+    wrong(two_shot(BELL, 2, 1, parts_awaited=False), memory, *OTHER_DATA)
+    wrong(two_shot(BELL, 2, 1, results_awaited=False), memory, *OTHER_DATA)
 
 
 @both
@@ -374,8 +374,8 @@ def test_who_takes_a_tensor_back_says_so_and_waits(mistake: Withdrawn, memory: M
 def test_a_plain_store_of_the_step_is_not_enough() -> None:
     wrong(barrier(BELL, 2, 1, release=False), "weak", *OTHER_DATA)
     right(barrier(BELL, 2, 4, release=False), "tso")
-    wrong(handed_back(BELL, 2, 1, release=False), "weak", *OTHER_DATA)
-    right(handed_back(BELL, 2, 2, release=False), "tso")
+    wrong(two_shot(BELL, 2, 1, release=False), "weak", *OTHER_DATA)
+    right(two_shot(BELL, 2, 2, release=False), "tso")
 
 
 def test_a_plain_store_of_hands_off_is_not_enough() -> None:

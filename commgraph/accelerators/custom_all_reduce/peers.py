@@ -127,6 +127,6 @@ def _ask(command: Sequence[str], seconds: float) -> Word:
 
 
 def command_of(rank_in_group: int, world_size: int, device: int) -> Callable[[int], Sequence[str]]:
-    """Return a function from the port where the children meet to the command line of a child (`trial.main`)."""
-    module = f"{__package__}.trial"
+    """Return a function from the port where the children meet to the command line of a child (`probe.main`)."""
+    module = f"{__package__}.probe"
     return lambda port: [sys.executable, "-m", module, *map(str, (port, rank_in_group, world_size, device))]

@@ -11,8 +11,8 @@ enum {
     SAME_PROCESS_FROM = 32 * 1024,  /* bytes from which same-process ranks reduce in place: a step more in place of a copy */
 };
 
-/* `where` of this rank's memory for cross-memory attach; 0 where the others cannot access it. Its owner checks, because only the owner can stage
- * it instead. */
+/* `where` of this rank's memory for cross-memory attach; 0 where the others cannot access it. Its owner checks, because only the owner can
+ * stage it instead. */
 static uint64_t cma_address_of(cg_group *g, const void *data) {
     return cg_cma_can_access(g->team, data) ? CG_WHERE_ADDRESS | (uint64_t)(uintptr_t)data : 0;
 }
@@ -94,13 +94,14 @@ static int all_gatherv(cg_group *g, const cg_call *call, const char *mine, const
     for (int p = 0; p < g->n; p++)
         if (bytes[p] > 0) root = p, n_senders++;
     uint64_t where = find_readable(g, mine, own);
-    /* Broadcast of a large tensor: cross-memory attach is preferred to a shared region, because root and receivers then copy at the same time. */
+    /* Broadcast of a large tensor: cross-memory attach is preferred to a shared region, because root and receivers then copy at the same
+     * time. */
     if (n_senders == 1 && own >= SPLIT_FROM && g->cma_from && !(where & CG_WHERE_ADDRESS)) {
         uint64_t address = cma_address_of(g, mine);
         if (address != 0) where = address;
     }
-    /* Broadcast of a large tensor: each receiver publishes the address of its output. The root, idle otherwise, writes the last 1/n there while the
-     * receiver reads the rest. */
+    /* Broadcast of a large tensor: each receiver publishes the address of its output. The root, idle otherwise, writes the last 1/n there
+     * while the receiver reads the rest. */
     if (n_senders == 1 && own == 0 && g->cma_from && bytes[root] >= g->cma_from && into[root].rows == 1 && into[root].base != NULL) {
         where = cma_address_of(g, into[root].base);
         g->exposed = where != 0;

@@ -1,10 +1,10 @@
 /* Collectives of the ranks of one group in shared memory.
  *
- * A call is a sequence of steps, numbered through the life of the group. In step t a rank writes its data to a slot t & 1, then its line
- * t & 1 with a header, then the number of the step into the line (release), and waits until the lines of all others show t (acquire).
- * Two slots are enough: a rank that has reached step t + 1 has read everything of step t, and slots t & 1 are overwritten in step t + 2, after
- * all have reached t + 1. For the same reason it does not matter which rank writes which slot, and in step t a rank may write for t + 1 while
- * others still read the slots of t (pipelined.h): all are in step t, so all have read the slots of t - 1.
+ * A call is a sequence of steps, numbered through the life of the group. In step t a rank writes its data to a slot t & 1, then its line t
+ * & 1 with a header, then the number of the step into the line (release), and waits until the lines of all others show t (acquire). Two
+ * slots are enough: a rank that has reached step t + 1 has read everything of step t, and slots t & 1 are overwritten in step t + 2, after
+ * all have reached t + 1. For the same reason it does not matter which rank writes which slot, and in step t a rank may write for t + 1
+ * while others still read the slots of t (pipelined.h): all are in step t, so all have read the slots of t - 1.
  */
 #ifndef COMMGRAPH_COLLECTIVE_H
 #define COMMGRAPH_COLLECTIVE_H
@@ -89,8 +89,8 @@ int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, 
 int cg_all_reduce_begin(cg_group *g, const cg_call *call, const void *from, size_t count, int dtype);
 int cg_all_reduce_has_arrived(cg_group *g);
 int cg_all_reduce_end(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, int dtype, int op, int *who);
-/* Rank p contributes bytes[p] bytes, this rank those at `mine`; `into[p]` (base NULL: not wanted) receives those of rank p. `everywhere` says on
- * all ranks alike whether each rank wants all. Serves all_gather, gather and broadcast. */
+/* Rank p contributes bytes[p] bytes, this rank those at `mine`; `into[p]` (base NULL: not wanted) receives those of rank p. `everywhere`
+ * says on all ranks alike whether each rank wants all. Serves all_gather, gather and broadcast. */
 int cg_all_gatherv(cg_group *g, const cg_call *call, const char *mine, const size_t *bytes, const cg_block *into, int everywhere, int *who);
 /* Block out[p] goes to rank p, into[p] comes from rank p. */
 int cg_all_to_allv(cg_group *g, const cg_call *call, const cg_block *out, const cg_block *into, int *who);

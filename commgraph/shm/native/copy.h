@@ -9,8 +9,8 @@ enum {
     CG_RUN = 256,    /* bytes by which two interleaved copies alternate: whole lines; of one line the compiler makes no vectors */
     CG_AHEAD = 1024, /* bytes ahead that lines are prefetched */
 };
-/* Prefetches the lines of a later run. For writing, because a line that another core has read must be made exclusive first; for reading, where
- * computation keeps the processor from running ahead by itself. */
+/* Prefetches the lines of a later run. For writing, because a line that another core has read must be made exclusive first; for reading,
+ * where computation keeps the processor from running ahead by itself. */
 #define CG_SOON(at, write) \
     for (size_t line = 0; line < CG_RUN; line += 64) __builtin_prefetch((const char *)(at) + CG_AHEAD + line, write);
 
@@ -22,8 +22,8 @@ typedef struct {
 
 static inline size_t cg_block_bytes(const cg_block *block) { return block->rows * block->row; }
 
-/* Two interleaved copies, `from` to `to` and `next` to `put`: while the processor waits for lines that another core wrote it writes those of the
- * second copy. No two of the four overlap, but `put` may be `from`. `nontemporal`: the stores into `to`. */
+/* Two interleaved copies, `from` to `to` and `next` to `put`: while the processor waits for lines that another core wrote it writes those
+ * of the second copy. No two of the four overlap, but `put` may be `from`. `nontemporal`: the stores into `to`. */
 void cg_copy_both(void *to, const void *from, void *put, const void *next, size_t bytes, int nontemporal);
 
 /* Nontemporal stores go past the caches; call cg_store_fence before publishing the data that they wrote. */

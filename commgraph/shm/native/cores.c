@@ -26,8 +26,8 @@ void cg_cores_free(cg_cores *cores) {
     cores->idle = NULL;
 }
 
-/* Reads from /proc/stat how long every core has been idle. Returns the core of `allowed`, other than `mine`, that was idle longest since the last
- * call, and for how many ticks; -1 if there is none. */
+/* Reads from /proc/stat how long every core has been idle. Returns the core of `allowed`, other than `mine`, that was idle longest since
+ * the last call, and for how many ticks; -1 if there is none. */
 static int longest_idle(cg_cores *cores, const cpu_set_t *allowed, int mine, uint32_t *ticks) {
     int best = -1;
     *ticks = 0;

@@ -1,14 +1,14 @@
 /* Ranks that were not pinned: a rank that shares a core with the peer it waits for detects that, and moves to another core.
  *
- * The kernel prefers to wake a sleeper on the core of its waker, and where few cores share a cache it does not search for an idle one if they
- * were busy of late. Two ranks that take turns then stay on one core while another idles, for as long as they run: neither a longer spin
- * (the peer cannot run while this rank spins) nor the kernel's balancing (both sleep too often) ends it. Members therefore publish the core they
- * run on. A rank that waits, finds its peer on its own core again and again, and another core idle all the while, moves there. It narrows the
- * affinity of its thread to that core, which moves it at once, and restores the former affinity immediately.
+ * The kernel prefers to wake a sleeper on the core of its waker, and where few cores share a cache it does not search for an idle one if
+ * they were busy of late. Two ranks that take turns then stay on one core while another idles, for as long as they run: neither a longer
+ * spin (the peer cannot run while this rank spins) nor the kernel's balancing (both sleep too often) ends it. Members therefore publish the
+ * core they run on. A rank that waits, finds its peer on its own core again and again, and another core idle all the while, moves there. It
+ * narrows the affinity of its thread to that core, which moves it at once, and restores the former affinity immediately.
  *
- * A rank does not move if its affinity names one core, if the ranks of this host are more than the cores, or if no other core was idle
- * for more than half of the time (by /proc/stat) during which it was seen beside its peer, because other programs need it then. It then checks half
- * as often, down to once in 0.4 s.
+ * A rank does not move if its affinity names one core, if the ranks of this host are more than the cores, or if no other core was idle for
+ * more than half of the time (by /proc/stat) during which it was seen beside its peer, because other programs need it then. It then checks
+ * half as often, down to once in 0.4 s.
  */
 #ifndef COMMGRAPH_CORES_H
 #define COMMGRAPH_CORES_H

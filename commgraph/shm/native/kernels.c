@@ -22,9 +22,9 @@ enum { BLOCK = 1024 }; /* elements: a block of float32 fills an eighth of a usua
 #undef NAME
 
 #if defined(__x86_64__)
-/* A wheel must run on any x86-64, so kernels of newer instruction sets are compiled as well and chosen at run time. No fused multiply-add: its
- * results would differ in the last bit from those of the other sets. The processor's max and min return b where either is NaN: only the case
- * that a is NaN needs a blend. */
+/* A wheel must run on any x86-64, so kernels of newer instruction sets are compiled as well and chosen at run time. No fused multiply-add:
+ * its results would differ in the last bit from those of the other sets. The processor's max and min return b where either is NaN: only the
+ * case that a is NaN needs a blend. */
 #define TARGET __attribute__((target("avx2,f16c,prfchw")))
 #define NAME(x) x##_avx2
 #define LANES 8
@@ -64,7 +64,8 @@ TARGET static inline void f16_store_avx2(uint16_t *to, lanes low, lanes high) {
 #undef lanes
 
 #if defined(__clang__) || __GNUC__ >= 10 /* compilers that know these instructions */
-/* Twice as wide, with an instruction that rounds to bfloat16. A kernel that memory limits gains nothing; one of bfloat16 takes half the time. */
+/* Twice as wide, with an instruction that rounds to bfloat16. A kernel that memory limits gains nothing; one of bfloat16 takes half the
+ * time. */
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,f16c,prfchw,prefer-vector-width=512")))
 #define NAME(x) x##_avx512
 #define LANES 16

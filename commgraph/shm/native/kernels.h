@@ -12,8 +12,8 @@ enum { CG_SUM, CG_AVG, CG_MAX, CG_MIN, CG_PRODUCT, CG_OPS };
 /* out[i] = ((src[0][i] op src[1][i]) op src[2][i]) ...; `out` may be one of the sources; n >= 2. bfloat16 and float16 are combined in
  * float32 and rounded once, to nearest even; integers wrap; NaN wins in max and min.
  *
- * `put` may be NULL. With two sources it may be other memory, which gets `count` elements from `next` meanwhile, a few lines at a time: while the
- * processor waits for lines that another core wrote it writes those that the other core reads next. */
+ * `put` may be NULL. With two sources it may be other memory, which gets `count` elements from `next` meanwhile, a few lines at a time:
+ * while the processor waits for lines that another core wrote it writes those that the other core reads next. */
 typedef void (*cg_kernel)(void *out, const void *const *src, int n, size_t count, void *put, const void *next);
 
 /* The fastest kernel of this processor; NULL where there is none (the average of integers). */

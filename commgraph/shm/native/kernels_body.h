@@ -6,8 +6,8 @@
 #define INDEPENDENT _Pragma("GCC ivdep") /* where `out` is a source, each iteration reads and writes one element of it */
 #endif
 
-/* Kernels in the type itself. Two sources in one pass; more through a block that stays in the first-level cache, because `out` may be a source that is
- * still to be read. */
+/* Kernels in the type itself. Two sources in one pass; more through a block that stays in the first-level cache, because `out` may be a
+ * source that is still to be read. */
 #define DIRECT(name, T, COMBINE, FINISH)                                                             \
     TARGET static void NAME(name)(void *out_, const void *const *src, int n, size_t count, void *put_, const void *next_) { \
         T *out = out_, *put = put_;                                                                  \

@@ -44,9 +44,9 @@ PyObject *not_handled(void) { return PyErr_Occurred() ? NULL : Py_NewRef(Py_None
 
 uint32_t make_tag(uint32_t kind, uint64_t number, uint32_t digest) { return kind << 28 | ((digest ^ (uint32_t)number * 0x9E3779B1u) & 0xFFFFFFF); }
 
-/* Threads that wake up together would all request the interpreter, and get it through one futex after the other, each of which takes longer than
- * most of them hold it. Threads of one process therefore take turns: a thread that has returned from a wait keeps the turn until its next wait.
- * The others spin, or yield if they are on its core, for TURN_NS at most: the thread may compute for long. */
+/* Threads that wake up together would all request the interpreter, and get it through one futex after the other, each of which takes longer
+ * than most of them hold it. Threads of one process therefore take turns: a thread that has returned from a wait keeps the turn until its
+ * next wait. The others spin, or yield if they are on its core, for TURN_NS at most: the thread may compute for long. */
 #define TURN_NS 50000
 
 static void take_turn(Team *self) {
@@ -99,7 +99,8 @@ int enter_keeping(Team *team, int keep) {
 
 int enter(Team *team) { return enter_keeping(team, 0); }
 
-/* A call of same-process ranks never keeps the interpreter: it ends only after the other threads have had it. They copy and reduce meanwhile. */
+/* A call of same-process ranks never keeps the interpreter: it ends only after the other threads have had it. They copy and reduce
+ * meanwhile. */
 int keeps_interpreter(Team *team, size_t bytes) { return bytes <= BRIEF && !cg_team_has_same_process(&team->team); }
 
 int enter_for(Team *team, size_t bytes) { return enter_keeping(team, keeps_interpreter(team, bytes)); }

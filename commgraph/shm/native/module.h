@@ -91,8 +91,8 @@ extern PyType_Spec group_spec, ring_spec, tensors_spec, fast_spec, messages_spec
 module_state *state_of(PyObject *self);
 /* Begins a call on a team, during which other threads of Python run; `leave` ends it. 0, with an error set, if the team is in use. */
 int enter(Team *team);
-/* Begins a call that copies so many bytes. One of up to BRIEF bytes keeps the interpreter except while it waits: it ends sooner than another thread
- * could take the interpreter. */
+/* Begins a call that copies so many bytes. One of up to BRIEF bytes keeps the interpreter except while it waits: it ends sooner than
+ * another thread could take the interpreter. */
 enum { BRIEF = 8 * 1024 };
 int enter_for(Team *team, size_t bytes);
 /* The two halves of enter_for: whether a call keeps the interpreter, and the begin of a call that keeps it or not. */
@@ -112,8 +112,8 @@ uint64_t call_word(const Group *group, int operation);
 /* Publishes the call that this member begins (cg_member). */
 void publish_posted(Ring *ring, uint64_t posted);
 PyObject *module_any_ring(PyObject *module, PyObject *args);
-/* Converts a timeout of Python (seconds, a timedelta, or None for `standard_ns`) to nanoseconds. 1; 0 if it is of another kind or range, -1 with an
- * error set. */
+/* Converts a timeout of Python (seconds, a timedelta, or None for `standard_ns`) to nanoseconds. 1; 0 if it is of another kind or range, -1
+ * with an error set. */
 int parse_timeout(PyObject *self, PyObject *value, int64_t standard_ns, int64_t *ns);
 /* Returned by a native call that does not handle its arguments: None, or NULL with the error that is set. */
 PyObject *not_handled(void);

@@ -1,8 +1,9 @@
 /* The fast path of a coordinator's collectives: plain tensors, checked in C.
  *
- * Every method returns None, with nothing sent, if an argument is not plain (another kind of tensor or argument), or the group is closed or broken.
- * The coordinator then takes the general path, which handles every case and raises every error. Both paths number and tag calls alike, so that
- * ranks may take different ones. The last argument of each is the timeout of the coordinator's method: seconds, a timedelta, or None. */
+ * Every method returns None, with nothing sent, if an argument is not plain (another kind of tensor or argument), or the group is closed or
+ * broken. The coordinator then takes the general path, which handles every case and raises every error. Both paths number and tag calls
+ * alike, so that ranks may take different ones. The last argument of each is the timeout of the coordinator's method: seconds, a timedelta,
+ * or None. */
 #include "module_tensors.h"
 
 #include <stdlib.h>
@@ -51,8 +52,8 @@ static int reduces(const view *v, int *dtype, int *op) {
     return *dtype != ANY_DTYPE && cg_find_kernel(*dtype, *op) != NULL;
 }
 
-/* Numbers a call, and sets its tag (commgraph.communicators.tags.tag_of) and deadline. `args`: the arguments of the coordinator's method that its
- * text depends on; `extra`: distinguishes, in the cache, calls with equal tensors and different arguments. 0 with an error set. */
+/* Numbers a call, and sets its tag (commgraph.communicators.tags.tag_of) and deadline. `args`: the arguments of the coordinator's method
+ * that its text depends on; `extra`: distinguishes, in the cache, calls with equal tensors and different arguments. 0 with an error set. */
 static int prepare(FastCalls *fast, const char *name, int operation, const view *v, int64_t extra, PyObject *const *args, int n_args,
                    int64_t timeout_ns, cg_call *call) {
     Group *group = fast->group;
@@ -590,8 +591,8 @@ static PyObject *all_to_all_by_sizes(FastCalls *fast, PyObject *const *args, con
     return finish_call(fast, result, who, args[0], out);
 }
 
-/* The header before the pieces of a scatter, equal to that of commgraph/coordinator/exchanges.py: DLPack's code and bits, dim, number of dims,
- * whether the tensor is on the host, shape, sizes. */
+/* The header before the pieces of a scatter, equal to that of commgraph/coordinator/exchanges.py: DLPack's code and bits, dim, number of
+ * dims, whether the tensor is on the host, shape, sizes. */
 enum { HEADER_DIMS = 24, HEADER_FIXED = 4 };
 
 static PyObject *fast_scatter(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
@@ -633,7 +634,8 @@ static PyObject *fast_scatter(PyObject *self, PyObject *const *args, Py_ssize_t 
     int result = cg_all_gatherv(&fast->group->group, &call, (char *)header, bytes, into, 0, &who);
     leave(fast->group->team);
     if (result != CG_OK) return finish_call(fast, result, who, args[0], Py_NewRef(Py_None));
-    /* Every rank knows from the header which pieces follow. A tensor that is not plain is left to the general path, which continues after the header. */
+    /* Every rank knows from the header which pieces follow. A tensor that is not plain is left to the general path, which continues after
+     * the header. */
     if (me != src) {
         int64_t code = header[0];
         v = (view){.kind = {(uint8_t)(code >> 8), (uint8_t)code, 1}, .ndim = (int)header[2], .size = (size_t)(code & 0xFF) / 8};

@@ -1,7 +1,7 @@
 /* The fast path of messages between the ranks of a host: plain tensors, and dicts of them, checked in C.
  *
- * As those of module_fast.c the methods return None, with nothing sent or read, if an argument is not plain. Fast and general path tag alike, so
- * that the two ranks of a message may take different ones. */
+ * As those of module_fast.c the methods return None, with nothing sent or read, if an argument is not plain. Fast and general path tag
+ * alike, so that the two ranks of a message may take different ones. */
 #include "module_tensors.h"
 
 #include <string.h>
@@ -12,8 +12,8 @@ enum { FEW_TENSORS = 32, DESCRIPTION = 4096 };
 /* The first byte of the description of a plain dict, where a pickle has 0x80. */
 enum { PLAIN = 1 };
 
-/* Header of an item in the description of a dict. Of a tensor its shape and its key follow. Of a plain value `lanes` is 0, `code` is a VALUE_*, `ndim`
- * the number of its bytes, and these and the key follow. */
+/* Header of an item in the description of a dict. Of a tensor its shape and its key follow. Of a plain value `lanes` is 0, `code` is a
+ * VALUE_*, `ndim` the number of its bytes, and these and the key follow. */
 typedef struct {
     dl_dtype kind;
     uint32_t ndim, key_bytes;

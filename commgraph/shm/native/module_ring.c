@@ -238,7 +238,8 @@ static PyObject *ring_take(PyObject *self, PyObject *args) {
     Py_RETURN_TRUE;
 }
 
-/* any_ring(rings, timeout_ns): the index of the first ring that has a record, -1 if none has one in time. The caller is the only reader of each. */
+/* any_ring(rings, timeout_ns): the index of the first ring that has a record, -1 if none has one in time. The caller is the only reader of
+ * each. */
 PyObject *module_any_ring(PyObject *module, PyObject *args) {
     PyObject *given;
     long long timeout;

@@ -69,8 +69,8 @@ static cg_choice *output_choice(cg_group *g, cg_choice *choices, const cg_block 
     return bytes < OUTPUT_FROM || into->rows > 1 || g->nontemporal >= 0 ? NULL : &choices[chunk_class(bytes / 16)]; /* up to 4 MiB, and more */
 }
 
-/* The lines that one kind of store leaves in the caches slow down the other kind at first: each is tried several times in a row, and the first
- * times are not recorded. */
+/* The lines that one kind of store leaves in the caches slow down the other kind at first: each is tried several times in a row, and the
+ * first times are not recorded. */
 int cg_choose_output_stores(cg_group *g, cg_choice *choices, const cg_block *into) {
     cg_choice *c = output_choice(g, choices, into);
     if (c == NULL) return 0;

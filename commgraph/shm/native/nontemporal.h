@@ -1,8 +1,8 @@
 /* The choice between plain (0) and nontemporal (1) stores, by measurement.
  *
  * Their speed depends on the cores of the ranks: between ranks that share a cache plain stores stay in it, otherwise the reader fetches the
- * lines from another cache. The choice is the writer's alone, since a reader copies the same bytes either way. Each writer therefore adds the
- * time of its writes and the time of its slowest reader, which the readers record in shared memory, and prefers the smaller sum. */
+ * lines from another cache. The choice is the writer's alone, since a reader copies the same bytes either way. Each writer therefore adds
+ * the time of its writes and the time of its slowest reader, which the readers record in shared memory, and prefers the smaller sum. */
 #ifndef COMMGRAPH_NONTEMPORAL_H
 #define COMMGRAPH_NONTEMPORAL_H
 

@@ -6,7 +6,8 @@
 #include <string.h>
 
 enum {
-    /* Bytes, of all ranks together, up to which each rank reduces everything in one step; above, each reduces its partition, in one step more. */
+    /* Bytes, of all ranks together, up to which each rank reduces everything in one step; above, each reduces its partition, in one step
+     * more. */
     ONE_SHOT = 512 * 1024,
     /* Bytes that are reduced at once, so that they are still in the first-level cache when they are copied. */
     REDUCE_BLOCK = 16 * 1024,
@@ -55,8 +56,8 @@ static int reduce_in_shared(cg_group *g, const cg_call *call, size_t count, size
     return cg_leave_together(g, call, who);
 }
 
-/* In bytes [begin, end) of this rank's reduce buffer: copies the result of the preceding chunk to `before`, if there is one, and a part of the next
- * chunk into its place. */
+/* In bytes [begin, end) of this rank's reduce buffer: copies the result of the preceding chunk to `before`, if there is one, and a part of
+ * the next chunk into its place. */
 static void swap_chunk(char *mine, char *before, const char *part, size_t begin, size_t end, int nontemporal) {
     if (before != NULL && nontemporal == 0) {
         cg_copy_both(before + begin, mine + begin, mine + begin, part + begin, end - begin, 0);
@@ -66,8 +67,9 @@ static void swap_chunk(char *mine, char *before, const char *part, size_t begin,
     cg_copy(mine + begin, part + begin, end - begin, nontemporal);
 }
 
-/* Two-shot all-reduce, chunk by chunk: each rank reduces its partition of all reduce buffers, and writes the result back into them. It holds these
- * cache lines since it read them, and their owners get them back with the result, ready for the next chunk. A line moves once in each direction. */
+/* Two-shot all-reduce, chunk by chunk: each rank reduces its partition of all reduce buffers, and writes the result back into them. It
+ * holds these cache lines since it read them, and their owners get them back with the result, ready for the next chunk. A line moves once
+ * in each direction. */
 static int two_shot(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, size_t size, int in_place, cg_kernel kernel, int *who) {
     uint64_t where = cg_find_region(g, from, count * size);
     size_t chunk = cg_reduce_buffer_bytes(g->slot_bytes) / size, own_begin, own_end;
@@ -129,9 +131,9 @@ static int two_shot(cg_group *g, const cg_call *call, const void *from, void *to
 
 static int takes_same_process_path(const cg_group *g, size_t bytes) { return g->same_process_from && bytes >= g->same_process_from; }
 
-/* Ends a same-process call. The ranks, threads of one process, access each other's tensors between the first step of a call and the second, which is
- * its last. A rank that gives up therefore marks itself as failed, and stays until all others have released its tensors: they check for a failed
- * rank between two blocks, and one that arrives later does not begin. */
+/* Ends a same-process call. The ranks, threads of one process, access each other's tensors between the first step of a call and the second,
+ * which is its last. A rank that gives up therefore marks itself as failed, and stays until all others have released its tensors: they
+ * check for a failed rank between two blocks, and one that arrives later does not begin. */
 static int end_same_process(cg_group *g, const cg_call *call, int result, int *who) {
     const uint32_t first = g->step;
     atomic_store_explicit(&cg_line_of(g, g->me, first)->released, first, memory_order_release);

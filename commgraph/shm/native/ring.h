@@ -1,7 +1,8 @@
 /* A ring of bytes in shared memory: one writer, any number of readers, each of which gets every record.
  *
- * A record has parts and travels in fragments, so that it may be larger than the ring. A fragment that begins a record voids an unfinished record
- * before it: the writer gave up on that one, and readers drop it. The order of loads and stores is explored by tests/shm/protocol_model.py.
+ * A record has parts and travels in fragments, so that it may be larger than the ring. A fragment that begins a record voids an unfinished
+ * record before it: the writer gave up on that one, and readers drop it. The order of loads and stores is explored by
+ * tests/shm/protocol_model.py.
  */
 #ifndef COMMGRAPH_RING_H
 #define COMMGRAPH_RING_H
@@ -20,8 +21,8 @@ typedef struct {
     size_t bytes;
 } cg_part;
 
-/* Header of a record. The sizes of its parts follow, then the parts. A size with CG_BY_REFERENCE is that of a zero-copy part, of which the record
- * holds a cg_reference only. */
+/* Header of a record. The sizes of its parts follow, then the parts. A size with CG_BY_REFERENCE is that of a zero-copy part, of which the
+ * record holds a cg_reference only. */
 typedef struct {
     uint32_t kind, n_parts;
     uint64_t meta;
@@ -79,10 +80,11 @@ int cg_ring_ready(const cg_ring *ring);
 /* Reader: waits for the next record and its sizes: ring->record, cg_ring_size. CG_TIMEOUT: call again, nothing is lost. */
 int cg_ring_next(cg_ring *ring, int64_t deadline, int *who);
 static inline size_t cg_ring_size(const cg_ring *ring, uint32_t part) { return (size_t)(ring->sizes[part] & ~CG_BY_REFERENCE); }
-/* Reader: reads a part, after all parts before it. *done counts its bytes, also after an early end: call again with the same `done` and `to`.
- * CG_RESTART: the writer gave up on the record; call cg_ring_next again. */
+/* Reader: reads a part, after all parts before it. *done counts its bytes, also after an early end: call again with the same `done` and
+ * `to`. CG_RESTART: the writer gave up on the record; call cg_ring_next again. */
 int cg_ring_read(cg_ring *ring, uint32_t part, void *to, size_t *done, int64_t deadline, int *who);
-/* Reader: gives up on a part that it was reading, before freeing its memory. 0 if another process may still write to that memory: it must stay. */
+/* Reader: gives up on a part that it was reading, before freeing its memory. 0 if another process may still write to that memory: it must
+ * stay. */
 int cg_ring_give_up(cg_ring *ring);
 /* Reader: ends the record, all of which was read, or which is void. */
 void cg_ring_finish(cg_ring *ring);

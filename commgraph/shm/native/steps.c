@@ -181,7 +181,8 @@ int cg_ping_pong(cg_group *g, const cg_call *call, int rounds, double *ns, int *
             if (g->me == 1) atomic_store_explicit(&cg_line_of(g, 1, g->step)->step, g->step, memory_order_release);
         }
     } else {
-        /* An even number, so that this rank next arrives on the other line: on that of the barrier its arrival there may not have been seen yet. */
+        /* An even number, so that this rank next arrives on the other line: on that of the barrier its arrival there may not have been seen
+         * yet. */
         g->step += (uint32_t)rounds;
     }
     *ns = (double)(cg_clock_ns() - started) / (2.0 * rounds);

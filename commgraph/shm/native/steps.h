@@ -16,8 +16,8 @@ static inline size_t cg_smaller(size_t a, size_t b) { return a < b ? a : b; }
 #define CG_REDUCE_CHUNK (512 * 1024)
 static inline size_t cg_reduce_buffer_bytes(size_t slot_bytes) { return cg_smaller(slot_bytes, CG_REDUCE_CHUNK); }
 
-/* Swapped slots: memory that one rank writes and one other reads is written by the other the next time. The reader holds the cache lines by then;
- * the first writer would have to fetch them back. True in the second step of each two. */
+/* Swapped slots: memory that one rank writes and one other reads is written by the other the next time. The reader holds the cache lines by
+ * then; the first writer would have to fetch them back. True in the second step of each two. */
 static inline int slots_swapped(uint32_t step) { return step >> 1 & 1; }
 
 static inline char *slot_at(cg_group *g, int place, uint32_t step) { return g->slots + ((size_t)place * 2 + (step & 1)) * g->slot_bytes; }
@@ -43,8 +43,8 @@ void cg_announce(cg_group *g, const cg_call *call, uint64_t where, uint32_t roun
 int cg_agree(cg_group *g, const cg_call *call, int *who);
 /* Arrives at a later step, and waits until the others have arrived as well. */
 int cg_next_step(cg_group *g, const cg_call *call, int *who);
-/* The last step of a call that accessed the tensors of other ranks, which keep them until then. A rank that gave up before may have reused its
- * tensor: then no rank has a result. */
+/* The last step of a call that accessed the tensors of other ranks, which keep them until then. A rank that gave up before may have reused
+ * its tensor: then no rank has a result. */
 int cg_leave_together(cg_group *g, const cg_call *call, int *who);
 /* CG_GONE, and `who`, if a rank has failed in this call or before. */
 int cg_check_no_failure(cg_group *g, int *who);

@@ -1,7 +1,8 @@
-/* The members of one piece of shared memory: which process is which member, whether it left or died. wait.h says how they wait for each other.
+/* The members of one piece of shared memory: which process is which member, whether it left or died. wait.h says how they wait for each
+ * other.
  *
- * A view serves one thread at a time. A ring between two members has a view of its own on either side, with doorbells of its own, so that its
- * messages move while another thread is in a collective.
+ * A view serves one thread at a time. A ring between two members has a view of its own on either side, with doorbells of its own, so that
+ * its messages move while another thread is in a collective.
  */
 #ifndef COMMGRAPH_TEAM_H
 #define COMMGRAPH_TEAM_H
@@ -66,8 +67,8 @@ typedef struct cg_team {
     struct cg_team *first, *next; /* list of the further views of a member */
 } cg_team;
 
-/* Joins as member `me` of `n`; `members` is zeroed memory for all. `local_size`: ranks of this host. 0, or an errno: EBUSY where a process has
- * joined as that member before. */
+/* Joins as member `me` of `n`; `members` is zeroed memory for all. `local_size`: ranks of this host. 0, or an errno: EBUSY where a process
+ * has joined as that member before. */
 int cg_team_join(cg_team *team, cg_member *members, int n, int me, int local_size);
 /* A further view of the member of `of`, whose owner sleeps on `bell` and whose one peer sleeps on `theirs`. */
 int cg_team_view(cg_team *view, cg_team *of, cg_bell *bell, cg_bell *theirs);
@@ -94,8 +95,8 @@ static inline int cg_team_has_left(const cg_team *team, int member) {
 /* Whether this side was closed. */
 static inline int cg_team_left(const cg_team *team) { return cg_team_has_left(team, team->me); }
 
-/* For waits: a member among those watched (one, or CG_EVERYONE) that has left, that has died, or that is in another call of the same number or in
- * a later one, so that a wait for it cannot end well; -1 for none. */
+/* For waits: a member among those watched (one, or CG_EVERYONE) that has left, that has died, or that is in another call of the same number
+ * or in a later one, so that a wait for it cannot end well; -1 for none. */
 #define CG_EVERYONE (-1)
 int cg_team_find_left(const cg_team *team, int watched);
 int cg_team_find_dead(cg_team *team, int watched);

@@ -1149,8 +1149,8 @@ static void endings(dice *d, int rounds) {
     }
 }
 
-/* Withdrawals: same-process ranks reduce in place, until one is closed at some moment, or reaches its deadline. When its call has returned no other rank
- * accesses its tensors. */
+/* Withdrawals: same-process ranks reduce in place, until one is closed at some moment, or reaches its deadline. When its call has returned
+ * no other rank accesses its tensors. */
 
 typedef struct {
     const place *place;
@@ -1183,7 +1183,8 @@ static void *withdraw(void *arg) {
         if (w->me == w->quitter && w->patience) call.deadline = cg_clock_ns() + w->patience;
         cg_block pieces[MOST];
         for (int p = 0; p < n; p++) pieces[p] = (cg_block){from.data + (size_t)p * (bytes / (size_t)n), 1, bytes / (size_t)n, bytes / (size_t)n};
-        /* The quitter makes the call with another tag, or a barrier, or posts another call for long enough to be noticed, and then makes this call. */
+        /* The quitter makes the call with another tag, or a barrier, or posts another call for long enough to be noticed, and then makes
+         * this call. */
         int odd = w->me == w->quitter && round == w->differs, stray = round == w->differs && round % 3 == 2;
         if (odd && !stray) call.tag ^= 1;
         if (odd && stray) {

@@ -1,4 +1,4 @@
-"""A child process's probe of its peers' device memory: ``python -m commgraph.accelerators.custom_all_reduce.trial PORT RANK SIZE DEVICE``.
+"""A child process's probe of its peers' device memory: ``python -m commgraph.accelerators.custom_all_reduce.probe PORT RANK SIZE DEVICE``.
 
 Prints a `peers.Word`. Not yet run on a GPU.
 """
@@ -26,7 +26,7 @@ def main(port: int, rank: int, size: int, device: int) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
     torch.cuda.init()  # says what is wrong with it, where something is
     torch.cuda.set_device(device)
-    kernels = TorchKernels("trial", dist.PrefixStore("trial", store), rank, size, torch.device("cuda", device), _BYTES)
+    kernels = TorchKernels("probe", dist.PrefixStore("probe", store), rank, size, torch.device("cuda", device), _BYTES)
 
     def meet(step: str) -> None:
         """Barrier on the host: a barrier on a device shared with other ranks would take time that is measured here."""
