@@ -108,7 +108,7 @@ def compile(session: nox.Session) -> None:  # noqa: A001 - what the session does
     session.run(python, "-m", "pytest", "-m", "matrix", "tests/coordinator/test_operators.py", *session.posargs, external=True)
 
 
-# The C core, which includes no header of Python; without kernels.c, which the harness includes, to reach the kernels of every instruction set.
+# The C core, which includes no header of Python. The harness includes kernels.c itself, to reach the kernels of every instruction set.
 CORE = tuple(str(path) for path in sorted(Path("commgraph/shm/native").glob("*.c")) if not path.stem.startswith(("module", "kernels")))
 HARNESS = (
     "tests/shm/native/harness.c",
