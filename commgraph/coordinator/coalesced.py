@@ -3,6 +3,9 @@
 Small tensors of one dtype and device are sent in one buffer, by one call of their strategy; large ones, which a copy would only delay,
 singly. Every rank gets the bits that separate calls would give it, in tensors of their own. Where torch traces, and where a gradient is
 wanted, they are separate calls in order.
+
+A list saves latency over a network. In shared memory separate native calls are faster: eight all-reduces of 400 bytes take 16 us, as a list
+some 240 us (two processes on two cores), nearly all of it Python around the buffer.
 """
 
 from __future__ import annotations
