@@ -85,8 +85,10 @@ int cg_barrier(cg_group *g, const cg_call *call, int *who);
 /* `to` may be `from`; `in_place` says on all ranks alike whether it is. */
 int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, int dtype, int op, int in_place, int *who);
 /* An all-reduce in two halves. This rank may do anything between them but another call of the group. The first half sends all that the other ranks
- * need, so none of them waits for the second. Returns 0 with nothing done for large tensors, which take several steps. */
-int cg_all_reduce_begin(cg_group *g, const cg_call *call, const void *from, size_t count, int dtype);
+ * need, so none of them waits for the second. Not of large tensors, which take several steps: ask cg_can_halve_all_reduce first. */
+int cg_can_halve_all_reduce(const cg_group *g, size_t count, int dtype);
+void cg_all_reduce_begin(cg_group *g, const cg_call *call, const void *from, size_t count, int dtype);
+/* Whether cg_all_reduce_end would wait for no rank. */
 int cg_all_reduce_has_arrived(cg_group *g);
 int cg_all_reduce_end(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, int dtype, int op, int *who);
 /* Rank p contributes bytes[p] bytes, this rank those at `mine`; `into[p]` (base NULL: not wanted) receives those of rank p. `everywhere`

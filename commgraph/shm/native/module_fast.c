@@ -198,7 +198,7 @@ static PyObject *fast_begin_all_reduce(PyObject *self, PyObject *const *args, Py
     int64_t timeout;
     int dtype, op = parse_op(args[1]), given = op;
     if (!is_open(fast) || fast->group == NULL || fast->begun.group != NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) ||
-        parse_timeout(self, args[2], fast->timeout_ns, &timeout) <= 0)
+        !cg_can_halve_all_reduce(&fast->group->group, v.bytes / v.size, dtype) || parse_timeout(self, args[2], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
     half_done half = {.from = v.data, .count = v.bytes / v.size, .dtype = dtype, .op = op};
     half.result = new_tensor(fast->tensors, fast->group->pool, v.kind, v.ndim, v.shape, v.bytes, &half.to);
@@ -208,13 +208,8 @@ static PyObject *fast_begin_all_reduce(PyObject *self, PyObject *const *args, Py
         return NULL;
     }
     half.call.deadline = deadline_after(timeout);
-    int begun = cg_all_reduce_begin(&fast->group->group, &half.call, half.from, half.count, dtype);
+    cg_all_reduce_begin(&fast->group->group, &half.call, half.from, half.count, dtype);
     leave(fast->group->team);
-    if (!begun) {
-        fast->group->sequence--;
-        Py_DECREF(half.result);
-        Py_RETURN_NONE;
-    }
     half.group = (Group *)Py_NewRef((PyObject *)fast->group);
     half.step = fast->group->group.step;
     half.x = Py_NewRef(args[0]);
@@ -234,26 +229,25 @@ static PyObject *fast_end_all_reduce(PyObject *self, PyObject *unused) {
     (void)unused;
     FastCalls *fast = (FastCalls *)self;
     half_done half = fast->begun;
+    Group *group = half.group;
     int result = CG_SELF, who = 0;
-    if (half.group == NULL) return PyErr_Format(PyExc_RuntimeError, "no all_reduce was begun");
-    /* Another thread has made collectives meanwhile, without knowing of this one: the slots of this call may have been overwritten. */
-    if (half.group->group.step != half.step) half.group->enabled = 0;
-    if (half.group->enabled) {
-        if (!enter_for(half.group->team, half.count)) return NULL;
-        fast->begun = (half_done){0};
-        result = cg_all_reduce_end(&half.group->group, &half.call, half.from, half.to, half.count, half.dtype, half.op, &who);
-        leave(half.group->team);
-    } else {
-        fast->begun = (half_done){0};
-    }
-    if (result != CG_OK) {
-        half.group->enabled = 0;
-        Py_DECREF(half.result);
-        half.result = NULL;
+    if (group == NULL) return PyErr_Format(PyExc_RuntimeError, "no all_reduce was begun");
+    fast->begun = (half_done){0};
+    if (group->enabled && group->group.step != half.step) {
+        group->enabled = 0; /* the slots of this call may have been overwritten */
+        PyErr_SetString(state_of(self)->busy, "another thread made collectives of this very group while an all_reduce_async was not waited for: one thread at a time may use it");
+    } else if (!group->enabled || enter_for(group->team, half.count * cg_dtype_bytes(half.dtype))) {
+        if (group->enabled) {
+            result = cg_all_reduce_end(&group->group, &half.call, half.from, half.to, half.count, half.dtype, half.op, &who);
+            leave(group->team);
+        }
+        if (result != CG_OK) group->enabled = 0, raise_stopped(self, result, who);
     }
     Py_DECREF(half.x);
-    Py_DECREF((PyObject *)half.group);
-    return half.result != NULL ? half.result : raise_stopped(self, result, who);
+    Py_DECREF((PyObject *)group);
+    if (!PyErr_Occurred()) return half.result;
+    Py_DECREF(half.result);
+    return NULL;
 }
 
 static PyObject *fast_all_gather(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {

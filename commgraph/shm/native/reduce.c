@@ -231,15 +231,18 @@ int cg_all_reduce(cg_group *g, const cg_call *call, const void *from, void *to, 
     return two_shot(g, call, from, to, count, size, in_place, kernel, who);
 }
 
-int cg_all_reduce_begin(cg_group *g, const cg_call *call, const void *from, size_t count, int dtype) {
-    size_t size = cg_dtype_bytes(dtype), bytes = count * size;
+int cg_can_halve_all_reduce(const cg_group *g, size_t count, int dtype) {
+    size_t bytes = count * cg_dtype_bytes(dtype);
     if (bytes > CG_READ_IN_PLACE_FROM || bytes > g->slot_bytes || takes_same_process_path(g, bytes)) return 0;
-    if (g->n > 2 && bytes * (size_t)g->n * (size_t)cg_kernel_weight(dtype) > ONE_SHOT) return 0;
+    return g->n == 2 || bytes * (size_t)g->n * (size_t)cg_kernel_weight(dtype) <= ONE_SHOT;
+}
+
+void cg_all_reduce_begin(cg_group *g, const cg_call *call, const void *from, size_t count, int dtype) {
+    size_t bytes = count * cg_dtype_bytes(dtype);
     cg_begin(g, call);
     g->bytes_sent += bytes;
     memcpy(cg_slot_of(g, g->me, g->step), from, bytes);
     cg_announce(g, call, 0, 1, 0);
-    return 1;
 }
 
 int cg_all_reduce_end(cg_group *g, const cg_call *call, const void *from, void *to, size_t count, int dtype, int op, int *who) {

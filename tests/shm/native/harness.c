@@ -371,8 +371,9 @@ static void do_all_reduce(const session *s, member *m, dice *ours, dice *mine, s
     if (!in_place) to = tensor_of(s, mine, count * unit, unit, &in_use);
     fill_elements(from.data, dtype, seed, s->me, 0, count);
     cg_call call = next_call(m, 2);
-    if (!in_place && chance(mine, 50) && cg_all_reduce_begin(&m->group, &call, from.data, count, dtype)) {
-        /* In two halves, which the others need not know. */
+    if (!in_place && chance(mine, 50) && cg_can_halve_all_reduce(&m->group, count, dtype)) {
+        /* The other ranks need not call it in halves. */
+        cg_all_reduce_begin(&m->group, &call, from.data, count, dtype);
         pause_a_little(mine);
         cg_all_reduce_has_arrived(&m->group);
         succeeded(cg_all_reduce_end(&m->group, &call, from.data, to.data, count, dtype, op, &who), who);
