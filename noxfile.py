@@ -179,8 +179,10 @@ def faults(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def types(session: nox.Session) -> None:
-    """Strict static types."""
-    session.run(str(with_torch(session, "types") / "mypy"), *session.posargs, external=True)
+    """Strict static types, and a user's file under mypy and pyright. Arguments after -- go to mypy."""
+    tools = with_torch(session, "types")
+    session.run(str(tools / "mypy"), *session.posargs, external=True)
+    session.run(str(tools / "python"), "-m", "pytest", "-q", "tests/test_types.py", external=True)
 
 
 @nox.session(venv_backend="none")

@@ -31,6 +31,8 @@ from commgraph.errors import (
 )
 
 if TYPE_CHECKING:
+    from commgraph import nn as nn
+    from commgraph import testing as testing
     from commgraph.accelerators.kernel_table import KernelTable
     from commgraph.accelerators.platforms import CudaPlatform, RocmPlatform, TpuPlatform, XpuPlatform
     from commgraph.communicators.base import Communicator
@@ -116,12 +118,14 @@ _HOMES = MappingProxyType(
 _SUBPACKAGES = frozenset({"nn", "testing"})
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    if name in _SUBPACKAGES:
-        return importlib.import_module(f"commgraph.{name}")
-    raise AttributeError(f"module 'commgraph' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take any misspelt name for one that this gives
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            return getattr(importlib.import_module(_HOMES[name]), name)
+        if name in _SUBPACKAGES:
+            return importlib.import_module(f"commgraph.{name}")
+        raise AttributeError(f"module 'commgraph' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -18,7 +18,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,11 +33,16 @@ from torch._C import _len_torch_dispatch_stack as count_modes
 # Returns whether a tensor is one of the zeros that autograd makes without memory.
 is_without_memory = torch.Tensor._is_zerotensor
 
-try:
-    # According to torch's issues it has this name from 2.14 on, and the older one warns from 2.15 on; not run yet.
-    from torch._custom_class_base import CustomClassBase as OpaqueBase  # type: ignore[import-not-found]
-except ImportError:
-    from torch._opaque_base import OpaqueBase
+if TYPE_CHECKING:
+    # torch gives the base no type: a class that derived from it would have every attribute to a type checker, misspelt ones too.
+    class OpaqueBase:
+        """Base of classes whose objects operators take."""
+else:
+    try:
+        # According to torch's issues it has this name from 2.14 on, and the older one warns from 2.15 on; not run yet.
+        from torch._custom_class_base import CustomClassBase as OpaqueBase
+    except ImportError:
+        from torch._opaque_base import OpaqueBase
 
 __all__ = [
     "GlooDevice",

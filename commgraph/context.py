@@ -8,7 +8,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping
 from datetime import timedelta
 from types import MappingProxyType, TracebackType
-from typing import Any, NoReturn, Protocol, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,10 @@ CLOSE_TIMEOUT = timedelta(seconds=30)
 
 # Groups that are attributes of a context; the user's own groups are found as context[name].
 _GROUPS = ("world", "replica", "dp", "pp", "pcp", "tp", "dcp", "ep")
+
+
+class _MissingGroupError(LayoutError, AttributeError):
+    """A group that the layout lacks, asked for as an attribute: to `hasattr` and `getattr` with a default an `AttributeError`."""
 
 
 class _World(Protocol):
@@ -167,13 +171,27 @@ class ParallelContext:
         try:
             return self._groups[name]
         except KeyError:
-            raise LayoutError(f"context {self._name!r} has no group {name!r}; its layout has: {', '.join(self._groups)}") from None
+            raise LayoutError(self._missing(name)) from None
 
-    def __getattr__(self, name: str) -> NoReturn:
-        # Called only for names that are no slot.
-        if name in _GROUPS:
-            self[name]
-        raise AttributeError(f"a ParallelContext has no {name!r}; groups of your own are found as context[{name!r}]")
+    def __contains__(self, name: object) -> bool:
+        """Whether the layout has a group of that name."""
+        return name in self._groups
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the groups."""
+        return iter(self._groups)
+
+    if not TYPE_CHECKING:  # a type checker would take any misspelt attribute for one that this gives
+
+        def __getattr__(self, name: str) -> NoReturn:
+            # Called only for names that are no slot, and for the slots of groups that the layout lacks.
+            if name in _GROUPS:
+                raise _MissingGroupError(self._missing(name))
+            hint = f"; groups of your own are found as context[{name!r}]" if name in self._groups else ""
+            raise AttributeError(f"a ParallelContext has no {name!r}{hint}")
+
+    def _missing(self, name: str) -> str:
+        return f"context {self._name!r} has no group {name!r}; its layout has: {', '.join(self._groups)}"
 
     # Methods on all groups at once.
 

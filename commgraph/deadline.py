@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import numbers
 import time
 from datetime import timedelta
 from typing import Self
 
 import attrs
 
-__all__ = ["LONGEST", "Deadline", "Timeout", "seconds_of"]
+__all__ = ["LONGEST", "Deadline", "Timeout", "seconds_of", "timedelta_of"]
 
 # Accepted wherever a public method has `timeout=`.
 Timeout = timedelta | float | None
@@ -77,8 +78,17 @@ def seconds_of(timeout: timedelta | float) -> float:
         ValueError: neither a timedelta nor a number, or not a time in the future.
     """
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float | numbers.Real):  # numpy's floats are Real, too
         raise ValueError(f"timeout={timeout!r} is neither a datetime.timedelta nor seconds")
     if not 0 < seconds < math.inf:
         raise ValueError(f"timeout={timeout!r}: a deadline must lie in the future, and every wait has one")
     return float(min(seconds, LONGEST))
+
+
+def timedelta_of(timeout: timedelta | float) -> timedelta:
+    """Return `timeout` as torch's stores take it.
+
+    Raises:
+        ValueError: as `seconds_of`.
+    """
+    return timedelta(seconds=seconds_of(timeout))

@@ -15,12 +15,24 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import attrs
 
 from commgraph.errors import LaunchError
 
-__all__ = ["HostFacts", "Launch", "authkey", "detect", "join_engines", "meeting_name", "meeting_point", "private_directory", "read_host"]
+__all__ = [
+    "HostFacts",
+    "Launch",
+    "authkey",
+    "check_authkey",
+    "detect",
+    "join_engines",
+    "meeting_name",
+    "meeting_point",
+    "private_directory",
+    "read_host",
+]
 
 
 @attrs.frozen
@@ -194,6 +206,25 @@ def authkey(environ: Mapping[str, str]) -> bytes | None:
     """
     # surrogateescape: bytes that are no UTF-8 stand in os.environ as surrogates.
     return environ.get("COMMGRAPH_AUTHKEY", "").encode("utf-8", "surrogateescape") or None
+
+
+def check_authkey(where: str, value: Any) -> bytes | None:
+    """Return an authkey as a caller gave it; None for none.
+
+    Args:
+        where: the public call, for messages.
+        value: as given.
+
+    Raises:
+        TypeError: it is not bytes.
+        ValueError: it is empty.
+    """
+    if value is not None and not isinstance(value, bytes):
+        hint = "; a text is made bytes by .encode()" if isinstance(value, str) else ""
+        raise TypeError(f"{where}: authkey is a {type(value).__name__}; bytes are needed{hint}")
+    if value == b"":
+        raise ValueError(f"{where}: authkey is empty; None means that there is none")
+    return value
 
 
 def join_engines(launch: Launch, dp_rank: int, dp_size: int) -> tuple[int, int]:

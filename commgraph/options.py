@@ -9,6 +9,7 @@ from pathlib import Path
 import attrs
 
 from commgraph.accelerators.kernel_table import KernelTable
+from commgraph.deadline import timedelta_of
 from commgraph.errors import ConfigurationError
 
 __all__ = ["CommunicatorOptions"]
@@ -61,15 +62,13 @@ def _is_name(_: object, attribute: attrs.Attribute[str | None], value: str | Non
         raise ConfigurationError(f'CommunicatorOptions({attribute.name}={value!r}): the name of a backend is needed, e.g. "nccl", or None')
 
 
-def _positive(_: object, attribute: attrs.Attribute[timedelta | None], value: timedelta | None) -> None:
+def _timeout(value: timedelta | float | None) -> timedelta | None:
     if value is None:
-        return
-    if not isinstance(value, timedelta):
-        raise ConfigurationError(
-            f"CommunicatorOptions({attribute.name}={value!r}): a datetime.timedelta is needed, e.g. timedelta(seconds=60)"
-        )
-    if value <= timedelta(0):
-        raise ConfigurationError(f"CommunicatorOptions({attribute.name}={value!r}): a deadline must lie in the future")
+        return None
+    try:
+        return timedelta_of(value)
+    except ValueError as error:
+        raise ConfigurationError(f"CommunicatorOptions: {error}") from None
 
 
 def _at_least(least: int) -> Callable[[object, attrs.Attribute[int], int], None]:
@@ -92,8 +91,8 @@ class CommunicatorOptions:
     Give one to `World.context` for all groups, or a mapping from group name to one.
 
     Attributes:
-        timeout: deadline of every operation on tensors of an accelerator; None takes the world's.
-        host_timeout: deadline of every operation on host tensors and objects; None takes `timeout`.
+        timeout: deadline of every operation on tensors of an accelerator, given as a timedelta or seconds; None takes the world's.
+        host_timeout: likewise, of every operation on host tensors and objects; None takes `timeout`.
         backend: torch backend of the device group (``"gloo"``, ...); None leaves it to the platform.
         backend_settings: of that backend, for these groups: for NCCL the fields of torch's `ProcessGroupNCCL.Options` and of their
             `config`, e.g. ``{"is_high_priority_stream": True, "max_ctas": 8}``. Given as a mapping, kept as sorted pairs.
@@ -117,8 +116,8 @@ class CommunicatorOptions:
             only to the ranks whose experts it needs. None: to all.
     """
 
-    timeout: timedelta | None = attrs.field(default=None, validator=_positive)
-    host_timeout: timedelta | None = attrs.field(default=None, validator=_positive)
+    timeout: timedelta | None = attrs.field(default=None, converter=_timeout)
+    host_timeout: timedelta | None = attrs.field(default=None, converter=_timeout)
     backend: str | None = attrs.field(default=None, validator=_is_name)
     backend_settings: tuple[tuple[str, bool | int], ...] = attrs.field(default=(), converter=_settings)
     check: bool = attrs.field(default=False, validator=_is_flag)

@@ -108,10 +108,10 @@ def decode(frame: bytes | bytearray | memoryview, *, key: bytes | None, context:
         raise WireError(f"no frame of this version of commgraph: it begins with {codec!r}")
     if key is None:
         if codec != _PLAIN:
-            raise WireError("the sender has an authkey and this rank has none: give every rank the same, World(..., authkey=...)")
+            raise WireError("the sender has an authkey and this rank has none: give every rank the same, World.from_env(authkey=...)")
         return _decode_plain(view[1:])
     if codec != _SIGNED:
-        raise WireError("this rank has an authkey and the frame is not signed: give every rank the same, World(..., authkey=...)")
+        raise WireError("this rank has an authkey and the frame is not signed: give every rank the same, World.from_env(authkey=...)")
     mac, payload = view[1 : 1 + _MAC_BYTES], view[1 + _MAC_BYTES :]
     if not hmac.compare_digest(mac, _mac(key, context, payload)):
         raise WireError("the frame is not signed with this rank's authkey, or belongs elsewhere: it was damaged, moved or forged")
@@ -143,7 +143,7 @@ def _mac(key: bytes, context: bytes, payload: bytes | memoryview) -> bytes:
     return mac.digest()
 
 
-_ADVICE = "set an authkey (World(..., authkey=...) or COMMGRAPH_AUTHKEY) to send any picklable object between hosts"
+_ADVICE = "set an authkey (World.from_env(authkey=...) or COMMGRAPH_AUTHKEY) to send any picklable object between hosts"
 _TOO_DEEP = f"an object to send is nested deeper than {_MAX_DEPTH} levels, or contains itself"
 
 

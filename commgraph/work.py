@@ -7,6 +7,7 @@ bytes on the wire are the same as if the caller had waited, and a rank may wait 
 from __future__ import annotations
 
 import copy
+import numbers
 import threading
 import time
 from collections import deque
@@ -16,6 +17,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 import attrs
 import torch
 
+from commgraph.deadline import Timeout
 from commgraph.errors import CollectiveTimeoutError, CommGraphError
 
 __all__ = ["ANY", "AnySource", "Finished", "Job", "Lane", "LaneThread", "Recv", "Send", "Work"]
@@ -202,7 +204,7 @@ class Work(Generic[T]):
                 job.lane.run_here(job)
         return all(job.ended.is_set() for job in self._jobs) and all(part.has_ended for part in self._enqueued)
 
-    def wait(self, timeout: Any = None) -> T:
+    def wait(self, timeout: Timeout = None) -> T:
         """Waits for the end, and returns the result; every call returns the same one.
 
         With tensors of a device the current stream waits, and the host only until everything was enqueued.
@@ -262,7 +264,7 @@ class Finished(Work[T]):
         """True."""
         return True
 
-    def wait(self, timeout: Any = None) -> T:
+    def wait(self, timeout: Timeout = None) -> T:
         """The result."""
         return self._result  # type: ignore[no-any-return]  # what it was made of
 
@@ -271,8 +273,8 @@ class Finished(Work[T]):
 
 
 def _seconds(timeout: Any, where: str) -> float:
-    seconds = timeout.total_seconds() if hasattr(timeout, "total_seconds") else timeout
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= threading.TIMEOUT_MAX:
+    seconds: Any = timeout.total_seconds() if hasattr(timeout, "total_seconds") else timeout
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float | numbers.Real) or not 0 <= float(seconds) <= threading.TIMEOUT_MAX:
         raise ValueError(f"wait of {where}: timeout={timeout!r} is neither a datetime.timedelta nor seconds")
     return float(seconds)
 

@@ -27,7 +27,7 @@ from commgraph.agreement import agree
 from commgraph.building import Builder, States
 from commgraph.context import CLOSE_TIMEOUT, ParallelContext, build_context, build_coordinator
 from commgraph.coordinator import GroupCoordinator
-from commgraph.deadline import Deadline, seconds_of
+from commgraph.deadline import Deadline, seconds_of, timedelta_of
 from commgraph.errors import (
     BuildError,
     CollectiveTimeoutError,
@@ -135,7 +135,7 @@ class World:
         dp_size: int = 1,
         init_method: str | None = None,
         local_rank: int | None = None,
-        timeout: timedelta = _TIMEOUT,
+        timeout: timedelta | float = _TIMEOUT,
         device: torch.device | str | None = None,
         platform: Platform | None = None,
         authkey: bytes | None = None,
@@ -150,7 +150,7 @@ class World:
                 ``dp_rank * world_size + rank`` of ``dp_size * world_size``. They meet at `init_method`.
             init_method: ``tcp://host:port`` or ``file:///path``, in place of that of the environment.
             local_rank: number on this node, in place of the launcher's.
-            timeout: deadline of meeting and of every build, and the default deadline of operations.
+            timeout: deadline of meeting and of every build, and the default deadline of operations; a timedelta or seconds.
             device: of this rank, in place of the platform's choice for `local_rank` (Ray masks devices).
             platform: in place of the one detected.
             authkey: secret of the job, which lets any picklable object travel between hosts; else COMMGRAPH_AUTHKEY.
@@ -160,22 +160,21 @@ class World:
             BuildError: the ranks did not meet in time.
         """
         environ = os.environ if environ is None else environ
+        limit, key = timedelta_of(timeout), launch.check_authkey("World.from_env", authkey) or launch.authkey(environ)
         facts = launch.detect(environ)
         rank, size = launch.join_engines(facts, dp_rank, dp_size)
         if local_rank is None and dp_size == 1:
             # The launcher of one engine does not know the other engines on this node.
             local_rank = facts.local_rank
-        if authkey is None:
-            authkey = launch.authkey(environ)
         if size == 1:
-            return cls._make(None, 0, 1, local_rank, timeout, device, platform, authkey)
+            return cls._make(None, 0, 1, local_rank, limit, device, platform, key)
         method = init_method or launch.meeting_point(facts, dp_size=dp_size)
         hosted = facts.agent_store and init_method is None
-        store = open_store(method, rank=rank, world_size=size, timeout=timeout, hosted_elsewhere=hosted)
+        store = open_store(method, rank=rank, world_size=size, timeout=limit, hosted_elsewhere=hosted)
         if hosted:
             # The agent outlives its workers: a prefix separates the keys of this attempt from those of crashed ones.
             store = dist.PrefixStore(f"attempt/{facts.restart_count}", store)
-        return cls._make(store, rank, size, local_rank, timeout, device, platform, authkey)
+        return cls._make(store, rank, size, local_rank, limit, device, platform, key)
 
     @classmethod
     def connect(
@@ -185,7 +184,7 @@ class World:
         rank: int,
         world_size: int,
         local_rank: int | None = None,
-        timeout: timedelta = _TIMEOUT,
+        timeout: timedelta | float = _TIMEOUT,
         device: torch.device | str | None = None,
         platform: Platform | None = None,
         authkey: bytes | None = None,
@@ -197,8 +196,9 @@ class World:
             BuildError: the ranks did not meet in time.
         """
         check_rank(rank, world_size)
-        store = open_store(init_method, rank=rank, world_size=world_size, timeout=timeout) if world_size > 1 else None
-        return cls._make(store, rank, world_size, local_rank, timeout, device, platform, authkey)
+        limit, key = timedelta_of(timeout), launch.check_authkey("World.connect", authkey) or launch.authkey(os.environ)
+        store = open_store(init_method, rank=rank, world_size=world_size, timeout=limit) if world_size > 1 else None
+        return cls._make(store, rank, world_size, local_rank, limit, device, platform, key)
 
     @classmethod
     def from_store(
@@ -208,7 +208,7 @@ class World:
         rank: int,
         world_size: int,
         local_rank: int | None = None,
-        timeout: timedelta = _TIMEOUT,
+        timeout: timedelta | float = _TIMEOUT,
         device: torch.device | str | None = None,
         platform: Platform | None = None,
         authkey: bytes | None = None,
@@ -220,7 +220,8 @@ class World:
             BuildError: the ranks did not meet in time.
         """
         check_rank(rank, world_size)
-        return cls._make(store, rank, world_size, local_rank, timeout, device, platform, authkey)
+        key = launch.check_authkey("World.from_store", authkey) or launch.authkey(os.environ)
+        return cls._make(store, rank, world_size, local_rank, timedelta_of(timeout), device, platform, key)
 
     @classmethod
     def from_torch(
@@ -228,7 +229,7 @@ class World:
         group: dist.ProcessGroup | None = None,
         *,
         local_rank: int | None = None,
-        timeout: timedelta = _TIMEOUT,
+        timeout: timedelta | float = _TIMEOUT,
         device: torch.device | str | None = None,
         platform: Platform | None = None,
         authkey: bytes | None = None,
@@ -250,7 +251,8 @@ class World:
             raise LaunchError(f"this process (rank {dist.get_rank()} of the default group) is not in the group that was given")
         ranks = dist.get_process_group_ranks(group) if group is not None else range(size)
         store = dist.PrefixStore(f"commgraph/{_digest(ranks)}", compat.default_store())
-        return cls._make(store, rank, size, local_rank, timeout, device, platform, authkey)
+        key = launch.check_authkey("World.from_torch", authkey) or launch.authkey(os.environ)
+        return cls._make(store, rank, size, local_rank, timedelta_of(timeout), device, platform, key)
 
     @classmethod
     def _make(
@@ -268,7 +270,6 @@ class World:
     ) -> World:
         """Meet the other ranks, discover which share a node, and build the World. `label`: a simulated node, for tests."""
         platform = Platform.detect() if platform is None else platform
-        authkey = launch.authkey(os.environ) if authkey is None else authkey
         if store is None or size == 1:
             store = dist.HashStore() if store is None else store
             mine: dist.Store = dist.PrefixStore("commgraph", store)

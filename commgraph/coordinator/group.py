@@ -100,7 +100,7 @@ class Family:
     ),
 )
 @attrs.frozen(eq=False, repr=False, slots=False)
-class GroupCoordinator(compat.OpaqueBase):  # type: ignore[misc]  # torch gives the base no type
+class GroupCoordinator(compat.OpaqueBase):
     """One rank's view of a group of ranks, with every operation. Made by `World.context`, never by hand.
 
     `rank`, `ranks`, `first_rank`, `next_rank`, ... are global ranks; `src` and `dst` arguments are ranks *in the group*. `dim` counts as

@@ -46,19 +46,26 @@ T = TypeVar("T")
 class Group(Place, Protocol):
     """A coordinator, as operations know it."""
 
-    name: str
-    rank: int
-    ranks: tuple[int, ...]
-    world_size: int
-    rank_in_group: int
-    next_in_group: int
-    prev_in_group: int
-    device: torch.device
-    _experts: int | None
-    _operations: Mapping[str, type[Operation]]
-    _state: GroupState
-    _fast: Any
-    _token: torch.Tensor
+    @property
+    def name(self) -> str: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def ranks(self) -> tuple[int, ...]: ...
+    @property
+    def next_in_group(self) -> int: ...
+    @property
+    def prev_in_group(self) -> int: ...
+    @property
+    def _experts(self) -> int | None: ...
+    @property
+    def _operations(self) -> Mapping[str, type[Operation]]: ...
+    @property
+    def _state(self) -> GroupState: ...
+    @property
+    def _fast(self) -> Any: ...
+    @property
+    def _token(self) -> torch.Tensor: ...
 
 
 class Operation:

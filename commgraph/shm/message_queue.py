@@ -128,7 +128,7 @@ class MessageQueue:
         n_local = n_readers if n_local_readers is None else _integer("create", "n_local_readers", n_local_readers, 0, n_readers)
         chunk_bytes = _integer("create", "chunk_bytes", chunk_bytes, 1, _MOST_BYTES)
         chunks = _integer("create", "chunks", chunks, 1, _MOST_BYTES // chunk_bytes)
-        key = _authkey("create", authkey) or launch.authkey(os.environ)
+        key = launch.check_authkey("MessageQueue.create", authkey) or launch.authkey(os.environ)
         secret = Secret(secrets.token_bytes(16), secrets.token_bytes(32), key)
         native = _native() if n_local else None
         capacity = max(chunk_bytes * chunks, _LEAST_BYTES)
@@ -165,7 +165,7 @@ class MessageQueue:
         if not isinstance(handle, QueueHandle):
             raise TypeError(f"MessageQueue.attach: handle is a {type(handle).__name__}; pass the writer's queue.handle")
         reader = _integer("attach", "reader", reader, 0, handle.n_readers - 1)
-        key = _authkey("attach", authkey) or handle.authkey or launch.authkey(os.environ)
+        key = launch.check_authkey("MessageQueue.attach", authkey) or handle.authkey or launch.authkey(os.environ)
         where = f"attach on message queue {handle.name} (reader {reader} of {handle.n_readers})"
         opened = _open_memory(handle, reader, where)
         if isinstance(opened, QueueMemory):
@@ -321,14 +321,6 @@ def _integer(call: str, name: str, value: Any, least: int, most: int) -> int:
     if isinstance(value, bool) or not least <= number <= most:
         raise ValueError(f"MessageQueue.{call}: {name}={value!r}; {least} to {most} is possible")
     return number
-
-
-def _authkey(call: str, value: Any) -> bytes | None:
-    if value is not None and not isinstance(value, bytes):
-        raise TypeError(f"MessageQueue.{call}: authkey is a {type(value).__name__}; bytes are needed")
-    if value == b"":
-        raise ValueError(f"MessageQueue.{call}: authkey is empty; None means that there is none")
-    return value
 
 
 def _address(address: Any) -> tuple[str, int]:

@@ -14,7 +14,9 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from commgraph import launch
 from commgraph.building import CONNECTING
+from commgraph.deadline import seconds_of
 from commgraph.errors import CollectiveTimeoutError, ConfigurationError
 from commgraph.world import World
 
@@ -124,8 +126,8 @@ class _Rank(threading.Thread):
         try:
             # A label per node of neighbouring ranks; no label for a single node, which is then discovered as in a real job.
             label = f"node {self.rank * run.nodes // run.world_size}" if run.nodes > 1 else ""
-            timeout = timedelta(seconds=run.timeout)
-            self.world = World._make(run.store, self.rank, run.world_size, None, timeout, None, None, None, label=label)
+            timeout, key = timedelta(seconds=run.timeout), launch.authkey(os.environ)
+            self.world = World._make(run.store, self.rank, run.world_size, None, timeout, None, None, key, label=label)
             with self.world as world:
                 try:
                     run.results[self.rank] = run.fn(world)
@@ -182,7 +184,7 @@ class _Run:
         return [thread for thread in self.threads if not thread.ended.is_set()]
 
 
-def spmd(fn: Callable[[World], T], world_size: int, *, timeout: float = 60, nodes: int = 1) -> list[T]:
+def spmd(fn: Callable[[World], T], world_size: int, *, timeout: timedelta | float = 60, nodes: int = 1) -> list[T]:
     """Runs ``fn(world)`` on `world_size` threads of this process, each with a World of its own over real communicators.
 
     Both ends of every connection are in this process: the soft limit of open files is raised where it is too low for that.
@@ -190,7 +192,7 @@ def spmd(fn: Callable[[World], T], world_size: int, *, timeout: float = 60, node
     Args:
         fn: the program of every rank.
         world_size: number of ranks.
-        timeout: seconds for the whole run; also the default deadline of every operation in it.
+        timeout: for the whole run, a timedelta or seconds; also the default deadline of every operation in it.
         nodes: simulated hosts that the ranks are spread over, in runs of neighbours.
 
     Returns:
@@ -204,8 +206,9 @@ def spmd(fn: Callable[[World], T], world_size: int, *, timeout: float = 60, node
     if world_size < 1 or not 1 <= nodes <= world_size:
         raise ConfigurationError(f"spmd(world_size={world_size}, nodes={nodes}): at least one rank, and a rank for each node")
     _make_room(world_size)
-    run = _Run(fn, world_size, timeout, nodes)
-    deadline = time.monotonic() + timeout
+    seconds = seconds_of(timeout)
+    run = _Run(fn, world_size, seconds, nodes)
+    deadline = time.monotonic() + seconds
     for thread in run.threads:
         thread.start()
     try:
@@ -222,7 +225,7 @@ def spmd(fn: Callable[[World], T], world_size: int, *, timeout: float = 60, node
     if run.expired:
         ranks = ", ".join(str(thread.rank) for thread in late)
         left = f" Ranks {', '.join(str(thread.rank) for thread in stuck)} could not be ended and go on." if stuck else ""
-        raise CollectiveTimeoutError(f"spmd: ranks {ranks} of {world_size} were not done after {timeout:g} s.{left} They were at:\n{where}")
+        raise CollectiveTimeoutError(f"spmd: ranks {ranks} of {world_size} were not done after {seconds:g} s.{left} They were at:\n{where}")
     if run.failure is not None:
         rank, error = run.failure
         error.add_note(f"(raised on rank {rank} of {world_size})")

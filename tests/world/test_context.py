@@ -52,6 +52,13 @@ def test_every_group_of_the_layout_and_no_other() -> None:
             assert getattr(ctx, name) is ctx[name]
         with pytest.raises(cg.LayoutError, match=r"no group 'engines'.*engine"):
             ctx["engines"]
+        assert tuple(ctx) == layout.names
+        assert all(name in ctx for name in layout.names)
+        assert "engines" not in ctx
+        assert 0 not in ctx
+        assert not hasattr(ctx, "engines")
+        with pytest.raises(AttributeError, match=r"no 'engine'; groups of your own are found as context\['engine'\]"):
+            getattr(ctx, "engine")  # noqa: B009 - a type checker knows that it is not there
         ctx.check_layout(dp=2, pp=2, tp=2, ep=4, engine=4)
         with pytest.raises(cg.LayoutMismatchError, match=r"tp=2, expected 4; pp=2, expected 1"):
             ctx.check_layout(tp=4, dp=2, pp=1)
@@ -66,6 +73,9 @@ def test_a_layout_of_axes_of_ones_own() -> None:
         ctx = world.context(cg.Layout.from_axes(4, {"stage": 2, "lane": 2}), name="a")
         with pytest.raises(cg.LayoutError, match=r"no group 'tp'.*stage, lane"):
             _ = ctx.tp
+        assert tuple(ctx) == ("world", "stage", "lane")
+        assert [hasattr(ctx, name) for name in ("world", "tp", "dp", "replica")] == [True, False, False, False]
+        assert getattr(ctx, "tp", None) is None
         return int(ctx["stage"].all_reduce(torch.tensor(world.rank))), ctx["lane"].ranks, ctx.world.ranks
 
     assert spmd(run, 4) == [(2, (0, 1), (0, 1, 2, 3)), (4, (0, 1), (0, 1, 2, 3)), (2, (2, 3), (0, 1, 2, 3)), (4, (2, 3), (0, 1, 2, 3))]
