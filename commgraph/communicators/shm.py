@@ -100,7 +100,6 @@ class ShmCommunicator(Communicator):
         strategy = cls(found, limits.timeout)
         try:
             strategy._group.probe_cma(make_tag(SETUP, 0, cls.name), deadline.left_ns())
-            strategy._memory.team.unpost()  # the calls of users begin after it
         except BaseException as error:
             strategy._raise(error)
         if strategy._group.has_cma and strategy._mailbox is not None:

@@ -131,9 +131,8 @@ class AllGatherV(AllGather):
     def traced(cls, group: Group, x: torch.Tensor, dim: int, sizes: Sequence[int] | None) -> torch.Tensor:
         if group.world_size == 1:
             return x
-        if sizes is None:
-            return AllGather.traced(group, x, dim)
-        y: torch.Tensor = cls.call(group, x, dim, list(sizes))
+        # Equal sizes are said as well, so that the call is equal to that of a rank which neither traces nor wants a gradient.
+        y: torch.Tensor = cls.call(group, x, dim, [x.shape[dim]] * group.world_size if sizes is None else list(sizes))
         return y
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -93,6 +94,71 @@ def test_a_late_rank_is_a_timeout_and_no_mismatch(name: str, options: dict[str, 
         # A rank that only has to give its part need not wait.
         only_gives = name == "reduce" or name.startswith("gather")
         assert told.startswith("CollectiveTimeoutError") or (only_gives and told == "done"), told
+
+
+# Each call on rank 0 and an equal one, which takes another path, on rank 1; rank 2 is late. Results have 24 elements where x has 8.
+X, STRIDED = torch.ones(24), torch.ones(48)[::2]
+EQUAL_CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "all_gather, out": (lambda g: g.all_gather(X), lambda g: g.all_gather(X, out=torch.empty(72))),
+    "all_gather, strided out": (lambda g: g.all_gather(X), lambda g: g.all_gather(X, out=torch.empty(144)[::2], timeout=SECONDS)),
+    "all_gather_async, out": (lambda g: g.all_gather(X), lambda g: g.all_gather_async(STRIDED, out=torch.empty(72)).wait()),
+    "all_gatherv, sizes": (lambda g: g.all_gatherv(X), lambda g: g.all_gatherv(STRIDED, 0, [24, 24, 24], timeout=SECONDS)),
+    "all_gatherv, gradient": (lambda g: g.all_gatherv(X), lambda g: g.all_gatherv(X.clone().requires_grad_())),
+    "all_gather of a list": (lambda g: g.all_gather([X, X]), lambda g: g.all_gather([STRIDED, X], timeout=SECONDS)),
+    "reduce_scatter, out": (lambda g: g.reduce_scatter(X), lambda g: g.reduce_scatter(X, out=torch.empty(8))),
+    "reduce_scatter, strided out": (lambda g: g.reduce_scatter(X), lambda g: g.reduce_scatter(STRIDED, out=torch.empty(16)[::2])),
+    "reduce_scatter_async, out": (lambda g: g.reduce_scatter(X), lambda g: g.reduce_scatter_async(X, out=torch.empty(8)).wait()),
+    "reduce_scatter, gradient": (lambda g: g.reduce_scatter(X), lambda g: g.reduce_scatter(X.clone().requires_grad_())),
+    "all_to_all, out": (lambda g: g.all_to_all(X), lambda g: g.all_to_all(X, out=torch.empty(24), timeout=SECONDS)),
+    "all_to_all, strided out": (lambda g: g.all_to_all(X), lambda g: g.all_to_all(STRIDED, out=torch.empty(48)[::2])),
+    "all_to_all_async, out": (lambda g: g.all_to_all(X), lambda g: g.all_to_all_async(STRIDED, out=torch.empty(24)).wait()),
+    "all_to_all, gradient": (lambda g: g.all_to_all(X), lambda g: g.all_to_all(X.clone().requires_grad_())),
+    "all_to_all, sizes": (
+        lambda g: g.all_to_all(X, input_sizes=[8, 8, 8], output_sizes=[8, 8, 8]),
+        lambda g: g.all_to_all(STRIDED, input_sizes=(8, 8, 8), output_sizes=(8, 8, 8)),
+    ),
+    "all_reduce, gradient": (lambda g: g.all_reduce(X), lambda g: g.all_reduce(X.clone().requires_grad_())),
+    "all_reduce, timedelta": (lambda g: g.all_reduce(X), lambda g: g.all_reduce(STRIDED, timeout=timedelta(seconds=SECONDS))),
+    "all_reduce of a list": (lambda g: g.all_reduce([X, X]), lambda g: g.all_reduce([STRIDED, X], timeout=SECONDS)),
+    "all_reduce_ of a list": (lambda g: g.all_reduce_([X.clone()]), lambda g: g.all_reduce_([torch.ones(48)[::2]], timeout=SECONDS)),
+    "large all_reduce": (lambda g: g.all_reduce(torch.ones(200_000)), lambda g: g.all_reduce(torch.ones(400_000)[::2])),
+    "large all_gather": (lambda g: g.all_gather(torch.ones(200_000)), lambda g: g.all_gather(torch.ones(400_000)[::2])),
+    "broadcast_async": (lambda g: g.broadcast(X.clone()), lambda g: g.broadcast_async(torch.ones(48)[::2], timeout=SECONDS).wait()),
+    "scatter": (lambda g: g.scatter(None, 2), lambda g: g.scatter(None, 2, timeout=SECONDS)),
+    "gather_async": (lambda g: g.gather(X, 2), lambda g: g.gather_async(STRIDED, 2, sizes=[24, 24, 24], dim=0).wait()),
+    "barrier_async": (lambda g: g.barrier(), lambda g: g.barrier_async(timeout=SECONDS).wait()),
+    "broadcast_object": (lambda g: g.broadcast_object(None, 2), lambda g: g.broadcast_object(None, 2, timeout=SECONDS)),
+    "all_gather_object": (lambda g: g.all_gather_object(1), lambda g: g.all_gather_object("1", timeout=SECONDS)),
+    "broadcast_tensor_dict": (lambda g: g.broadcast_tensor_dict(None, 2), lambda g: g.broadcast_tensor_dict(None, 2, timeout=SECONDS)),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"shm": False}], ids=str)
+def test_equal_calls_on_other_paths_are_late_and_do_not_differ(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Failures._read_faults
+    monkeypatch.setattr(Failures, "_read_faults", lambda self, awaited, *, wait: read(self, awaited, wait=min(wait, 0.3)))
+
+    def cell(calls: tuple[Callable[..., Any], Callable[..., Any]]) -> list[str]:
+        ended = threading.Barrier(3)
+
+        def body(group: GroupCoordinator) -> str:
+            group.barrier(timeout=20)
+            try:
+                if group.rank < 2:
+                    calls[group.rank](group)
+            except Exception as error:
+                return f"{type(error).__name__}: {error}"
+            finally:
+                ended.wait(20)
+            return "done"
+
+        return on(3, body, timeout=40, host_timeout=timedelta(seconds=SECONDS), **options)[:2]
+
+    with ThreadPoolExecutor(10) as pool:
+        told = dict(zip(EQUAL_CALLS, pool.map(cell, EQUAL_CALLS.values()), strict=True))
+    # Who only gives need not wait.
+    right = ("CollectiveTimeoutError", "done")
+    assert {name: said for name, said in told.items() if not all(text.startswith(right) for text in said)} == {}
 
 
 @pytest.mark.parametrize("way", WAYS)

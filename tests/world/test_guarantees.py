@@ -10,12 +10,16 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import commgraph as cg
+from commgraph.communicators.shm import ShmCommunicator
+from commgraph.shm import native_module
+from commgraph.shm.host_memory import HostMemory
 from commgraph.testing import spmd
 from commgraph.testing.spmd import ThreadStore
 from tests.helpers import CountingStore, again_if_late, within
@@ -29,6 +33,43 @@ def work(ctx: cg.ParallelContext, seed: int) -> torch.Tensor:
         for name in ("tp", "dp", "pp", "ep", "dcp"):
             parts += [ctx[name].all_reduce(x), ctx[name].all_gather(x, 0)]
     return torch.cat([part.flatten() for part in parts])
+
+
+@pytest.mark.skipif(native_module.load() is None, reason="there is no native module")
+def test_a_rank_that_is_slow_in_a_build_is_in_no_other_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last step of a build does not count as a call: a peer that has ended it may be in its first call already."""
+    init = ShmCommunicator.__init__
+
+    class Slow:
+        """A native group one rank of which is slow after the last step of the build."""
+
+        def __init__(self, group: Any, is_slow: bool) -> None:
+            self.group, self.is_slow = group, is_slow
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.group, name)
+
+        def probe_cma(self, *args: Any) -> None:
+            self.group.probe_cma(*args)
+            if self.is_slow:
+                time.sleep(0.2)
+
+    def slow_init(self: ShmCommunicator, memory: HostMemory, timeout: float) -> None:
+        init(self, memory, timeout)
+        self._group = Slow(self._group, memory.rank_in_group == 1)
+
+    monkeypatch.setattr(ShmCommunicator, "__init__", slow_init)
+
+    def program(world: cg.World) -> list[float]:
+        x = torch.ones(1)
+        found = [float(world.group.all_reduce(x)), world.group.broadcast_object(7, 0)]
+        found.append(float(world.split([1, 0]).group.all_gather(x, 0).sum()))
+        ctx = world.context(cg.Layout(2, tp=2), name="a")
+        found.append(float(ctx.tp.reduce_scatter(torch.ones(2))))
+        found.append(float(ctx.tp.sibling("b").all_reduce_async(x).wait()))
+        return found
+
+    assert spmd(program, 2, timeout=30) == [[2, 7, 2, 2, 2]] * 2
 
 
 def test_eight_contexts_from_two_threads_never_answer_for_each_other() -> None:

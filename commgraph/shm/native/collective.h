@@ -62,7 +62,7 @@ typedef struct {
     uint64_t bytes_sent;
 } cg_group;
 
-/* A call: its tag, its number and operation (`posted` of cg_member), its deadline. */
+/* A call: its tag, its number and operation (`posted` of cg_member; 0: it is not posted), its deadline. */
 typedef struct {
     uint32_t tag;
     uint64_t call;

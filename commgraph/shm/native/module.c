@@ -15,7 +15,7 @@ int64_t deadline_after(int64_t timeout_ns) {
     return timeout_ns > INT64_MAX - now ? INT64_MAX : now + timeout_ns;
 }
 
-uint64_t call_word(const Group *group, int operation) { return (group->sequence ? group->sequence - 1 : 0) << 8 | (uint64_t)operation; }
+uint64_t call_word(const Group *group, int operation) { return group->sequence ? (group->sequence - 1) << 8 | (uint64_t)operation : 0; }
 
 int parse_timeout(PyObject *self, PyObject *value, int64_t standard_ns, int64_t *ns) {
     if (value == Py_None) {

@@ -108,6 +108,7 @@ void free_object(PyObject *self);
 Block *take_block(PyObject *self, Pool *pool, size_t bytes);
 /* A further view of a member, for a private ring. */
 Team *new_view(module_state *state, Team *of, cg_bell *bell, cg_bell *theirs);
+/* `call` of a cg_call: the number of the coordinator's call and an operation. 0 while the group is built: a step of that is no call. */
 uint64_t call_word(const Group *group, int operation);
 /* Publishes the call that this member begins (cg_member). */
 void publish_posted(Ring *ring, uint64_t posted);

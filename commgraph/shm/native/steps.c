@@ -114,6 +114,7 @@ int cg_check_no_failure(cg_group *g, int *who) {
 
 void cg_begin(cg_group *g, const cg_call *call) {
     g->step++;
+    if (call->call == 0) return; /* no rank may take a step of the build for its first call, which another one has begun already */
     /* A call of the coordinator may be several here: all are posted as the first of them. */
     _Atomic uint64_t *posted = &g->team->members[g->me].posted;
     if (atomic_load_explicit(posted, memory_order_relaxed) >> 8 != (call->call >> 8) + 1)
