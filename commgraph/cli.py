@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 
 from commgraph import __version__
+from commgraph.commands import ended_well
 from commgraph.errors import LayoutError
 
 __all__ = ["main"]
@@ -16,7 +18,10 @@ _AXES = ("dp", "pp", "pcp", "tp", "dcp")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    return ended_well("commgraph", functools.partial(_run, list(sys.argv[1:] if argv is None else argv)))
+
+
+def _run(argv: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         # Pictures are drawn with box characters; a terminal that lacks them shows question marks and no traceback.
         if hasattr(stream, "reconfigure"):

@@ -32,6 +32,7 @@ LAYERS = (
     ("world",),
     ("nn", "testing", "trace"),
     ("integrations",),
+    ("commands",),
     ("demo", "bench"),
     ("cli", "__main__"),
 )

@@ -3,5 +3,6 @@
 import sys
 
 from commgraph.bench.main import main
+from commgraph.commands import ended_well
 
-sys.exit(main())
+sys.exit(ended_well("commgraph bench", main))

@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return start.threads(plan)
         starter = start.find_mpiexec() if "mpi" in plan.compare else None
         return start.processes(plan) if starter is None else start.mpiexec(starter, plan, argv)
+    except BrokenPipeError:
+        raise
     except (CommGraphError, OSError) as error:
         return start.complain(error, rank)
-    except KeyboardInterrupt:
-        return 130
 
 
 def _show(plan: Plan) -> int:

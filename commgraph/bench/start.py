@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import multiprocessing
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ from commgraph.bench.deliver import deliver
 from commgraph.bench.library import Job
 from commgraph.bench.plan import Plan
 from commgraph.bench.run import run
+from commgraph.commands import run_ranks
 from commgraph.errors import CommGraphError, ConfigurationError
 from commgraph.testing import spmd
 
@@ -29,8 +26,6 @@ __all__ = ["complain", "find_mpiexec", "launched", "mpiexec", "processes", "thre
 
 _RANKS = 2
 _PREFIX = "commgraph-bench-"
-# Seconds that the others may take to end once a rank has failed.
-_END_SECONDS = 3.0
 # Seconds for the whole run of ranks that are threads.
 _LONGEST_SECONDS = 4 * 3600.0
 
@@ -51,56 +46,21 @@ def processes(plan: Plan) -> int:
     Returns:
         0, or the exit code of the rank that failed first; it has said why.
     """
-    # Spawned and not forked: torch's threads do not survive a fork.
-    spawn = multiprocessing.get_context("spawn")
     ranks = plan.ranks or _RANKS
-    with tempfile.TemporaryDirectory(prefix=_PREFIX) as directory:
-        # An end by SIGTERM is an end like any other: the processes and the folder go with it.
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        gifts = peers.inherit(plan.compare, ranks)
-        children = [spawn.Process(target=_child, args=(plan, rank, ranks, directory, gifts), daemon=True) for rank in range(ranks)]
-        try:
-            for child in children:
-                child.start()
-            code = _first_failure(children)
-            if code:
-                # commgraph's ranks notice a lost one, but those that wait in a peer may not.
-                deadline = time.monotonic() + _END_SECONDS
-                for child in children:
-                    child.join(max(deadline - time.monotonic(), 0))
-            return code
-        finally:
-            for child in children:
-                if child.pid is not None:
-                    child.terminate()
-                    child.join()
-            signal.signal(signal.SIGTERM, before)
+    return run_ranks("commgraph bench", _rank, ranks, plan, peers.inherit(plan.compare, ranks))
 
 
-def _first_failure(children: Sequence[multiprocessing.process.BaseProcess]) -> int:
-    """Waits for all, or for the first that fails: its exit code."""
-    waiting = list(children)
-    while waiting:
-        wait([child.sentinel for child in waiting])
-        for child in [child for child in waiting if not child.is_alive()]:
-            waiting.remove(child)
-            if child.exitcode:
-                if child.exitcode < 0:
-                    print(f"commgraph bench: a rank was ended by signal {-child.exitcode}", file=sys.stderr)
-                return max(child.exitcode, 1)
-    return 0
-
-
-def _child(plan: Plan, rank: int, ranks: int, directory: str, gifts: Mapping[str, Any]) -> None:
+def _rank(rank: int, ranks: int, folder: Path, plan: Plan, gifts: Mapping[str, Any]) -> int:
     try:
-        with cg.World.connect(f"file://{directory}/meeting", rank=rank, world_size=ranks) as world:
-            found = run(Job(world, "processes", Path(directory)), plan, gifts)
+        with cg.World.connect(f"file://{folder}/meeting", rank=rank, world_size=ranks) as world:
+            found = run(Job(world, "processes", folder), plan, gifts)
         if rank == 0:
             deliver(plan, [found])
+    except BrokenPipeError:
+        raise
     except (CommGraphError, OSError) as error:
-        sys.exit(complain(error, rank))
-    except KeyboardInterrupt:
-        sys.exit(130)
+        return complain(error, rank)
+    return 0
 
 
 def find_mpiexec() -> str | None:

@@ -2,6 +2,7 @@
 
 import sys
 
+from commgraph.commands import ended_well
 from commgraph.demo.main import main
 
-sys.exit(main())
+sys.exit(ended_well("commgraph demo", main))

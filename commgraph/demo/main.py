@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import uuid
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import attrs
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 import commgraph as cg
 from commgraph import launch
+from commgraph.commands import run_ranks
 from commgraph.demo.config import DEFAULT_PROMPT, LlamaConfig, decode, encode, weights_path
 from commgraph.demo.engine import Engine, Generated
 from commgraph.demo.model import ShardedLlama, check_sizes
@@ -79,23 +80,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if the tokens differ from those of the unsharded model, or the ranks could not communicate; 2 if the sizes cannot work.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    first = True
+    rank = 0
     try:
         launched = launch.detect(os.environ)
-        first = launched.rank == 0
+        rank = launched.rank
         arguments = _parse(argv, launched)
         layouts = arguments.layouts()
         if launched.launcher == "single" and arguments.nproc > 1:
-            return _start(argv, arguments.nproc)
+            return run_ranks("commgraph demo", _rank, arguments.nproc, arguments, layouts)
         with cg.World.from_env() as world:
             return _run(world, arguments, *layouts)
     except ConfigurationError as error:
-        if first:  # every rank finds the same mistake
+        if rank == 0:  # every rank finds the same mistake
             print(f"commgraph demo: {error}", file=sys.stderr)
         return 2
     except CommGraphError as error:
-        print(f"commgraph demo: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return _complain(error, rank)
 
 
 def _parse(argv: Sequence[str], launched: launch.Launch) -> _Arguments:
@@ -118,34 +118,32 @@ def _parse(argv: Sequence[str], launched: launch.Launch) -> _Arguments:
     return _Arguments(**vars(given))
 
 
-def _start(argv: Sequence[str], nproc: int) -> int:
-    """Starts the ranks on this machine by torch's elastic launcher, which binds its port before it announces it."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-    )
+def _rank(rank: int, ranks: int, folder: Path, arguments: _Arguments, layouts: tuple[cg.Layout, cg.Layout]) -> int:
+    """One rank of those that this command starts."""
     try:
-        elastic_launch(config, sys.executable)("-m", "commgraph.demo", *argv)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        print(f"commgraph demo: rank {rank} ended with exit code {failure.exitcode}; what it said stands above", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else 1
-    return 0
+        with cg.World.connect(f"file://{folder}/meeting", rank=rank, world_size=ranks) as world:
+            return _run(world, arguments, *layouts)
+    except CommGraphError as error:
+        return _complain(error, rank)
+
+
+def _complain(error: CommGraphError, rank: int) -> int:
+    print(f"commgraph demo: rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
+    return 1
+
+
+class _Output(Console):
+    """A console that leaves it to the command what to do where nobody reads."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise, in place of an exit of this rank alone."""
+        raise BrokenPipeError
 
 
 def _run(world: cg.World, arguments: _Arguments, layout: cg.Layout, draft_layout: cg.Layout) -> int:
     """One rank."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
-    console = Console(quiet=world.rank != 0, highlight=False)
+    console = _Output(quiet=world.rank != 0, highlight=False)
     with (
         world.context(layout, name="target") as target_ctx,
         world.context(draft_layout, name="draft") as draft_ctx,
