@@ -108,6 +108,24 @@ def compile(session: nox.Session) -> None:  # noqa: A001 - what the session does
     session.run(python, "-m", "pytest", "-m", "matrix", "tests/coordinator/test_operators.py", *session.posargs, external=True)
 
 
+@nox.session(venv_backend="none", default=False)
+def dist(session: nox.Session) -> None:
+    """Source distribution and wheel, in dist/: the Linux that the wheel needs, a program with it, tests of the source distribution."""
+    python, place = str(with_torch(session, "dist", "test") / "python"), Path(session.create_tmp()).absolute()
+    for folder in ("dist", place / "site", place / "source"):
+        shutil.rmtree(folder, ignore_errors=True)
+    session.run(python, "-m", "build", "--outdir", "dist", external=True)
+    (wheel,), (source,) = Path("dist").glob("*.whl"), Path("dist").absolute().glob("*.tar.gz")
+    session.run(python, "-m", "auditwheel", "show", str(wheel), external=True)
+    session.run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place / "site"), str(wheel), external=True)
+    ranks = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "tests/programs/smoke.py", "close")
+    session.run(python, *ranks, env={"PYTHONPATH": str(place / "site")}, external=True)
+    shutil.unpack_archive(source, place / "source", filter="data")
+    with session.chdir(next((place / "source").iterdir())):
+        session.run(python, "setup.py", "--quiet", "build_ext", "--inplace", external=True)
+        session.run(python, "-m", "pytest", "-q", "tests/layout", "tests/shm/test_native.py", env={"PYTHONPATH": "."}, external=True)
+
+
 # The C core, which includes no header of Python. The harness includes kernels.c itself, to reach the kernels of every instruction set.
 CORE = tuple(str(path) for path in sorted(Path("commgraph/shm/native").glob("*.c")) if not path.stem.startswith(("module", "kernels")))
 HARNESS = (

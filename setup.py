@@ -1,12 +1,41 @@
-"""The native module; everything else is in pyproject.toml, where setuptools' way to say this is an experiment still."""
+"""The native module, and how a wheel is named after it; everything else is in pyproject.toml."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("commgraph/shm/native")
 
+
+class BuildNative(build_ext):
+    """Strips the module for a wheel; in a checkout it keeps its symbols."""
+
+    def build_extension(self, ext):
+        """Compile and link."""
+        if not self.inplace:
+            ext.extra_link_args = ["-Wl,-s"]
+        super().build_extension(ext)
+
+
+class Wheel(bdist_wheel):
+    """A wheel without the native module is called py3-none-any, so that no cache and no index takes it for one that has it."""
+
+    def run(self):
+        """Build, and name the wheel after what was built."""
+        native = self.get_finalized_command("build_ext")
+        shutil.rmtree(native.build_lib, ignore_errors=True)  # setuptools would pack what an earlier build left there
+        self.run_command("build_ext")
+        if not all(Path(path).exists() for path in native.get_outputs()):
+            self.distribution.ext_modules = None
+            self.root_is_pure = True
+        super().run()
+
+
 setup(
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
     ext_modules=[
         Extension(
             "commgraph.shm._native",

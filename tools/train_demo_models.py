@@ -1,4 +1,4 @@
-"""Train the two byte-level language models that ``commgraph demo`` ships.
+"""Train the two byte-level language models that ``commgraph demo`` runs.
 
     python tools/train_demo_models.py --out commgraph/demo/weights
 

@@ -13,7 +13,11 @@ from typing import Final, Literal, Self
 
 import attrs
 
-__all__ = ["DEFAULT_PROMPT", "LlamaConfig", "decode", "encode", "weights_path"]
+__all__ = ["DEFAULT_PROMPT", "WEIGHTS", "LlamaConfig", "decode", "encode", "weights_path"]
+
+WEIGHTS: Final = Path(__file__).parent / "weights"
+"""Where the weights lie in a checkout and in the source distribution; a wheel has none."""
+
 
 DEFAULT_PROMPT: Final = "When a function is called,"
 
@@ -43,9 +47,9 @@ class LlamaConfig:
         return cls(**json.loads(metadata["config"]))
 
 
-def weights_path(name: Literal["target", "draft"]) -> Path:
-    """The weight file that this package ships under ``name``."""
-    return Path(__file__).parent / "weights" / f"{name}.safetensors"
+def weights_path(name: Literal["target", "draft"], folder: Path = WEIGHTS) -> Path:
+    """The weight file of the target or the draft."""
+    return folder / f"{name}.safetensors"
 
 
 def encode(text: str) -> list[int]:

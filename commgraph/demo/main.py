@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 import commgraph as cg
 from commgraph import launch
 from commgraph.commands import run_ranks
-from commgraph.demo.config import DEFAULT_PROMPT, LlamaConfig, decode, encode, weights_path
+from commgraph.demo.config import DEFAULT_PROMPT, WEIGHTS, LlamaConfig, decode, encode, weights_path
 from commgraph.demo.engine import Engine, Generated
 from commgraph.demo.model import ShardedLlama, check_sizes
 from commgraph.demo.reference import Llama, load_checkpoint
@@ -42,6 +42,7 @@ class _Arguments:
     draft_tp: int
     draft_length: int
     nproc: int
+    weights: Path
 
     def layouts(self) -> tuple[cg.Layout, cg.Layout]:
         """Return the layouts of the target and the draft.
@@ -55,11 +56,20 @@ class _Arguments:
             raise ConfigurationError(
                 f"each engine has tp * pp = {self.tp} * {self.pp} = {self.tp * self.pp} ranks, not whole drafts of {self.draft_tp}"
             )
-        shapes = {name: load_checkpoint(weights_path(name))[0] for name in ("target", "draft")}
+        shapes = self._shapes()
         check_sizes(shapes["target"], "target", tp=self.tp, pp=self.pp)
         check_sizes(shapes["draft"], "draft", tp=self.draft_tp)
         self._check_length(shapes["target"])
         return target, draft
+
+    def _shapes(self) -> dict[str, LlamaConfig]:
+        paths = {name: weights_path(name, self.weights) for name in ("target", "draft")}
+        if missing := [str(path) for path in paths.values() if not path.is_file()]:
+            raise ConfigurationError(
+                f"there is no {' and no '.join(missing)}: wheels come without the models' weights, which lie in the folder "
+                "commgraph/demo/weights of a checkout and of the source distribution; say where: --weights FOLDER"
+            )
+        return {name: load_checkpoint(path)[0] for name, path in paths.items()}
 
     def _check_length(self, config: LlamaConfig) -> None:
         if self.tokens < 1 or self.draft_length < 1:
@@ -108,6 +118,7 @@ def _parse(argv: Sequence[str], launched: launch.Launch) -> _Arguments:
     parser.add_argument("--draft-tp", type=int, default=1, help="tensor parallel size of the draft (default: %(default)s)")
     parser.add_argument("--draft-length", type=int, default=4, help="tokens proposed per step (default: %(default)s)")
     parser.add_argument("--nproc", type=int, help="processes (default: dp * pp * tp, or what the launcher started)")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, metavar="FOLDER", help="of the models (default: %(default)s)")
     given = parser.parse_args(argv)
     if launched.launcher != "single":
         if given.nproc not in (None, launched.world_size):
@@ -150,8 +161,8 @@ def _run(world: cg.World, arguments: _Arguments, layout: cg.Layout, draft_layout
     ):
         for ctx in (target_ctx, draft_ctx):
             console.print(f"[bold]{ctx.name}[/]  {draw(ctx.layout)}\n", markup=True, no_wrap=True)
-        target = ShardedLlama.load(weights_path("target"), ctx=target_ctx, dtype=_TARGET_DTYPE)
-        draft = ShardedLlama.load(weights_path("draft"), ctx=draft_ctx, dtype=torch.float32)
+        target = ShardedLlama.load(weights_path("target", arguments.weights), ctx=target_ctx, dtype=_TARGET_DTYPE)
+        draft = ShardedLlama.load(weights_path("draft", arguments.weights), ctx=draft_ctx, dtype=torch.float32)
         engine = Engine(target_ctx["engine"], target, draft)
         number = world.rank // engine.group.world_size
         prompt = arguments.prompt[number % len(arguments.prompt)]
@@ -176,7 +187,7 @@ def _run(world: cg.World, arguments: _Arguments, layout: cg.Layout, draft_layout
         same_alone = plain.tokens == speculative.tokens
         same_unsharded = True
         if engine.group.is_first_rank:
-            oracle = Llama.load(weights_path("target")).to(_TARGET_DTYPE)
+            oracle = Llama.load(weights_path("target", arguments.weights)).to(_TARGET_DTYPE)
             same_unsharded = oracle.generate(encode(prompt), arguments.tokens) == plain.tokens
         mine = (prompt, speculative, plain, same_alone, same_unsharded) if engine.group.is_first_rank else None
         reports = [report for report in world.group.all_gather_object(mine) if report is not None]

@@ -17,7 +17,8 @@ def load() -> Any | None:
     # Python shows a warning of one location and text once: the location is this line, and not the caller's.
     warnings.warn(
         f"commgraph's native module is missing ({reason}): the ranks of one host go through gloo, at a hundredth of the speed. Install "
-        "commgraph where there is a C compiler (and the headers of Python), or from a wheel",
+        "commgraph once more where there is a C compiler (and the headers of Python): in its checkout, pip install --no-deps "
+        "--force-reinstall --no-cache-dir .",
         RuntimeWarning,
         stacklevel=1,
     )

@@ -63,6 +63,7 @@ def test_under_torchrun_with_two_engines_and_a_sharded_draft() -> None:
         (["--tokens", "100000"], "positions"),
         (["--prompt", ""], "empty"),
         (["--dp", "0"], "dp"),
+        (["--weights", "/nowhere"], "no /nowhere/target.safetensors and no /nowhere/draft.safetensors: wheels come without"),
     ],
 )
 def test_sizes_that_cannot_work_end_in_one_clear_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
