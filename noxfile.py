@@ -190,9 +190,10 @@ def cross(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def faults(session: nox.Session) -> None:
-    """Ranks are killed at random moments of random work. After --: how many times, and a seed."""
+    """Ranks are killed at random moments, and every operation is misused in every way. After --: how many kills, and a seed."""
     python = str(with_torch(session, "test") / "python")
     session.run(python, "tests/programs/faults.py", *(session.posargs or ["100"]), external=True)
+    session.run(python, "tests/programs/misuse.py", external=True)
 
 
 @nox.session(venv_backend="none")

@@ -2,6 +2,7 @@
 
 from commgraph.testing.conformance import check_communicator
 from commgraph.testing.fake import fake_world
+from commgraph.testing.faults import Fault, inject_faults
 from commgraph.testing.spmd import spmd
 
-__all__ = ["check_communicator", "fake_world", "spmd"]
+__all__ = ["Fault", "check_communicator", "fake_world", "inject_faults", "spmd"]

@@ -18,6 +18,7 @@ from commgraph import launch
 from commgraph.building import CONNECTING
 from commgraph.deadline import seconds_of
 from commgraph.errors import CollectiveTimeoutError, ConfigurationError
+from commgraph.testing.faults import Fault, RankKilled, inject_faults
 from commgraph.world import World
 
 __all__ = ["ThreadStore", "spmd"]
@@ -130,11 +131,16 @@ class _Rank(threading.Thread):
             self.world = World._make(run.store, self.rank, run.world_size, None, timeout, None, None, key, label=label)
             with self.world as world:
                 try:
+                    inject_faults(world, *run.faults, threads=True)
                     run.results[self.rank] = run.fn(world)
+                except RankKilled:
+                    raise
                 except BaseException as error:
                     # Noted before the world is left, which makes the peers fail, too.
                     run.fail(self.rank, error)
                     raise
+        except RankKilled:
+            run.results[self.rank] = None
         except BaseException as error:
             run.fail(self.rank, error)
         finally:
@@ -144,11 +150,12 @@ class _Rank(threading.Thread):
 class _Run:
     """State that the ranks of one call share."""
 
-    def __init__(self, fn: Callable[[World], object], world_size: int, timeout: float, nodes: int) -> None:
+    def __init__(self, fn: Callable[[World], object], world_size: int, timeout: float, nodes: int, faults: Sequence[Fault]) -> None:
         self.fn = fn
         self.world_size = world_size
         self.timeout = timeout
         self.nodes = nodes
+        self.faults = faults
         self.store = ThreadStore()
         self.results: dict[int, object] = {}
         self.failure: tuple[int, BaseException] | None = None
@@ -184,7 +191,9 @@ class _Run:
         return [thread for thread in self.threads if not thread.ended.is_set()]
 
 
-def spmd(fn: Callable[[World], T], world_size: int, *, timeout: timedelta | float = 60, nodes: int = 1) -> list[T]:
+def spmd(
+    fn: Callable[[World], T], world_size: int, *, timeout: timedelta | float = 60, nodes: int = 1, faults: Sequence[Fault] = ()
+) -> list[T]:
     """Runs ``fn(world)`` on `world_size` threads of this process, each with a World of its own over real communicators.
 
     Both ends of every connection are in this process: the soft limit of open files is raised where it is too low for that.
@@ -194,9 +203,10 @@ def spmd(fn: Callable[[World], T], world_size: int, *, timeout: timedelta | floa
         world_size: number of ranks.
         timeout: for the whole run, a timedelta or seconds; also the default deadline of every operation in it.
         nodes: simulated hosts that the ranks are spread over, in runs of neighbours.
+        faults: happen to ranks at calls of theirs (`Fault`).
 
     Returns:
-        The results of `fn`, in rank order.
+        The results of `fn`, in rank order; None for a rank that a fault has killed.
 
     Raises:
         ConfigurationError: sizes that cannot be, or more ranks than this process may have open files for.
@@ -207,7 +217,7 @@ def spmd(fn: Callable[[World], T], world_size: int, *, timeout: timedelta | floa
         raise ConfigurationError(f"spmd(world_size={world_size}, nodes={nodes}): at least one rank, and a rank for each node")
     _make_room(world_size)
     seconds = seconds_of(timeout)
-    run = _Run(fn, world_size, seconds, nodes)
+    run = _Run(fn, world_size, seconds, nodes, tuple(faults))
     deadline = time.monotonic() + seconds
     for thread in run.threads:
         thread.start()
