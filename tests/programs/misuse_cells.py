@@ -33,6 +33,7 @@ __all__ = ["CELLS", "RANKS", "Cell", "Rank", "run_in_threads", "run_rank"]
 TURNS = (1, 3, 9)
 # Of calls that must succeed, and of those that wait in vain.
 LONG, SHORT = 4.0, 1.0
+BUILDING = 6.0
 GRACE = 2.0
 LATE = 0.3
 METHODS = {name.split(".")[-1].split("[")[0].split("(")[0] for name in OPERATIONS} | {
@@ -72,7 +73,9 @@ class Cell:
 
     @property
     def seconds(self) -> float:
-        """Deadline of each call."""
+        """Deadline of each call; what builds has that of the world."""
+        if self.operation.startswith("World"):
+            return BUILDING
         return LONG if self.misuse in MUST_WORK else SHORT
 
 
@@ -94,6 +97,16 @@ class Queue:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.queue, name)
+
+
+class OfWorld:
+    """A group and its world, as operations and misuses use a group."""
+
+    def __init__(self, group: Any, world: cg.World) -> None:
+        self.group, self.world = group, world
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.group, name)
 
 
 class Rank:
@@ -565,8 +578,10 @@ def applies(operation: str, misuse: str) -> bool:
     what, letter = OPERATIONS[operation], MISUSES[misuse][0]
     if operation == "MessageQueue.wait_until_ready" and misuse in ("another order", "skips", "late", "too late", "two threads"):
         return False
-    if operation == "sibling" and misuse == "impossible src or dst":
+    if misuse == "impossible src or dst" and operation in ("sibling", "World.context", "World.split_by"):
         return False
+    if misuse == "after close" and operation.startswith("World"):
+        return False  # of a context: its world goes on
     return what.sends if letter == "o" else letter in what.takes
 
 
@@ -577,6 +592,7 @@ CELLS = tuple(
     if applies(operation, misuse)
     for transport in ("shm", "gloo")
     for ranks in ("threads", "processes")
+    if not operation.startswith("World") or (transport, ranks) == ("shm", "processes")
 )
 
 
@@ -613,7 +629,7 @@ def body(r: Rank, world: cg.World | None) -> None:
     shared = r.cell.transport == "shm"
     options = cg.CommunicatorOptions(host_timeout=timedelta(seconds=r.seconds), shm=shared, message_queue=shared)
     ctx = r.ctx = world.context(cg.Layout(RANKS, tp=RANKS), name="a", options=options)
-    r.g = ctx.tp
+    r.g = OfWorld(ctx.tp, world) if r.cell.operation.startswith("World") else ctx.tp
     if r.cell.misuse == "at exit":
         misuse(r)
         return
@@ -638,9 +654,9 @@ def handle(*_: Any) -> None:
 def run_rank(r: Rank) -> None:
     """A rank that is a process."""
     signal.signal(signal.SIGUSR1, handle)
-    world = None
+    world, building = None, r.cell.operation.startswith("World")
     if not r.cell.what.queue:
-        world = cg.World.connect(f"file://{r.folder}/store", rank=r.me, world_size=RANKS, timeout=timedelta(seconds=15))
+        world = cg.World.connect(f"file://{r.folder}/store", rank=r.me, world_size=RANKS, timeout=BUILDING if building else 15.0)
     run(r, world)
     if r.cell.misuse == "at exit":
         return

@@ -190,8 +190,28 @@ def shared(g: Any, a: Args) -> Any:
     return [*y.shape], y.dtype, y.eq(a.me).all().item()
 
 
-def filled(objs: list[Any], g: Any, a: Args) -> Any:
-    return g.broadcast_object_list(objs, a.root)
+def captured(g: Any, a: Args) -> Any:
+    with g.graph_capture():
+        return g.all_reduce(a.x)
+
+
+def of_context(w: Any, a: Args) -> Any:
+    """An operation of a context of its own."""
+    with w.world.context(cg.Layout(RANKS, **{"tp" if a.root == 0 else "pp": RANKS}), name=f"of turn {a.round}") as ctx:
+        return ctx.world.all_reduce(torch.full((3,), float(a.round)))
+
+
+def in_split(world: Any, a: Args) -> Any:
+    """An operation of a world of ranks 0 and 1; a wrong root is a rank that does not come."""
+    if a.me == 2:
+        return None
+    with world.split([a.root, 1]) as part_:
+        return part_.group.all_reduce(torch.full((3,), float(a.round)))
+
+
+def in_split_by(world: Any, a: Args) -> Any:
+    with world.split_by(a.root) as part_:
+        return part_.group.all_reduce(torch.full((3,), float(a.round)))
 
 
 COLLECTIVES: dict[str, Operation] = {
@@ -237,6 +257,10 @@ COLLECTIVES: dict[str, Operation] = {
     "empty": Operation(shared, lambda me, w: ([*w[me].shape], w[me].dtype, True), "ds"),
     "sibling": Operation(by_sibling, lambda me, w: torch.full((3,), 3.0 * w[me].round), "r"),
     "warmup": Operation(lambda g, a: g.warmup(), nothing),
+    "prepare_communication_buffer_for_model": Operation(
+        lambda g, a: g.prepare_communication_buffer_for_model(torch.nn.Linear(4, 4)), nothing
+    ),
+    "graph_capture": Operation(captured, lambda me, w: total(w), "ds"),
 }
 COLLECTIVES |= {
     f"{name}_async": attrs.evolve(COLLECTIVES[name], call=waits(call))
@@ -321,4 +345,12 @@ QUEUE: dict[str, Operation] = {
     "MessageQueue.wait_until_ready": Operation(lambda q, a: q.wait_until_ready(timeout=q.seconds), nothing, root=(0, 0), queue=True),
 }
 
-OPERATIONS: dict[str, Operation] = {**COLLECTIVES, **_messages(), **OBJECTS, **QUEUE}
+CONTEXT: dict[str, Operation] = {
+    "World.context": Operation(of_context, lambda me, w: torch.full((3,), 3.0 * w[me].round), "r"),
+    "World.split": Operation(
+        lambda w, a: in_split(w.world, a), lambda me, w: torch.full((3,), 2.0 * w[me].round) if me != 2 else None, "r", root=(0, 2)
+    ),
+    "World.split_by": Operation(lambda w, a: in_split_by(w.world, a), lambda me, w: torch.full((3,), 3.0 * w[me].round), "r"),
+}
+
+OPERATIONS: dict[str, Operation] = {**CONTEXT, **COLLECTIVES, **_messages(), **OBJECTS, **QUEUE}
