@@ -30,6 +30,9 @@ from torch._C import _increment_version as increment_version
 # Returns how many dispatch modes are active on this thread: fake tensors, make_fx, counters.
 from torch._C import _len_torch_dispatch_stack as count_modes
 
+# Makes a tensor of a subclass of torch.Tensor that has a shape, a dtype and a device, and no memory.
+make_wrapper = torch.Tensor._make_wrapper_subclass
+
 # Returns whether a tensor is one of the zeros that autograd makes without memory.
 is_without_memory = torch.Tensor._is_zerotensor
 
@@ -65,6 +68,7 @@ __all__ = [
     "leave_tables",
     "make_gloo",
     "make_nccl",
+    "make_wrapper",
     "make_xccl",
     "nccl_available",
     "opaque",

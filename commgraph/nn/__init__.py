@@ -5,26 +5,48 @@ checkpoint of an unsharded model and the ranks' shares; ``rebind`` moves a model
 """
 
 from commgraph.nn import functional
+from commgraph.nn.checkpoint import save_checkpoint
 from commgraph.nn.embedding import ParallelLMHead, VocabParallelEmbedding
 from commgraph.nn.experts import ExpertParallelMLP
 from commgraph.nn.layer import ParallelLayer
 from commgraph.nn.linear import ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from commgraph.nn.local_shards import LocalShards
+from commgraph.nn.places import NameMapping
 from commgraph.nn.rebind import rebind
-from commgraph.nn.state import LoadReport, NameMapping, full_state_dict, load_full_state_dict
+from commgraph.nn.sharded_state import (
+    ShardedParameter,
+    load_sharded_optimizer_state_dict,
+    load_sharded_state_dict,
+    sharded_optimizer_state_dict,
+    sharded_parameters,
+    sharded_state_dict,
+)
+from commgraph.nn.shards import Cut, Piece
+from commgraph.nn.state import LoadReport, full_state_dict, load_full_state_dict
 
 __all__ = [
     "ColumnParallelLinear",
+    "Cut",
     "ExpertParallelMLP",
     "LoadReport",
+    "LocalShards",
     "MergedColumnParallelLinear",
     "NameMapping",
     "ParallelLMHead",
     "ParallelLayer",
+    "Piece",
     "QKVParallelLinear",
     "RowParallelLinear",
+    "ShardedParameter",
     "VocabParallelEmbedding",
     "full_state_dict",
     "functional",
     "load_full_state_dict",
+    "load_sharded_optimizer_state_dict",
+    "load_sharded_state_dict",
     "rebind",
+    "save_checkpoint",
+    "sharded_optimizer_state_dict",
+    "sharded_parameters",
+    "sharded_state_dict",
 ]

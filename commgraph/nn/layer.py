@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from commgraph.context import ParallelContext
 from commgraph.coordinator import GroupCoordinator
 from commgraph.errors import ConfigurationError
+from commgraph.nn.marks import mark
 from commgraph.nn.shards import Cut, Piece, Shard
 
 __all__ = ["ParallelLayer"]
@@ -48,6 +50,35 @@ class ParallelLayer(nn.Module, abc.ABC):
     def group(self) -> GroupCoordinator:
         """The ranks that share this layer."""
         return self.ctx[self.group_name]
+
+    # A parameter says by a mark that it is a shard. Whatever puts another tensor in its place marks that, too.
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Adds or replaces a parameter, as of any module."""
+        super().register_parameter(name, param)
+        self._mark(name, param)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ParallelLayer:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
+        self._mark_all()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch gives it no types
+        self._mark_all()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.cuts:
+            self._mark(name, destination.get(prefix + name))
+
+    def _mark_all(self) -> None:
+        for name in self.cuts:
+            self._mark(name, self._parameters.get(name))
+
+    def _mark(self, name: str, tensor: torch.Tensor | None) -> None:
+        if tensor is not None and name in self.cuts and not self.cuts[name].is_replicated:
+            mark(tensor, self, name)
 
     def load_full(self, full: torch.Tensor, shard: Shard | None = None, *, parameter: str = "weight") -> None:
         """Loads this rank's part of a tensor of the unsharded layer. Not collective.

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
 
 from commgraph.errors import ConfigurationError
 
-__all__ = ["Cut", "Piece", "Shard"]
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["Chunk", "Cut", "Piece", "Shard", "as_dtensor", "held"]
 
 Shard = str | int
 """Names a full tensor among those that one parameter is made of: ``"q"``, ``"k"``, ``"v"``, or its number."""
@@ -37,6 +41,44 @@ class Piece:
         """First index and end, in the full tensor, of the part of `rank` of `world`; padding not counted."""
         start = min(rank * self.blocks // world * self.size, self.full)
         return start, min(start + self.size, self.full)
+
+
+@attrs.frozen
+class Chunk:
+    """A box of a full tensor, as far as this rank holds it.
+
+    Attributes:
+        shard: which of the full tensors that a parameter is made of.
+        offsets: where the box begins in the full tensor, one number a dim.
+        tensor: the box, a view of this rank's memory.
+    """
+
+    shard: Shard
+    offsets: tuple[int, ...]
+    tensor: torch.Tensor
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """Where the box lies, as an index of the full tensor."""
+        return tuple(slice(start, start + size) for start, size in zip(self.offsets, self.tensor.shape, strict=True))
+
+
+def as_dtensor(tensor: torch.Tensor) -> DTensor | None:
+    """Return a DTensor, as ``fully_shard`` makes parameters, with its type; None of any other tensor."""
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return None
+    from torch.distributed.tensor import DTensor
+
+    return tensor if isinstance(tensor, DTensor) else None
+
+
+def held(tensor: torch.Tensor) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+    """Return the boxes of a tensor that this rank holds, each with its offsets: all of it, or a DTensor's own shard."""
+    if (sharded := as_dtensor(tensor)) is None:
+        return [((0,) * tensor.dim(), tensor)]
+    # Taken from the class: an instance of a parallel layer's parameter answers with a refusal (`marks`).
+    chunks = type(sharded).__create_chunk_list__(sharded)
+    return [(tuple(chunk.offsets), sharded.to_local()) for chunk in chunks]
 
 
 @attrs.frozen
@@ -96,12 +138,46 @@ class Cut:
             raise ConfigurationError(
                 f"{what} is on the meta device and has no memory to load into: model.to_empty(device=...) first ({place})"
             )
-        blocks = dict(zip(self.pieces, local.split(self.sizes, self.dim), strict=True))
-        names = list(self.pieces) if shard is None else [shard]
-        for name, source in zip(names, full.split([self.pieces[name].full for name in names], self.dim), strict=True):
-            start, stop = self.pieces[name].span(self.rank, self.world)
-            blocks[name].narrow(self.dim, 0, stop - start).copy_(source.narrow(self.dim, start, stop - start))
-            blocks[name].narrow(self.dim, stop - start, self.pieces[name].size - (stop - start)).zero_()
+        for chunk in self.chunks(local, shard):
+            chunk.tensor.copy_(full[chunk.index])
+        self.zero_padding(local)
+
+    def chunks(self, local: torch.Tensor, shard: Shard | None = None) -> list[Chunk]:
+        """The boxes of a full tensor that this rank holds, padding left out; a rank whose blocks are padding alone holds none.
+
+        Args:
+            local: the parameter, its gradient, or anything else of its shape; a DTensor is this rank's share of all that.
+            shard: of which full tensor; None: of all of them, joined along `dim`.
+        """
+        found, joined = [], 0
+        for name, piece, begin, (start, stop) in self._blocks():
+            if shard in (None, name):
+                first = start + (joined if shard is None else 0)
+                for offsets, box in self._within(local, begin, begin + stop - start):
+                    found.append(Chunk(name, (*offsets[: self.dim], first + offsets[self.dim] - begin, *offsets[self.dim + 1 :]), box))
+            joined += piece.full
+        return found
+
+    def zero_padding(self, local: torch.Tensor) -> None:
+        """Writes zeros where the parameter holds nothing of any full tensor."""
+        for _, piece, begin, (start, stop) in self._blocks():
+            for _, box in self._within(local, begin + stop - start, begin + piece.size):
+                box.zero_()
+
+    def _blocks(self) -> list[tuple[Shard, Piece, int, tuple[int, int]]]:
+        """For each piece where its block begins in the parameter, and the span of the full tensor that the block holds."""
+        begins = itertools.accumulate(self.sizes, initial=0)
+        spans = [piece.span(self.rank, self.world) for piece in self.pieces.values()]
+        return list(zip(self.pieces, self.pieces.values(), begins, spans, strict=False))
+
+    def _within(self, local: torch.Tensor, begin: int, end: int) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+        """The parts from `begin` to `end` along `dim` that this rank holds of `local`, each with its offsets in it."""
+        found, dim = [], self.dim
+        for offsets, box in held(local):
+            low, high = max(begin, offsets[dim]), min(end, offsets[dim] + box.shape[dim])
+            if low < high and box.numel():
+                found.append(((*offsets[:dim], low, *offsets[dim + 1 :]), box.narrow(dim, low - offsets[dim], high - low)))
+        return found
 
     def join(self, gathered: torch.Tensor, dim: int | None = None) -> list[torch.Tensor]:
         """The full tensors, in order, out of every rank's blocks. Differentiable.
