@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,16 @@ def test_the_tests_of_the_spmd_page_pass() -> None:
     assert len(tests) >= 4
     for test in tests.values():
         test()
+
+
+def test_the_code_of_the_page_on_checkpoints_runs() -> None:
+    names: dict[str, Any] = {}
+    with warnings.catch_warnings():  # the page hides one
+        for kind, code in blocks("docs/how-to/checkpoints.md"):
+            if kind == "python":
+                exec(code, names)
+    one, half = names["one"], names["half"]
+    assert half[1] < one[1]  # what torch's own function sees
 
 
 def test_the_ten_lines_of_the_readme_run_under_torchrun(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from commgraph.nn import functional
 from commgraph.nn.checkpoint import save_checkpoint
 from commgraph.nn.embedding import ParallelLMHead, VocabParallelEmbedding
 from commgraph.nn.experts import ExpertParallelMLP
+from commgraph.nn.gradients import clip_grad_norm_, total_grad_norm
 from commgraph.nn.layer import ParallelLayer
 from commgraph.nn.linear import ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from commgraph.nn.local_shards import LocalShards
@@ -39,6 +40,7 @@ __all__ = [
     "RowParallelLinear",
     "ShardedParameter",
     "VocabParallelEmbedding",
+    "clip_grad_norm_",
     "full_state_dict",
     "functional",
     "load_full_state_dict",
@@ -49,4 +51,5 @@ __all__ = [
     "sharded_optimizer_state_dict",
     "sharded_parameters",
     "sharded_state_dict",
+    "total_grad_norm",
 ]

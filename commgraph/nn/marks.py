@@ -7,19 +7,17 @@ itself, and finds an attribute of the one tensor as well as a method.
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
 from commgraph.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from commgraph.nn.layer import ParallelLayer
 
 __all__ = ["layer_of", "mark"]
 
 
-def mark(tensor: torch.Tensor, layer: ParallelLayer, name: str) -> None:
+def mark(tensor: torch.Tensor, layer: nn.Module, name: str) -> None:
     """Marks a parameter of `layer`, or a tensor of its state, as the shard of one rank.
 
     Nothing keeps the layer alive. Copies, operations' results and pickles carry no mark.
@@ -31,7 +29,7 @@ def mark(tensor: torch.Tensor, layer: ParallelLayer, name: str) -> None:
     tensor.__get_tensor_shard__ = _refuse  # type: ignore[attr-defined]
 
 
-def layer_of(tensor: torch.Tensor) -> tuple[ParallelLayer, str] | None:
+def layer_of(tensor: torch.Tensor) -> tuple[nn.Module, str] | None:
     """Return the layer that shards a parameter, and its name there; None of a parameter that every rank holds whole.
 
     Raises:
@@ -39,7 +37,7 @@ def layer_of(tensor: torch.Tensor) -> tuple[ParallelLayer, str] | None:
     """
     if (found := getattr(tensor, "_commgraph_layer", None)) is None:
         return None
-    layer: ParallelLayer | None = found[0]()
+    layer: nn.Module | None = found[0]()
     if layer is None:
         raise ConfigurationError(f"the layer that sharded this parameter of shape {tuple(tensor.shape)} as {found[1]!r} exists no more")
     return layer, found[1]

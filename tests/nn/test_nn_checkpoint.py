@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 import threading
 from copy import deepcopy
 from functools import partial
@@ -37,6 +40,7 @@ from commgraph.nn import (
     sharded_state_dict,
 )
 from commgraph.testing import spmd
+from tests.helpers import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # each rank reads by itself
 
@@ -295,7 +299,7 @@ def test_shards_are_refused_by_torch_where_it_would_take_them_for_copies(tmp_pat
             lambda: model,
             lambda: deepcopy(model),
             lambda: model.to(torch.float64),
-            lambda: model.to_empty(device="cpu"),
+            partial(model.to_empty, device="cpu"),
             lambda: (model.load_state_dict(deepcopy(model.state_dict()), assign=True), model)[1],
         ):
             changed = change()
@@ -395,3 +399,12 @@ def test_what_is_sharded_and_how() -> None:
         assert found["column.weight"].parameter is model.column.weight
 
     spmd(run, 4)
+
+
+def test_torch_saves_and_loads_in_processes(tmp_path: Path) -> None:
+    """Under a default group: between tp=2 with fully_shard, tp=4 and tp=1, asynchronously, and what is refused."""
+    program = str(ROOT / "tests" / "programs" / "checkpoints.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", program, str(tmp_path)]
+    done = subprocess.run(launcher, capture_output=True, text=True, timeout=170, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "done\n"
