@@ -295,13 +295,14 @@ def test_shards_are_refused_by_torch_where_it_would_take_them_for_copies(tmp_pat
     def run(world: cg.World) -> None:
         ctx = world.context(cg.Layout(2, tp=2), name="a")
         model = Model(ctx)
-        for change in (
+        changes: tuple[Callable[[], Any], ...] = (
             lambda: model,
             lambda: deepcopy(model),
             lambda: model.to(torch.float64),
             partial(model.to_empty, device="cpu"),
             lambda: (model.load_state_dict(deepcopy(model.state_dict()), assign=True), model)[1],
-        ):
+        )
+        for change in changes:
             changed = change()
             for state in (changed.state_dict(), dict(changed.named_parameters())):
                 with pytest.raises(cg.ConfigurationError, match=r"embed.weight: one rank's shard .*sharded_state_dict"):
