@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
