@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from commgraph.errors import BuildError, LayoutMismatchError
+from commgraph.waiting import await_keys
 
 __all__ = ["PeerLeftError", "agree"]
 
@@ -65,7 +66,7 @@ def agree(
             verdict = _judge(store, keys, what, timeout)
             store.set("verdict", json.dumps(verdict))
         else:
-            store.wait(["verdict"], timeout + _GRACE)
+            await_keys(store, ["verdict"], timeout + _GRACE)
             verdict = json.loads(store.get("verdict"))
     except RuntimeError as failure:
         why = (
@@ -84,7 +85,7 @@ def agree(
 
 def _judge(store: dist.Store, keys: Sequence[str], what: str, timeout: timedelta) -> tuple[str, str]:
     try:
-        store.wait(list(keys), timeout)
+        await_keys(store, keys, timeout)
         came = list(range(len(keys)))
     except RuntimeError:  # each store has an error of its own for a wait that ran out; one that is gone fails again below
         came = [peer for peer, key in enumerate(keys) if store.check([key])]

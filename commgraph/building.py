@@ -28,6 +28,7 @@ from commgraph.hosts import Hosts
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import GroupFacts, Platform
 from commgraph.platforms.detection import Plugins
+from commgraph.waiting import await_keys, interruptible
 
 __all__ = ["CONNECTING", "Builder", "Connection", "States"]
 
@@ -142,7 +143,7 @@ class Builder:
         everyone = range(len(self.hosts.nodes))
         keys = [f"order/{rank}" for rank in everyone]
         store.set(keys[self.rank], str(int(self.order.is_fine)))
-        store.wait(keys, self.timeout)
+        await_keys(store, keys, self.timeout)
         if all(store.get(key) == b"1" for key in keys):
             return
         connection = self.connect(f"device order {self.order.connections}", tuple(everyone))
@@ -260,11 +261,11 @@ class Builder:
             ) from error
 
     def _meet(self, uid: str, store: dist.Store, ranks: Sequence[int]) -> None:
-        """Wait until all ranks have come. gloo would wait as well, but could not be interrupted, and its error names no missing rank."""
+        """Wait until all ranks have come. gloo would wait as well, but its error names no missing rank."""
         keys = [f"here/{rank}" for rank in ranks]
         try:
             store.set(f"here/{self.rank}", "")
-            store.wait(keys, self.timeout)
+            await_keys(store, keys, self.timeout)
         except RuntimeError as error:
             missing = [str(rank) for rank, key in zip(ranks, keys, strict=True) if not _is_there(store, key)]
             names = f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing[:16])}{'...' if len(missing) > 16 else ''}"
@@ -276,8 +277,11 @@ class Builder:
     def _connect(self, uid: str, store: dist.Store, ranks: Sequence[int], rank_in_group: int) -> GlooTransport:
         try:
             device = compat.gloo_device(loopback=self._share_loopback(ranks))
-            return GlooTransport(store, rank_in_group, len(ranks), timeout=self.timeout, device=device)
-        except RuntimeError as error:
+            # Left behind at the deadline, which gloo takes for that of each of its steps.
+            return interruptible(
+                lambda _: GlooTransport(store, rank_in_group, len(ranks), timeout=self.timeout, device=device), self.timeout.total_seconds()
+            )
+        except (RuntimeError, TimeoutError) as error:
             members = f"{len(ranks)} ranks {tuple(ranks[:8])}{'...' if len(ranks) > 8 else ''}"
             raise BuildError(
                 f"rank {self.rank}: group {uid} of {members} could not connect within {self.timeout.total_seconds():g} s: {error}"

@@ -14,6 +14,7 @@ import os
 import secrets
 import stat
 import tempfile
+import threading
 from collections.abc import Collection, Hashable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,7 @@ import attrs
 import msgspec
 
 from commgraph.errors import BuildError
+from commgraph.waiting import await_keys
 
 __all__ = ["Hosts", "Identity", "Probe", "Store", "alone", "discover", "group_by_verdicts"]
 
@@ -255,9 +257,9 @@ def _exchange(store: Store, topic: str, rank: int, world_size: int, value: bytes
     keys = [f"hosts/{topic}/{peer}" for peer in range(world_size)]
     try:
         store.set(keys[rank], value)
-        if store.timeout > timeout:
-            # The store's own timeout is not lowered, as that would lower it for every user of the store.
-            store.wait(keys, timeout)
+        # The store's own timeout is not lowered, as that would lower it for every user of the store. Its reads cannot be interrupted.
+        if store.timeout > timeout or threading.current_thread() is threading.main_thread():
+            await_keys(store, keys, min(timeout, store.timeout))
         return store.multi_get(keys) if store.has_extended_api() else [store.get(key) for key in keys]
     except (RuntimeError, OSError, LookupError) as error:  # torch's store errors are RuntimeErrors
         raise BuildError(_why(store, keys, rank, timeout, error)) from error

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
+from commgraph.deadline import Deadline
 from commgraph.errors import BuildError, LaunchError
+from commgraph.waiting import interruptible
 
 __all__ = ["open_store"]
+
+# Seconds between two attempts to connect to the server of a store.
+_RETRY_SECONDS = 0.05
 
 
 def open_store(init_method: str, *, rank: int, world_size: int, timeout: timedelta, hosted_elsewhere: bool = False) -> dist.Store:
@@ -41,13 +50,33 @@ def open_store(init_method: str, *, rank: int, world_size: int, timeout: timedel
             "there) nor file:///path (a file on storage that all ranks see)"
         )
     serves = rank == 0 and not hosted_elsewhere
-    try:
+    host = url.hostname
+
+    def reach(is_left: Callable[[], bool]) -> dist.Store:
+        if not serves:
+            _await_server(host, port, timeout, is_left)
         # multi_tenant: a second world of this process at the same address uses the first one's server.
-        return dist.TCPStore(url.hostname, port, world_size, serves, timeout=timeout, wait_for_workers=False, multi_tenant=True)
-    except dist.DistError as error:
+        return dist.TCPStore(host, port, world_size, serves, timeout=timeout, wait_for_workers=False, multi_tenant=True)
+
+    try:
+        return interruptible(reach, timeout.total_seconds())
+    except (dist.DistError, OSError) as error:
         hint = (
             "the port is taken, or is not one of this machine's addresses"
             if serves
             else f"rank 0 did not serve there within {timeout.total_seconds():g} s"
         )
         raise BuildError(f"rank {rank} of {world_size} could not meet its peers at {init_method}: {hint} ({error})") from error
+
+
+def _await_server(host: str, port: int, timeout: timedelta, is_left: Callable[[], bool]) -> None:
+    """Wait until somebody accepts connections there. torch would wait as well, and print a stack for each attempt that fails."""
+    deadline = Deadline.after(timeout.total_seconds())
+    while not is_left():
+        try:
+            with contextlib.closing(socket.create_connection((host, port), deadline.left())):
+                return
+        except OSError:
+            if deadline.has_passed:
+                raise
+        time.sleep(min(_RETRY_SECONDS, deadline.left()))

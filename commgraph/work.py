@@ -19,6 +19,7 @@ import torch
 
 from commgraph.deadline import Timeout
 from commgraph.errors import CollectiveTimeoutError, CommGraphError
+from commgraph.waiting import End
 
 __all__ = ["ANY", "AnySource", "Finished", "Job", "Lane", "LaneThread", "Recv", "Send", "Work"]
 
@@ -68,35 +69,6 @@ class Recv:
     out: torch.Tensor
     src: int | None = None
     tag: int = 0
-
-
-class End:
-    """An event that is set once. Construction and wait take a third of the time of those of `threading.Event`."""
-
-    __slots__ = ("_happened", "_lock")
-
-    def __init__(self) -> None:
-        self._happened = False
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def is_set(self) -> bool:
-        """Whether it is set."""
-        return self._happened
-
-    def set(self) -> None:
-        """Set it."""
-        self._happened = True
-        self._lock.release()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until it is set; False if that takes longer than `seconds`."""
-        if self._happened:
-            return True
-        if not self._lock.acquire(timeout=-1 if timeout is None else timeout):
-            return False
-        self._lock.release()
-        return True
 
 
 class Job:

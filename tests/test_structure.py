@@ -18,7 +18,7 @@ FILES = tuple(sorted(PACKAGE.rglob("*.py")))
 # path below `commgraph` decides; a file in no layer fails the test, so that whoever adds one says where it belongs.
 LAYERS = (
     ("__init__",),  # `import commgraph` itself: nothing but the errors, everything else on demand
-    ("errors", "compat", "deadline", "accelerators.streams", "work"),
+    ("errors", "compat", "deadline", "accelerators.streams", "work", "waiting"),
     ("accelerators.kernel_table",),
     ("layout", "launch", "wire", "options"),
     ("rendezvous", "hosts", "agreement"),

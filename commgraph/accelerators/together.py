@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import attrs
 
 from commgraph.communicators.base import PeerClosed, PeerLate
-from commgraph.communicators.gloo_transport import Background
 from commgraph.platforms.base import GroupFacts
+from commgraph.waiting import Background
 
 __all__ = ["together"]
 

@@ -311,6 +311,11 @@ class Communicator(abc.ABC):
     def abort(self) -> None:
         """End with an error the calls here and those of peers that wait for this rank. Callable from any thread; never raises."""
 
+    @property
+    def has_aborted(self) -> bool:
+        """Whether `abort` was called, also by a call of this rank that a signal handler has ended halfway."""
+        return False
+
     @abc.abstractmethod
     def close(self) -> None:
         """Release everything this rank holds, without communicating. Idempotent."""

@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 
 from commgraph.communicators.base import OPERATIONS, Communicator, PeerLate
-from commgraph.communicators.gloo_transport import Background
 from commgraph.communicators.memory import copy_back, dense, staging_for
 from commgraph.communicators.reduction import REDUCE_OPS, reduce_pieces
 from commgraph.deadline import Deadline
+from commgraph.waiting import Background
 
 __all__ = ["GlooCommunicator", "Transport"]
 
@@ -31,6 +31,9 @@ class Transport(Protocol):
 
     @property
     def bytes_sent(self) -> int: ...
+
+    @property
+    def has_aborted(self) -> bool: ...
 
     def exchange(
         self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]], *, tag: int, deadline: Deadline
@@ -208,6 +211,10 @@ class GlooCommunicator(Communicator):
 
     def abort(self) -> None:
         self.transport.abort()
+
+    @property
+    def has_aborted(self) -> bool:
+        return self.transport.has_aborted
 
     def close(self) -> None:
         self.transport.close()

@@ -27,8 +27,9 @@ from commgraph import compat
 from commgraph.communicators.base import PeerClosed, PeerLate
 from commgraph.communicators.memory import as_bytes
 from commgraph.deadline import Deadline
+from commgraph.waiting import Background, Errand
 
-__all__ = ["Background", "GlooTransport", "milliseconds"]
+__all__ = ["GlooTransport", "milliseconds"]
 
 # The highest tag, which no call uses: a receive on it can only time out.
 _NEVER_SENT = 2**31 - 1
@@ -63,6 +64,7 @@ class GlooTransport:
         self._backend: Any = compat.make_gloo(store, rank_in_group, world_size, timeout, device)
         self.process_group: dist.ProcessGroup | None = compat.wrap(store, rank_in_group, world_size, self._backend, torch.device("cpu"))
         self._bytes_sent = 0
+        self._errand = Errand()
         self._lock = threading.Lock()
         self._aborted = False
         # Buffers of operations that failed: gloo may still write to them until the connections are gone.
@@ -72,6 +74,11 @@ class GlooTransport:
     def bytes_sent(self) -> int:
         """Bytes sent so far."""
         return self._bytes_sent
+
+    @property
+    def has_aborted(self) -> bool:
+        """Whether its connections were closed by `abort`."""
+        return self._aborted
 
     def exchange(
         self,
@@ -95,6 +102,12 @@ class GlooTransport:
         works: list[tuple[Any, int]] = []
         peer = self.rank_in_group
         tags = tag if isinstance(tag, Mapping) else dict.fromkeys((peer for _, peer in (*sends, *receives)), tag)
+
+        def wait() -> None:
+            nonlocal peer
+            for work, peer in works:  # noqa: B007 - read where it fails
+                work.wait(milliseconds(deadline))
+
         try:
             for tensor, peer in receives:
                 if tensor.numel():
@@ -104,8 +117,7 @@ class GlooTransport:
                     works.append((backend.send([as_bytes(tensor)], peer, _sized(tags[peer], tensor.nbytes)), peer))
                     with self._lock:
                         self._bytes_sent += tensor.nbytes
-            for work, peer in works:  # noqa: B007 - read where it fails
-                work.wait(milliseconds(deadline))
+            self._errand.run(wait)
         except RuntimeError as error:
             self._keep.append((sends, receives, works))
             if deadline.has_passed and not self._aborted:
@@ -160,47 +172,8 @@ class GlooTransport:
     def close(self) -> None:
         """Drop the group. Nothing is sent."""
         self.abort()
+        self._errand.close()
         with self._lock:
             self._backend = None
             self.process_group = None
             self._keep.clear()
-
-
-class Background:
-    """A wait for peers on a thread of its own, so that a caller's deadline can pass without harm to the group."""
-
-    def __init__(self, wait: Callable[[], object], then: Callable[[], None] | None = None) -> None:
-        self._then = then
-        self._error: Exception | None = None
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(wait,), name="commgraph-wait", daemon=True)
-        self._thread.start()
-
-    def _run(self, wait: Callable[[], object]) -> None:
-        try:
-            wait()
-        except Exception as error:
-            self._error = error
-        finally:
-            self._done.set()
-            if (then := self._then) is not None:
-                self._then = None
-                then()
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether the wait has ended, with an error or without."""
-        return self._done.is_set()
-
-    def wait(self, timeout: float) -> bool:
-        """Wait up to `timeout` seconds; whether it has ended. Raises its error."""
-        if not self._done.wait(timeout):
-            return False
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return True
-
-    def join(self, timeout: float) -> None:
-        """Waits for the thread after the group was closed."""
-        self._thread.join(timeout)

@@ -9,11 +9,11 @@ import torch
 
 from commgraph.communicators.base import CallsDiffer, Communicator, Limits, PeerClosed, PeerLate, Refused
 from commgraph.communicators.gloo import GlooCommunicator, Transport
-from commgraph.communicators.gloo_transport import Background
 from commgraph.communicators.reduction import REDUCE_OPS, accumulator
 from commgraph.communicators.shm import ShmCommunicator, exchange_bytes
 from commgraph.deadline import Deadline
 from commgraph.options import CommunicatorOptions
+from commgraph.waiting import Background
 
 __all__ = ["HierarchicalCommunicator"]
 
@@ -148,6 +148,10 @@ class _Part:
     @property
     def bytes_sent(self) -> int:
         return 0  # counted by the whole
+
+    @property
+    def has_aborted(self) -> bool:
+        return self._whole.has_aborted
 
     def exchange(
         self,

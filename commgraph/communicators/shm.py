@@ -388,6 +388,10 @@ class ShmCommunicator(Communicator):
     def abort(self) -> None:
         self.fast.break_off()
 
+    @property
+    def has_aborted(self) -> bool:
+        return self._closed is None and self.fast.interrupted
+
     def close(self) -> None:
         if self._closed is None:
             self._closed = self.bytes_sent

@@ -23,11 +23,15 @@ from commgraph.errors import (
     ContextClosedError,
     PeerLostError,
 )
+from commgraph.waiting import Background
 
 __all__ = ["EXPECTED", "Call", "Failures", "Members", "call_site"]
 
 # Failures of a strategy, which end a call.
 EXPECTED = (PeerLate, PeerClosed, CallsDiffer, CollectiveError)
+
+# Seconds that the store of the job may take to answer beside an error.
+_STORE_SECONDS = 1.0
 
 # Frames that are not the user's: this package's, and those of the context managers in it.
 _OURS = (str(Path(__file__).parent.parent), contextlib.__file__)
@@ -192,6 +196,8 @@ class Failures:
             kind = {"timeout": CollectiveTimeoutError, "mismatch": CollectiveMismatchError}.get(fault.kind, PeerLostError)
             lost = fault.lost
             gone = f"rank {lost} is gone (a peer reported it in its call #{fault.sequence})"
+            if lost == ranks[error.peer]:
+                gone = f"rank {lost} left the group (it had begun {fault.sequence} calls): {fault.text}"
             gave_up = f"rank {ranks[error.peer]} gave up in call #{fault.sequence}, {fault.text}"
             message = f"{call.where}: ended in {during}, because {gave_up if lost is None else gone}"
         self._publish(_Fault(fault.kind if fault else "lost", f"{call.sequence} {what}", lost, call.sequence, f"{what} at {at}"))
@@ -232,8 +238,10 @@ class Failures:
     def _publish(self, fault: _Fault) -> None:
         # The store may be gone with the rest of the job: then nothing is published.
         if self._store is not None and self.broken is None:
+            store, text = self._store, json.dumps(attrs.asdict(fault))
+            # On a thread: a store whose process stands still answers nobody.
             with contextlib.suppress(RuntimeError):
-                self._store.set(f"fault/{self._members.rank_in_group}", json.dumps(attrs.asdict(fault)))
+                Background(lambda: store.set(f"fault/{self._members.rank_in_group}", text)).wait(_STORE_SECONDS)
 
     def _read_faults(self, awaited: Sequence[int], *, wait: float) -> dict[int, _Fault]:
         """Return the peers' `_Fault`s by rank in the group, waiting up to `wait` seconds for those of the ranks in `awaited`."""
@@ -241,7 +249,8 @@ class Failures:
         missing = set(awaited) - {me}
         found: dict[int, _Fault] = {}
         patience = time.monotonic() + wait
-        with contextlib.suppress(RuntimeError):
+
+        def read() -> None:
             while (store := self._store) is not None:
                 for peer in range(self._members.world_size):
                     if peer != me and peer not in found and store.check([f"fault/{peer}"]):
@@ -249,7 +258,10 @@ class Failures:
                 if missing <= found.keys() or time.monotonic() >= patience:
                     break
                 time.sleep(0.02)
-        return found
+
+        with contextlib.suppress(RuntimeError):
+            Background(read).wait(wait + _STORE_SECONDS)
+        return dict(found)
 
 
 def call_site() -> str:

@@ -15,7 +15,7 @@ from commgraph.communicators.shm_fast import tensors_of
 from commgraph.communicators.tags import MESSAGE, message_text
 from commgraph.coordinator.failures import Call
 from commgraph.coordinator.messages import message_digest
-from commgraph.coordinator.operation import Group, deadline_of
+from commgraph.coordinator.operation import Group, deadline_of, interrupted_by
 from commgraph.coordinator.state import GroupState
 from commgraph.deadline import Timeout
 from commgraph.shm.kinds import KINDS
@@ -82,11 +82,11 @@ class NativeMessages:
             if isinstance(error, Busy):
                 state.uncount((MESSAGE, peer, operation == "send", 0))
                 raise error
+            call = Call(group.name, operation, state.members, state.sequence)
             translated = self._fast.translate(error)
             if translated is None:
-                state.strategies.abort()  # a signal's handler has raised: the peer must not wait for the rest
+                state.failures.break_off(call, interrupted_by(error, f"{operation}({text}, {peer})"))  # the peer must not wait for the rest
                 raise error
-            call = Call(group.name, operation, state.members, state.sequence)
             seconds = deadline_of(group, operation, timeout).seconds
             state.failures.end(call, f"{operation}({text}, {peer})", seconds, translated)
         finally:

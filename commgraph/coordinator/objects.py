@@ -17,7 +17,7 @@ import torch
 
 from commgraph import wire
 from commgraph.communicators.base import Communicator
-from commgraph.communicators.gloo_transport import Background, GlooTransport
+from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.communicators.tags import COLLECTIVE, OBJECT, OBJECT_REST, make_tag
 from commgraph.coordinator import checks
 from commgraph.coordinator.checks import BadArgument
@@ -28,6 +28,7 @@ from commgraph.coordinator.state import GroupState
 from commgraph.coordinator.tensor_dict import Entry
 from commgraph.deadline import LONGEST, Deadline, Timeout
 from commgraph.errors import CollectiveTimeoutError
+from commgraph.waiting import Background
 
 __all__ = ["NetworkObjects", "Objects", "checked_objects", "checked_peer", "gather_frames", "nothing_yet", "refuse_object"]
 

@@ -34,6 +34,7 @@ __all__ = [
     "count_in_turn",
     "differentiate",
     "explain",
+    "interrupted_by",
     "is_watched",
     "perform",
     "raise_native",
@@ -315,12 +316,14 @@ def perform(group: Group, operation: str, sequence: int, what: str, deadline: De
         return act()
     except EXPECTED as error:
         group._state.failures.end(Call(group.name, operation, group._state.members, sequence), what, deadline.seconds, error)
-    except Exception:
-        if not group._state.failures.closed:
-            raise
-        # Another thread has closed the strategy during this call.
-        where = Call(group.name, operation, group._state.members, sequence).where
-        raise ContextClosedError(f"{where}: its context was closed during the call") from None
+    except BaseException as error:
+        state, call = group._state, Call(group.name, operation, group._state.members, sequence)
+        if state.failures.closed and isinstance(error, Exception):
+            # Another thread has closed the strategy during this call.
+            raise ContextClosedError(f"{call.where}: its context was closed during the call") from None
+        if state.strategies.has_aborted:
+            state.failures.break_off(call, interrupted_by(error, what))
+        raise
 
 
 def begin(group: Group, operation: str, timeout: Timeout) -> tuple[int, Deadline]:
@@ -391,7 +394,8 @@ def raise_native(error: BaseException, operation: type[Operation], group: Group,
             raise error  # nothing was sent
         translated = fast.translate(error)
         if translated is None:
-            state.strategies.abort()  # a signal's handler has raised: the others must not wait for this rank
+            call = Call(group.name, operation.name, state.members, max(state.sequence - 1, 0))
+            state.failures.break_off(call, interrupted_by(error, operation.name))  # the others must not wait for this rank
             raise error
         sequence = max(state.sequence - 1, 0)
         what = f"{operation.name}({operation.text(group.world_size, *operation.check(group, *args))})"
@@ -399,6 +403,11 @@ def raise_native(error: BaseException, operation: type[Operation], group: Group,
         state.failures.end(Call(group.name, operation.name, state.members, sequence), what, seconds, translated)
     finally:
         del error  # whose traceback holds this frame
+
+
+def interrupted_by(error: BaseException, what: str) -> str:
+    """Return why a call has broken its group that a signal handler has ended, which left it half done."""
+    return f"{what} was interrupted on this rank by {type(error).__name__}, half done"
 
 
 class Describe:

@@ -104,6 +104,11 @@ class Strategies:
         found = next((c for c in self.communicators if c.fast is not None), None)
         return found, None if found is None else found.fast
 
+    @property
+    def has_aborted(self) -> bool:
+        """Whether one of them has ended its calls, here and on the peers."""
+        return any(communicator.has_aborted for communicator in self.communicators)
+
     def abort(self) -> None:
         """End what runs on any of them, here and on the peers."""
         for communicator in self.communicators:

@@ -15,7 +15,7 @@ from commgraph import compat
 from commgraph.building import Builder, Connection, States
 from commgraph.communicators.base import Communicator
 from commgraph.communicators.fake import FakeCommunicator
-from commgraph.communicators.gloo_transport import Background, GlooTransport
+from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.coordinator.state import GroupState, Members, Network, Strategies, Timeouts
 from commgraph.deadline import Deadline
 from commgraph.errors import BackendUnavailableError, UnsupportedTensorError
@@ -23,6 +23,7 @@ from commgraph.hosts import Hosts
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms import CpuPlatform, Platform
 from commgraph.platforms.detection import Plugins
+from commgraph.waiting import Background
 from commgraph.world import World, check_rank
 
 __all__ = ["fake_world"]
