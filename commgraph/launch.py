@@ -134,6 +134,8 @@ _EXAMPLES = MappingProxyType(
 )
 _ADVICE = "set MASTER_ADDR and MASTER_PORT"
 _NATURAL = re.compile(r"[0-9]{1,18}")
+# Kubernetes sets MASTER_PORT to tcp://10.96.0.17:6379 in every container of a namespace that has a service called master.
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")
 _TASKS_PER_NODE = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?")
 
 
@@ -142,7 +144,8 @@ def detect(environ: Mapping[str, str]) -> Launch:
 
     The first of torchrun, Open MPI, PMI and Slurm that sets both rank and size is used. A local rank, local size or number of
     nodes that it leaves out is taken from a later one that sets the same rank and size (a script that sets ``RANK=$SLURM_PROCID``,
-    Slurm's own PMI). MASTER_ADDR and MASTER_PORT alone are no launcher. An empty variable counts as unset.
+    Slurm's own PMI). MASTER_ADDR and MASTER_PORT alone are no launcher. An empty variable counts as unset, and so does the URL that
+    Kubernetes puts into MASTER_PORT for a service called master.
 
     Args:
         environ: the environment, e.g. ``os.environ``; only read.
@@ -156,12 +159,14 @@ def detect(environ: Mapping[str, str]) -> Launch:
     """
     env = {name: value for name, value in environ.items() if value}
     complete = [launcher for launcher in _LAUNCHERS if launcher.rank in env and launcher.size in env]
-    port = _natural(env, "MASTER_PORT")
-    if port is not None and not 1 <= port <= 65535:
-        raise LaunchError(f"MASTER_PORT={env['MASTER_PORT']!r} is no TCP port: 1 to 65535 are")
+    if _SERVICE_LINK.match(env.get("MASTER_PORT", "")):
+        del env["MASTER_PORT"]
     if not complete:
         _refuse_half_a_launch(env)
-        return Launch("single", 0, 1, local_rank=0, local_size=1, node_count=1, master_addr=env.get("MASTER_ADDR"), master_port=port)
+        # Nobody launched this process, so an address that cannot be one was not meant for it, as in a container of another framework's.
+        with contextlib.suppress(LaunchError):
+            return Launch("single", 0, 1, local_rank=0, local_size=1, node_count=1, master_addr=_address(env), master_port=_port(env))
+        return Launch("single", 0, 1, local_rank=0, local_size=1, node_count=1)
 
     chosen = complete[0]
     agreeing = [other for other in complete if (env[other.rank], env[other.size]) == (env[chosen.rank], env[chosen.size])]
@@ -190,8 +195,8 @@ def detect(environ: Mapping[str, str]) -> Launch:
         local_rank=local_rank,
         local_size=local_size,
         node_count=_first_natural(env, (name for launcher in agreeing for name in launcher.node_count)),
-        master_addr=env.get("MASTER_ADDR"),
-        master_port=port,
+        master_addr=_address(env),
+        master_port=_port(env),
         agent_store=torchrun and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         restart_count=(_natural(env, "TORCHELASTIC_RESTART_COUNT") or 0) if torchrun else 0,
         job=_listing(env, (name for name in chosen.job if name in env)) or None,
@@ -374,6 +379,33 @@ def meeting_point(
 
 def _listing(env: Mapping[str, str], names: Iterable[str]) -> str:
     return " ".join(f"{name}={env[name]}" for name in names)
+
+
+def _address(env: Mapping[str, str]) -> str | None:
+    """MASTER_ADDR.
+
+    Raises:
+        LaunchError: it is more than one name or address: with a port or a scheme, or a list of nodes.
+    """
+    if (addr := env.get("MASTER_ADDR")) is None:
+        return None
+    host, colon, port = addr.rpartition(":")
+    if "/" in addr:
+        fault = "is a URL or a path"
+    elif colon and (host.endswith("]") or ":" not in host):  # an IPv6 address has two colons at least
+        fault = f"ends in {colon + port!r}: a port is set as MASTER_PORT"
+    elif "," in addr or "[" in addr[1:] or any(character.isspace() for character in addr):
+        fault = "is a list, or has blanks"
+    else:
+        return addr
+    raise LaunchError(f"MASTER_ADDR={addr!r} {fault}; it has to be one host name or address of rank 0's node, as in MASTER_ADDR=node0")
+
+
+def _port(env: Mapping[str, str]) -> int | None:
+    port = _natural(env, "MASTER_PORT")
+    if port is not None and not 1 <= port <= 65535:
+        raise LaunchError(f"MASTER_PORT={env['MASTER_PORT']!r} is no TCP port: 1 to 65535 are")
+    return port
 
 
 def _natural(env: Mapping[str, str], name: str) -> int | None:

@@ -175,6 +175,13 @@ def test_any_mapping_gives_a_launch_or_a_launch_error(environ: dict[str, str]) -
         ({"MASTER_PORT": "0"}, "MASTER_PORT='0'"),
         ({"MASTER_PORT": "65536"}, "MASTER_PORT='65536'"),
         ({"MASTER_PORT": "http"}, "MASTER_PORT='http'"),
+        ({"MASTER_ADDR": "node0:29500"}, "MASTER_ADDR='node0:29500' ends in ':29500': a port is set as MASTER_PORT"),
+        ({"MASTER_ADDR": "[fe80::1]:29500"}, "a port is set as MASTER_PORT"),
+        ({"MASTER_ADDR": "tcp://node0"}, "MASTER_ADDR='tcp://node0' is a URL"),
+        ({"MASTER_ADDR": "tcp://node0:29500"}, "is a URL"),
+        ({"MASTER_ADDR": "node0,node1"}, "is a list"),
+        ({"MASTER_ADDR": "node[0-3]"}, "is a list"),
+        ({"MASTER_ADDR": "node0 "}, "has blanks"),
         ({"TORCHELASTIC_RESTART_COUNT": "often"}, "TORCHELASTIC_RESTART_COUNT='often'"),
     ],
 )
@@ -182,6 +189,22 @@ def test_bad_values_are_named(change: dict[str, str], named: str) -> None:
     with pytest.raises(LaunchError) as caught:
         detect(TORCHRUN | change)
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("addr", ["node0:29500", "tcp://10.96.0.17", "a b", "fe80::1", "node0"])
+@pytest.mark.parametrize("port", ["tcp://10.96.0.17:6379", "udp://[fd00::1]:53", "http", "0", "-1", "1e9"])
+def test_an_address_that_cannot_be_one_is_no_launch(addr: str, port: str) -> None:
+    """In a container of Kubernetes MASTER_PORT is a URL where there is a service called master."""
+    for environ in ({"MASTER_PORT": port}, {"MASTER_ADDR": addr, "MASTER_PORT": port}, {"MASTER_ADDR": addr}):
+        launch = detect(environ)
+        assert (launch.launcher, launch.rank, launch.world_size, launch.master_port) == ("single", 0, 1, None)
+
+
+def test_a_service_link_of_kubernetes_counts_as_unset(tmp_path: Path) -> None:
+    link = {"MASTER_PORT": "tcp://10.96.0.17:6379"}
+    assert meeting_point(detect(OPEN_MPI_5 | link), directory=tmp_path, host=HOST).startswith("file://")
+    with pytest.raises(LaunchError, match="MASTER_ADDR='node0' is set and MASTER_PORT is not"):
+        meeting_point(detect(OPEN_MPI_5 | link | {"MASTER_ADDR": "node0"}), directory=tmp_path, host=HOST)
 
 
 @pytest.mark.parametrize("change", [{"SLURM_STEP_TASKS_PER_NODE": "4(x"}, {"SLURM_NODEID": "4"}])
