@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
+import hmac
 import os
 import resource
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -19,16 +19,18 @@ import torch.distributed as dist
 from commgraph import compat
 from commgraph.accelerators.custom_all_reduce import PeerAccessCache
 from commgraph.accelerators.device_order import DeviceOrder
-from commgraph.agreement import PeerLeftError, agree
+from commgraph.agreement import agree
 from commgraph.communicators.base import Communicator, Limits, PeerClosed, PeerLate, Refused
 from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.coordinator.state import GroupState, Members, Network, Strategies, Timeouts
+from commgraph.deadline import Deadline
 from commgraph.errors import BackendUnavailableError, BuildError
 from commgraph.hosts import Hosts
+from commgraph.meeting import Meeting, PeerLeftError
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import GroupFacts, Platform
 from commgraph.platforms.detection import Plugins
-from commgraph.waiting import await_keys, interruptible
+from commgraph.processes import Process
 
 __all__ = ["CONNECTING", "Builder", "Connection", "States"]
 
@@ -93,6 +95,8 @@ class Builder:
         timeout: deadline of a build and default deadline of operations.
         authkey: secret of the job, or None.
         states: of live groups.
+        me: this process.
+        processes: of all ranks.
         proofs: results of probes of device memory between ranks.
         order: in which checked calls on the device are compared.
     """
@@ -104,22 +108,31 @@ class Builder:
     timeout: timedelta
     authkey: bytes | None = attrs.field(repr=False)
     states: States
+    me: Process
+    processes: Sequence[Process]
     proofs: PeerAccessCache = attrs.field(factory=PeerAccessCache)
     order: DeviceOrder = attrs.field(factory=DeviceOrder)
 
     # Whether what it makes has to be closed.
     holds_something: ClassVar[bool] = True
 
-    def agree(self, store: dist.Store, facts: Mapping[str, str], *, what: str, error: str = "", follows: bool = False) -> None:
-        """`commgraph.agreement.agree` among all ranks of the world, until the deadline of a build."""
-        agree(store, self.rank, len(self.hosts.nodes), facts, what=what, timeout=self.timeout, error=error, follows=follows)
+    def meeting(self, store: dist.Store, what: str) -> Meeting:
+        """Return the meeting of all ranks of the world in which something is built now.
 
-    def connect(self, uid: str, ranks: tuple[int, ...]) -> Connection | None:
+        Args:
+            store: of this build.
+            what: is built, for messages.
+        """
+        everyone = range(len(self.hosts.nodes))
+        return Meeting(store, store, everyone, self.rank, what, Deadline.after(self.timeout.total_seconds()), self.me, self.processes)
+
+    def connect(self, uid: str, ranks: tuple[int, ...], meeting: Meeting) -> Connection | None:
         """Connect the ranks of one group. Collective over them; return None for one rank, which needs no connection.
 
         Args:
             uid: unique among the groups that this world has built; equal on the ranks of the group.
             ranks: global ranks in group order, this one among them.
+            meeting: of the build.
 
         Raises:
             BackendUnavailableError: torch has no gloo.
@@ -131,22 +144,20 @@ class Builder:
             raise BackendUnavailableError("this torch was built without gloo, which carries host tensors and objects between ranks")
         store = dist.PrefixStore(f"group/{hashlib.sha256(uid.encode()).hexdigest()[:32]}", self.store)
         self._check_descriptors(uid, len(ranks))
-        self._meet(uid, store, ranks)
-        return Connection(store, self._connect(uid, dist.PrefixStore(CONNECTING, store), ranks, ranks.index(self.rank)))
+        part = meeting.among(ranks, store, f"group {uid}")
+        # gloo would wait for the ranks as well, but its error names no missing one.
+        part.exchange("here", b"")
+        return Connection(store, self._connect(uid, part))
 
-    def keep_order(self, store: dist.Store) -> None:
+    def keep_order(self, meeting: Meeting) -> None:
         """Connect the `DeviceOrder`, at its first use and after it was broken. Collective over the world.
 
         Args:
-            store: of this build.
+            meeting: of the build.
         """
-        everyone = range(len(self.hosts.nodes))
-        keys = [f"order/{rank}" for rank in everyone]
-        store.set(keys[self.rank], str(int(self.order.is_fine)))
-        await_keys(store, keys, self.timeout)
-        if all(store.get(key) == b"1" for key in keys):
+        if all(said == b"1" for said in meeting.exchange("order", b"1" if self.order.is_fine else b"0")):
             return
-        connection = self.connect(f"device order {self.order.connections}", tuple(everyone))
+        connection = self.connect(f"device order {self.order.connections}", tuple(meeting.ranks), meeting)
         if connection is not None:
             self.order.connect(connection.transport)
 
@@ -162,6 +173,7 @@ class Builder:
         device: torch.device,
         plugins: Plugins,
         partition: Callable[[], Sequence[Sequence[int]]],
+        deadline: Deadline,
     ) -> GroupState:
         """Make the strategies of a group, on its connection, which is closed if that fails.
 
@@ -174,6 +186,7 @@ class Builder:
             device: of this rank.
             plugins: strategies of other packages that may serve it.
             partition: gives the global ranks of all groups of this kind.
+            deadline: of the build.
 
         Raises:
             BackendUnavailableError: the platform has no strategy that serves the options.
@@ -201,7 +214,9 @@ class Builder:
             return GroupState(members, Strategies(members), None, timeouts, rebuild=rebuild, **on_device)
         try:
             nodes = tuple(self.hosts.nodes[rank] for rank in ranks)
-            limits = Limits(timeouts.host, self.timeout.total_seconds(), self.hosts.local_size, device_timeout)
+            # The ranks of this node have the key because they have read each other's memory.
+            key = hmac.digest(self.hosts.node_key, self.authkey or b"", hashlib.sha256)
+            limits = Limits(timeouts.host, deadline.left(), self.hosts.local_size, device_timeout, key)
             store = dist.PrefixStore("strategies", connection.store)
             facts = GroupFacts(ranks, rank_in_group, nodes, options, wants_device, limits, store, device, self.proofs, partition)
             chain = self._chain(uid, platform, facts, connection, plugins)
@@ -221,31 +236,20 @@ class Builder:
         members = of.members
         number = of.count("siblings")
         uid, what = f"{members.uid}/sibling {number}", f"sibling {name!r} of group {members.uid}"
-
-        def make() -> GroupState:
-            return self.state(uid, members.ranks, self.connect(uid, members.ranks), platform, options, **kind)
-
-        if of.network is None:
-            return make()
-        store = dist.PrefixStore(f"sibling/{number}", of.network.store)
-
-        def report(step: str, facts: Mapping[str, str], **failed: Any) -> None:
-            prefix = dist.PrefixStore(step, store)
-            agree(prefix, members.rank_in_group, members.world_size, facts, what=what, timeout=self.timeout, **failed)
-
-        report("begin", {"its name": name})
-        try:
-            state = make()
-        except BaseException as error:
-            follows = isinstance(error, PeerLeftError)
-            with contextlib.nullcontext() if follows else contextlib.suppress(BuildError):
-                report("end", {}, error=f"{type(error).__name__}: {error}", follows=follows)
-            raise
-        try:
-            report("end", {"its strategies": repr(dict(state.strategies.table))})
-        except BaseException:
-            state.close()
-            raise
+        store = dist.PrefixStore(f"sibling/{number}", self.store if of.network is None else of.network.store)
+        meeting = attrs.evolve(self.meeting(store, what), ranks=members.ranks, rank=members.rank_in_group)
+        with meeting.reporting():
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"{what} (rank {members.rank}): a name is a non-empty string")
+            agree(meeting.at("begin"), {"its name": name})
+            connection = self.connect(uid, members.ranks, meeting)
+            state = self.state(uid, members.ranks, connection, platform, options, deadline=meeting.deadline, **kind)
+            try:
+                agree(meeting.at("end"), {"its strategies": repr(dict(state.strategies.table))})
+            except BaseException:
+                state.close()
+                raise
+        meeting.clean()
         return state
 
     def _chain(
@@ -255,36 +259,31 @@ class Builder:
             chain = [*plugins.strategies(facts, connection.transport), *platform.communicators(facts, connection.transport)]
             return [_only_by_kind(one) for one in chain] if facts.options.deterministic else chain
         except (PeerClosed, PeerLate) as error:
-            why = f"({error.reason})" if isinstance(error, PeerClosed) else f"within {self.timeout.total_seconds():g} s"
+            why = f"({error.reason})" if isinstance(error, PeerClosed) else f"within {facts.limits.build_timeout:.3g} s"
             raise PeerLeftError(
                 f"rank {self.rank}: group {uid}: rank {facts.ranks[error.peer]} did not take part in making its strategies {why}"
             ) from error
 
-    def _meet(self, uid: str, store: dist.Store, ranks: Sequence[int]) -> None:
-        """Wait until all ranks have come. gloo would wait as well, but its error names no missing rank."""
-        keys = [f"here/{rank}" for rank in ranks]
-        try:
-            store.set(f"here/{self.rank}", "")
-            await_keys(store, keys, self.timeout)
-        except RuntimeError as error:
-            missing = [str(rank) for rank, key in zip(ranks, keys, strict=True) if not _is_there(store, key)]
-            names = f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing[:16])}{'...' if len(missing) > 16 else ''}"
-            raise BuildError(
-                f"rank {self.rank}: group {uid}: {names} of the group's {len(ranks)} did not come within "
-                f"{self.timeout.total_seconds():g} s. Building is collective: every rank makes the same calls in the same order ({error})"
-            ) from error
+    def _connect(self, uid: str, part: Meeting) -> GlooTransport:
+        n = len(part.ranks)
+        device = compat.gloo_device(loopback=self._share_loopback(part.ranks))
+        store = dist.PrefixStore(CONNECTING, part.store)
 
-    def _connect(self, uid: str, store: dist.Store, ranks: Sequence[int], rank_in_group: int) -> GlooTransport:
+        def connect(is_left: Callable[[], bool]) -> GlooTransport:
+            left = timedelta(seconds=part.deadline.left())
+            made = GlooTransport(store, part.rank, n, timeout=self.timeout, device=device, connect_timeout=left)
+            if is_left():
+                made.close()
+            return made
+
         try:
-            device = compat.gloo_device(loopback=self._share_loopback(ranks))
-            # Left behind at the deadline, which gloo takes for that of each of its steps.
-            return interruptible(
-                lambda _: GlooTransport(store, rank_in_group, len(ranks), timeout=self.timeout, device=device), self.timeout.total_seconds()
-            )
+            return part.attend(connect)
+        except PeerLeftError:
+            raise
         except (RuntimeError, TimeoutError) as error:
-            members = f"{len(ranks)} ranks {tuple(ranks[:8])}{'...' if len(ranks) > 8 else ''}"
+            members = f"{n} ranks {tuple(part.ranks[:8])}{'...' if n > 8 else ''}"
             raise BuildError(
-                f"rank {self.rank}: group {uid} of {members} could not connect within {self.timeout.total_seconds():g} s: {error}"
+                f"rank {self.rank}: group {uid} of {members} could not connect, {part.waited()} after this rank had begun: {error}"
             ) from error
 
     def _check_descriptors(self, uid: str, size: int) -> None:
@@ -317,10 +316,3 @@ def _only_by_kind(one: Communicator | Refused) -> Communicator | Refused:
         return one
     one.close()
     return Refused(one.name, "options.deterministic=True, and it serves some sizes only")
-
-
-def _is_there(store: dist.Store, key: str) -> bool:
-    try:
-        return store.check([key])
-    except RuntimeError:  # the store itself is gone
-        return False

@@ -105,10 +105,12 @@ def gloo_device(*, loopback: bool) -> GlooDevice:
     return ProcessGroupGloo.create_default_device()
 
 
-def make_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta, device: GlooDevice) -> Any:
+def make_gloo(
+    store: dist.Store, rank: int, size: int, timeout: timedelta, device: GlooDevice, connect_timeout: timedelta | None = None
+) -> Any:
     """Make a connected ProcessGroupGloo that is in no table of torch.distributed.
 
-    `_Options` with `_devices`, `_threads`, `_timeout`: torch._C._distributed_c10d.
+    `_Options` with `_devices`, `_threads`, `_timeout`, and `_set_default_timeout`: torch._C._distributed_c10d.
     """
     from torch._C._distributed_c10d import ProcessGroupGloo
 
@@ -116,8 +118,11 @@ def make_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta, devic
     options._devices = [device]
     # Threads serve torch's own asynchronous collectives only, which commgraph does not use: one is enough for a caller of `cpu_group`.
     options._threads = 1
-    options._timeout = timeout
-    return ProcessGroupGloo(store, rank, size, options)
+    # It takes this for each of five attempts to connect, as seen in torch 2.13.
+    options._timeout = (connect_timeout or timeout) / 5
+    group = ProcessGroupGloo(store, rank, size, options)
+    group._set_default_timeout(timeout)
+    return group
 
 
 def backend_options(kind: str, timeout: timedelta, *, coalesced: bool = False, **fields: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import commgraph
-from commgraph.agreement import PeerLeftError
+from commgraph.agreement import agree
 from commgraph.building import Builder, Connection
 from commgraph.communicators.base import Communicator
 from commgraph.coordinator import GroupCoordinator
@@ -22,7 +22,6 @@ from commgraph.coordinator.capture import GraphCapture, capture
 from commgraph.coordinator.state import GroupState
 from commgraph.deadline import Deadline, seconds_of
 from commgraph.errors import (
-    BuildError,
     CollectiveTimeoutError,
     CommGraphError,
     ConfigurationError,
@@ -31,6 +30,7 @@ from commgraph.errors import (
     LayoutMismatchError,
 )
 from commgraph.layout import Layout
+from commgraph.meeting import Meeting
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import Platform
 from commgraph.platforms.detection import Plugins
@@ -365,72 +365,25 @@ def build_context(
     """
     what = f"context {name!r}"
     store = dist.PrefixStore(f"context/{name}/{build}", builder.store)
-    begin = dist.PrefixStore("begin", store)
+    meeting = builder.meeting(store, what)
     rank, size = builder.rank, len(builder.hosts.nodes)
-    try:
+    with meeting.reporting():
         if in_use:
             raise ConfigurationError(f"{what} is open already: close it first, or give the new one another name")
         plan = _plan(layout, size, groups, options)
-    except (ConfigurationError, TypeError) as error:
-        _report(builder, begin, what, error)
-        raise
-    plugins = Plugins.find()
-    facts = {
-        "the layout": f"{layout!r} {layout.digest}",
-        "the options": "; ".join(f"{group}: {given.describe()}{' +device' if device else ''}" for group, (given, device) in plan.items()),
-        "the platform": platform.name,
-        "the strategies of other packages": plugins.describe(),
-        "the versions": f"commgraph {commgraph.__version__}, torch {torch.__version__}",
-    }
-    builder.agree(begin, facts, what=what)
-
-    end = dist.PrefixStore("end", store)
-    # Groups share communicators if they have the same ranks in the same order, the same options, and are served alike. Where
-    # device tensors have no backend of their own, as on the host, groups that serve them do not differ from those that do not.
-    shared: dict[tuple[Any, ...], list[str]] = {}
-    for group, (given, device) in plan.items():
-        key = (layout.ranks(group, rank), given, device or platform.backend() == "gloo", group if given.isolates(group) else None)
-        shared.setdefault(key, []).append(group)
-    uids = {names[0]: f"{name}/{build}/{names[0]}/{layout.ranks(names[0], rank)}" for names in shared.values()}
-    connections: dict[str, Connection | None] = {}
-    coordinators: dict[str, GroupCoordinator] = {}
-    try:
-        if platform.streams(world.device) is not None and any(given.check for given, _ in plan.values()):
-            builder.keep_order(store)
-        # All connections first, then the strategies: a rank whose strategies fail leaves no peer waiting for a connection.
-        for first, uid in uids.items():
-            connections[first] = builder.connect(uid, layout.ranks(first, rank))
-        for first, *others in shared.values():
-            given, device = plan[first]
-            state = builder.state(
-                uids[first],
-                layout.ranks(first, rank),
-                connections[first],
-                platform,
-                given,
-                wants_device=device,
-                device=world.device,
-                plugins=plugins,
-                partition=functools.partial(layout.groups, first),
-            )
-            coordinators[first] = build_coordinator(world, first, state)
-            coordinators |= {other: coordinators[first]._joined(other) for other in others}
-        firsts = [coordinators[first] for first in uids if coordinators[first].world_size > 1]
-        routing = {f"the strategies of group {c.name!r} {c.ranks}": repr(dict(c.communicators)) for c in firsts}
-    except PeerLeftError as error:
-        _undo(builder, coordinators, connections)
-        # The rank that left reports why, and the report is raised here.
-        builder.agree(end, {}, what=what, error=str(error), follows=True)
-        raise
-    except BaseException as error:
-        _undo(builder, coordinators, connections)
-        _report(builder, end, what, error)
-        raise
-    try:
-        builder.agree(end, routing, what=what)
-    except BaseException:
-        _undo(builder, coordinators, connections)
-        raise
+        plugins = Plugins.find()
+        facts = {
+            "the layout": f"{layout!r} {layout.digest}",
+            "the options": "; ".join(
+                f"{group}: {given.describe()}{' +device' if device else ''}" for group, (given, device) in plan.items()
+            ),
+            "the platform": platform.name,
+            "the strategies of other packages": plugins.describe(),
+            "the versions": f"commgraph {commgraph.__version__}, torch {torch.__version__}",
+        }
+        agree(meeting.at("begin"), facts)
+        coordinators = _build_groups(world, builder, meeting, layout, f"{name}/{build}", plan, platform, plugins)
+    meeting.clean()
     context = ParallelContext(
         name=name,
         layout=layout,
@@ -445,6 +398,57 @@ def build_context(
         ", ".join(f"{group} {context[group].rank_in_group}/{context[group].world_size}" for group in plan),
     )
     return context
+
+
+def _build_groups(
+    world: _World,
+    builder: Builder,
+    meeting: Meeting,
+    layout: Layout,
+    uid: str,
+    plan: Mapping[str, tuple[CommunicatorOptions, bool]],
+    platform: Platform,
+    plugins: Plugins,
+) -> dict[str, GroupCoordinator]:
+    """Build the groups that `plan` names, whole, or none; return them by name. Collective over the world."""
+    rank = builder.rank
+    # Groups share communicators if they have the same ranks in the same order, the same options, and are served alike. Where
+    # device tensors have no backend of their own, as on the host, groups that serve them do not differ from those that do not.
+    shared: dict[tuple[Any, ...], list[str]] = {}
+    for group, (given, device) in plan.items():
+        key = (layout.ranks(group, rank), given, device or platform.backend() == "gloo", group if given.isolates(group) else None)
+        shared.setdefault(key, []).append(group)
+    uids = {names[0]: f"{uid}/{names[0]}/{layout.ranks(names[0], rank)}" for names in shared.values()}
+    connections: dict[str, Connection | None] = {}
+    coordinators: dict[str, GroupCoordinator] = {}
+    try:
+        if platform.streams(world.device) is not None and any(given.check for given, _ in plan.values()):
+            builder.keep_order(meeting)
+        # All connections first, then the strategies: a rank whose strategies fail leaves no peer waiting for a connection.
+        for first, name in uids.items():
+            connections[first] = builder.connect(name, layout.ranks(first, rank), meeting)
+        for first, *others in shared.values():
+            given, device = plan[first]
+            state = builder.state(
+                uids[first],
+                layout.ranks(first, rank),
+                connections[first],
+                platform,
+                given,
+                wants_device=device,
+                device=world.device,
+                plugins=plugins,
+                partition=functools.partial(layout.groups, first),
+                deadline=meeting.deadline,
+            )
+            coordinators[first] = build_coordinator(world, first, state)
+            coordinators |= {other: coordinators[first]._joined(other) for other in others}
+        firsts = [coordinators[first] for first in uids if coordinators[first].world_size > 1]
+        agree(meeting.at("end"), {f"the strategies of group {c.name!r} {c.ranks}": repr(dict(c.communicators)) for c in firsts})
+    except BaseException:
+        _undo(builder, coordinators, connections)
+        raise
+    return coordinators
 
 
 def build_coordinator(world: _World, name: str, state: GroupState) -> GroupCoordinator:
@@ -466,12 +470,6 @@ def _undo(builder: Builder, coordinators: Mapping[str, GroupCoordinator], connec
         if connection is not None:
             connection.transport.close()
     builder.states.prune()
-
-
-def _report(builder: Builder, store: dist.Store, what: str, error: BaseException) -> None:
-    """Report to the others why this rank raises; their errors name it, this rank raises its own."""
-    with contextlib.suppress(BuildError):
-        builder.agree(store, {}, what=what, error=f"{type(error).__name__}: {error}")
 
 
 def _plan(

@@ -14,49 +14,22 @@ import os
 import secrets
 import stat
 import tempfile
-import threading
 from collections.abc import Collection, Hashable, Sequence
-from datetime import timedelta
 from pathlib import Path
-from typing import Protocol, Self, TypeVar
+from typing import Self, TypeVar
 
 import attrs
 import msgspec
 
 from commgraph.errors import BuildError
-from commgraph.waiting import await_keys
+from commgraph.meeting import Meeting
 
-__all__ = ["Hosts", "Identity", "Probe", "Store", "alone", "discover", "group_by_verdicts"]
+__all__ = ["Hosts", "Identity", "Probe", "alone", "discover", "group_by_verdicts"]
 
 _SECRET_BYTES = 32
-_NAMED_RANKS = 16
+# How the descriptor of a probe looks in /proc.
+_PROBE = "/memfd:commgraph-probe"
 _T = TypeVar("_T")
-
-
-class Store(Protocol):
-    """The part of a ``torch.distributed.Store`` that this module uses."""
-
-    @property
-    def timeout(self) -> timedelta:
-        """How long `multi_get` waits for keys."""
-
-    def set(self, key: str, value: bytes, /) -> None:
-        """Writes a key."""
-
-    def get(self, key: str, /) -> bytes:
-        """Waits for a key and reads it."""
-
-    def multi_get(self, keys: list[str], /) -> list[bytes]:
-        """Waits for keys and reads them."""
-
-    def wait(self, keys: list[str], timeout: timedelta, /) -> None:
-        """Waits for keys."""
-
-    def check(self, keys: list[str], /) -> bool:
-        """Whether all of the keys are there; does not wait."""
-
-    def has_extended_api(self) -> bool:
-        """Whether there is a `multi_get`."""
 
 
 @attrs.frozen
@@ -190,32 +163,30 @@ def alone() -> Hosts:
     return Hosts(0, (0,), secrets.token_bytes(_SECRET_BYTES), (0,))
 
 
-def discover(store: Store, rank: int, world_size: int, *, label: str = "", timeout: timedelta) -> Hosts:
+def discover(meeting: Meeting, *, label: str = "") -> Hosts:
     """Finds out which ranks share a node; collective over all ranks.
 
-    Two exchanges through the store, each one ``set`` and one ``multi_get`` (and a ``wait`` where the store's own timeout is longer
-    than the one asked for): first who is where, then whose segment could be read. A world of one rank does not touch the store.
+    Two exchanges through the store, each one ``set`` and one ``multi_get``, beside looking whether the keys are there: first who is where,
+    then whose segment could be read. A world of one rank does not touch the store.
 
     Args:
-        store: shared by the ranks and not used for this before: give each world a prefix of its own.
-        rank: this rank.
-        world_size: number of ranks.
+        meeting: of the ranks, with a prefix of its own.
         label: simulated host, for tests.
-        timeout: how long to wait, in each exchange, for the rank that comes last.
 
     Raises:
         BuildError: ranks did not come in time (the message names them), or what the store holds is not theirs.
     """
+    world_size, rank = len(meeting.ranks), meeting.rank
     if world_size == 1:
         return alone()
     with Probe() as probe:
         mine = probe.identity(label)
-        told = _exchange(store, "identity", rank, world_size, msgspec.msgpack.encode(mine), timeout)
-        identities = [_decode(value, Identity, peer) for peer, value in enumerate(told)]
+        told = meeting.exchange("hosts/identity", msgspec.msgpack.encode(mine))
+        identities = [mine if peer == rank else _decode(value, Identity, peer) for peer, value in enumerate(told)]
         read = {peer: _read_secret(other) for peer, other in enumerate(identities) if peer != rank and mine.may_share_with(other)}
         secret_of = {peer: secret for peer, secret in read.items() if secret is not None} | {rank: probe.secret}
         # A rank that has the verdicts of all knows that all have read: the probe can be closed from here on.
-        told = _exchange(store, "verdict", rank, world_size, msgspec.msgpack.encode(sorted(secret_of)), timeout)
+        told = meeting.exchange("hosts/verdict", msgspec.msgpack.encode(sorted(secret_of)))
     nodes = group_by_verdicts([_decode(value, list[int], peer) for peer, value in enumerate(told)])
     networks = _renumber([(other.boot_id, other.network) for other in identities])
     return Hosts(rank, nodes, secret_of[nodes.index(nodes[rank])], networks)
@@ -253,39 +224,10 @@ def _renumber(labels: Sequence[Hashable]) -> tuple[int, ...]:
     return tuple(numbers.setdefault(label, len(numbers)) for label in labels)
 
 
-def _exchange(store: Store, topic: str, rank: int, world_size: int, value: bytes, timeout: timedelta) -> list[bytes]:
-    keys = [f"hosts/{topic}/{peer}" for peer in range(world_size)]
-    try:
-        store.set(keys[rank], value)
-        # The store's own timeout is not lowered, as that would lower it for every user of the store. Its reads cannot be interrupted.
-        if store.timeout > timeout or threading.current_thread() is threading.main_thread():
-            await_keys(store, keys, min(timeout, store.timeout))
-        return store.multi_get(keys) if store.has_extended_api() else [store.get(key) for key in keys]
-    except (RuntimeError, OSError, LookupError) as error:  # torch's store errors are RuntimeErrors
-        raise BuildError(_why(store, keys, rank, timeout, error)) from error
-
-
-def _why(store: Store, keys: Sequence[str], rank: int, timeout: timedelta, error: Exception) -> str:
-    try:
-        missing = [peer for peer, key in enumerate(keys) if not store.check([key])]
-    except (RuntimeError, OSError, LookupError):
-        missing = []
-    if not missing:
-        return f"rank {rank}: the store through which the {len(keys)} ranks meet failed: {error}"
-    named = ", ".join(map(str, missing[:_NAMED_RANKS])) + (
-        f" and {len(missing) - _NAMED_RANKS} more" if len(missing) > _NAMED_RANKS else ""
-    )
-    return (
-        f"rank {rank}: {len(missing)} of {len(keys)} ranks did not come within {min(timeout, store.timeout).total_seconds():g} s: {named}. "
-        "Either they died (look at their own output), or they wait elsewhere: ranks on several nodes, or started through a script, need "
-        "the same MASTER_ADDR and MASTER_PORT"
-    )
-
-
 def _decode(value: bytes, type_: type[_T], rank: int) -> _T:
     try:
         return msgspec.msgpack.decode(value, type=type_)
-    except msgspec.DecodeError as error:
+    except (msgspec.MsgspecError, ValueError) as error:
         raise BuildError(f"what the store holds for rank {rank} is not commgraph's, or another version's: {error}") from error
 
 
@@ -321,7 +263,11 @@ def _read_memfd(pid: int, fd: int) -> bytes:
     # Writable, as the segments will have to be; without blocking, whatever is open there.
     here = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
-        if not stat.S_ISREG(os.fstat(here).st_mode) or not fcntl.fcntl(here, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+        found = os.fstat(here)
+        # A process that may open those of other users (root) must not take what another user points at for a neighbour's.
+        if found.st_uid != os.geteuid() or not str(Path(f"/proc/self/fd/{here}").readlink()).startswith(_PROBE):
+            return b""
+        if not stat.S_ISREG(found.st_mode) or not fcntl.fcntl(here, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             return b""
         with mmap.mmap(here, _SECRET_BYTES, access=mmap.ACCESS_READ) as mapping:
             return mapping[:]

@@ -49,7 +49,6 @@ class Launch:
         master_addr: host name or address where the ranks meet.
         master_port: TCP port there, 1 to 65535.
         agent_store: torchrun's agent already serves the store at that address: rank 0 connects to it like everybody else.
-        restart_count: how often torchrun has restarted the workers.
         job: text that identifies this job among others of the same launcher; None where the launcher sets none.
     """
 
@@ -62,7 +61,6 @@ class Launch:
     master_addr: str | None = None
     master_port: int | None = None
     agent_store: bool = False
-    restart_count: int = 0
     job: str | None = None
 
 
@@ -187,7 +185,6 @@ def detect(environ: Mapping[str, str]) -> Launch:
             f"{chosen.name} tells numbers that do not fit together: local rank {local_rank} of {local_size} ranks on this node, "
             f"{world_size} in all ({_listing(env, (*places, chosen.size))})"
         )
-    torchrun = chosen.name == "torchrun"
     return Launch(
         launcher=chosen.name,
         rank=rank,
@@ -197,8 +194,7 @@ def detect(environ: Mapping[str, str]) -> Launch:
         node_count=_first_natural(env, (name for launcher in agreeing for name in launcher.node_count)),
         master_addr=_address(env),
         master_port=_port(env),
-        agent_store=torchrun and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        restart_count=(_natural(env, "TORCHELASTIC_RESTART_COUNT") or 0) if torchrun else 0,
+        agent_store=chosen.name == "torchrun" and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         job=_listing(env, (name for name in chosen.job if name in env)) or None,
     )
 

@@ -64,7 +64,7 @@ def open_store(init_method: str, *, rank: int, world_size: int, timeout: timedel
         hint = (
             "the port is taken, or is not one of this machine's addresses"
             if serves
-            else f"rank 0 did not serve there within {timeout.total_seconds():g} s"
+            else f"rank 0 did not serve there within {timeout.total_seconds():.3g} s"
         )
         raise BuildError(f"rank {rank} of {world_size} could not meet its peers at {init_method}: {hint} ({error})") from error
 

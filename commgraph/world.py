@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import hmac
 import logging
 import os
 import threading
 import warnings
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from types import MappingProxyType, TracebackType
-from typing import Any, NoReturn, Self, cast, overload
+from typing import Any, NoReturn, Self, overload
 
 import attrs
 import torch
@@ -29,7 +30,6 @@ from commgraph.context import CLOSE_TIMEOUT, ParallelContext, build_context, bui
 from commgraph.coordinator import GroupCoordinator
 from commgraph.deadline import Deadline, seconds_of, timedelta_of
 from commgraph.errors import (
-    BuildError,
     CollectiveTimeoutError,
     CommGraphError,
     ConfigurationError,
@@ -39,10 +39,14 @@ from commgraph.errors import (
 )
 from commgraph.layout import Layout
 from commgraph.layout.checks import whole
+from commgraph.meeting import Meeting
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import Platform
 from commgraph.platforms.detection import Plugins
+from commgraph.processes import Process
 from commgraph.rendezvous import open_store
+from commgraph.sealed import SealedStore
+from commgraph.session import open_session
 
 __all__ = ["World"]
 
@@ -86,7 +90,9 @@ class World:
         group: coordinator over every rank, for host tensors and objects.
     """
 
-    def __init__(self, builder: Builder, *, local_rank: int, device: torch.device, platform: Platform, store: dist.Store) -> None:
+    def __init__(
+        self, builder: Builder, meeting: Meeting, *, local_rank: int, device: torch.device, platform: Platform, store: dist.Store
+    ) -> None:
         """Not for users: see `from_env`, `connect`, `from_store`, `from_torch`."""
         self._builder = builder
         self._state = _State()
@@ -106,7 +112,7 @@ class World:
         self._finalizer = weakref.finalize(self, _release, builder.states, builder.order)
         try:
             everyone = tuple(range(self.size))
-            connection = builder.connect("world", everyone)
+            connection = builder.connect("world", everyone, meeting)
             # Host tensors and objects, by strategies of commgraph only: made before plugins are loaded.
             state = builder.state(
                 "world",
@@ -118,7 +124,13 @@ class World:
                 device=device,
                 plugins=Plugins(),
                 partition=lambda: (everyone,),
+                deadline=meeting.deadline,
             )
+            try:
+                agree(meeting.at("end"), {"the strategies of the world": repr(dict(state.strategies.table))})
+            except BaseException:
+                state.close()
+                raise
             self.group: GroupCoordinator = build_coordinator(self, "world", state)
         except BaseException:
             self._state.closed = True  # nothing to close, and no warning if it is not closed
@@ -170,11 +182,7 @@ class World:
             return cls._make(None, 0, 1, local_rank, limit, device, platform, key)
         method = init_method or launch.meeting_point(facts, dp_size=dp_size)
         hosted = facts.agent_store and init_method is None
-        store = open_store(method, rank=rank, world_size=size, timeout=limit, hosted_elsewhere=hosted)
-        if hosted:
-            # The agent outlives its workers: a prefix separates the keys of this attempt from those of crashed ones.
-            store = dist.PrefixStore(f"attempt/{facts.restart_count}", store)
-        return cls._make(store, rank, size, local_rank, limit, device, platform, key)
+        return cls._meet(method, rank, size, local_rank, limit, device, platform, key, hosted_elsewhere=hosted)
 
     @classmethod
     def connect(
@@ -197,8 +205,9 @@ class World:
         """
         check_rank(rank, world_size)
         limit, key = timedelta_of(timeout), launch.check_authkey("World.connect", authkey) or launch.authkey(os.environ)
-        store = open_store(init_method, rank=rank, world_size=world_size, timeout=limit) if world_size > 1 else None
-        return cls._make(store, rank, world_size, local_rank, limit, device, platform, key)
+        if world_size == 1:
+            return cls._make(None, rank, world_size, local_rank, limit, device, platform, key)
+        return cls._meet(init_method, rank, world_size, local_rank, limit, device, platform, key)
 
     @classmethod
     def from_store(
@@ -255,6 +264,20 @@ class World:
         return cls._make(store, rank, size, local_rank, timedelta_of(timeout), device, platform, key)
 
     @classmethod
+    def _meet(cls, init_method: str, rank: int, size: int, *place: Any, hosted_elsewhere: bool = False) -> World:
+        """Open the store that `init_method` names, and build the World in it."""
+        deadline = Deadline.after(place[1].total_seconds())
+
+        def open_it() -> dist.Store:
+            return open_store(
+                init_method, rank=rank, world_size=size, timeout=timedelta(seconds=deadline.left()), hosted_elsewhere=hosted_elsewhere
+            )
+
+        # Rank 0 serves the store itself, and would not be answered by another server in its place.
+        reopen = open_it if rank or hosted_elsewhere else None
+        return cls._make(open_it(), rank, size, *place, deadline=deadline, reopen=reopen)
+
+    @classmethod
     def _make(
         cls,
         store: dist.Store | None,
@@ -267,37 +290,56 @@ class World:
         authkey: bytes | None,
         *,
         label: str = "",
+        deadline: Deadline | None = None,
+        reopen: Callable[[], dist.Store] | None = None,
     ) -> World:
-        """Meet the other ranks, discover which share a node, and build the World. `label`: a simulated node, for tests."""
+        """Find the other ranks, discover which share a node, and build the World. `label`: a simulated node, for tests."""
         platform = Platform.detect() if platform is None else platform
+        deadline = Deadline.after(timeout.total_seconds()) if deadline is None else deadline
         if store is None or size == 1:
             store = dist.HashStore() if store is None else store
+            me = Process.own()
             mine: dist.Store = dist.PrefixStore("commgraph", store)
-            found = hosts.alone()
-        else:
-            try:
-                # The n-th world of this rank meets the n-th of every other: several worlds may use one store.
-                number = store.add(f"commgraph/worlds/{rank}", 1)
-            except RuntimeError as error:
-                raise BuildError(f"rank {rank} of {size}: the store that the ranks meet in does not answer: {error}") from error
-            mine = dist.PrefixStore(f"commgraph/{number}", store)
-            found = hosts.discover(cast(hosts.Store, mine), rank, size, label=label, timeout=timeout)  # torch's stub lacks half of a Store
+            meeting = Meeting(mine, mine, (rank,), 0, "the world", deadline, me, (me,))
+            builder = Builder(mine, rank, hosts.alone(), bool(label), timeout, authkey, States(), me, (me,))
+            return cls._of(builder, meeting, local_rank, device, platform, store)
+        session = open_session(store, rank, size, deadline, reopen)
+        store, me, processes = session.store, session.me, session.processes
+        mine = dist.PrefixStore(f"commgraph/{session.name}", store)
+        meeting = Meeting(mine, mine, range(size), rank, "the world", deadline, me, processes)
+        with meeting.reporting():
+            # The name is fresh, so nobody has seen the digest before. From here on no rank believes a value written with another key.
+            digest = hmac.digest(authkey or b"", session.name.encode(), "sha256").hex()[:16]
+            which = f"yes, {digest} in this world" if authkey else "no"
             facts = {
-                "whether there is an authkey (COMMGRAPH_AUTHKEY or authkey=)": "yes" if authkey else "no",
+                "whether there is an authkey (COMMGRAPH_AUTHKEY or authkey=), and which": which,
                 "the versions": f"commgraph {commgraph.__version__}, torch {torch.__version__}",
                 "the platform": platform.name,
             }
-            agree(dist.PrefixStore("begin", mine), rank, size, facts, what="the world", timeout=timeout)
-        builder = Builder(mine, rank, found, bool(label), timeout, authkey, States())
-        return cls._of(builder, local_rank, device, platform, store)
+            agree(meeting.at("begin"), facts)
+            meeting.leavings.extend((store, key) for key in session.leavings)
+            if authkey:
+                sealed = SealedStore(mine, hmac.digest(authkey, f"store {session.name}".encode(), "sha256"))
+                meeting = attrs.evolve(meeting, store=sealed, root=sealed)
+            found = hosts.discover(meeting, label=label)
+            builder = Builder(meeting.store, rank, found, bool(label), timeout, authkey, States(), me, processes)
+            world = cls._of(builder, meeting, local_rank, device, platform, store)
+        meeting.clean()
+        return world
 
     @classmethod
     def _of(
-        cls, builder: Builder, local_rank: int | None, device: torch.device | str | None, platform: Platform, store: dist.Store
+        cls,
+        builder: Builder,
+        meeting: Meeting,
+        local_rank: int | None,
+        device: torch.device | str | None,
+        platform: Platform,
+        store: dist.Store,
     ) -> World:
         place = builder.hosts.local_rank if local_rank is None else local_rank
         chosen = platform.device(place) if device is None else torch.device(device)
-        world = cls(builder, local_rank=place, device=chosen, platform=platform, store=store)
+        world = cls(builder, meeting, local_rank=place, device=chosen, platform=platform, store=store)
         logger.debug("%r: node %d of %d, rank %d of %d there", world, world.node_rank, world.node_count, world.local_rank, world.local_size)
         return world
 
@@ -394,10 +436,15 @@ class World:
             rank=chosen.index(self.rank),
             hosts=self._builder.hosts.restrict(chosen),
             states=States(),
+            processes=[self._builder.processes[rank] for rank in chosen],
             proofs=PeerAccessCache(),
             order=DeviceOrder(),
         )
-        world = World._of(builder, None if self.size > len(chosen) else self.local_rank, self.device, self.platform, self._caller_store)
+        place = None if self.size > len(chosen) else self.local_rank
+        meeting = builder.meeting(store, f"split({list(chosen)})")
+        with meeting.reporting():
+            world = World._of(builder, meeting, place, self.device, self.platform, self._caller_store)
+        meeting.clean()
         with self._state.lock:
             self._state.splits[:] = [*(split for split in self._state.splits if not split.closed), world]
         return world

@@ -56,10 +56,17 @@ class CountingStore(dist.Store):
         self.shared = shared
         self.operations = 0
         self.keys = 0
+        self._looked_for: set[tuple[str, ...]] = set()
 
     def _count(self, keys: int) -> None:
         self.operations += 1
         self.keys += keys
+
+    def _count_look(self, *keys: str) -> None:
+        """Count a look once: a wait looks for its keys again and again, and if it lasts, whether a rank has failed."""
+        if keys not in self._looked_for and not keys[0].endswith("/failed"):
+            self._looked_for.add(keys)
+            self._count(len(keys))
 
     def set(self, key: str, value: Any) -> None:
         self._count(1)
@@ -70,7 +77,10 @@ class CountingStore(dist.Store):
         return self.shared.get(key)
 
     def add(self, key: str, amount: int) -> int:
-        self._count(1)
+        if amount:
+            self._count(1)
+        else:
+            self._count_look(f"{key} as a number")
         return self.shared.add(key, amount)
 
     def compare_set(self, key: str, expected: Any, desired: Any) -> bytes:
@@ -78,7 +88,7 @@ class CountingStore(dist.Store):
         return self.shared.compare_set(key, expected, desired)
 
     def check(self, keys: list[str]) -> bool:
-        self._count(len(keys))
+        self._count_look(*keys)
         return self.shared.check(keys)
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
@@ -92,6 +102,10 @@ class CountingStore(dist.Store):
     def multi_set(self, keys: list[str], values: Any) -> None:
         self._count(len(keys))
         self.shared.multi_set(keys, values)
+
+    def delete_key(self, key: str) -> bool:
+        self._count(1)
+        return self.shared.delete_key(key)
 
     def has_extended_api(self) -> bool:
         return True

@@ -66,12 +66,14 @@ class Limits:
         build_timeout: deadline of the build, in seconds.
         local_size: ranks of the job on this host, which share its cores (another number on another host).
         device_timeout: default deadline of an operation that is enqueued on a device, in seconds.
+        handover_key: authenticates the words by which the ranks of one host hand memory to each other.
     """
 
     timeout: float
     build_timeout: float
     local_size: int
     device_timeout: float = 300.0
+    handover_key: bytes = attrs.field(default=b"", repr=False)
 
 
 class FastPath(Protocol):

@@ -53,15 +53,29 @@ def milliseconds(deadline: Deadline) -> timedelta:
 class GlooTransport:
     """Connections of one rank to every other rank of its group."""
 
-    def __init__(self, store: dist.Store, rank_in_group: int, world_size: int, *, timeout: timedelta, device: compat.GlooDevice) -> None:
+    def __init__(
+        self,
+        store: dist.Store,
+        rank_in_group: int,
+        world_size: int,
+        *,
+        timeout: timedelta,
+        device: compat.GlooDevice,
+        connect_timeout: timedelta | None = None,
+    ) -> None:
         """Connect. Collective over the group; `store` holds nothing but this group's keys.
 
+        Args:
+            store, rank_in_group, world_size, device: of the group.
+            timeout: default deadline of operations on `process_group`.
+            connect_timeout: within which the peers come; None: `timeout`.
+
         Raises:
-            RuntimeError: from torch, where a peer did not come within `timeout` or descriptors ran out.
+            RuntimeError: from torch, where a peer did not come in time or descriptors ran out.
         """
         self.rank_in_group = rank_in_group
         self.world_size = world_size
-        self._backend: Any = compat.make_gloo(store, rank_in_group, world_size, timeout, device)
+        self._backend: Any = compat.make_gloo(store, rank_in_group, world_size, timeout, device, connect_timeout)
         self.process_group: dist.ProcessGroup | None = compat.wrap(store, rank_in_group, world_size, self._backend, torch.device("cpu"))
         self._bytes_sent = 0
         self._errand = Errand()

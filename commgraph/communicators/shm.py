@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import math
 import os
 import struct
@@ -19,6 +20,7 @@ from commgraph.communicators.reduction import REDUCE_OPS, reduce_pieces
 from commgraph.communicators.shm_fast import ShmFastPath, by_peer
 from commgraph.communicators.tags import SETUP, make_tag
 from commgraph.deadline import Deadline
+from commgraph.errors import BuildError
 from commgraph.options import CommunicatorOptions
 from commgraph.shm import host_memory, segments
 from commgraph.shm.mailbox import Mailbox, tensors_with
@@ -29,6 +31,7 @@ __all__ = ["ShmCommunicator", "exchange_bytes"]
 
 # Most bytes of a message between ranks while the memory is made.
 _WORD_BYTES = 1024
+_MAC_BYTES = 32
 
 # As in native/kernels.h.
 _KERNELS = MappingProxyType(
@@ -93,7 +96,7 @@ class ShmCommunicator(Communicator):
             gloo.world_size, shm_bytes=options.shm_bytes, queue_bytes=options.queue_bytes, queues=options.message_queue
         )
         deadline = Deadline.after(limits.build_timeout)
-        exchange = exchange_bytes(gloo, cls.name, deadline)
+        exchange = _signed(exchange_bytes(gloo, cls.name, deadline), limits.handover_key, gloo.rank_in_group)
         found = host_memory.join(exchange, sizes, gloo.rank_in_group, local_size=limits.local_size)
         if isinstance(found, str):
             return Refused(cls.name, found)
@@ -431,6 +434,24 @@ def exchange_bytes(gloo: GlooCommunicator, name: str, deadline: Deadline) -> Cal
         return [text[2 : 2 + int.from_bytes(text[:2], "little")] for text in said]
 
     return exchange
+
+
+def _signed(exchange: Callable[[bytes], list[bytes]], key: bytes, me: int) -> Callable[[bytes], list[bytes]]:
+    """Return `exchange` for words that are signed by a key that only ranks of this host have: gloo takes a connection from anybody."""
+    steps = iter(range(1 << 20))
+
+    def mac(step: int, rank: int, word: bytes) -> bytes:
+        return hmac.digest(key, step.to_bytes(4, "little") + rank.to_bytes(4, "little") + word, "sha256")
+
+    def exchange_signed(word: bytes) -> list[bytes]:
+        step = next(steps)
+        said = exchange(mac(step, me, word) + word)
+        for rank, text in enumerate(said):
+            if not hmac.compare_digest(text[:_MAC_BYTES], mac(step, rank, text[_MAC_BYTES:])):
+                raise BuildError(f"rank {rank} in the group did not sign where its memory is: somebody else has taken its connection")
+        return [text[_MAC_BYTES:] for text in said]
+
+    return exchange_signed
 
 
 def _kernel(dtype: torch.dtype, op: str) -> tuple[int, int, int]:

@@ -16,6 +16,7 @@ import attrs
 import torch.distributed as dist
 
 from commgraph.communicators.base import CallsDiffer, FastPath, PeerClosed, PeerLate
+from commgraph.deadline import Deadline
 from commgraph.errors import (
     CollectiveError,
     CollectiveMismatchError,
@@ -23,15 +24,15 @@ from commgraph.errors import (
     ContextClosedError,
     PeerLostError,
 )
-from commgraph.waiting import Background
+from commgraph.meeting import STORE_ERRORS, attend
 
 __all__ = ["EXPECTED", "Call", "Failures", "Members", "call_site"]
 
 # Failures of a strategy, which end a call.
 EXPECTED = (PeerLate, PeerClosed, CallsDiffer, CollectiveError)
 
-# Seconds that the store of the job may take to answer beside an error.
-_STORE_SECONDS = 1.0
+# Seconds that a store may take, at most, to take or give what a rank says of a failure.
+_PUBLISH_SECONDS = 0.5
 
 # Frames that are not the user's: this package's, and those of the context managers in it.
 _OURS = (str(Path(__file__).parent.parent), contextlib.__file__)
@@ -236,31 +237,34 @@ class Failures:
         return error
 
     def _publish(self, fault: _Fault) -> None:
-        # The store may be gone with the rest of the job: then nothing is published.
-        if self._store is not None and self.broken is None:
-            store, text = self._store, json.dumps(attrs.asdict(fault))
-            # On a thread: a store whose process stands still answers nobody.
-            with contextlib.suppress(RuntimeError):
-                Background(lambda: store.set(f"fault/{self._members.rank_in_group}", text)).wait(_STORE_SECONDS)
+        store, key = self._store, f"fault/{self._members.rank_in_group}"
+        if store is None or self.broken is not None:
+            return
+        text = json.dumps(attrs.asdict(fault))
+        # The store may be gone with the rest of the job, or not answer: then nothing is published.
+        with contextlib.suppress(TimeoutError, *STORE_ERRORS):
+            attend(lambda _: store.set(key, text), Deadline.after(_PUBLISH_SECONDS), grace=0)
 
     def _read_faults(self, awaited: Sequence[int], *, wait: float) -> dict[int, _Fault]:
         """Return the peers' `_Fault`s by rank in the group, waiting up to `wait` seconds for those of the ranks in `awaited`."""
         me = self._members.rank_in_group
         missing = set(awaited) - {me}
         found: dict[int, _Fault] = {}
-        patience = time.monotonic() + wait
+        store = self._store
 
-        def read() -> None:
-            while (store := self._store) is not None:
+        def read(is_left: Callable[[], bool]) -> None:
+            patience = time.monotonic() + wait
+            while store is not None and not is_left():
                 for peer in range(self._members.world_size):
                     if peer != me and peer not in found and store.check([f"fault/{peer}"]):
                         found[peer] = _Fault(**json.loads(store.get(f"fault/{peer}")))
                 if missing <= found.keys() or time.monotonic() >= patience:
-                    break
+                    return
                 time.sleep(0.02)
 
-        with contextlib.suppress(RuntimeError):
-            Background(read).wait(wait + _STORE_SECONDS)
+        # Where the store does not answer, as where its process was stopped, this rank has an error of its own. TypeError: not commgraph's.
+        with contextlib.suppress(TimeoutError, TypeError, *STORE_ERRORS):
+            attend(read, Deadline.after(max(wait, _PUBLISH_SECONDS)), grace=0)
         return dict(found)
 
 

@@ -1161,14 +1161,12 @@ class GroupCoordinator(compat.OpaqueBase):
             A coordinator; `shares_with` is empty.
 
         Raises:
-            ValueError: a name that is no non-empty string; nothing was sent.
+            ValueError: a name that is no non-empty string. The other ranks raise `BuildError`.
             LayoutMismatchError: the ranks gave different names.
             BuildError: a rank could not build its part, or did not come in time.
         """
         state = self._state
         state.ensure_open(self.name)
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"sibling of group {self.name!r} (rank {self.rank}): name={name!r}: a non-empty string is needed")
         assert state.rebuild is not None
         made = state.rebuild(state, name)
         coordinator = GroupCoordinator._of(name, made, local_rank=self.local_rank, device=self.device, token=self._token)

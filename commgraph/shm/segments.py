@@ -42,10 +42,13 @@ def open_peer(pid: int, fd: int, nbytes: int) -> int:
     """Return a descriptor of this process for the memory that process `pid` has as `fd`.
 
     Raises:
-        OSError: it cannot be opened, or is something else.
+        OSError: it cannot be opened, belongs to another user, or is something else.
     """
     here = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     found = os.fstat(here)
+    if found.st_uid != os.geteuid():  # root could open it all the same
+        os.close(here)
+        raise OSError(f"descriptor {fd} of process {pid} belongs to user {found.st_uid}, and this process to user {os.geteuid()}")
     if not stat.S_ISREG(found.st_mode) or found.st_size != nbytes:
         os.close(here)
         raise OSError(f"descriptor {fd} of process {pid} is not the memory that it announced")

@@ -20,9 +20,11 @@ from commgraph.coordinator.state import GroupState, Members, Network, Strategies
 from commgraph.deadline import Deadline
 from commgraph.errors import BackendUnavailableError, UnsupportedTensorError
 from commgraph.hosts import Hosts
+from commgraph.meeting import Meeting
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms import CpuPlatform, Platform
 from commgraph.platforms.detection import Plugins
+from commgraph.processes import Process
 from commgraph.waiting import Background
 from commgraph.world import World, check_rank
 
@@ -49,8 +51,10 @@ def fake_world(world_size: int, rank: int = 0, *, device: torch.device | str = "
     check_rank(rank, world_size)
     alike = (0,) * world_size
     store = dist.HashStore()
-    builder = _FakeBuilder(store, rank, Hosts(rank, alike, b"", alike), False, _NEVER_WAITED, None, States())
-    return World(builder, local_rank=rank, device=torch.device(device), platform=CpuPlatform(), store=store)
+    me = Process.own()
+    builder = _FakeBuilder(store, rank, Hosts(rank, alike, b"", alike), False, _NEVER_WAITED, None, States(), me, (me,) * world_size)
+    meeting = builder.meeting(store, "the world")
+    return World(builder, meeting, local_rank=rank, device=torch.device(device), platform=CpuPlatform(), store=store)
 
 
 @attrs.frozen
@@ -59,10 +63,11 @@ class _FakeBuilder(Builder):
 
     holds_something: ClassVar[bool] = False
 
-    def agree(self, store: dist.Store, facts: Mapping[str, str], *, what: str, error: str = "", follows: bool = False) -> None:
-        pass
+    def meeting(self, store: dist.Store, what: str) -> Meeting:
+        # Of this rank alone: there is nobody to agree with.
+        return Meeting(store, store, (self.rank,), 0, what, Deadline.after(_NEVER_WAITED.total_seconds()), self.me, self.processes)
 
-    def connect(self, uid: str, ranks: tuple[int, ...]) -> Connection | None:
+    def connect(self, uid: str, ranks: tuple[int, ...], meeting: Meeting) -> Connection | None:
         return None if len(ranks) == 1 else Connection(self.store, _NoTransport(ranks.index(self.rank), len(ranks)))
 
     def state(
@@ -77,6 +82,7 @@ class _FakeBuilder(Builder):
         device: torch.device,
         plugins: Plugins,
         partition: Callable[[], Sequence[Sequence[int]]],
+        deadline: Deadline,
     ) -> GroupState:
         members = Members(uid, ranks, ranks.index(self.rank))
         live = [] if connection is None else [FakeCommunicator(members.rank_in_group, len(ranks))]
@@ -96,7 +102,8 @@ class _FakeBuilder(Builder):
 
     def _sibling(self, of: GroupState, name: str, *, platform: Platform, options: CommunicatorOptions, **kind: Any) -> GroupState:
         uid, ranks = f"{of.members.uid}/sibling {of.count('siblings')}", of.members.ranks
-        return self.state(uid, ranks, self.connect(uid, ranks), platform, options, **kind)
+        meeting = self.meeting(self.store, uid)
+        return self.state(uid, ranks, self.connect(uid, ranks, meeting), platform, options, deadline=meeting.deadline, **kind)
 
 
 class _FakeStrategies(Strategies):

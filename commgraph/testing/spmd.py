@@ -73,15 +73,21 @@ class ThreadStore(dist.Store):
             return self._data.get(key, expected)
 
     def check(self, keys: Sequence[str]) -> bool:
+        """Whether all keys are there. A build looks again and again, so that after `abort` a look ends with an error, as a wait does."""
+        if self._final is not None and not self._final.issuperset(keys):
+            raise dist.DistStoreError(f"looking for {list(keys)[:4]}: another rank failed")
+        return self._has(keys)
+
+    def _has(self, keys: Sequence[str]) -> bool:
         return all(key in self._data for key in keys)
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         limit = (self.timeout if timeout is None else timeout).total_seconds()  # type: ignore[attr-defined]  # missing in torch's stub
         with self._changed:
-            self._changed.wait_for(lambda: self._final is not None or self.check(keys), limit)
+            self._changed.wait_for(lambda: self._final is not None or self._has(keys), limit)
             if self._final is None or all(f"/{CONNECTING}/" in key for key in keys):
                 # All ranks of a connecting group have met. If one left now, the others would stay in gloo's wait, which nothing ends.
-                there = self._changed.wait_for(lambda: self.check(keys), 0 if self._final is None else min(limit, _CONNECT_SECONDS))
+                there = self._changed.wait_for(lambda: self._has(keys), 0 if self._final is None else min(limit, _CONNECT_SECONDS))
             else:
                 there = self._final.issuperset(keys)
             if not there:

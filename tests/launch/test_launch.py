@@ -79,7 +79,7 @@ HOST = HostFacts(boot="b", init_start="1", parent="10:99")
         ({}, Launch("single", 0, 1, 0, 1, 1)),
         (
             TORCHRUN,
-            Launch("torchrun", 5, 8, 1, 4, 2, master_addr="node0", master_port=40415, agent_store=True, restart_count=2),
+            Launch("torchrun", 5, 8, 1, 4, 2, master_addr="node0", master_port=40415, agent_store=True),
         ),
         (OPEN_MPI_5, Launch("Open MPI", 1, 2, 1, 2, job="PMIX_NAMESPACE=prterun-vm-5538@1")),
         (OPEN_MPI_4, Launch("Open MPI", 3, 4, 1, 2, 2, job="PMIX_NAMESPACE=2871132161 OMPI_MCA_ess_base_jobid=2871132161")),
@@ -182,7 +182,6 @@ def test_any_mapping_gives_a_launch_or_a_launch_error(environ: dict[str, str]) -
         ({"MASTER_ADDR": "node0,node1"}, "is a list"),
         ({"MASTER_ADDR": "node[0-3]"}, "is a list"),
         ({"MASTER_ADDR": "node0 "}, "has blanks"),
-        ({"TORCHELASTIC_RESTART_COUNT": "often"}, "TORCHELASTIC_RESTART_COUNT='often'"),
     ],
 )
 def test_bad_values_are_named(change: dict[str, str], named: str) -> None:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 import commgraph as cg
+from commgraph.meeting import Meeting
 from commgraph.testing import spmd
 from tests.helpers import ROOT
 
@@ -159,10 +160,10 @@ def test_a_failure_before_a_world_is_complete(rank: int, monkeypatch: pytest.Mon
 
     connect = building.Builder.connect
 
-    def fail(self: building.Builder, uid: str, ranks: tuple[int, ...]) -> Any:
+    def fail(self: building.Builder, uid: str, ranks: tuple[int, ...], meeting: Meeting) -> Any:
         if self.rank == rank:
             raise OSError("no network")
-        return connect(self, uid, ranks)
+        return connect(self, uid, ranks, meeting)
 
     monkeypatch.setattr(building.Builder, "connect", fail)
     begun = time.monotonic()

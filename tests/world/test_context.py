@@ -357,10 +357,8 @@ def test_a_rank_that_never_comes_is_named_within_the_timeout(absent: int) -> Non
     for thread in threads:
         thread.join(40)
     present = [results[rank] for rank in range(3) if rank != absent]
-    # Rank 0 answers at its deadline, also those who began to wait after it; where it is the one that is missing, the others give it five
-    # seconds more.
     assert present[0][0] >= 1.5, present
-    assert all(seconds < (10 if absent == 0 else 5) for seconds, _ in present), present
+    assert all(seconds < 5 for seconds, _ in present), present
 
 
 def test_a_strategy_that_only_one_rank_has_is_found_at_build() -> None:
@@ -641,9 +639,9 @@ def own_groups(layout: cg.Layout, rank: int) -> set[tuple[int, ...]]:
 def test_a_build_costs_a_rank_what_its_own_groups_are(layout: cg.Layout) -> None:
     for rank, (operations, keys) in enumerate(operations_per_rank(layout)):
         sizes = [len(ranks) for ranks in own_groups(layout, rank)]
-        # A set and a wait; gloo's own set, then a wait and a get per peer. Before and after all groups the ranks agree, in three operations
-        # each; rank 0 reads there what everybody said.
-        bound = sum(3 * size + 8 for size in sizes) + 8
+        # A set, a look, a read and at last a delete; gloo's own set, then a wait and a get per peer. Before and after all groups the ranks
+        # agree, in at most nine operations each; rank 0 reads there what everybody said.
+        bound = sum(3 * size + 8 for size in sizes) + 18
         assert operations <= bound, (rank, sizes, operations)
         assert keys <= bound + (2 * 2 * layout.world_size if rank == 0 else 0), (rank, sizes, keys)
 
