@@ -240,7 +240,7 @@ class Builder:
         meeting = attrs.evolve(self.meeting(store, what), ranks=members.ranks, rank=members.rank_in_group)
         with meeting.reporting():
             if not isinstance(name, str) or not name:
-                raise ValueError(f"{what} (rank {members.rank}): a name is a non-empty string")
+                raise ValueError(f"{what} (rank {members.rank}): name={name!r}: a non-empty string is needed")
             agree(meeting.at("begin"), {"its name": name})
             connection = self.connect(uid, members.ranks, meeting)
             state = self.state(uid, members.ranks, connection, platform, options, deadline=meeting.deadline, **kind)

@@ -16,13 +16,15 @@ import stat
 import tempfile
 from collections.abc import Collection, Hashable, Sequence
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import attrs
 import msgspec
 
 from commgraph.errors import BuildError
-from commgraph.meeting import Meeting
+
+if TYPE_CHECKING:  # needs torch, and this module does not
+    from commgraph.meeting import Meeting
 
 __all__ = ["Hosts", "Identity", "Probe", "alone", "discover", "group_by_verdicts"]
 

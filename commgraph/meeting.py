@@ -227,7 +227,7 @@ class Meeting:
         except PeerLeftError as error:
             reported = error if isinstance(error, _ReportedError) else self._reported_soon() or error
             self._report(str(error))
-            raise BuildError(str(reported)) from error.__cause__
+            raise BuildError(str(reported)) from reported
         except BaseException as error:
             self._report(f"{type(error).__name__}: {error}")
             raise
@@ -241,7 +241,7 @@ class Meeting:
                 self.root.set(_FAILED, json.dumps({"rank": rank, "why": why}))
             if self.rank:
                 self.root.add(_HEARD, 1)
-            else:  # the store may end with this process
+            elif any(self._process(peer) != self.me for peer in range(len(self.ranks))):  # the store may end with this process
                 poll(lambda: int(self.root.add(_HEARD, 0)) >= len(self.ranks) - 1 or None, Deadline.after(_GRACE), is_left)
 
         with contextlib.suppress(TimeoutError, *STORE_ERRORS):

@@ -11,50 +11,12 @@ from typing import Any, Protocol, TypeVar
 
 from commgraph.deadline import Deadline
 
-__all__ = ["Background", "End", "Errand", "await_keys", "interruptible"]
+__all__ = ["Background", "End", "Errand", "interruptible"]
 
 T = TypeVar("T")
 
-# Seconds between two looks at a store, at least and at most; between them a tenth of the time waited so far.
-_SOONEST, _LATEST = 0.0002, 0.1
 # Seconds beyond its deadline after which a store that does not answer is left alone.
 _GRACE = 1.0
-
-
-class _Store(Protocol):
-    """The part of a ``torch.distributed.Store`` that is waited for."""
-
-    def wait(self, keys: list[str], timeout: timedelta, /) -> None: ...
-    def check(self, keys: list[str], /) -> bool: ...
-
-
-class End:
-    """An event that is set once. Construction and wait take a third of the time of those of `threading.Event`."""
-
-    __slots__ = ("_happened", "_lock")
-
-    def __init__(self) -> None:
-        self._happened = False
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def is_set(self) -> bool:
-        """Whether it is set."""
-        return self._happened
-
-    def set(self) -> None:
-        """Set it."""
-        self._happened = True
-        self._lock.release()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until it is set; False if that takes longer than `seconds`."""
-        if self._happened:
-            return True
-        if not self._lock.acquire(timeout=-1 if timeout is None else timeout):
-            return False
-        self._lock.release()
-        return True
 
 
 class Background:
@@ -163,32 +125,3 @@ def interruptible(act: Callable[[Callable[[], bool]], T], seconds: float) -> T:
         return came[0]
     finally:
         left.append(True)
-
-
-def await_keys(store: _Store, keys: Sequence[str], timeout: timedelta) -> None:
-    """Wait until a store holds all of `keys`. On the main thread Ctrl-C ends the wait, which the waits of torch's stores do not let it.
-
-    Raises:
-        RuntimeError: of the store: the time is over, or the store is gone. A store written in Python may raise others.
-    """
-    wanted, deadline = list(keys), Deadline.after(timeout.total_seconds())
-
-    def poll(is_left: Callable[[], bool]) -> None:
-        # Looks, and no wait in slices: each slice of a TCPStore that ends without the key is two warnings on stderr.
-        began = time.monotonic()
-        while not is_left():
-            if store.check(wanted):
-                return
-            if deadline.has_passed:
-                raise RuntimeError(
-                    f"waited {timeout.total_seconds():g} s for keys: {', '.join(wanted[:4])}{'...' if len(wanted) > 4 else ''}"
-                )
-            time.sleep(min(max((time.monotonic() - began) / 10, _SOONEST), _LATEST, deadline.left()))
-
-    if threading.get_ident() != threading.main_thread().ident:
-        store.wait(wanted, timeout)
-        return
-    try:
-        interruptible(poll, deadline.seconds)
-    except TimeoutError as error:
-        raise RuntimeError(f"the store gives {error}") from None

@@ -18,6 +18,7 @@ from commgraph import launch
 from commgraph.building import CONNECTING
 from commgraph.deadline import seconds_of
 from commgraph.errors import CollectiveTimeoutError, ConfigurationError
+from commgraph.meeting import PeerLeftError
 from commgraph.testing.faults import Fault, RankKilled, inject_faults
 from commgraph.world import World
 
@@ -165,6 +166,8 @@ class _Run:
         self.store = ThreadStore()
         self.results: dict[int, object] = {}
         self.failure: tuple[int, BaseException] | None = None
+        # The first failure that only follows from what another rank has reported.
+        self.followed: tuple[int, BaseException] | None = None
         self.expired = False
         self.threads = [_Rank(self, rank) for rank in range(world_size)]
         self._lock = threading.Lock()
@@ -173,6 +176,9 @@ class _Run:
         """Note the first failure, which later ones follow from, and release every rank."""
         with self._lock:
             if self.failure is not None or self.expired:
+                return
+            if isinstance(error.__cause__, PeerLeftError):
+                self.followed = self.followed or (rank, error)
                 return
             self.failure = (rank, error)
         self.release()
@@ -242,8 +248,8 @@ def spmd(
         ranks = ", ".join(str(thread.rank) for thread in late)
         left = f" Ranks {', '.join(str(thread.rank) for thread in stuck)} could not be ended and go on." if stuck else ""
         raise CollectiveTimeoutError(f"spmd: ranks {ranks} of {world_size} were not done after {seconds:g} s.{left} They were at:\n{where}")
-    if run.failure is not None:
-        rank, error = run.failure
+    if (failure := run.failure or run.followed) is not None:
+        rank, error = failure
         error.add_note(f"(raised on rank {rank} of {world_size})")
         del run.threads  # the traceback holds this frame: do not let it hold every world too
         raise error

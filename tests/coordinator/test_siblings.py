@@ -94,6 +94,22 @@ def test_ranks_that_give_other_names_and_names_that_are_none() -> None:
     spmd(run, 2)
 
 
+def test_a_name_that_is_none_on_one_rank_is_an_error_on_all_at_once() -> None:
+    def run(world: cg.World) -> None:
+        tp = world.context(cg.Layout(2, tp=2), name="a").tp
+        begun = time.monotonic()
+        if world.rank:
+            with pytest.raises(ValueError, match="a non-empty string is needed"):
+                tp.sibling("")
+        else:
+            with pytest.raises(cg.BuildError, match=r"sibling 'x' of group .*rank 1 could not build it: ValueError: .*name=''"):
+                tp.sibling("x")
+        assert time.monotonic() - begun < 3
+        assert tp.sibling("x").all_reduce(torch.ones(1)).item() == 2
+
+    spmd(run, 2)
+
+
 def test_one_that_cannot_be_built_on_one_rank_is_built_on_none() -> None:
     def run(world: cg.World) -> None:
         tp = world.context(cg.Layout(2, tp=2), name="a").tp
