@@ -229,10 +229,11 @@ class Meeting:
             self._report(str(error))
             raise BuildError(str(reported)) from reported
         except BaseException as error:
-            self._report(f"{type(error).__name__}: {error}")
+            # At Ctrl-C rank 0 does not wait until the others have read that.
+            self._report(f"{type(error).__name__}: {error}", linger=isinstance(error, Exception))
             raise
 
-    def _report(self, why: str) -> None:
+    def _report(self, why: str, *, linger: bool = True) -> None:
         """Write why this rank cannot go on, unless another has done so before. Never raises, waits little."""
         rank = self.ranks[self.rank]
 
@@ -241,7 +242,7 @@ class Meeting:
                 self.root.set(_FAILED, json.dumps({"rank": rank, "why": why}))
             if self.rank:
                 self.root.add(_HEARD, 1)
-            elif any(self._process(peer) != self.me for peer in range(len(self.ranks))):  # the store may end with this process
+            elif linger and any(self._process(peer) != self.me for peer in range(len(self.ranks))):  # the store may end with this process
                 poll(lambda: int(self.root.add(_HEARD, 0)) >= len(self.ranks) - 1 or None, Deadline.after(_GRACE), is_left)
 
         with contextlib.suppress(TimeoutError, *STORE_ERRORS):
