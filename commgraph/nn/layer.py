@@ -13,7 +13,7 @@ from commgraph.context import ParallelContext
 from commgraph.coordinator import GroupCoordinator
 from commgraph.errors import ConfigurationError
 from commgraph.nn.marks import mark
-from commgraph.nn.shards import Cut, Piece, Shard
+from commgraph.nn.shards import Cut, Full, Piece, Shard
 
 __all__ = ["ParallelLayer"]
 
@@ -80,11 +80,12 @@ class ParallelLayer(nn.Module, abc.ABC):
         if tensor is not None and name in self.cuts and not self.cuts[name].is_replicated:
             mark(tensor, self, name)
 
-    def load_full(self, full: torch.Tensor, shard: Shard | None = None, *, parameter: str = "weight") -> None:
+    def load_full(self, full: Full, shard: Shard | None = None, *, parameter: str = "weight") -> None:
         """Loads this rank's part of a tensor of the unsharded layer. Not collective.
 
         Args:
-            full: the whole tensor, as a checkpoint of the unsharded layer has it; any dtype and device, converted to the parameter's.
+            full: the whole tensor, as a checkpoint of the unsharded layer has it; any dtype and device, converted to the parameter's. Of a
+                slice (``safe_open(...).get_slice(name)``) only this rank's part is read.
             shard: for a layer made of several: which one `full` is. None: all of them, joined along dim 0 in order.
             parameter: ``"weight"`` or ``"bias"``.
 

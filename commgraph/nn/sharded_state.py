@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -153,8 +153,13 @@ def sharded_optimizer_state_dict(model: nn.Module, optimizers: torch.optim.Optim
         ConfigurationError: a sharded parameter's state is of another shape than the parameter (as Adafactor's), which has no full tensor.
     """
     places = places_of(model)
-    state = _local_optimizer_state(model, optimizers)
-    return {key: value if (place := _owner(key, value, places)) is None else place.view(value, None) for key, value in state.items()}
+    tied = _tied(places)
+    state = {}
+    for key, value in _local_optimizer_state(model, optimizers).items():
+        place = _owner(key, value, places)
+        viewed = value if place is None else place.view(value, None)
+        state |= dict.fromkeys(_aliases(key, tied), viewed)
+    return state
 
 
 @torch.no_grad()
@@ -176,15 +181,22 @@ def load_sharded_optimizer_state_dict(
     optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
     places = places_of(model)
     own = _local_optimizer_state(model, optimizers)
-    if missing := [key for key in own if key not in state]:
-        raise ConfigurationError(f"load_sharded_optimizer_state_dict: the state has no {', '.join(missing)}")
-    loaded = dict(state)
+    tied = _tied(places)
+    loaded: dict[str, Any] = {}
+    missing = []
     for key, value in own.items():
-        if (place := _owner(key, value, places)) is not None:
-            _copy(place.view(value, None), state[key], key)
+        found = next((alias for alias in _aliases(key, tied) if alias in state), None)
+        if found is None:
+            missing.append(key)
+        elif (place := _owner(key, value, places)) is None:
+            loaded[key] = state[found]
+        else:
+            _copy(place.view(value, None), state[found], key)
             if place.cut is not None:
                 place.cut.zero_padding(value)
             loaded[key] = value
+    if missing:
+        raise ConfigurationError(f"load_sharded_optimizer_state_dict: the state has no {', '.join(missing)}")
     set_optimizer_state_dict(model, optimizers, loaded, options=StateDictOptions(flatten_optimizer_state_dict=True))
 
 
@@ -233,13 +245,34 @@ def _local_optimizer_state(model: nn.Module, optimizers: torch.optim.Optimizer |
     return dict(get_optimizer_state_dict(model, optimizers, options=options))
 
 
+def _tied(places: Mapping[str, Place]) -> dict[str, list[str]]:
+    """The names of each parameter, by each of its names."""
+    names: dict[int, list[str]] = {}
+    for path, place in places.items():
+        names.setdefault(id(place.tensor), []).append(path)
+    return {path: several for several in names.values() for path in several}
+
+
+def _split(key: str, paths: Container[str]) -> tuple[str, str, str]:
+    """The section of an optimizer's state that a key is in, the parameter's name, and what is kept for it."""
+    section, _, rest = key.partition(".")
+    path = rest
+    while path and path not in paths:
+        path = path.rpartition(".")[0]
+    return section, path, rest[len(path) :]
+
+
+def _aliases(key: str, tied: Mapping[str, list[str]]) -> list[str]:
+    """The key, and that for each other name of its parameter: a stage of another pipeline may know one of them only."""
+    section, path, kept = _split(key, tied)
+    return [f"{section}.{name}{kept}" for name in tied[path]] if path else [key]
+
+
 def _owner(key: str, value: Any, places: Mapping[str, Place]) -> Place | None:
     """The sharded parameter whose state this is; None where it is a number, or of a parameter that every rank holds whole."""
-    if not key.startswith("state.") or not isinstance(value, torch.Tensor) or value.dim() == 0:
+    section, path, _ = _split(key, places)
+    if section != "state" or not isinstance(value, torch.Tensor) or value.dim() == 0:
         return None
-    path = key.removeprefix("state.")
-    while path and path not in places:
-        path = path.rpartition(".")[0]
     place = places.get(path)
     if place is None or not place.is_sharded:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 import torch
@@ -14,10 +14,28 @@ from commgraph.errors import ConfigurationError
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Chunk", "Cut", "Piece", "Shard", "as_dtensor", "held"]
+__all__ = ["Chunk", "Cut", "Full", "Piece", "Shard", "Slice", "as_dtensor", "held", "shape_of"]
 
 Shard = str | int
 """Names a full tensor among those that one parameter is made of: ``"q"``, ``"k"``, ``"v"``, or its number."""
+
+
+class Slice(Protocol):
+    """A full tensor in a file, as ``safe_open(...).get_slice(name)`` of safetensors gives it: an index reads that part alone."""
+
+    def get_shape(self) -> list[int]:
+        """Return the shape of the full tensor."""
+
+    def __getitem__(self, index: Any) -> torch.Tensor: ...
+
+
+Full = torch.Tensor | Slice
+"""A full tensor, in memory or in a file."""
+
+
+def shape_of(full: Full) -> tuple[int, ...]:
+    """Return the shape of a full tensor."""
+    return tuple(full.shape if isinstance(full, torch.Tensor) else full.get_shape())
 
 
 @attrs.frozen
@@ -112,12 +130,13 @@ class Cut:
         return (*local.shape[: self.dim], extent, *local.shape[self.dim + 1 :])
 
     @torch.no_grad()
-    def fill(self, local: torch.Tensor, full: torch.Tensor, shard: Shard | None = None, *, what: str) -> None:
+    def fill(self, local: torch.Tensor, full: Full, shard: Shard | None = None, *, what: str) -> None:
         """Copies this rank's part of `full` into the parameter, and zeros into the padding.
 
         Args:
             local: the parameter.
-            full: one full tensor; without `shard` all of them, joined along `dim` in order. Any dtype and device.
+            full: one full tensor; without `shard` all of them, joined along `dim` in order. Any dtype and device; of a `Slice` only this
+                rank's part is read.
             shard: which one.
             what: names the parameter in errors.
 
@@ -129,11 +148,12 @@ class Cut:
             raise ConfigurationError(f"{what} has no shard {shard!r}: it has {have}")
         expected = self.full_shape(local, shard)
         place = f"rank {self.rank} of {self.world} in the group"
-        if tuple(full.shape) != expected:
+        shape = shape_of(full)
+        if shape != expected:
             hint = ""
-            if tuple(full.shape) == tuple(local.shape):
+            if shape == tuple(local.shape):
                 hint = "; this is the shape of one rank's share: such tensors go through load_state_dict"
-            raise ConfigurationError(f"{what}: the full tensor has shape {expected}, got {tuple(full.shape)} ({place}){hint}")
+            raise ConfigurationError(f"{what}: the full tensor has shape {expected}, got {shape} ({place}){hint}")
         if local.is_meta:
             raise ConfigurationError(
                 f"{what} is on the meta device and has no memory to load into: model.to_empty(device=...) first ({place})"

@@ -10,7 +10,7 @@ from torch import nn
 
 from commgraph.errors import ConfigurationError
 from commgraph.nn.places import NameMapping, label, places_of, renamed
-from commgraph.nn.shards import Shard
+from commgraph.nn.shards import Full, Shard
 
 __all__ = ["LoadReport", "full_state_dict", "load_full_state_dict"]
 
@@ -30,7 +30,7 @@ class LoadReport:
 
 @torch.no_grad()
 def load_full_state_dict(
-    model: nn.Module, full_state: Mapping[str, torch.Tensor], *, mapping: NameMapping | None = None, strict: bool = True
+    model: nn.Module, full_state: Mapping[str, Full], *, mapping: NameMapping | None = None, strict: bool = True
 ) -> LoadReport:
     """Loads a checkpoint of the unsharded model; each rank takes its share. Not collective.
 
@@ -44,7 +44,8 @@ def load_full_state_dict(
 
     Args:
         model: any module; its parallel layers take their cut, every other parameter and persistent buffer the whole tensor.
-        full_state: name -> full tensor, of any dtype and device; each is looked up once, so that a mapping may read it on demand.
+        full_state: name -> full tensor, of any dtype and device; each is looked up once, so that a mapping may read it on demand. Of slices
+            (``{name: file.get_slice(name) for name in file.keys()}`` of a ``safetensors.safe_open``) only this rank's parts are read.
         mapping: how names differ: whole dotted parts (``"q_proj"``, ``"transformer.h"``, never pieces of words), each entry used at its
             first place in a name, in order. See `NameMapping`.
         strict: whether missing and unexpected names are an error. A pipeline stage, which takes some layers of a checkpoint, passes False

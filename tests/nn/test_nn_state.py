@@ -6,9 +6,13 @@ import io
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import commgraph as cg
@@ -386,3 +390,29 @@ def test_a_model_with_several_contexts_moves_one_at_a_time() -> None:
         assert parts["draft"].tp is other.tp
 
     spmd(run, 2)
+
+
+def test_of_a_file_each_rank_reads_its_part_alone(tmp_path: Path) -> None:
+    save_file(CHECKPOINT, tmp_path / "model.safetensors")
+    read: list[int] = []
+
+    class Counting:
+        def __init__(self, part: Any) -> None:
+            self.get_shape, self.part = part.get_shape, part
+
+        def __getitem__(self, index: Any) -> Tensor:
+            got: Tensor = self.part[index]
+            read.append(got.numel())
+            return got
+
+    def run(ctx: cg.ParallelContext) -> None:
+        model = Model(ctx)
+        with safe_open(tmp_path / "model.safetensors", "pt") as file:
+            load_full_state_dict(model, {name: Counting(file.get_slice(name)) for name in CHECKPOINT}, mapping=LLAMA)
+            with pytest.raises(cg.ConfigurationError, match=r"o_proj.weight on rank \d: the full tensor has shape \(6, 8\), got \(6,\)"):
+                load_full_state_dict(model, {"layers.0.o_proj.weight": file.get_slice("layers.0.o_proj.bias")}, strict=False)
+        assert all(torch.equal(tensor, CHECKPOINT[name]) for name, tensor in full_state_dict(model, mapping=LLAMA).items())
+
+    on_ctx(2, run)
+    whole = ("norm", "o_proj.bias", "scale")  # on both ranks
+    assert sum(read) == sum(tensor.numel() * (1 + any(part in name for part in whole)) for name, tensor in CHECKPOINT.items())
