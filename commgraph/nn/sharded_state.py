@@ -154,7 +154,7 @@ def sharded_optimizer_state_dict(model: nn.Module, optimizers: torch.optim.Optim
     """
     places = places_of(model)
     tied = _tied(places)
-    state = {}
+    state: dict[str, Any] = {}
     for key, value in _local_optimizer_state(model, optimizers).items():
         place = _owner(key, value, places)
         viewed = value if place is None else place.view(value, None)
