@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Returns whether calls run in `torch.func.grad`, `vmap`, `jvp` or alike.
+from torch._C import _are_functorch_transforms_active as in_transform
 
 # Increments the versions of a tuple of tensors whose memory is filled without torch, so that autograd notices.
 # `torch.autograd.graph.increment_version` is public and takes twice the time.
@@ -29,6 +32,13 @@ from torch._C import _increment_version as increment_version
 
 # Returns how many dispatch modes are active on this thread: fake tensors, make_fx, counters.
 from torch._C import _len_torch_dispatch_stack as count_modes
+
+# Returns how many function modes are active on this thread: a default device is one.
+from torch._C import _len_torch_function_stack as count_function_modes
+
+# Returns whether a tensor is a stand-in of `torch.func` for one, which has no memory.
+from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
+from torch.autograd import forward_ad, profiler
 
 # Makes a tensor of a subclass of torch.Tensor that has a shape, a dtype and a device, and no memory.
 make_wrapper = torch.Tensor._make_wrapper_subclass
@@ -50,9 +60,11 @@ else:
 __all__ = [
     "GlooDevice",
     "OpaqueBase",
+    "ambient_flags",
     "backend_options",
     "below_autograd",
     "check",
+    "count_function_modes",
     "count_modes",
     "default_store",
     "dlpack_exchange",
@@ -60,9 +72,14 @@ __all__ = [
     "forget_symmetric_group",
     "gloo_available",
     "gloo_device",
+    "has_modes",
+    "in_forward_mode",
+    "in_transform",
     "increment_version",
+    "is_profiling",
     "is_traced",
     "is_without_memory",
+    "is_wrapped",
     "keep_order",
     "known_to_modes",
     "leave_tables",
@@ -75,6 +92,8 @@ __all__ = [
     "real_object",
     "symmetric_kernels_available",
     "symmetric_memory",
+    "without_forward_mode",
+    "without_modes",
     "wrap",
 ]
 
@@ -333,6 +352,49 @@ def is_traced(x: torch.Tensor) -> bool:
     from torch._subclasses.functional_tensor import FunctionalTensor
 
     return isinstance(x, FakeTensor | FunctionalTensor)
+
+
+def has_modes() -> bool:
+    """Whether this thread runs under a function mode, a dispatch mode or a level of `torch.func`."""
+    return count_function_modes() > 0 or count_modes() > 0 or in_transform()
+
+
+@contextlib.contextmanager
+def without_modes() -> Iterator[None]:
+    """Suspend the function modes, dispatch modes and levels of `torch.func` of this thread.
+
+    Privately `torch._C.DisableTorchFunction`, `torch.utils._python_dispatch._disable_current_modes` and
+    `torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack`.
+    """
+    from torch._C import DisableTorchFunction
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with DisableTorchFunction(), _disable_current_modes(), temporarily_clear_interpreter_stack():
+        yield
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives are computed: in a `torch.autograd.forward_ad.dual_level`, or in `torch.func.jvp`.
+
+    Privately `torch.autograd.forward_ad._current_level` and `torch._C._is_fwd_grad_enabled`.
+    """
+    return forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+
+
+def without_forward_mode() -> Any:
+    """Return a context without forward-mode derivatives. Privately `torch.autograd.forward_ad._set_fwd_grad_enabled`."""
+    return forward_ad._set_fwd_grad_enabled(False)
+
+
+def is_profiling() -> bool:
+    """Whether a profiler runs. Privately `torch.autograd.profiler._is_profiler_enabled`."""
+    return profiler._is_profiler_enabled
+
+
+def ambient_flags() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the namespaces that hold `_current_level` and `_is_profiler_enabled`, which the native module reads in each call."""
+    return vars(forward_ad), vars(profiler)
 
 
 def below_autograd() -> Any:

@@ -26,6 +26,7 @@ from typing import Any
 import msgspec
 import torch
 
+from commgraph import ambient
 from commgraph.errors import CommGraphError
 
 __all__ = ["CARRIERS", "WireError", "decode", "encode"]
@@ -307,7 +308,7 @@ def _unpack_tensor(name: Any, shape: Any, data: Any) -> torch.Tensor:
     # Checked before anything is allocated. Quantized dtypes are refused: their tensors have a scale, too.
     if math.prod(sizes) * dtype.itemsize != len(data) or name.startswith("q"):
         raise WireError(f"malformed frame: {len(data)} bytes are no {name} tensor of shape {reprlib.repr(sizes)}")
-    bits = torch.empty(sizes, dtype=CARRIERS[dtype.itemsize], device="cpu")
+    bits = ambient.empty(sizes, CARRIERS[dtype.itemsize])
     ctypes.memmove(bits.data_ptr(), data, len(data))
     return bits.view(dtype)
 

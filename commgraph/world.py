@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 import commgraph
-from commgraph import compat, hosts, launch
+from commgraph import ambient, compat, hosts, launch
 from commgraph.accelerators.custom_all_reduce import PeerAccessCache
 from commgraph.accelerators.device_order import DeviceOrder
 from commgraph.agreement import agree
@@ -106,8 +106,8 @@ class World:
         self.platform = platform
         self.store = dist.PrefixStore("user", builder.store)
         # Argument that ordered operators declare as changed, which keeps them in program order.
-        with torch.inference_mode(False):
-            self.token = torch.zeros((), device="meta" if device.type == "meta" else "cpu")
+        with ambient.lasting():
+            self.token = ambient.zeros((), torch.float32, torch.device("meta" if device.type == "meta" else "cpu"))
         # The finalizer must not refer to the World itself, which would never be collected.
         self._finalizer = weakref.finalize(self, _release, builder.states, builder.order)
         try:

@@ -18,7 +18,7 @@ FILES = tuple(sorted(PACKAGE.rglob("*.py")))
 # path below `commgraph` decides; a file in no layer fails the test, so that whoever adds one says where it belongs.
 LAYERS = (
     ("__init__",),  # `import commgraph` itself: nothing but the errors, everything else on demand
-    ("errors", "compat", "deadline", "accelerators.streams", "work", "waiting", "processes"),
+    ("errors", "compat", "ambient", "deadline", "accelerators.streams", "work", "waiting", "processes"),
     ("accelerators.kernel_table",),
     ("layout", "launch", "wire", "options"),
     ("meeting", "sealed", "session", "rendezvous", "hosts", "agreement"),
@@ -249,6 +249,47 @@ def private_torch(tree: ast.Module) -> list[str]:
     return found
 
 
+# Functions of torch whose result depends on the default device; of those in FLOATING also on the default dtype, where none is given.
+FACTORIES = frozenset(
+    (
+        *(
+            "arange",
+            "as_tensor",
+            "asarray",
+            "empty",
+            "empty_strided",
+            "eye",
+            "full",
+            "linspace",
+            "logspace",
+            "ones",
+            "rand",
+            "randint",
+            "randn",
+        ),
+        *("randperm", "scalar_tensor", "tensor", "zeros"),
+    )
+)
+FLOATING = frozenset(("empty", "empty_strided", "eye", "linspace", "logspace", "ones", "rand", "randn", "zeros"))
+
+
+def ambient_tensors(tree: ast.Module) -> list[str]:
+    """Every tensor that is made without a device, or without a dtype where that is not the dtype of the values."""
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        head, _, name = dotted(node.func).rpartition(".")
+        given = {keyword.arg for keyword in node.keywords}
+        if head == "torch" and name == "Generator" and not node.args and "device" not in given:
+            found.append(f"line {node.lineno}: torch.Generator without a device")
+        if head != "torch" or name not in FACTORIES or None in given:
+            continue
+        missing = [one for one in ("device", *(("dtype",) if name in FLOATING else ())) if one not in given]
+        found += [f"line {node.lineno}: torch.{name} without {one}=: take a constructor of commgraph.ambient" for one in missing]
+    return found
+
+
 def everywhere(search: Callable[[ast.Module], list[str]], *, but: Collection[str] = ()) -> str:
     """What a search finds in the modules of commgraph, one line each; "" for nothing."""
     # A __main__.py is no module but a program: whoever imports it wants it to run.
@@ -267,6 +308,11 @@ def test_nothing_writes_the_environment() -> None:
 
 def test_private_torch_is_used_in_compat_only() -> None:
     assert everywhere(private_torch, but=("compat",)) == ""
+
+
+def test_no_tensor_depends_on_the_callers_defaults() -> None:
+    # The demo is a program of its own, in whose process nobody sets defaults.
+    assert everywhere(ambient_tensors, but=("demo",)) == ""
 
 
 def test_imports_point_downward() -> None:
@@ -352,6 +398,9 @@ def test_the_other_searches_find_what_they_look_for() -> None:
     assert private_torch(ast.parse("import torch.distributed as dist\ndist._functional_collectives"))
     assert private_torch(ast.parse("torch._dynamo.reset()"))
     assert not private_torch(ast.parse("torch.Tensor.__dlpack__"))
+    for source in ("torch.empty(3)", "torch.zeros(3, device=d)", "torch.tensor([1])", "torch.arange(3)", "torch.Generator()"):
+        assert ambient_tensors(ast.parse(source)), source
+    assert not ambient_tensors(ast.parse("torch.zeros(3, dtype=t, device=d), torch.tensor([1], device=d), torch.Generator(d)"))
     assert [name for _, name in imports_of(ast.parse("if TYPE_CHECKING:\n    import a\ndef f():\n    from b import c"))] == ["b.c"]
 
 

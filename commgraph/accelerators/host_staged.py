@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from commgraph import ambient
 from commgraph.communicators.base import OPERATIONS, Communicator
 from commgraph.communicators.memory import copy_back
 from commgraph.communicators.reduction import REDUCE_OPS
@@ -47,21 +48,21 @@ class HostStagedCommunicator(Communicator):
         return self._route("all_reduce", mine).all_reduce_(_own(mine, x), op, tag=tag, deadline=deadline).to(x.device)
 
     def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, deadline: Deadline) -> None:
-        staging = torch.empty(out.shape, dtype=out.dtype)
+        staging = ambient.empty(out.shape, out.dtype)
         self._route("all_gather", staging).all_gather(x.cpu(), dim, sizes, staging, tag=tag, deadline=deadline)
         out.copy_(staging)
 
     def reduce_scatter(
         self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, deadline: Deadline
     ) -> None:
-        mine, staging = x.cpu(), torch.empty(out.shape, dtype=out.dtype)
+        mine, staging = x.cpu(), ambient.empty(out.shape, out.dtype)
         self._route("reduce_scatter", mine).reduce_scatter(mine, dim, sizes, op, staging, tag=tag, deadline=deadline)
         out.copy_(staging)
 
     def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], *, tag: int, deadline: Deadline) -> None:
-        staging = [torch.empty(view.shape, dtype=view.dtype) for view in receives]
+        staging = [ambient.empty(view.shape, view.dtype) for view in receives]
         # Chosen without a shape: those of pieces differ between ranks, and the choice must not.
-        route = self._route("all_to_all", torch.empty(0, dtype=sends[0].dtype))
+        route = self._route("all_to_all", ambient.empty(0, sends[0].dtype))
         route.all_to_all([piece.cpu() for piece in sends], staging, tag=tag, deadline=deadline)
         copy_back(staging, receives)
 
@@ -69,18 +70,18 @@ class HostStagedCommunicator(Communicator):
         self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor | None, dst: int, *, tag: int, deadline: Deadline
     ) -> None:
         mine = x.cpu()
-        staging = None if out is None else torch.empty(out.shape, dtype=out.dtype)
+        staging = None if out is None else ambient.empty(out.shape, out.dtype)
         # Chosen without a shape: those of pieces differ between ranks, and the choice must not.
-        self._route("gather", torch.empty(0, dtype=x.dtype)).gather(mine, dim, sizes, staging, dst, tag=tag, deadline=deadline)
+        self._route("gather", ambient.empty(0, x.dtype)).gather(mine, dim, sizes, staging, dst, tag=tag, deadline=deadline)
         if out is not None and staging is not None:
             out.copy_(staging)
 
     def scatter(
         self, x: torch.Tensor | None, dim: int, sizes: Sequence[int], out: torch.Tensor, src: int, *, tag: int, deadline: Deadline
     ) -> None:
-        staging = torch.empty(out.shape, dtype=out.dtype)
+        staging = ambient.empty(out.shape, out.dtype)
         mine = None if x is None else x.cpu()
-        self._route("scatter", torch.empty(0, dtype=out.dtype)).scatter(mine, dim, sizes, staging, src, tag=tag, deadline=deadline)
+        self._route("scatter", ambient.empty(0, out.dtype)).scatter(mine, dim, sizes, staging, src, tag=tag, deadline=deadline)
         out.copy_(staging)
 
     def reduce(self, x: torch.Tensor, op: str, dst: int, *, tag: int, deadline: Deadline) -> torch.Tensor | None:
@@ -95,7 +96,7 @@ class HostStagedCommunicator(Communicator):
             x.copy_(mine)
 
     def barrier(self, *, tag: int, deadline: Deadline) -> None:
-        self._route("barrier", torch.empty(0)).barrier(tag=tag, deadline=deadline)
+        self._route("barrier", ambient.empty(0, torch.uint8)).barrier(tag=tag, deadline=deadline)
 
     def exchange(
         self,
@@ -106,8 +107,8 @@ class HostStagedCommunicator(Communicator):
         deadline: Deadline,
         label: int = 0,
     ) -> None:
-        staging = [torch.empty(x.shape, dtype=x.dtype) for x, _ in receives]
-        route = self._route("send", torch.empty(0))
+        staging = [ambient.empty(x.shape, x.dtype) for x, _ in receives]
+        route = self._route("send", ambient.empty(0, torch.uint8))
         how = {"label": label} if label else {}
         route.exchange(
             [(x.cpu(), peer) for x, peer in sends],
@@ -119,8 +120,8 @@ class HostStagedCommunicator(Communicator):
         copy_back(staging, [x for x, _ in receives])
 
     def receive_any(self, x: torch.Tensor, tags: Mapping[int, int], *, label: int, patience: float, deadline: Deadline) -> int | None:
-        staging = torch.empty(x.shape, dtype=x.dtype)
-        route = self._route("send", torch.empty(0))
+        staging = ambient.empty(x.shape, x.dtype)
+        route = self._route("send", ambient.empty(0, torch.uint8))
         src = route.receive_any(staging, tags, label=label, patience=patience, deadline=deadline)
         if src is not None:
             x.copy_(staging)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from commgraph import compat
+from commgraph import ambient, compat
 from commgraph.communicators.base import OPERATIONS, Communicator, PeerClosed, PeerLate
 from commgraph.communicators.gloo_transport import milliseconds
 from commgraph.communicators.memory import are_slices_joined, as_bytes, copy_back, dense, is_dense, staging_for
@@ -114,7 +114,7 @@ class TorchCommunicator(Communicator):
         flat = as_bytes(dense(x))
         if len(set(sizes)) == 1:
             straight = are_slices_joined(out, dim)
-            whole = out if straight else torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
+            whole = out if straight else ambient.empty((self.world_size, *x.shape), x.dtype, x.device)
             if flat.numel():
                 self._do(
                     lambda backend: backend._allgather_base(
@@ -126,9 +126,7 @@ class TorchCommunicator(Communicator):
                 torch.cat(list(whole), dim, out=out) if is_dense(out) else out.copy_(torch.cat(list(whole), dim))
             return
         views = out.split(list(sizes), dim)
-        pieces = [
-            dense(x) if i == self.rank_in_group else torch.empty(view.shape, dtype=x.dtype, device=x.device) for i, view in enumerate(views)
-        ]
+        pieces = [dense(x) if i == self.rank_in_group else ambient.empty(view.shape, x.dtype, x.device) for i, view in enumerate(views)]
         with self._at_once():
             for root, piece in enumerate(pieces):
                 if piece.numel():
@@ -149,7 +147,7 @@ class TorchCommunicator(Communicator):
     def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], *, tag: int, deadline: Deadline) -> None:
         given = torch.cat([as_bytes(dense(piece)) for piece in sends])
         coming = [view.numel() * view.element_size() for view in receives]
-        staging = torch.empty(sum(coming), dtype=torch.uint8, device=given.device)
+        staging = ambient.empty(sum(coming), torch.uint8, given.device)
         going = [piece.numel() * piece.element_size() for piece in sends]
         self._do(
             lambda backend: backend.alltoall_base(
@@ -246,7 +244,7 @@ class TorchCommunicator(Communicator):
         """Run once each call for which a backend allocates: a reduction, a gather, an exchange with every peer."""
         n = self.world_size
         limits: dict[str, Any] = {"tag": 0, "deadline": Deadline.after(_WARMUP_SECONDS)}
-        x = torch.zeros(n, device=self._device)
+        x = ambient.zeros(n, torch.float32, self._device)
         each = [1] * n
         self.all_reduce_(x, "sum", **limits)
         self.all_gather(x[:1].clone(), 0, each, x, **limits)

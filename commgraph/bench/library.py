@@ -99,7 +99,7 @@ class Library:
 
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A 1-D tensor for `Buffers`. Collective."""
-        return torch.empty(numel, dtype=dtype)
+        return torch.empty(numel, dtype=dtype, device="cpu")
 
     def call(self, operation: str, buffers: Buffers) -> Callable[[], object] | None:
         """Return a callable that performs `operation` once, or None where this library lacks it or the dtype.

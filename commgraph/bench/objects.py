@@ -186,7 +186,7 @@ def _part(session: Session, write: Callable[[int], None], read: Callable[[int], 
 
 def _payload(operation: str) -> tuple[Any, int]:
     if operation == "object_tensor":
-        return torch.arange(_TENSOR_BYTES // 4, dtype=torch.float32), _TENSOR_BYTES
+        return torch.arange(_TENSOR_BYTES // 4, dtype=torch.float32, device="cpu"), _TENSOR_BYTES
     obj = lists() if operation == "object_lists" else small()
     return obj, len(pickle.dumps(obj, protocol=5))
 

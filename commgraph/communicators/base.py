@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import attrs
 import torch
 
+from commgraph import ambient
 from commgraph.communicators.memory import copy_back, dense, staging_for
 from commgraph.communicators.reduction import reduce_pieces
 from commgraph.deadline import Deadline
@@ -171,7 +172,7 @@ class Communicator(abc.ABC):
 
     def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
         """Return a new contiguous tensor of x's shape and dtype: the reduction of every rank's x, with the same bits on every rank."""
-        pieces = torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
+        pieces = ambient.empty((self.world_size, *x.shape), x.dtype, x.device)
         self.all_gather(x.unsqueeze(0), 0, [1] * self.world_size, pieces, tag=tag, deadline=deadline)
         out = self.new(x.shape, x.dtype, x.device)
         reduce_pieces(list(pieces), op, out)
@@ -184,7 +185,7 @@ class Communicator(abc.ABC):
     def reduce(self, x: torch.Tensor, op: str, dst: int, *, tag: int, deadline: Deadline) -> torch.Tensor | None:
         """Return the result of `all_reduce` on `dst`, None elsewhere."""
         n, mine = self.world_size, self.rank_in_group == dst
-        pieces = torch.empty((n, *x.shape), dtype=x.dtype, device=x.device) if mine else None
+        pieces = ambient.empty((n, *x.shape), x.dtype, x.device) if mine else None
         self.gather(x.unsqueeze(0), 0, [1] * n, pieces, dst, tag=tag, deadline=deadline)
         if pieces is None:
             return None
@@ -255,7 +256,7 @@ class Communicator(abc.ABC):
 
     def barrier(self, *, tag: int, deadline: Deadline) -> None:
         """Return on no rank before every rank has called it."""
-        every = torch.zeros(self.world_size, dtype=torch.uint8)
+        every = ambient.zeros(self.world_size, torch.uint8)
         self.all_gather(every[:1].clone(), 0, [1] * self.world_size, every, tag=tag, deadline=deadline)
 
     def exchange(
@@ -298,7 +299,7 @@ class Communicator(abc.ABC):
 
     def new(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return an uninitialised tensor for a result."""
-        return torch.empty(tuple(shape), dtype=dtype, device=device)
+        return ambient.empty(tuple(shape), dtype, device)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, tag: int, deadline: Deadline) -> torch.Tensor:
         """Return a tensor in memory that the ranks share, so that it needs no staging. Collective. Here: nothing is shared."""

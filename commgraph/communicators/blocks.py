@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from commgraph import ambient
 from commgraph.communicators.memory import copy_back, is_dense
 
 __all__ = ["Block", "Staging", "block", "cut", "run"]
@@ -73,7 +74,7 @@ class Staging:
         self.blocks = [block(piece) for piece in pieces]
         if None in self.blocks:
             buffers = [
-                piece if found is not None else torch.empty(piece.shape, dtype=piece.dtype)
+                piece if found is not None else ambient.empty(piece.shape, piece.dtype)
                 for piece, found in zip(pieces, self.blocks, strict=True)
             ]
             self._buffers = buffers

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from commgraph import ambient
 from commgraph.communicators.base import OPERATIONS, Communicator, PeerLate
 from commgraph.communicators.memory import copy_back, dense, staging_for
 from commgraph.communicators.reduction import REDUCE_OPS, reduce_pieces
@@ -106,7 +107,7 @@ class GlooCommunicator(Communicator):
         """Return the 1-D pieces of every rank as new tensors, in rank order."""
         if self.world_size > _DIRECT_RANKS:
             return self._gather_bruck(flat, counts, tag, deadline)
-        pieces = list(torch.empty(sum(counts), dtype=flat.dtype).split(list(counts)))
+        pieces = list(ambient.empty(sum(counts), flat.dtype).split(list(counts)))
         self._gather_direct(flat, pieces, tag, deadline)
         return pieces
 
@@ -120,7 +121,7 @@ class GlooCommunicator(Communicator):
         # The buffer begins with this rank's piece: the pieces received so far are always its front, and the next ones continue it.
         turned = [counts[(me + i) % n] for i in range(n)]
         ends = list(itertools.accumulate(turned, initial=0))
-        buffer = torch.empty(ends[-1], dtype=flat.dtype)
+        buffer = ambient.empty(ends[-1], flat.dtype)
         buffer[: ends[1]] = flat
         held = 1
         while held < n:
@@ -160,7 +161,7 @@ class GlooCommunicator(Communicator):
         reduce_pieces(pieces, op, out)
 
     def barrier(self, *, tag: int, deadline: Deadline) -> None:
-        self._collect(torch.zeros(1, dtype=torch.uint8), [1] * self.world_size, tag, deadline)
+        self._collect(ambient.zeros(1, torch.uint8), [1] * self.world_size, tag, deadline)
 
     def exchange(
         self,
@@ -193,7 +194,7 @@ class GlooCommunicator(Communicator):
         keys = {peer: (peer, tag, x.nbytes) for peer, tag in tags.items()}
         for peer, key in keys.items():
             if key not in self._posted:
-                buffer = torch.empty(x.shape, dtype=x.dtype)
+                buffer = ambient.empty(x.shape, x.dtype)
                 self._posted[key] = self.transport.receive_later(buffer, peer, tag=key[1], then=self._wake), buffer
         with self._came:
             self._came.wait_for(lambda: any(self._posted[key][0].has_ended for key in keys.values()), patience)

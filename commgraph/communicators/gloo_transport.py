@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from commgraph import compat
+from commgraph import ambient, compat
 from commgraph.communicators.base import PeerClosed, PeerLate
 from commgraph.communicators.memory import as_bytes
 from commgraph.deadline import Deadline
@@ -174,9 +174,7 @@ class GlooTransport:
             self._aborted = True
             for distance in range(1, self.world_size):
                 try:
-                    receive = backend.recv(
-                        [torch.empty(1, dtype=torch.uint8)], (self.rank_in_group + distance) % self.world_size, _NEVER_SENT
-                    )
+                    receive = backend.recv([ambient.empty(1, torch.uint8)], (self.rank_in_group + distance) % self.world_size, _NEVER_SENT)
                     receive.wait(timedelta(milliseconds=1))
                 except RuntimeError as error:
                     if _RAN_OUT in str(error):

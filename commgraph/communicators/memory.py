@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from commgraph import ambient
+
 __all__ = ["are_slices_joined", "as_bytes", "copy_back", "dense", "is_dense", "staging_for"]
 
 
@@ -27,7 +29,7 @@ def are_slices_joined(x: torch.Tensor, dim: int) -> bool:
 
 def staging_for(view: torch.Tensor) -> torch.Tensor:
     """Return a tensor to which bytes for `view` can be written: itself if it is dense, else a buffer on its device, for `copy_back`."""
-    return view if is_dense(view) else torch.empty(view.shape, dtype=view.dtype, device=view.device)
+    return view if is_dense(view) else ambient.empty(view.shape, view.dtype, view.device)
 
 
 def copy_back(staging: Sequence[torch.Tensor], views: Sequence[torch.Tensor]) -> None:

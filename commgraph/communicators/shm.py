@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from commgraph import ambient
 from commgraph.communicators.base import OPERATIONS, CallsDiffer, Communicator, Limits, Refused
 from commgraph.communicators.blocks import Block, Staging, block, cut, run
 from commgraph.communicators.gloo import GlooCommunicator
@@ -129,7 +130,7 @@ class ShmCommunicator(Communicator):
         if not x.numel():
             self.barrier(tag=tag, deadline=deadline)
         elif kind < 0:
-            pieces = list(torch.empty((self.world_size, *x.shape), dtype=x.dtype))
+            pieces = list(ambient.empty((self.world_size, *x.shape), x.dtype))
             self._all_gatherv(
                 self._native.OP_ALL_GATHER, x, [x.nbytes] * self.world_size, [run(piece) for piece in pieces], pieces, tag, deadline
             )
@@ -148,7 +149,7 @@ class ShmCommunicator(Communicator):
         x = dense(x)
         kind, number, _ = _kernel(x.dtype, op)
         if kind < 0:
-            mine = list(torch.empty((self.world_size, *out.shape), dtype=x.dtype))
+            mine = list(ambient.empty((self.world_size, *out.shape), x.dtype))
             self.all_to_all(x.split(list(sizes), dim), mine, tag=tag, deadline=deadline)
             reduce_pieces(mine, op, out)
             return
@@ -304,14 +305,14 @@ class ShmCommunicator(Communicator):
     def new(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         if nbytes < _POOLED_BYTES:
-            return torch.empty(tuple(shape), dtype=dtype)
+            return ambient.empty(tuple(shape), dtype)
         return tensor_over(self._memory.pool.take(nbytes), dtype, shape)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, tag: int, deadline: Deadline) -> torch.Tensor:
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         self.barrier(tag=tag, deadline=deadline)  # compares what the ranks ask for
         if not nbytes:
-            return torch.empty(tuple(shape), dtype=dtype)
+            return ambient.empty(tuple(shape), dtype)
         stride = -(-nbytes // 4096) * 4096
         segment = self._shared_segment(stride * self.world_size, tag, deadline)
         self._group.add_region(segment, 0, stride, nbytes)
@@ -321,12 +322,12 @@ class ShmCommunicator(Communicator):
 
     def _shared_segment(self, nbytes: int, tag: int, deadline: Deadline) -> Any:
         """Return memory made by the first rank and mapped by all."""
-        word = torch.zeros(3, dtype=torch.int64)
+        word = ambient.zeros(3, torch.int64)
         fd, problem = -1, None
         if self.rank_in_group == 0:
             try:
                 fd = segments.create(nbytes)
-                word = torch.tensor([1, os.getpid(), fd])
+                word = ambient.integers([1, os.getpid(), fd])
             except Exception as error:
                 problem = error
         segment = None
@@ -338,7 +339,7 @@ class ShmCommunicator(Communicator):
                     segment = self._map(pid, there, nbytes)
                 except OSError as error:
                     problem = error
-            fine = torch.tensor([int(segment is not None)])
+            fine = ambient.integers([int(segment is not None)])
             self.all_reduce_(fine, "min", tag=tag, deadline=deadline)
         finally:
             if fd >= 0:
@@ -428,7 +429,7 @@ def exchange_bytes(gloo: GlooCommunicator, name: str, deadline: Deadline) -> Cal
 
     def exchange(word: bytes) -> list[bytes]:
         mine = tensor_over(bytearray(struct.pack(f"<H{_WORD_BYTES - 2}s", len(word), word)), torch.uint8, (_WORD_BYTES,))
-        words = torch.empty(n * _WORD_BYTES, dtype=torch.uint8)
+        words = ambient.empty(n * _WORD_BYTES, torch.uint8)
         gloo.all_gather(mine, 0, [_WORD_BYTES] * n, words, tag=make_tag(SETUP, next(steps), name), deadline=deadline)
         said = [bytes(piece.tolist()) for piece in words.split(_WORD_BYTES)]
         return [text[2 : 2 + int.from_bytes(text[:2], "little")] for text in said]

@@ -115,6 +115,9 @@ def tensors_of(native: Any) -> Any:
         torch.is_grad_enabled,
         compat.count_modes,
         compat.increment_version,
+        *compat.ambient_flags(),
+        torch.int8,
+        torch.uint8,
     )
 
 

@@ -11,10 +11,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final, Protocol, SupportsIndex, TypeVar
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
-from commgraph import compat
+from commgraph import ambient, compat
 from commgraph.communicators.reduction import REDUCE_OPS, refuse_reduction
 from commgraph.errors import UnsupportedTensorError
+from commgraph.ops.rules import carries_tangent
 
 __all__ = ["TAGS", "BadArgument", "Place"]
 
@@ -79,6 +81,11 @@ def tensor(place: Place, x: Any, name: str = "x", *, gradient: str = "") -> torc
         raise BadArgument(
             f"{name} is a zero that has no memory, as forward-mode derivatives make them; send {name}.clone()", unsupported=True
         )
+    if compat.is_wrapped(x) and place.world_size > 1:
+        raise BadArgument(
+            f"{name} is a tensor within torch.func.grad, vmap or jvp, and {gradient or 'this operation'} has no rule for them; call it outside",
+            unsupported=True,
+        )
     if not x.is_cpu and x.device.type != place.device.type:
         hint = "a meta tensor has no data" if x.is_meta else f"move it to {place.device} or to the host first"
         raise BadArgument(f"{name} is on {x.device}, the group serves cpu and {place.device.type}: {hint}", unsupported=True)
@@ -86,6 +93,12 @@ def tensor(place: Place, x: Any, name: str = "x", *, gradient: str = "") -> torc
         raise BadArgument(
             f"{name} requires a gradient, which {gradient} would cut silently. In a layer use commgraph.nn.functional (copy_to, "
             f"reduce_from, gather_from, scatter_to, reduce_scatter_to); elsewhere call it under torch.no_grad() or on {name}.detach()",
+            unsupported=True,
+        )
+    if gradient and carries_tangent(x):
+        raise BadArgument(
+            f"{name} carries a tangent of forward mode, which {gradient} would cut silently; send {name}.detach(), and the tangent by a call "
+            "of its own (torch.autograd.forward_ad.unpack_dual)",
             unsupported=True,
         )
     return x
@@ -233,7 +246,7 @@ def out(place: Place, given: Any, shape: Sequence[int], like: torch.Tensor) -> t
 def like(place: Place, dtype: Any, device: torch.device | str) -> torch.Tensor:
     """An empty tensor of the dtype and device of one to receive."""
     try:
-        made = torch.empty(0, dtype=dtype, device=device)
+        made = ambient.empty(0, dtype, device)
     # torch's own errors for what is no dtype, no device, or a device that it was not built for.
     except (TypeError, RuntimeError, AssertionError) as error:
         raise BadArgument(f"no tensor of dtype={dtype!r} on device={str(device)!r} can be made here: {error}", unsupported=True) from None
@@ -256,8 +269,10 @@ def resized(x: torch.Tensor, dim: int, extent: Any) -> tuple[Any, ...]:
 
 def refuse_gradient(group: Any, x: torch.Tensor, operation: str) -> None:
     """Refuse in a trace what would cut a graph silently, as `tensor` does in eager."""
-    if x.requires_grad and torch.is_grad_enabled():
+    recorded = x.requires_grad and torch.is_grad_enabled()
+    if recorded or (not is_dynamo_compiling() and carries_tangent(x)):
+        what = "requires a gradient" if recorded else "carries a tangent of forward mode"
         raise UnsupportedTensorError(
-            f"{operation} on rank {group.rank}, in a group of {group.world_size}: x requires a gradient, which does not pass through "
-            f"{operation}; give it x.detach(). Nothing was sent."
+            f"{operation} on rank {group.rank}, in a group of {group.world_size}: x {what}, which does not pass through {operation}; give "
+            "it x.detach(). Nothing was sent."
         )

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from commgraph import ambient
 from commgraph.communicators.base import CallsDiffer, Communicator
 from commgraph.communicators.reduction import DTYPES
 from commgraph.communicators.tags import COLLECTIVE, make_tag
@@ -30,6 +31,7 @@ class AllToAll(Operation):
     routed_as = "all_to_all"
     native: ClassVar[int | None] = 6
     schema = "all_to_all(Tensor x, Group group, int scatter_dim, int gather_dim) -> Tensor"
+    dims: ClassVar[tuple[int, ...]] = (0, 1)
 
     @classmethod
     def check(
@@ -208,9 +210,9 @@ class Scatter(Operation):
             return cls.fake(group, x, src, dim, sizes)
         if group.rank_in_group == src:
             numbers = [_NUMBERS[x.dtype], dim, x.dim(), int(x.is_cpu), *x.shape, *[0] * (_DIMS - x.dim()), *sizes]
-            header = torch.tensor(numbers)
+            header = ambient.integers(numbers)
         else:
-            header = torch.empty(_FIXED + _DIMS + group.world_size, dtype=torch.int64)
+            header = ambient.empty(_FIXED + _DIMS + group.world_size, torch.int64)
         serving = group._state.strategies.route("broadcast", header.shape, header.dtype, _HOST)
         serving.broadcast(header, src, tag=tag, deadline=deadline)
         return cls.pieces(group, tag, deadline, header.tolist(), *checked)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.compiler import is_dynamo_compiling
 
+from commgraph import ambient
 from commgraph.communicators.reduction import accumulator
 from commgraph.coordinator import checks
 from commgraph.coordinator.checks import BadArgument, Place
@@ -20,7 +21,7 @@ from commgraph.coordinator.exchanges import AllToAll
 from commgraph.coordinator.failures import Call
 from commgraph.coordinator.gathers import AllGather, AllGatherList, AllGatherV
 from commgraph.coordinator.messages import begin_message
-from commgraph.coordinator.operation import Group, Operation, explain, is_watched, refuse_timeout, run, run_directly
+from commgraph.coordinator.operation import Group, Operation, explain, is_watched, records, refuse_timeout, run, run_directly
 from commgraph.coordinator.reductions import ReduceScatter, ReduceScatterV
 from commgraph.deadline import Timeout
 
@@ -157,7 +158,7 @@ def dispatch(
         return _route(group, given, timeout)
     if counts is None:
         counts = _count(group, hidden_states.shape[0], timeout)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+    if records(group, *given):
         return Dispatched(tuple([run(AllGatherV, group, (x, 0, counts), timeout) for x in given]), counts)
     return Dispatched(tuple(run(AllGatherList, group, (given, 0, counts), timeout)), counts)
 
@@ -191,8 +192,8 @@ def combine(group: Group, hidden_states: torch.Tensor, dispatched: Any, timeout:
 
 
 def _count(group: Group, rows: int, timeout: Timeout) -> list[int]:
-    with torch.no_grad():
-        counts: list[int] = run(AllGather, group, (torch.tensor([rows]), 0, None), timeout).tolist()
+    with ambient.shelter():
+        counts: list[int] = run(AllGather, group, (ambient.integers([rows]), 0, None), timeout).tolist()
     return counts
 
 
@@ -208,9 +209,9 @@ def _route(group: Group, given: tuple[torch.Tensor, ...], timeout: Timeout) -> D
     owner = torch.where(ids < 0, -1, ids // (experts // n))
     rows = [(owner == rank).any(-1).nonzero().squeeze(-1) for rank in range(n)]
     sent = [len(index) for index in rows]
-    with torch.no_grad():
-        counted = run(AllToAll, group, (torch.tensor(sent, device=ids.device), 0, 0, None, None, None), timeout)
-    received: list[int] = counted.tolist()
+    with ambient.shelter():
+        counted = run(AllToAll, group, (ambient.integers(sent, ids.device), 0, 0, None, None, None), timeout)
+        received: list[int] = counted.tolist()
     order = torch.cat(rows)
     arrived = tuple([run(AllToAll, group, (x.index_select(0, order), 0, 0, sent, received, None), timeout) for x in given])
     return Dispatched(arrived, received, (rows, given[0].shape[0]))

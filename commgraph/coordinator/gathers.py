@@ -41,6 +41,7 @@ class AllGather(Operation):
     routed_as = "all_gather"
     native: ClassVar[int | None] = 3
     schema = "all_gather(Tensor x, Group group, int dim) -> Tensor"
+    dims: ClassVar[tuple[int, ...]] = (0,)
 
     @classmethod
     def check(

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.compiler import is_dynamo_compiling
 
-from commgraph import compat
+from commgraph import ambient, compat
 from commgraph.communicators.base import Communicator, Refused
 from commgraph.communicators.shm_fast import native_calls
 from commgraph.communicators.tags import COLLECTIVE, make_tag
@@ -1242,7 +1242,7 @@ class GroupCoordinator(compat.OpaqueBase):
         except BadArgument as error:
             raise explain(error, self, "empty", sequence) from None
         if self.world_size == 1:
-            return torch.empty(extents, dtype=dtype, device=self.device)
+            return ambient.empty(extents, dtype, self.device)
         strategy = self._state.strategies.route("all_reduce", extents, dtype, self.device)
         what = f"empty({dtype} {extents})"
         tag = make_tag(COLLECTIVE, sequence, what)

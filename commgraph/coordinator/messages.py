@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar
 import torch
 from torch.compiler import is_dynamo_compiling
 
+from commgraph import ambient
 from commgraph.accelerators.side_streams import StreamTask
 from commgraph.communicators.base import Communicator
 from commgraph.communicators.tags import MESSAGE, digest, make_tag, message_text, tagged_text
@@ -98,7 +99,7 @@ class Receive(Operation):
     @classmethod
     def fake(cls, place: Place, size: Sequence[int], dtype: torch.dtype, src: int, device: torch.device) -> torch.Tensor:
         checks.peer(place, src, "src")
-        return torch.empty(tuple(size), dtype=dtype, device=device)
+        return ambient.empty(tuple(size), dtype, device)
 
 
 class SendReceive(Operation):
@@ -135,7 +136,7 @@ class SendReceive(Operation):
         cls, place: Place, x: torch.Tensor, dst: int, size: Sequence[int], dtype: torch.dtype, src: int, device: torch.device
     ) -> torch.Tensor:
         _both(place, checks.peer(place, dst, "dst"), checks.peer(place, src, "src"))
-        return torch.empty(tuple(size), dtype=dtype, device=device)
+        return ambient.empty(tuple(size), dtype, device)
 
 
 def _asked(group: Group, size: Any, device: Any, out: torch.Tensor | None) -> tuple[list[Any], torch.device]:
@@ -291,7 +292,7 @@ def _result(
     if device is None:
         device = group.device if out is None else checks.tensor(group, out, "out").device
     shape, like = checks.shape(size), checks.like(group, dtype, device)
-    result = torch.empty(shape, dtype=like.dtype, device=like.device) if out is None else checks.out(group, out, shape, like)
+    result = ambient.empty(shape, like.dtype, like.device) if out is None else checks.out(group, out, shape, like)
     if anyone and not result.numel():
         raise BadArgument("size has no elements: nothing is sent of an empty tensor, so nobody could tell from whom it came")
     if peer != group.rank_in_group:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from commgraph import wire
+from commgraph import ambient, wire
 from commgraph.communicators.base import Communicator
 from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.communicators.tags import COLLECTIVE, OBJECT, OBJECT_REST, make_tag
@@ -247,8 +247,8 @@ class NetworkObjects(Objects):
         def act() -> list[memoryview]:
             if state.comparison is not None:
                 state.comparison.compare(Call(group.name, operation, state.members, sequence), what, deadline)
-            lengths = torch.empty(n, dtype=torch.int64)
-            route.all_gather(torch.tensor([len(frame)]), 0, [1] * n, lengths, tag=tag, deadline=deadline)
+            lengths = ambient.empty(n, torch.int64)
+            route.all_gather(ambient.integers([len(frame)]), 0, [1] * n, lengths, tag=tag, deadline=deadline)
             sizes = [int(length) for length in lengths]
             memory, out = _buffer(sum(sizes))
             route.all_gather(_tensor(frame), 0, sizes, out, tag=rest, deadline=deadline)
@@ -379,7 +379,7 @@ def _others(group: Group) -> list[int]:
 
 def _split(frame: bytes) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the block that announces a frame, and the rest that does not fit into it."""
-    block = torch.zeros(_BLOCK, dtype=torch.uint8)
+    block = ambient.zeros(_BLOCK, torch.uint8)
     head = _LENGTH.pack(len(frame)) + frame[:_INLINE]
     block[: len(head)] = _tensor(head)
     return block, _tensor(frame[_INLINE:]) if len(frame) > _INLINE else None
@@ -396,8 +396,8 @@ def gather_frames(
     def act() -> list[memoryview] | None:
         if state.comparison is not None:
             state.comparison.compare(Call(group.name, operation, state.members, sequence), what, deadline)
-        lengths = torch.empty(n, dtype=torch.int64)
-        strategy.all_gather(torch.tensor([len(frame)]), 0, [1] * n, lengths, tag=tag, deadline=deadline)
+        lengths = ambient.empty(n, torch.int64)
+        strategy.all_gather(ambient.integers([len(frame)]), 0, [1] * n, lengths, tag=tag, deadline=deadline)
         sizes = [int(length) for length in lengths]
         memory, out = _buffer(sum(sizes)) if group.rank_in_group == dst else (bytearray(), None)
         strategy.gather(_tensor(frame), 0, sizes, out, dst, tag=rest, deadline=deadline)
@@ -461,7 +461,7 @@ def nothing_yet(group: Group, operation: str, sequence: int, src: int, seconds: 
 def _buffer(size: int) -> tuple[bytearray, torch.Tensor]:
     """Memory and a tensor over it (numpy, which could do the same, is not needed to run commgraph)."""
     memory = bytearray(size)
-    return memory, torch.frombuffer(memory, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
+    return memory, ambient.over(memory)
 
 
 def _tensor(data: bytes) -> torch.Tensor:

@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 
 import torch
-from torch.autograd import Function
 from torch.compiler import is_dynamo_compiling
 
-from commgraph import compat
+from commgraph import ambient, compat
 from commgraph.communicators.base import Communicator
 from commgraph.communicators.tags import COLLECTIVE, digest, make_tag
 from commgraph.coordinator import checks
@@ -24,6 +23,7 @@ from commgraph.coordinator.failures import EXPECTED, Call, call_site
 from commgraph.coordinator.state import GroupState
 from commgraph.deadline import Deadline, Timeout
 from commgraph.errors import CollectiveTimeoutError, ContextClosedError, UnsupportedTensorError
+from commgraph.ops import rules
 from commgraph.work import Job
 
 __all__ = [
@@ -94,7 +94,10 @@ class Operation:
     """``torch.ops.commgraph.<name>``, once it was declared."""
 
     differentiable: ClassVar[bool] = True
-    """Whether a gradient passes; if not an x that requires one is refused."""
+    """Whether derivatives pass; if not an x that has one is refused."""
+
+    dims: ClassVar[tuple[int, ...]] = ()
+    """Which of the arguments behind x are dimensions of it."""
 
     @classmethod
     def check(cls, place: Place, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -153,7 +156,7 @@ class Operation:
         """Call the torch operator, or in eager record the operation for autograd."""
         if is_dynamo_compiling() or is_watched(*cls.watched(*args)):
             return cls.operator(args[0], group, *args[1:], cls.token(group)) if cls.ordered else cls.operator(args[0], group, *args[1:])
-        return Recorded.apply(args[0], cls, group, args[1:])  # type: ignore[no-untyped-call]  # torch's
+        return rules.record(Recorded, rules.with_tangent(args[0]), cls, group, args[1:])
 
     @classmethod
     def token(cls, group: Group) -> torch.Tensor:
@@ -181,20 +184,43 @@ class Operation:
         """Return the gradient of x from that of the result: the adjoint with respect to the sum of all ranks' losses."""
         raise NotImplementedError(cls)
 
+    @classmethod
+    def tangent(cls, node: Any, tangent: torch.Tensor) -> Any:
+        """Return the tangent of the result from that of x; here of an operation that is linear."""
+        return differentiate(cls.schema[: cls.schema.index("(")], node, tangent, *node.args)
 
-class Recorded(Function):
-    """An operation in eager, of an x that requires a gradient."""
+
+class Recorded(rules.Rule):
+    """An operation in eager, of an x whose derivatives are recorded."""
 
     @staticmethod
-    def forward(node: Any, x: torch.Tensor, operation: type[Operation], group: Group, args: tuple[Any, ...]) -> Any:
+    def compute(x: torch.Tensor, operation: type[Operation], group: Group, args: tuple[Any, ...]) -> Any:  # type: ignore[override]  # as it is called
+        return run_directly(operation, group, (x, *args))
+
+    @staticmethod
+    def keep(node: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, operation, group, args = inputs
         node.operation, node.group, node.args, node.token = operation, group, args, group._token
-        y = run_directly(operation, group, (x, *args))
-        operation.save_for_backward(node, x, group, args, y)
-        return y
+        operation.save_for_backward(node, x, group, args, output)
+
+    @staticmethod
+    def batched(x: torch.Tensor, operation: type[Operation], group: Group, args: tuple[Any, ...]) -> tuple[Any, ...]:  # type: ignore[override]  # as above
+        try:
+            return operation, group, tuple([checks.dim(x, one) if i in operation.dims else one for i, one in enumerate(args)])
+        except BadArgument as error:
+            raise explain(error, group, operation.name, group._state.sequence) from None
+
+    @staticmethod
+    def forward(node: Any, *inputs: Any) -> Any:
+        return rules.in_rule(Recorded, node, inputs)
 
     @staticmethod
     def backward(node: Any, grad: Any) -> Any:
         return node.operation.gradient(node, grad), None, None, None
+
+    @staticmethod
+    def jvp(node: Any, tangent: torch.Tensor, *_: None) -> Any:
+        return node.operation.tangent(node, tangent)
 
 
 def differentiate(name: str, node: Any, *args: Any) -> Any:
@@ -210,9 +236,7 @@ def differentiate(name: str, node: Any, *args: Any) -> Any:
     if group is not node.group or compat.count_modes():
         more = (node.token,) if operation.ordered else ()
         return operation.operator(args[0], node.group, *args[1:], *more)
-    if records(group, *operation.watched(*args)):
-        return operation.traced(group, *args)
-    return run_directly(operation, group, args)
+    return rules.again(Recorded, args[0], operation, group, args[1:])
 
 
 def is_watched(*tensors: Any) -> bool:
@@ -226,8 +250,15 @@ def is_watched(*tensors: Any) -> bool:
 
 
 def records(group: Place, *tensors: Any) -> bool:
-    """Whether autograd is to record an eager call. Never in a group of one rank, which returns its input."""
-    if group.world_size == 1 or not torch.is_grad_enabled():
+    """Whether derivatives of an eager call are to be recorded. Never in a group of one rank, which returns its input."""
+    if group.world_size == 1:
+        return False
+    forward = compat.in_forward_mode()
+    if forward or compat.in_transform():
+        for x in tensors:
+            if isinstance(x, torch.Tensor) and (compat.is_wrapped(x) or (forward and (x.is_floating_point() or x.is_complex()))):
+                return True
+    if not torch.is_grad_enabled():
         return False
     for x in tensors:  # noqa: SIM110 - as above
         if isinstance(x, torch.Tensor) and x.requires_grad:
@@ -313,7 +344,8 @@ def perform(group: Group, operation: str, sequence: int, what: str, deadline: De
         act: does it.
     """
     try:
-        return act()
+        with ambient.shelter():
+            return act()
     except EXPECTED as error:
         group._state.failures.end(Call(group.name, operation, group._state.members, sequence), what, deadline.seconds, error)
     except BaseException as error:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from commgraph import ambient
 from commgraph.accelerators.device_order import DeviceOrder
 from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.communicators.tags import CHECK, make_tag
@@ -88,8 +89,8 @@ def check_text(sequence: int, sizes: tuple[int, int], what: str, at: str) -> tor
     if len(head) > room:
         mark = f"... {zlib.crc32(head):08x}".encode()
         head = head[: room - len(mark)] + mark
-    text = torch.zeros(_CHECK_BYTES, dtype=torch.uint8)
-    text[: len(head) + len(end)] = torch.frombuffer(bytearray(head + end), dtype=torch.uint8)
+    text = ambient.zeros(_CHECK_BYTES, torch.uint8)
+    text[: len(head) + len(end)] = ambient.over(bytearray(head + end))
     return text
 
 

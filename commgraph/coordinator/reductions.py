@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -22,19 +23,21 @@ def keep_values(node: Any, op: str, x: torch.Tensor, output: torch.Tensor) -> No
     """Save tensors for the derivative of a reduction: none for a sum, which is linear; else input and result."""
     node.linear = op in ("sum", "avg")
     node.op = op
-    node.save_for_backward(*(() if node.linear else (x, output)))
+    kept = () if node.linear else (x, output)
+    node.save_for_backward(*kept)
+    node.save_for_forward(*kept)
 
 
-def through_reduction(node: Any, total: torch.Tensor, whole: Any) -> torch.Tensor:
-    """Return the gradient of a reduction's input.
+def through_reduction(node: Any, value: torch.Tensor, whole: Any) -> torch.Tensor:
+    """Return `value` times the derivative of the sum over the ranks with respect to this rank's input.
 
     Args:
         node: of autograd, after `keep_values`.
-        total: the sum over the ranks of the gradient of the result, of the input's shape.
+        value: of the input's shape: the sum over the ranks of the gradient of the result, or the tangent of the input.
         whole: makes a result that covers the input of one that is a piece of it.
     """
     if node.linear:
-        return total
+        return value
     x, output = node.saved_tensors
     if node.op == "product":
         # The product of the other ranks' values: dividing by this rank's would fail at zero.
@@ -42,10 +45,10 @@ def through_reduction(node: Any, total: torch.Tensor, whole: Any) -> torch.Tenso
         n, me = real.world_size, real.rank_in_group
         everyone = differentiate("all_gather", node, x.unsqueeze(0), 0)
         others = torch.cat([everyone.narrow(0, 0, me), everyone.narrow(0, me + 1, n - 1 - me)])
-        return total * others.prod(0)
+        return value * others.prod(0, dtype=others.dtype)
     # Ranks that all had the largest element share its gradient, as torch.amax has it.
-    chosen = (x == whole(output)).to(total.dtype)
-    shared: torch.Tensor = total * chosen / differentiate("all_reduce", node, chosen, "sum")
+    chosen = (x == whole(output)).to(value.dtype)
+    shared: torch.Tensor = value * chosen / differentiate("all_reduce", node, chosen, "sum")
     return shared
 
 
@@ -86,6 +89,12 @@ class AllReduce(Operation):
     def gradient(cls, node: Any, grad: torch.Tensor) -> torch.Tensor:
         total = differentiate("all_reduce", node, grad, "avg" if node.op == "avg" else "sum")
         return through_reduction(node, total, lambda x: x)
+
+    @classmethod
+    def tangent(cls, node: Any, tangent: torch.Tensor) -> torch.Tensor:
+        mine = through_reduction(node, tangent, lambda x: x)
+        total: torch.Tensor = differentiate("all_reduce", node, mine, "avg" if node.op == "avg" else "sum")
+        return total
 
 
 class AllReduceInPlace(AllReduce):
@@ -199,6 +208,7 @@ class ReduceScatter(Operation):
     routed_as = "reduce_scatter"
     native: ClassVar[int | None] = 4
     schema = "reduce_scatter(Tensor x, Group group, int dim, str op) -> Tensor"
+    dims: ClassVar[tuple[int, ...]] = (0,)
 
     @classmethod
     def check(
@@ -264,13 +274,24 @@ class ReduceScatter(Operation):
         keep_values(node, args[1], x, output)
 
     @classmethod
-    def gradient(cls, node: Any, grad: torch.Tensor) -> torch.Tensor:
-        def whole(piece: torch.Tensor) -> torch.Tensor:
-            gathered: torch.Tensor = differentiate("all_gather", node, piece, node.args[0])
-            return gathered
+    def whole(cls, node: Any, piece: torch.Tensor) -> torch.Tensor:
+        """Return every rank's piece of the result."""
+        gathered: torch.Tensor = differentiate("all_gather", node, piece, node.args[0])
+        return gathered
 
-        total = whole(grad)
-        return through_reduction(node, total / compat.real_object(node.group).world_size if node.op == "avg" else total, whole)
+    @classmethod
+    def gradient(cls, node: Any, grad: torch.Tensor) -> torch.Tensor:
+        total = cls.whole(node, grad)
+        if node.op == "avg":
+            total = total / compat.real_object(node.group).world_size
+        return through_reduction(node, total, partial(cls.whole, node))
+
+    @classmethod
+    def tangent(cls, node: Any, tangent: torch.Tensor) -> torch.Tensor:
+        mine = through_reduction(node, tangent, partial(cls.whole, node))
+        *where, _ = node.args
+        piece: torch.Tensor = differentiate(cls.name, node, mine, *where, "avg" if node.op == "avg" else "sum")
+        return piece
 
 
 class ReduceScatterV(ReduceScatter):
@@ -312,10 +333,6 @@ class ReduceScatterV(ReduceScatter):
         keep_values(node, args[2], x, output)
 
     @classmethod
-    def gradient(cls, node: Any, grad: torch.Tensor) -> torch.Tensor:
-        def whole(piece: torch.Tensor) -> torch.Tensor:
-            gathered: torch.Tensor = differentiate("all_gatherv", node, piece, *node.args[:2])
-            return gathered
-
-        total = whole(grad)
-        return through_reduction(node, total / compat.real_object(node.group).world_size if node.op == "avg" else total, whole)
+    def whole(cls, node: Any, piece: torch.Tensor) -> torch.Tensor:
+        gathered: torch.Tensor = differentiate("all_gatherv", node, piece, *node.args[:2])
+        return gathered

@@ -9,6 +9,8 @@ from typing import Any
 import attrs
 import torch
 
+from commgraph import ambient
+
 __all__ = ["Entry", "Plan", "join_dict", "result_tensors", "split_dict"]
 
 # An entry of the description: path of keys, then ("o", value), ("d",) for an empty dict, or ("t", dtype, shape, on the host?).
@@ -68,7 +70,7 @@ def result_tensors(entries: Sequence[Entry], device: torch.device, carried: Mapp
     """
     described = [what for _, what in entries if what[0] == "t"]
     return [
-        torch.empty(what[2], dtype=what[1], device="cpu" if what[3] else device)
+        ambient.empty(what[2], what[1], ambient.HOST if what[3] else device)
         if (x := carried.get(i)) is None
         else (x if x.shape == what[2] else x.view(what[2]))
         for i, what in enumerate(described)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
+from commgraph import compat
 from commgraph.context import ParallelContext
 from commgraph.coordinator import is_watched
 from commgraph.nn.functional import reduce_from
@@ -71,7 +72,7 @@ class VocabParallelEmbedding(ParallelLayer):
             ValueError: an id out of range, where ids are on the host; nothing was sent. On an accelerator, where looking would stop the
                 host, and in compiled code the lookup itself fails, as it does in ``torch.nn.Embedding``.
         """
-        if not is_dynamo_compiling() and ids.device.type == "cpu" and not is_watched(ids):
+        if not is_dynamo_compiling() and ids.device.type == "cpu" and not is_watched(ids) and not compat.is_wrapped(ids):
             self._check(ids)
         if self.group.world_size == 1:
             return F.embedding(ids, self.weight)

@@ -30,9 +30,9 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from torch.autograd import Function
 
 from commgraph.coordinator import GroupCoordinator
+from commgraph.ops.rules import Rule, again, in_rule, record
 
 __all__ = ["copy_to", "gather_from", "reduce_from", "reduce_scatter_to", "scatter_to"]
 
@@ -58,7 +58,7 @@ def copy_to(x: torch.Tensor, group: Reducer) -> torch.Tensor:
     Returns:
         x. Backward sums the ranks' gradients (each is that of its rank's computation only), so that they are replicated, too.
     """
-    return _apply(_Copy, x, group) if group.world_size > 1 and _records(x) else x
+    return record(_Copy, x, group) if group.world_size > 1 and _records(x) else x
 
 
 def reduce_from(x: torch.Tensor, group: Reducer) -> torch.Tensor:
@@ -75,7 +75,7 @@ def reduce_from(x: torch.Tensor, group: Reducer) -> torch.Tensor:
     if group.world_size == 1 or not _records(x):
         with torch.no_grad():  # one rank gets x back, after its arguments were looked at
             return group.all_reduce(x)
-    return _apply(_Reduce, x, group)
+    return record(_Reduce, x, group)  # type: ignore[no-any-return]  # a tensor
 
 
 def gather_from(x: torch.Tensor, group: GroupCoordinator, dim: int = -1, *, reduce_grad: bool = False) -> torch.Tensor:
@@ -95,7 +95,7 @@ def gather_from(x: torch.Tensor, group: GroupCoordinator, dim: int = -1, *, redu
     if group.world_size == 1 or not _records(x):
         with torch.no_grad():  # one rank gets x back, after its arguments were looked at
             return group.all_gather(x, dim)
-    return _apply(_Gather, x, group, dim, reduce_grad)
+    return record(_Gather, x, group, dim, reduce_grad)  # type: ignore[no-any-return]  # a tensor
 
 
 def scatter_to(x: torch.Tensor, group: GroupCoordinator, dim: int = -1) -> torch.Tensor:
@@ -115,7 +115,7 @@ def scatter_to(x: torch.Tensor, group: GroupCoordinator, dim: int = -1) -> torch
     _check_even(x, group, dim)
     if group.world_size == 1:
         return x
-    return _apply(_Scatter, x, group, dim) if _records(x) else _own_piece(x, group, dim)
+    return record(_Scatter, x, group, dim) if _records(x) else _own_piece(x, group, dim)  # type: ignore[no-any-return]  # a tensor
 
 
 def reduce_scatter_to(x: torch.Tensor, group: GroupCoordinator, dim: int = -1) -> torch.Tensor:
@@ -132,12 +132,7 @@ def reduce_scatter_to(x: torch.Tensor, group: GroupCoordinator, dim: int = -1) -
     if group.world_size == 1 or not _records(x):
         with torch.no_grad():  # one rank gets x back, after its arguments were looked at
             return group.reduce_scatter(x, dim)
-    return _apply(_ReduceScatter, x, group, dim)
-
-
-def _apply(function: type[Function], *args: Any) -> torch.Tensor:
-    result: torch.Tensor = function.apply(*args)
-    return result
+    return record(_ReduceScatter, x, group, dim)  # type: ignore[no-any-return]  # a tensor
 
 
 def _records(x: torch.Tensor) -> bool:
@@ -159,60 +154,131 @@ def _own_piece(x: torch.Tensor, group: GroupCoordinator, dim: int) -> torch.Tens
     return x.narrow(dim, group.rank_in_group * size, size).contiguous()
 
 
-# Each backward is the twin's `apply`, not the bare collective: with create_graph=True it is recorded in its turn. `node` is what torch
-# calls ctx.
+# Each backward applies the twin, and not the bare collective: with create_graph=True it is recorded in its turn. Each is linear: its tangent
+# is its own value for the tangent. `node` is what torch calls ctx.
 
 
-class _Copy(Function):
+class _Copy(Rule):
     @staticmethod
-    def forward(node: Any, x: torch.Tensor, group: Reducer) -> torch.Tensor:
-        node.group = group
+    def compute(x: torch.Tensor, group: Reducer) -> torch.Tensor:  # type: ignore[override]  # as it is called, here and below
         return x.view_as(x)
 
     @staticmethod
-    def backward(node: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _apply(_Reduce, grad, node.group), None
+    def keep(node: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, node.group = inputs
 
-
-class _Reduce(Function):
     @staticmethod
-    def forward(node: Any, x: torch.Tensor, group: Reducer) -> torch.Tensor:
-        node.group = group
+    def forward(node: Any, *inputs: Any) -> Any:
+        return in_rule(_Copy, node, inputs)
+
+    @staticmethod
+    def backward(node: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        return again(_Reduce, grad, node.group), None
+
+    @staticmethod
+    def jvp(node: Any, tangent: torch.Tensor, *_: None) -> Any:
+        return again(_Copy, tangent, node.group)
+
+
+class _Reduce(Rule):
+    @staticmethod
+    def compute(x: torch.Tensor, group: Reducer) -> torch.Tensor:  # type: ignore[override]
         return group.all_reduce(x)
 
     @staticmethod
-    def backward(node: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _apply(_Copy, grad, node.group), None
+    def keep(node: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, node.group = inputs
 
-
-class _Gather(Function):
     @staticmethod
-    def forward(node: Any, x: torch.Tensor, group: GroupCoordinator, dim: int, reduce_grad: bool) -> torch.Tensor:
-        node.group, node.dim, node.twin = group, dim, _ReduceScatter if reduce_grad else _Scatter
+    def forward(node: Any, *inputs: Any) -> Any:
+        return in_rule(_Reduce, node, inputs)
+
+    @staticmethod
+    def backward(node: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        return again(_Copy, grad, node.group), None
+
+    @staticmethod
+    def jvp(node: Any, tangent: torch.Tensor, *_: None) -> Any:
+        return again(_Reduce, tangent, node.group)
+
+
+class _Gather(Rule):
+    @staticmethod
+    def compute(x: torch.Tensor, group: GroupCoordinator, dim: int, reduce_grad: bool) -> torch.Tensor:  # type: ignore[override]
         return group.all_gather(x, dim)
 
     @staticmethod
-    def backward(node: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _apply(node.twin, grad, node.group, node.dim), None, None, None
+    def keep(node: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, node.group, node.dim, node.reduce_grad = inputs
 
-
-class _Scatter(Function):
     @staticmethod
-    def forward(node: Any, x: torch.Tensor, group: GroupCoordinator, dim: int) -> torch.Tensor:
-        node.group, node.dim = group, dim
+    def batched(x: torch.Tensor, group: GroupCoordinator, dim: int, reduce_grad: bool) -> tuple[Any, ...]:  # type: ignore[override]
+        return group, _from_the_front(x, dim), reduce_grad
+
+    @staticmethod
+    def forward(node: Any, *inputs: Any) -> Any:
+        return in_rule(_Gather, node, inputs)
+
+    @staticmethod
+    def backward(node: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        return again(_ReduceScatter if node.reduce_grad else _Scatter, grad, node.group, node.dim), None, None, None
+
+    @staticmethod
+    def jvp(node: Any, tangent: torch.Tensor, *_: None) -> Any:
+        return again(_Gather, tangent, node.group, node.dim, node.reduce_grad)
+
+
+class _Scatter(Rule):
+    @staticmethod
+    def compute(x: torch.Tensor, group: GroupCoordinator, dim: int) -> torch.Tensor:  # type: ignore[override]
         return _own_piece(x, group, dim)
 
     @staticmethod
-    def backward(node: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _apply(_Gather, grad, node.group, node.dim, False), None, None
+    def keep(node: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, node.group, node.dim = inputs
 
-
-class _ReduceScatter(Function):
     @staticmethod
-    def forward(node: Any, x: torch.Tensor, group: GroupCoordinator, dim: int) -> torch.Tensor:
-        node.group, node.dim = group, dim
+    def batched(x: torch.Tensor, group: GroupCoordinator, dim: int) -> tuple[Any, ...]:  # type: ignore[override]
+        return group, _from_the_front(x, dim)
+
+    @staticmethod
+    def forward(node: Any, *inputs: Any) -> Any:
+        return in_rule(_Scatter, node, inputs)
+
+    @staticmethod
+    def backward(node: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        return again(_Gather, grad, node.group, node.dim, False), None, None
+
+    @staticmethod
+    def jvp(node: Any, tangent: torch.Tensor, *_: None) -> Any:
+        return again(_Scatter, tangent, node.group, node.dim)
+
+
+class _ReduceScatter(Rule):
+    @staticmethod
+    def compute(x: torch.Tensor, group: GroupCoordinator, dim: int) -> torch.Tensor:  # type: ignore[override]
         return group.reduce_scatter(x, dim)
 
     @staticmethod
-    def backward(node: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _apply(_Gather, grad, node.group, node.dim, True), None, None
+    def keep(node: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, node.group, node.dim = inputs
+
+    @staticmethod
+    def batched(x: torch.Tensor, group: GroupCoordinator, dim: int) -> tuple[Any, ...]:  # type: ignore[override]
+        return group, _from_the_front(x, dim)
+
+    @staticmethod
+    def forward(node: Any, *inputs: Any) -> Any:
+        return in_rule(_ReduceScatter, node, inputs)
+
+    @staticmethod
+    def backward(node: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        return again(_Gather, grad, node.group, node.dim, True), None, None
+
+    @staticmethod
+    def jvp(node: Any, tangent: torch.Tensor, *_: None) -> Any:
+        return again(_ReduceScatter, tangent, node.group, node.dim)
+
+
+def _from_the_front(x: torch.Tensor, dim: int) -> int:
+    return dim % x.dim() if -x.dim() <= dim < x.dim() else dim

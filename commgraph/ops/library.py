@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,18 @@ def declare(
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema.replace("Group ", f"{_GROUP} "))
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+
+    @functools.wraps(kernel)
+    def without_forward_mode(*args: Any, **kwargs: Any) -> Any:
+        # In forward mode torch calls an operator that has no rule for it as if nothing followed.
+        if compat.in_forward_mode() and any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in _listed(args)):
+            raise NotImplementedError(
+                f"torch.ops.commgraph.{name} has no rule for forward AD, called by name or under a dispatch mode: call the method of the "
+                "coordinator, without the mode. Nothing was sent."
+            )
+        return kernel(*args, **kwargs)
+
+    _LIBRARY.impl(name, without_forward_mode, "CompositeExplicitAutograd")
 
     @functools.wraps(fake)
     def ordered_fake(*args: Any, **kwargs: Any) -> Any:
@@ -60,6 +71,11 @@ def declare(
 
             torch.library.register_autograd(f"commgraph::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     return operator
+
+
+def _listed(args: tuple[Any, ...]) -> Sequence[Any]:
+    """Return the first argument, which may be a list, as a list."""
+    return () if not args else args[0] if isinstance(args[0], list | tuple) else args[:1]
 
 
 def _function(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from commgraph import ambient
 from commgraph.wire import CARRIERS
 
 __all__ = ["Pickler", "buffer_of", "loads", "tensor_over"]
@@ -81,8 +82,8 @@ def buffer_of(x: torch.Tensor) -> Any:
 def tensor_over(buffer: Any, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
     """Return a tensor over a writable buffer, which it keeps alive."""
     if not len(buffer):
-        return torch.empty(tuple(shape), dtype=dtype)
-    flat = torch.frombuffer(buffer, dtype=dtype)
+        return ambient.empty(tuple(shape), dtype)
+    flat = ambient.over(buffer, dtype)
     return flat if flat.shape == shape else flat.view(tuple(shape))
 
 

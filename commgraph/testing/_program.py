@@ -104,19 +104,20 @@ class TensorSpec:
     def _dense(self, shape: tuple[int, ...], seed: int) -> torch.Tensor:
         import torch
 
-        random = torch.Generator().manual_seed(seed)
+        random = torch.Generator("cpu").manual_seed(seed)
         dtype: torch.dtype = getattr(torch, self.dtype)
         if dtype == torch.bool:
-            return torch.randint(2, shape, generator=random).bool()
+            return torch.randint(2, shape, generator=random, device="cpu").bool()
         if self.bits or not (dtype.is_floating_point or dtype.is_complex):
-            data = torch.randint(256, (*shape, dtype.itemsize), generator=random, dtype=torch.uint8)
+            data = torch.randint(256, (*shape, dtype.itemsize), generator=random, device="cpu", dtype=torch.uint8)
             return data.view(dtype).reshape(shape)
         if dtype.is_complex:
-            return torch.complex(torch.randn(shape, generator=random), torch.randn(shape, generator=random)).to(dtype)
+            real, imag = [torch.randn(shape, generator=random, dtype=torch.float32, device="cpu") for _ in range(2)]
+            return torch.complex(real, imag).to(dtype)
         if dtype.itemsize > 1:
-            return torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)
+            return torch.randn(shape, generator=random, device="cpu", dtype=torch.float64).to(dtype)
         # Dtypes of few bits: small numbers, and powers of two for a dtype that has no others.
-        few = torch.randint(-3, 4, shape, generator=random).float()
+        few = torch.randint(-3, 4, shape, generator=random, device="cpu").float()
         return (few.exp2() if dtype == torch.float8_e8m0fnu else few / 2).to(dtype)
 
 

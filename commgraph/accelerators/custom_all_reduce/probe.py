@@ -63,7 +63,7 @@ def try_peers(kernels: TorchKernels, rank: int, size: int, meet: Callable[[str],
         return Word(f"its peers wrote {list(range(1, size + 1))} to it, and {written} came")
     kernels.barrier()
     for kernel in ("one_shot", "two_shot", *(["multimem"] if kernels.multicast else [])):
-        x = torch.full((_NUMEL,), float(rank + 1), device=device)
+        x = torch.full((_NUMEL,), float(rank + 1), dtype=torch.float32, device=device)
         out = torch.empty_like(x)
         kernels.all_reduce(kernel, x, out)
         if not bool((out == size * (size + 1) / 2).all()):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from commgraph import ambient
 from commgraph.accelerators.custom_all_reduce.kernels import ALIGNMENT, Kernels
 from commgraph.accelerators.kernel_table import KERNELS, OTHERS, Plan
 from commgraph.accelerators.streams import Streams
@@ -114,14 +115,14 @@ class CustomAllReduce(Communicator):
         flat = as_bytes(dense(x))
         # Without a copy where the pieces of the result lie one after the other.
         straight = are_slices_joined(out, dim)
-        whole = as_bytes(out) if straight else torch.empty(out.nbytes, dtype=torch.uint8, device=out.device)
+        whole = as_bytes(out) if straight else ambient.empty(out.nbytes, torch.uint8, out.device)
         step = self._step(1, self.world_size)
         if flat.numel() <= step:
             kernels.all_gather(kernel, flat, whole)
         else:
             by_rank = whole.view(self.world_size, -1)
             for begin, piece in zip(range(0, flat.numel(), step), flat.split(step), strict=True):
-                part = torch.empty(piece.numel() * self.world_size, dtype=torch.uint8, device=out.device)
+                part = ambient.empty(piece.numel() * self.world_size, torch.uint8, out.device)
                 kernels.all_gather(kernel, piece, part)
                 by_rank[:, begin : begin + piece.numel()].copy_(part.view(self.world_size, -1))
         self._bytes += flat.numel()
@@ -188,7 +189,7 @@ class CustomAllReduce(Communicator):
                 for nbytes in (size // unit * unit + unit for size in smallest):
                     if (kernel := self.kernel_for(operation, nbytes, dtype)) not in tried:
                         tried.add(kernel)
-                        self._try(operation, torch.zeros(nbytes // dtype.itemsize, dtype=dtype, device=self._device))
+                        self._try(operation, ambient.zeros(nbytes // dtype.itemsize, dtype, self._device))
 
     def _try(self, operation: str, whole: torch.Tensor) -> None:
         n, me = self.world_size, self.rank_in_group

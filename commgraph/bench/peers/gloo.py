@@ -79,7 +79,7 @@ class Peer(Library):
         def recv(peer: int) -> dict[str, torch.Tensor]:
             received = {}
             for key, dtype, shape in _recv(group, peer):
-                received[key] = torch.empty(shape, dtype=dtype)
+                received[key] = torch.empty(shape, dtype=dtype, device="cpu")
                 group.recv([received[key]], peer, 0).wait()
             return received
 
@@ -109,7 +109,7 @@ class _Objects(Channel):
     def send(self, obj: object) -> None:
         if self._rank == 0 or self._single:
             data = _bytes_of(obj)
-            self._group.broadcast(torch.tensor([data.numel()]), self._rank).wait()
+            self._group.broadcast(torch.tensor([data.numel()], device="cpu"), self._rank).wait()
             self._group.broadcast(data, self._rank).wait()
         else:  # a broadcast would need the other readers, too
             _send(self._group, obj, 0)
@@ -117,9 +117,9 @@ class _Objects(Channel):
     def recv(self, source: int = 0) -> Any:
         if source and not self._single:
             return _recv(self._group, source)
-        size = torch.empty(1, dtype=torch.int64)
+        size = torch.empty(1, dtype=torch.int64, device="cpu")
         self._group.broadcast(size, source).wait()
-        data = torch.empty(int(size), dtype=torch.uint8)
+        data = torch.empty(int(size), dtype=torch.uint8, device="cpu")
         self._group.broadcast(data, source).wait()
         return pickle.loads(data.numpy().data)
 
@@ -133,13 +133,13 @@ def _bytes_of(obj: object) -> torch.Tensor:
 
 def _send(group: Any, obj: object, peer: int) -> None:
     data = _bytes_of(obj)
-    group.send([torch.tensor([data.numel()])], peer, 0).wait()
+    group.send([torch.tensor([data.numel()], device="cpu")], peer, 0).wait()
     group.send([data], peer, 0).wait()
 
 
 def _recv(group: Any, peer: int) -> Any:
-    size = torch.empty(1, dtype=torch.int64)
+    size = torch.empty(1, dtype=torch.int64, device="cpu")
     group.recv([size], peer, 0).wait()
-    data = torch.empty(int(size), dtype=torch.uint8)
+    data = torch.empty(int(size), dtype=torch.uint8, device="cpu")
     group.recv([data], peer, 0).wait()
     return pickle.loads(data.numpy().data)

@@ -129,7 +129,7 @@ static int begin(FastCalls *fast, cg_call *call, PyObject *filled, size_t bytes)
 
 static int is_open(const FastCalls *fast) {
     if (!fast->open || (fast->group != NULL && (!fast->group->enabled || fast->group->paused))) return 0;
-    return has_no_modes(fast->tensors) > 0;
+    return is_unwatched(fast->tensors) > 0;
 }
 
 /* A dimension, counted from the front; -1 if it is none. */

@@ -64,7 +64,7 @@ static PyObject *messages_send(PyObject *self, PyObject *const *args, Py_ssize_t
     if (nargs != 4) return PyErr_Format(PyExc_TypeError, "send(ring, x, number, timeout)");
     view v;
     Ring *ring = ring_of(self, args[0]);
-    if (ring == NULL || has_no_modes(messages->tensors) <= 0 || view_tensor(messages->tensors, args[1], &v) <= 0) return not_handled();
+    if (ring == NULL || is_unwatched(messages->tensors) <= 0 || view_tensor(messages->tensors, args[1], &v) <= 0) return not_handled();
     uint64_t number = PyLong_AsUnsignedLongLong(args[2]), tag;
     int64_t timeout;
     if (parse_timeout(self, args[3], messages->timeout_ns, &timeout) <= 0) return not_handled();
@@ -122,7 +122,7 @@ static PyObject *messages_recv(PyObject *self, PyObject *const *args, Py_ssize_t
     Messages *messages = (Messages *)self;
     if (nargs != 6) return PyErr_Format(PyExc_TypeError, "recv(ring, size, kind, out, number, timeout)");
     Ring *ring = ring_of(self, args[0]);
-    if (ring == NULL || ring->parts != NULL || messages->tensors->exchange == NULL || has_no_modes(messages->tensors) <= 0) return not_handled();
+    if (ring == NULL || ring->parts != NULL || messages->tensors->exchange == NULL || is_unwatched(messages->tensors) <= 0) return not_handled();
     long kind = PyLong_AsLong(args[2]);
     uint64_t number = PyLong_AsUnsignedLongLong(args[4]), tag;
     int64_t timeout;
@@ -219,7 +219,7 @@ static PyObject *messages_put_dict(PyObject *self, PyObject *const *args, Py_ssi
     if (PyErr_Occurred()) return NULL;
     Ring *ring = ring_of(self, args[0]);
     /* A torch that could not read such a record sends none. */
-    if (ring == NULL || !PyDict_CheckExact(args[1]) || messages->tensors->exchange == NULL || has_no_modes(messages->tensors) <= 0) return not_handled();
+    if (ring == NULL || !PyDict_CheckExact(args[1]) || messages->tensors->exchange == NULL || is_unwatched(messages->tensors) <= 0) return not_handled();
     packed_dict p;
     p.description[0] = PLAIN;
     p.length = 1;

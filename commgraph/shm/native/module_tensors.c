@@ -2,8 +2,11 @@
 
 #include <stdlib.h>
 
-int has_no_modes(const Tensors *tensors) {
-    PyObject *modes = PyObject_CallNoArgs(tensors->modes);
+int is_unwatched(const Tensors *tensors) {
+    PyObject *level = PyDict_GetItemWithError(tensors->forward, tensors->current_level); /* borrowed, as the next */
+    PyObject *profiling = PyDict_GetItemWithError(tensors->profiler, tensors->profiler_enabled);
+    if (profiling == Py_True || (level != NULL && PyLong_AsLong(level) >= 0)) return 0;
+    PyObject *modes = PyErr_Occurred() ? NULL : PyObject_CallNoArgs(tensors->modes);
     if (modes == NULL) return -1;
     int none = PyLong_AsLong(modes) == 0;
     Py_DECREF(modes);
@@ -56,6 +59,12 @@ int view_tensor(const Tensors *tensors, PyObject *x, view *v) {
     }
     if (set == 0) set = flag(x, state->is_neg, 1);
     if (set != 0) return set < 0 ? -1 : 0;
+    if (t.dtype.bits == 8 && (t.dtype.code == DL_INT || t.dtype.code == DL_UINT)) {
+        PyObject *dtype = PyObject_GetAttr(x, tensors->dtype);
+        if (dtype == NULL) return -1;
+        Py_DECREF(dtype); /* torch keeps it */
+        if (dtype != tensors->int8 && dtype != tensors->uint8) return 0;
+    }
     v->data = (char *)t.data + t.byte_offset;
     v->ndim = t.ndim;
     v->kind = t.dtype;
@@ -126,11 +135,21 @@ PyObject *new_tensor(const Tensors *tensors, Pool *pool, dl_dtype kind, int ndim
     return tensor_over(tensors, memory, kind, ndim, shape);
 }
 
+static const char tensors_doc[] = "Tensors(tensor_type, exchange, inference_mode, grad_mode, modes, mark_written, forward, profiler, int8, uint8)\n--\n\n"
+                                  "How plain tensors are inspected and made.";
+
+/* The members that hold a reference. */
+#define REFERENCES(tensors)                                                                                                                       \
+    {&(tensors)->inference_mode, &(tensors)->grad_mode, &(tensors)->modes, &(tensors)->mark_written, &(tensors)->forward, \
+     &(tensors)->profiler, &(tensors)->int8, &(tensors)->uint8, &(tensors)->current_level, &(tensors)->profiler_enabled, &(tensors)->dtype}
+
 static PyObject *tensors_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     (void)kwargs;
-    PyObject *tensor_type, *exchange, *inference_mode, *grad_mode, *modes, *mark_written;
-    if (!PyArg_ParseTuple(args, "OOOOOO", &tensor_type, &exchange, &inference_mode, &grad_mode, &modes, &mark_written)) return NULL;
-    if (!PyType_Check(tensor_type)) return PyErr_Format(PyExc_TypeError, "Tensors(tensor_type, exchange, inference_mode, grad_mode, modes, mark_written)");
+    PyObject *tensor_type, *exchange, *given[8];
+    if (!PyArg_ParseTuple(args, "OOOOOOOOOO", &tensor_type, &exchange, &given[0], &given[1], &given[2], &given[3], &given[4], &given[5], &given[6],
+                          &given[7]))
+        return NULL;
+    if (!PyType_Check(tensor_type) || !PyDict_Check(given[4]) || !PyDict_Check(given[5])) return PyErr_Format(PyExc_TypeError, tensors_doc);
     const dl_exchange *api = NULL;
     if (exchange != Py_None && (api = PyCapsule_GetPointer(exchange, "dlpack_exchange_api")) == NULL) return NULL;
     if (api != NULL && (api->version.major != 1 || api->view_of_object == NULL)) api = NULL;
@@ -138,24 +157,20 @@ static PyObject *tensors_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     if (self == NULL) return NULL;
     self->tensor_type = (PyTypeObject *)Py_NewRef(tensor_type);
     self->exchange = api;
-    self->inference_mode = Py_NewRef(inference_mode);
-    self->grad_mode = Py_NewRef(grad_mode);
-    self->modes = Py_NewRef(modes);
-    self->mark_written = Py_NewRef(mark_written);
+    PyObject **members[] = REFERENCES(self);
+    for (int i = 0; i < 8; i++) *members[i] = Py_NewRef(given[i]);
+    self->current_level = PyUnicode_InternFromString("_current_level");
+    self->profiler_enabled = PyUnicode_InternFromString("_is_profiler_enabled");
+    self->dtype = PyUnicode_InternFromString("dtype");
     return (PyObject *)self;
 }
 
 static void tensors_dealloc(PyObject *self) {
-    Tensors *tensors = (Tensors *)self;
-    Py_XDECREF((PyObject *)tensors->tensor_type);
-    Py_XDECREF(tensors->inference_mode);
-    Py_XDECREF(tensors->grad_mode);
-    Py_XDECREF(tensors->modes);
-    Py_XDECREF(tensors->mark_written);
+    PyObject **members[] = REFERENCES((Tensors *)self);
+    for (size_t i = 0; i < sizeof members / sizeof *members; i++) Py_XDECREF(*members[i]);
+    Py_XDECREF((PyObject *)((Tensors *)self)->tensor_type);
     free_object(self);
 }
 
-static PyType_Slot tensors_slots[] = {
-    {Py_tp_doc, "Tensors(tensor_type, exchange, inference_mode, grad_mode, modes, mark_written)\n--\n\nHow plain tensors are inspected and made."},
-    {Py_tp_new, tensors_new}, {Py_tp_dealloc, tensors_dealloc}, {0}};
+static PyType_Slot tensors_slots[] = {{Py_tp_doc, (void *)tensors_doc}, {Py_tp_new, tensors_new}, {Py_tp_dealloc, tensors_dealloc}, {0}};
 PyType_Spec tensors_spec = {"commgraph.shm._native.Tensors", sizeof(Tensors), 0, Py_TPFLAGS_DEFAULT, tensors_slots};

@@ -17,6 +17,10 @@ typedef struct {
     PyObject *grad_mode;      /* () -> bool: whether gradients are recorded */
     PyObject *modes;          /* () -> int: number of active dispatch modes, which must see every operator */
     PyObject *mark_written;   /* called with a tuple of tensors that are going to be filled */
+    PyObject *forward;        /* namespace of torch.autograd.forward_ad, whose _current_level is below zero outside of every level */
+    PyObject *profiler;       /* namespace of torch.autograd.profiler, with _is_profiler_enabled */
+    PyObject *int8, *uint8;   /* dtypes: DLPack has no other names for those of less than 8 bits */
+    PyObject *current_level, *profiler_enabled, *dtype; /* names, interned */
 } Tensors;
 
 /* A contiguous host tensor. */
@@ -29,8 +33,9 @@ typedef struct {
     int is_bool;
 } view;
 
-/* 1 if no dispatch mode is active, 0 if one is, -1 with an error set. */
-int has_no_modes(const Tensors *tensors);
+/* 1 if nothing of torch watches a call: no dispatch mode, no level of forward-mode derivatives, no profiler; else
+ * 0; -1 with an error set. */
+int is_unwatched(const Tensors *tensors);
 /* Views x: 1 if it is plain, 0 if not, -1 with an error set. */
 int view_tensor(const Tensors *tensors, PyObject *x, view *v);
 /* Whether x may be filled in the present inference mode: 0 if not, -1 with an error set. */
