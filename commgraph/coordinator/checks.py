@@ -83,7 +83,7 @@ def tensor(place: Place, x: Any, name: str = "x", *, gradient: str = "") -> torc
         )
     if compat.is_wrapped(x) and place.world_size > 1:
         raise BadArgument(
-            f"{name} is a tensor within torch.func.grad, vmap or jvp, and {gradient or 'this operation'} has no rule for them; call it outside",
+            f"{name} is a tensor within torch.func.grad, vmap or jvp, for which {gradient or 'this operation'} has no rule; call it outside",
             unsupported=True,
         )
     if not x.is_cpu and x.device.type != place.device.type:
@@ -97,8 +97,8 @@ def tensor(place: Place, x: Any, name: str = "x", *, gradient: str = "") -> torc
         )
     if gradient and carries_tangent(x):
         raise BadArgument(
-            f"{name} carries a tangent of forward mode, which {gradient} would cut silently; send {name}.detach(), and the tangent by a call "
-            "of its own (torch.autograd.forward_ad.unpack_dual)",
+            f"{name} carries a tangent of forward mode, which {gradient} would cut silently; give it {name}.detach(), and the tangent to a "
+            "call of its own (torch.autograd.forward_ad.unpack_dual)",
             unsupported=True,
         )
     return x
@@ -246,7 +246,7 @@ def out(place: Place, given: Any, shape: Sequence[int], like: torch.Tensor) -> t
 def like(place: Place, dtype: Any, device: torch.device | str) -> torch.Tensor:
     """An empty tensor of the dtype and device of one to receive."""
     try:
-        made = ambient.empty(0, dtype, device)
+        made = ambient.empty(0, dtype, torch.device(device))
     # torch's own errors for what is no dtype, no device, or a device that it was not built for.
     except (TypeError, RuntimeError, AssertionError) as error:
         raise BadArgument(f"no tensor of dtype={dtype!r} on device={str(device)!r} can be made here: {error}", unsupported=True) from None

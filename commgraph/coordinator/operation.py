@@ -194,7 +194,7 @@ class Recorded(rules.Rule):
     """An operation in eager, of an x whose derivatives are recorded."""
 
     @staticmethod
-    def compute(x: torch.Tensor, operation: type[Operation], group: Group, args: tuple[Any, ...]) -> Any:  # type: ignore[override]  # as it is called
+    def compute(x: torch.Tensor, operation: type[Operation], group: Group, args: tuple[Any, ...]) -> Any:
         return run_directly(operation, group, (x, *args))
 
     @staticmethod
@@ -204,7 +204,7 @@ class Recorded(rules.Rule):
         operation.save_for_backward(node, x, group, args, output)
 
     @staticmethod
-    def batched(x: torch.Tensor, operation: type[Operation], group: Group, args: tuple[Any, ...]) -> tuple[Any, ...]:  # type: ignore[override]  # as above
+    def batched(x: torch.Tensor, operation: type[Operation], group: Group, args: tuple[Any, ...]) -> tuple[Any, ...]:
         try:
             return operation, group, tuple([checks.dim(x, one) if i in operation.dims else one for i, one in enumerate(args)])
         except BadArgument as error:

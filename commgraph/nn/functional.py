@@ -115,7 +115,7 @@ def scatter_to(x: torch.Tensor, group: GroupCoordinator, dim: int = -1) -> torch
     _check_even(x, group, dim)
     if group.world_size == 1:
         return x
-    return record(_Scatter, x, group, dim) if _records(x) else _own_piece(x, group, dim)  # type: ignore[no-any-return]  # a tensor
+    return record(_Scatter, x, group, dim) if _records(x) else _own_piece(x, group, dim)
 
 
 def reduce_scatter_to(x: torch.Tensor, group: GroupCoordinator, dim: int = -1) -> torch.Tensor:
@@ -154,13 +154,13 @@ def _own_piece(x: torch.Tensor, group: GroupCoordinator, dim: int) -> torch.Tens
     return x.narrow(dim, group.rank_in_group * size, size).contiguous()
 
 
-# Each backward applies the twin, and not the bare collective: with create_graph=True it is recorded in its turn. Each is linear: its tangent
-# is its own value for the tangent. `node` is what torch calls ctx.
+# Each backward applies the twin, and not the bare collective: with create_graph=True it is recorded in its turn. All are linear, so the
+# tangent of a result is the function of the tangent. `node` is what torch calls ctx.
 
 
 class _Copy(Rule):
     @staticmethod
-    def compute(x: torch.Tensor, group: Reducer) -> torch.Tensor:  # type: ignore[override]  # as it is called, here and below
+    def compute(x: torch.Tensor, group: Reducer) -> torch.Tensor:
         return x.view_as(x)
 
     @staticmethod
@@ -182,7 +182,7 @@ class _Copy(Rule):
 
 class _Reduce(Rule):
     @staticmethod
-    def compute(x: torch.Tensor, group: Reducer) -> torch.Tensor:  # type: ignore[override]
+    def compute(x: torch.Tensor, group: Reducer) -> torch.Tensor:
         return group.all_reduce(x)
 
     @staticmethod
@@ -204,7 +204,7 @@ class _Reduce(Rule):
 
 class _Gather(Rule):
     @staticmethod
-    def compute(x: torch.Tensor, group: GroupCoordinator, dim: int, reduce_grad: bool) -> torch.Tensor:  # type: ignore[override]
+    def compute(x: torch.Tensor, group: GroupCoordinator, dim: int, reduce_grad: bool) -> torch.Tensor:
         return group.all_gather(x, dim)
 
     @staticmethod
@@ -212,7 +212,7 @@ class _Gather(Rule):
         _, node.group, node.dim, node.reduce_grad = inputs
 
     @staticmethod
-    def batched(x: torch.Tensor, group: GroupCoordinator, dim: int, reduce_grad: bool) -> tuple[Any, ...]:  # type: ignore[override]
+    def batched(x: torch.Tensor, group: GroupCoordinator, dim: int, reduce_grad: bool) -> tuple[Any, ...]:
         return group, _from_the_front(x, dim), reduce_grad
 
     @staticmethod
@@ -230,7 +230,7 @@ class _Gather(Rule):
 
 class _Scatter(Rule):
     @staticmethod
-    def compute(x: torch.Tensor, group: GroupCoordinator, dim: int) -> torch.Tensor:  # type: ignore[override]
+    def compute(x: torch.Tensor, group: GroupCoordinator, dim: int) -> torch.Tensor:
         return _own_piece(x, group, dim)
 
     @staticmethod
@@ -238,7 +238,7 @@ class _Scatter(Rule):
         _, node.group, node.dim = inputs
 
     @staticmethod
-    def batched(x: torch.Tensor, group: GroupCoordinator, dim: int) -> tuple[Any, ...]:  # type: ignore[override]
+    def batched(x: torch.Tensor, group: GroupCoordinator, dim: int) -> tuple[Any, ...]:
         return group, _from_the_front(x, dim)
 
     @staticmethod
@@ -256,7 +256,7 @@ class _Scatter(Rule):
 
 class _ReduceScatter(Rule):
     @staticmethod
-    def compute(x: torch.Tensor, group: GroupCoordinator, dim: int) -> torch.Tensor:  # type: ignore[override]
+    def compute(x: torch.Tensor, group: GroupCoordinator, dim: int) -> torch.Tensor:
         return group.reduce_scatter(x, dim)
 
     @staticmethod
@@ -264,7 +264,7 @@ class _ReduceScatter(Rule):
         _, node.group, node.dim = inputs
 
     @staticmethod
-    def batched(x: torch.Tensor, group: GroupCoordinator, dim: int) -> tuple[Any, ...]:  # type: ignore[override]
+    def batched(x: torch.Tensor, group: GroupCoordinator, dim: int) -> tuple[Any, ...]:
         return group, _from_the_front(x, dim)
 
     @staticmethod

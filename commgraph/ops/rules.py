@@ -64,7 +64,7 @@ def with_tangent(x: torch.Tensor) -> torch.Tensor:
 def record(rule: type[Rule], x: torch.Tensor, *args: Any) -> Any:
     """Apply a rule, so that whatever follows x follows the result."""
     transformed = not is_dynamo_compiling() and compat.in_transform()
-    return (_for_transforms(rule) if transformed else rule).apply(x, *args)  # type: ignore[no-untyped-call]  # torch's
+    return (_for_transforms(rule) if transformed else rule).apply(x, *args)
 
 
 def again(rule: type[Rule], x: torch.Tensor, *args: Any) -> Any:
