@@ -9,14 +9,18 @@ example) is not to be sheltered.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Final
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final, ParamSpec, TypeVar
 
 import torch
 
 from commgraph import compat
 
-__all__ = ["HOST", "empty", "integers", "lasting", "over", "shelter", "zeros"]
+__all__ = ["HOST", "empty", "integers", "lasting", "over", "shelter", "sheltered", "zeros"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 HOST: Final = torch.device("cpu")
 
@@ -31,6 +35,19 @@ def lasting() -> Iterator[None]:
     """Shelter code that builds what outlives the caller's state: also from inference mode, whose tensors cannot be filled outside of it."""
     with shelter(), torch.inference_mode(False):
         yield
+
+
+def sheltered(function: Callable[P, T]) -> Callable[P, T]:
+    """Run a function in `shelter`."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not compat.has_modes():
+            return function(*args, **kwargs)
+        with compat.without_modes():
+            return function(*args, **kwargs)
+
+    return run
 
 
 def empty(shape: int | Sequence[int], dtype: torch.dtype, device: torch.device = HOST) -> torch.Tensor:

@@ -16,7 +16,7 @@ import attrs
 import torch
 import torch.distributed as dist
 
-from commgraph import compat
+from commgraph import ambient, compat
 from commgraph.accelerators.custom_all_reduce import PeerAccessCache
 from commgraph.accelerators.device_order import DeviceOrder
 from commgraph.agreement import agree
@@ -126,6 +126,7 @@ class Builder:
         everyone = range(len(self.hosts.nodes))
         return Meeting(store, store, everyone, self.rank, what, Deadline.after(self.timeout.total_seconds()), self.me, self.processes)
 
+    @ambient.lasting()
     def connect(self, uid: str, ranks: tuple[int, ...], meeting: Meeting) -> Connection | None:
         """Connect the ranks of one group. Collective over them; return None for one rank, which needs no connection.
 
@@ -149,6 +150,7 @@ class Builder:
         part.exchange("here", b"")
         return Connection(store, self._connect(uid, part))
 
+    @ambient.lasting()
     def keep_order(self, meeting: Meeting) -> None:
         """Connect the `DeviceOrder`, at its first use and after it was broken. Collective over the world.
 
@@ -161,6 +163,7 @@ class Builder:
         if connection is not None:
             self.order.connect(connection.transport)
 
+    @ambient.lasting()
     def state(
         self,
         uid: str,

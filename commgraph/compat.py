@@ -78,6 +78,7 @@ __all__ = [
     "increment_version",
     "is_profiling",
     "is_traced",
+    "is_tracing",
     "is_without_memory",
     "is_wrapped",
     "keep_order",
@@ -395,6 +396,19 @@ def is_profiling() -> bool:
 def ambient_flags() -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the namespaces that hold `_current_level` and `_is_profiler_enabled`, which the native module reads in each call."""
     return vars(forward_ad), vars(profiler)
+
+
+def is_tracing(*tensors: Any) -> bool:
+    """Whether calls are recorded, or answered with shapes only, by the modes of this thread or the kind of a tensor.
+
+    Privately `torch._guards.detect_fake_mode` and `torch.fx.experimental.proxy_tensor.get_proxy_mode`.
+    """
+    from torch._guards import detect_fake_mode
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    if any(isinstance(x, torch.Tensor) and is_traced(x) for x in tensors):
+        return True
+    return detect_fake_mode() is not None or get_proxy_mode() is not None
 
 
 def below_autograd() -> Any:

@@ -220,6 +220,7 @@ def _pack_dict(value: dict[Any, Any], depth: int) -> list[Any]:
     return packed
 
 
+@ambient.sheltered
 def _pack_tensor(value: torch.Tensor) -> list[Any]:
     if value.device.type != "cpu":
         raise _not_plain(f"a tensor on {value.device} (move it to the host first)")
@@ -300,6 +301,7 @@ def _unpack_ext(code: int, data: bytes) -> Any:
     raise WireError(f"malformed frame: no extension has the number {code}")
 
 
+@ambient.sheltered
 def _unpack_tensor(name: Any, shape: Any, data: Any) -> torch.Tensor:
     sizes = shape if type(shape) is list and all(type(size) is int and size >= 0 for size in shape) else None
     if type(name) is not str or sizes is None or type(data) is not bytes:

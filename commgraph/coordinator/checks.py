@@ -83,7 +83,7 @@ def tensor(place: Place, x: Any, name: str = "x", *, gradient: str = "") -> torc
         )
     if compat.is_wrapped(x) and place.world_size > 1:
         raise BadArgument(
-            f"{name} is a tensor within torch.func.grad, vmap or jvp, for which {gradient or 'this operation'} has no rule; call it outside",
+            f"{name} is a tensor within torch.func.grad, vmap or jvp, for which {gradient or 'the call'} has no rule; call it outside",
             unsupported=True,
         )
     if not x.is_cpu and x.device.type != place.device.type:

@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 import torch
 
+from commgraph import ambient
 from commgraph.accelerators.side_streams import StreamTask
 from commgraph.communicators.base import CallsDiffer
 from commgraph.coordinator import checks
@@ -27,6 +28,7 @@ from commgraph.work import Work
 __all__ = ["broadcast_dict", "irecv_dict", "isend_dict", "recv_dict", "send_dict"]
 
 
+@ambient.sheltered
 def broadcast_dict(group: Group, objects: Objects, tree: Any, src: int, timeout: Timeout) -> Any:
     """`GroupCoordinator.broadcast_tensor_dict`."""
     operation = "broadcast_tensor_dict"
@@ -78,6 +80,7 @@ def send_dict(
     _pack(group, objects, operation, tree, peer, slicing, override)(deadline, timeout is not None)
 
 
+@ambient.sheltered
 def _pack(
     group: Group,
     objects: Objects,
@@ -124,6 +127,7 @@ def recv_dict(
     return received.gathered(slicing, timeout)
 
 
+@ambient.sheltered
 def _receive(
     group: Group,
     objects: Objects,
@@ -164,6 +168,7 @@ class Received:
         """Return its tensors that are not on the host."""
         return [x for x in (*self.tensors, *(piece for _, piece in self.slices)) if not x.is_cpu]
 
+    @ambient.sheltered
     def gathered(self, slicing: Group | None, timeout: Timeout) -> dict[Any, Any]:
         """Return the whole dict; collective over `slicing`, where there are slices."""
         for x, piece in self.slices:

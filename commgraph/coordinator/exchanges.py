@@ -248,6 +248,10 @@ class Scatter(Operation):
         return perform(group, cls.name, sequence, what, deadline, lambda: cls.pieces(group, tag, deadline, header, *checked))
 
     @classmethod
+    def has_operator(cls, *args: Any) -> bool:
+        return args[0] is not None
+
+    @classmethod
     def traced(cls, group: Group, x: Any, src: int, dim: int, sizes: Sequence[int] | None) -> Any:
         if group.world_size == 1:
             return x

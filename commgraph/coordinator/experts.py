@@ -21,7 +21,7 @@ from commgraph.coordinator.exchanges import AllToAll
 from commgraph.coordinator.failures import Call
 from commgraph.coordinator.gathers import AllGather, AllGatherList, AllGatherV
 from commgraph.coordinator.messages import begin_message
-from commgraph.coordinator.operation import Group, Operation, explain, is_watched, records, refuse_timeout, run, run_directly
+from commgraph.coordinator.operation import Group, Operation, explain, is_watched, passes_by, records, refuse_timeout, run, run_directly
 from commgraph.coordinator.reductions import ReduceScatter, ReduceScatterV
 from commgraph.deadline import Timeout
 
@@ -145,7 +145,8 @@ def dispatch(
     if group.world_size == 1:
         return Dispatched(given, counts)
     routed = group._experts is not None and len(routing) == 2
-    if traced or is_watched(*given):
+    special = routed or sizes is None or timeout is not None
+    if traced or (is_watched(*given) and not passes_by(special, *given)):
         refuse_timeout(timeout)
         if routed:
             raise ValueError(

@@ -1213,14 +1213,16 @@ class GroupCoordinator(compat.OpaqueBase):
     def prepare_communication_buffer_for_model(self, model: torch.nn.Module) -> None:
         """Lets strategies allocate buffers by the sizes in `model`. Collective."""
         self._state.ensure_open(self.name)
-        for communicator in self._state.strategies.communicators:
-            communicator.warmup(model)
+        with ambient.lasting():
+            for communicator in self._state.strategies.communicators:
+                communicator.warmup(model)
 
     def warmup(self) -> None:
         """Allocates everything that first use would, and proves that the group works. Collective."""
         self._state.ensure_open(self.name)
-        for communicator in self._state.strategies.communicators:
-            communicator.warmup()
+        with ambient.lasting():
+            for communicator in self._state.strategies.communicators:
+                communicator.warmup()
         self.barrier()
 
     def empty(self, size: Sequence[int] | int, dtype: torch.dtype, *, timeout: Timeout = None) -> torch.Tensor:

@@ -26,6 +26,7 @@ from commgraph.coordinator.operation import (
     deadline_of,
     explain,
     is_watched,
+    passes_by,
     perform,
     refuse_timeout,
     wait_pending,
@@ -158,7 +159,7 @@ def send(group: Group, x: torch.Tensor, dst: int | None, tag: int, timeout: Time
     native = group._state.native_messages
     if native is not None and type(tag) is int and not tag and native.send(group, x, group.next_in_group if dst is None else dst, timeout):
         return
-    if is_watched(x):
+    if is_watched(x) and not passes_by(timeout is not None or _is_special(tag), x):
         refuse_timeout(timeout)
         _refuse_tag("send", tag)
         Transmit.traced(group, x, dst)
@@ -174,7 +175,8 @@ def send(group: Group, x: torch.Tensor, dst: int | None, tag: int, timeout: Time
     if strategy is not None and x.is_cpu and strategy.fast is None and x.nbytes <= _BUFFERED:
         # As through a ring: a receiver may ask for messages of several tags in another order than that in which they are sent.
         seconds = group._state.timeouts.host
-        _under_way(group, "send", {(peer, True, tag): [x.detach().clone()]}, seconds, False, None)
+        with ambient.shelter():
+            _under_way(group, "send", {(peer, True, tag): [x.detach().clone()]}, seconds, False, None)
         return
     exchange(group, "send", [x], peer, True, deadline, tag=tag, limited=timeout is not None)
 
@@ -199,7 +201,7 @@ def recv(
         received: torch.Tensor | None = native.recv(group, size, dtype, group.prev_in_group if src is None else src, out, timeout)
         if received is not None:
             return received
-    if is_watched(out):
+    if is_watched(out) and not passes_by(timeout is not None or _is_special(tag, src), out):
         refuse_timeout(timeout)
         _refuse_tag("recv", tag, src)
         return Receive.traced(group, size, dtype, src, device, out)  # type: ignore[arg-type]  # as above
@@ -229,7 +231,7 @@ def sendrecv(
     timeout: Timeout,
 ) -> torch.Tensor:
     """`GroupCoordinator.sendrecv`."""
-    if is_dynamo_compiling() or is_watched(x, out):
+    if is_dynamo_compiling() or (is_watched(x, out) and not passes_by(timeout is not None, x, out)):
         refuse_timeout(timeout)
         return SendReceive.traced(group, x, dst, size, dtype, src, device, out)
     deadline = begin_message(group, "sendrecv", timeout)
@@ -251,12 +253,17 @@ def sendrecv(
 
 def _refuse_tag(operation: str, tag: Any, src: Any = None) -> None:
     """Refuse an argument that the operator lacks, where torch traces."""
-    if isinstance(src, AnySource) or type(tag) is not int or tag:
+    if _is_special(tag, src):
         what = "src=commgraph.ANY" if isinstance(src, AnySource) else f"tag={tag!r}"
         raise ValueError(
             f"{operation}: {what} cannot go with a call that is traced: messages in a graph pair by their order. Call it outside of the "
             "compiled function"
         )
+
+
+def _is_special(tag: Any, src: Any = None) -> bool:
+    """Whether the operator of a message lacks these arguments."""
+    return isinstance(src, AnySource) or type(tag) is not int or bool(tag)
 
 
 def _both(place: Place, dst: int, src: int) -> None:
@@ -274,6 +281,7 @@ def begin_message(group: Group, operation: str, timeout: Timeout) -> Deadline:
     return deadline_of(group, operation, timeout)
 
 
+@ambient.sheltered
 def _result(
     group: Group,
     size: Any,
@@ -440,6 +448,7 @@ def batch(group: Group, messages: Sequence[Send | Recv], timeout: Timeout) -> Wo
     return _under_way(group, "batch", lanes, deadline.seconds, timeout is not None, filled)
 
 
+@ambient.sheltered
 def _under_way(
     group: Group, operation: str, lanes: Mapping[MessageKey, Sequence[torch.Tensor]], seconds: float, limited: bool, result: T
 ) -> Work[T]:

@@ -377,6 +377,7 @@ def _others(group: Group) -> list[int]:
     return [peer for peer in range(group.world_size) if peer != group.rank_in_group]
 
 
+@ambient.sheltered
 def _split(frame: bytes) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the block that announces a frame, and the rest that does not fit into it."""
     block = ambient.zeros(_BLOCK, torch.uint8)
@@ -458,12 +459,14 @@ def nothing_yet(group: Group, operation: str, sequence: int, src: int, seconds: 
     )
 
 
+@ambient.sheltered
 def _buffer(size: int) -> tuple[bytearray, torch.Tensor]:
     """Memory and a tensor over it (numpy, which could do the same, is not needed to run commgraph)."""
     memory = bytearray(size)
     return memory, ambient.over(memory)
 
 
+@ambient.sheltered
 def _tensor(data: bytes) -> torch.Tensor:
     memory, tensor = _buffer(len(data))
     memory[:] = data

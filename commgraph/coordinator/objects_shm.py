@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import msgspec
 import torch
 
+from commgraph import ambient
 from commgraph.communicators.base import CallsDiffer, Communicator, FastPath
 from commgraph.communicators.memory import is_dense
 from commgraph.communicators.tags import COLLECTIVE, digest, make_tag, tag_of
@@ -184,6 +185,7 @@ class ShmObjects(Objects):
             self._scatter_large(group, operation, sequence, list(itertools.chain.from_iterable(pieces)), sizes, src, timeout_ns)
         return given[me]
 
+    @ambient.sheltered
     def _scatter_large(
         self,
         group: Group,
@@ -225,6 +227,7 @@ class ShmObjects(Objects):
             found.append(obj if rank == group.rank_in_group else loads(mine[0], mine[1:]))
         return found
 
+    @ambient.sheltered
     def _gather_large(
         self, group: Group, operation: str, sequence: int, parts: Sequence[Any], sizes: Mapping[int, list[int]], deadline: Deadline
     ) -> dict[int, list[Any]]:

@@ -36,6 +36,7 @@ __all__ = [
     "explain",
     "interrupted_by",
     "is_watched",
+    "passes_by",
     "perform",
     "raise_native",
     "run",
@@ -147,6 +148,11 @@ class Operation:
         return ()
 
     @classmethod
+    def has_operator(cls, *args: Any) -> bool:
+        """Whether its torch operator takes such arguments."""
+        return True
+
+    @classmethod
     def traced(cls, group: Group, *args: Any) -> Any:
         """Return the result of `call`. torch.compile traces this instead of the eager paths."""
         return args[0] if group.world_size == 1 else cls.call(group, *args)
@@ -249,6 +255,11 @@ def is_watched(*tensors: Any) -> bool:
     return False
 
 
+def passes_by(special: bool, *tensors: Any) -> bool:
+    """Whether a call passes by the modes that are active: one with arguments that its operator lacks, where nothing is traced."""
+    return special and not compat.is_tracing(*tensors)
+
+
 def records(group: Place, *tensors: Any) -> bool:
     """Whether derivatives of an eager call are to be recorded. Never in a group of one rank, which returns its input."""
     if group.world_size == 1:
@@ -281,7 +292,11 @@ def run(operation: type[Operation], group: Group, args: tuple[Any, ...], timeout
         refuse_timeout(timeout)
         return operation.traced(group, *args)
     watched = operation.watched(*args)
-    if is_watched(*watched) or (operation.differentiable and records(group, *watched)):
+    recorded = operation.differentiable and records(group, *watched)
+    if recorded or is_watched(*watched):
+        if not recorded and passes_by(timeout is not None or not operation.has_operator(*args), *watched):
+            with ambient.shelter():
+                return run_generally(operation, group, args, timeout)
         refuse_timeout(timeout)
         try:
             for filled, name in operation.filled(*args):

@@ -60,6 +60,7 @@ def join_dict(entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> dict
     return tree
 
 
+@ambient.sheltered
 def result_tensors(entries: Sequence[Entry], device: torch.device, carried: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
     """Return a tensor for each one of the description: that of `carried`, else an empty one, on the host or on `device` as it was.
 
@@ -113,6 +114,7 @@ class Plan:
             result.append(wanted and self.world_size > 1 and numel > 0)
         return result
 
+    @ambient.sheltered
     def slice(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's slice of x, 1-D."""
         return x.reshape(self.world_size, -1)[self.rank_in_group]

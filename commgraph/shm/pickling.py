@@ -69,6 +69,7 @@ class _Pickler(pickle.Pickler):
         return tensor_over, (pickle.PickleBuffer(buffer_of(obj)), obj.dtype, tuple(obj.shape))
 
 
+@ambient.sheltered
 def buffer_of(x: torch.Tensor) -> Any:
     """Return the bytes of a strided host tensor as a buffer, which keeps them alive: its own memory, or that of a contiguous copy."""
     bits = x.detach().resolve_conj().resolve_neg().view(CARRIERS[x.dtype.itemsize]).contiguous()
@@ -79,6 +80,7 @@ def buffer_of(x: torch.Tensor) -> Any:
     return buffer
 
 
+@ambient.sheltered
 def tensor_over(buffer: Any, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
     """Return a tensor over a writable buffer, which it keeps alive."""
     if not len(buffer):

@@ -89,7 +89,13 @@ class TensorSpec:
     bits: bool = False
 
     def make(self, seed: int) -> torch.Tensor:
-        """Return the tensor; equal for equal seeds."""
+        """Return the tensor; equal for equal seeds, whatever the modes and defaults of torch."""
+        from commgraph import ambient
+
+        with ambient.shelter():
+            return self._make(seed)
+
+    def _make(self, seed: int) -> torch.Tensor:
         if not self.shape:
             return self._dense((), seed)
         if self.strides == "transposed":
