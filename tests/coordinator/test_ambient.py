@@ -87,7 +87,6 @@ OF_THREADS: MappingProxyType[str, Around] = MappingProxyType(
 
 @contextlib.contextmanager
 def deterministic_fill() -> Iterator[None]:
-    assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     try:
         yield
