@@ -425,7 +425,7 @@ class World:
         self._ensure_open()
         chosen = tuple(ranks)
         if any(not 0 <= rank < self.size for rank in chosen) or len(set(chosen)) != len(chosen):
-            raise LayoutError(f"split({list(chosen)}): ranks must be different ones of 0 to {self.size - 1}")
+            raise LayoutError(f"split({list(chosen)}) on rank {self.rank}: ranks must be different ones of 0 to {self.size - 1}")
         if self.rank not in chosen:
             raise LayoutError(f"split({list(chosen)}): rank {self.rank} is not among them; only the ranks of the new world call it")
         number = self._state.count(f"split {chosen}")

@@ -54,6 +54,11 @@ def test_an_unreaped_rank_is_dead(scenario: Scenario) -> None:
     scenario("zombie")
 
 
+def test_faults_that_users_inject_happen_in_processes(scenario: Scenario) -> None:
+    """Killed, stopped and cut at the n-th call."""
+    scenario("injected")
+
+
 def test_a_stopped_rank_is_late_and_not_lost(scenario: Scenario) -> None:
     scenario("stopped")
 

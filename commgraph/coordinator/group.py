@@ -505,7 +505,7 @@ class GroupCoordinator(compat.OpaqueBase):
             x: at least 1-D, without a gradient; unchanged. None elsewhere than on `src`, or a tensor of the dtype and shape of that, whose
                 values are ignored: where torch traces it is needed, for its shape.
             src: rank in the group whose x is cut.
-            dim: which dimension is cut, in rank order.
+            dim: which dimension is cut, in rank order: that of `src` counts.
             sizes: extent of each rank's piece, adding up to `x.shape[dim]`; zeros are fine; None cuts evenly. Needed on `src` alone.
             timeout: deadline.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import random
@@ -33,6 +34,7 @@ import torch
 import commgraph as cg
 import commgraph.testing
 from commgraph.coordinator import GroupCoordinator
+from commgraph.testing import Fault, inject_faults
 
 NOISE = re.compile(r"resource_tracker|Traceback|leaked|terminate called|Segmentation|Fatal|Aborted|Exception ignored")
 # What a rank says that closes without its peers.
@@ -384,6 +386,35 @@ def zombie() -> str:
         assert heard["at"] - killed < 2
         ranks.finish(killed=[1])
     return f"heard after {heard['at'] - killed:.3f} s"
+
+
+def injected() -> str:
+    """Faults of `commgraph.testing`, which users inject: each happens at the third call of rank 1, and the others hear of it."""
+
+    def program(kind: str, rank: Rank) -> None:
+        with rank.world() as world:
+            inject_faults(world, Fault(rank=1, kind=kind, call=3, operation="all_reduce", seconds=0.7))
+            ctx = world.context(cg.Layout(3, tp=3), name="main")
+            calls, started = 0, time.monotonic()
+            try:
+                for _ in range(5):
+                    ctx.tp.all_reduce(torch.ones(3))
+                    calls += 1
+                rank.say(calls=calls, took=time.monotonic() - started)
+            except cg.PeerLostError as error:
+                rank.say(calls=calls, lost=error.rank)
+
+    for kind in ("kill", "stop", "cut"):
+        with job(*[functools.partial(program, kind)] * 3) as ranks:
+            for rank in (0, 2) if kind == "kill" else (0, 1, 2):
+                said = ranks.find(rank, "calls")
+                if kind == "stop":
+                    assert said["calls"] == 5, said
+                    assert said["took"] >= 0.7, said
+                else:
+                    assert (said["calls"], said["lost"]) == (2, 1), (kind, said)
+            ranks.finish(killed=[1] if kind == "kill" else [])
+    return "killed, stopped and cut at the third call"
 
 
 def stopped() -> str:
@@ -837,6 +868,7 @@ SCENARIOS: dict[str, Callable[..., str]] = {
     for scenario in (
         kills,
         zombie,
+        injected,
         stopped,
         interrupted,
         small_dev_shm,

@@ -44,8 +44,8 @@ CELL_SECONDS = 40.0
 NOISE = re.compile(r"Traceback|leaked|terminate called|Segmentation|Fatal|Aborted|Exception ignored|Exception in thread")
 # In this order, the worst first: the outcome of a cell is that of its worst call.
 FAILURES = ("crash", "hang", "wrong", "bare", "nameless", "noise", "silent", "refused", "late")
-# These may be the machine's doing.
-DOUBTFUL = frozenset({"refused", "late", "hang"})
+# These may be the doing of a machine that stood still.
+DOUBTFUL = frozenset({"refused", "late"})
 
 
 class Become(BaseException):
@@ -161,7 +161,7 @@ def table(results: Sequence[dict[str, Any]], part: int) -> str:
         row["cells"] += 1
         row["failed"] += result["outcome"] != "fine"
         row.update({one.get("class") or one["outcome"] for one in result["said"]})
-    columns = ["cells", "failed", "right"]
+    columns = ["cells", "failed", "limit", "right"]
     columns += sorted({name for row in rows.values() for name in row} - {*columns, *FAILURES, "n/a"})
     head = [("operation", "misuse", "transport", "ranks")[part], *columns]
     lines = [" | ".join(head), " | ".join("---" if i == 0 else "--:" for i in range(len(head)))]

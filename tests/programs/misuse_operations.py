@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 import torch
 
-import commgraph as cg
+from commgraph import ANY, Layout, Recv, Send
 
 RANKS, WRONG = 3, 1
 
@@ -61,6 +61,8 @@ class Operation:
         takes: which misuses of arguments it knows: d(type), s(hape), m (dim), r(oot or peer).
         root: of rank 1, and the wrong one.
         sends: objects, in which a `__reduce__` of the user's can run.
+        idle: the rank that has no part in it.
+        builds: communicators: the deadline of each call is that of the world.
     """
 
     call: Call
@@ -69,6 +71,8 @@ class Operation:
     root: tuple[int, int] = (0, 2)
     sends: bool = False
     queue: bool = False
+    idle: int | None = None
+    builds: bool = False
 
 
 def total(w: Sequence[Args]) -> torch.Tensor:
@@ -164,11 +168,12 @@ def from_before(me: int, w: Sequence[Args]) -> torch.Tensor:
 
 
 def in_batch(g: Any, a: Args, dst: int, src: int) -> Any:
-    return g.batch([cg.Send(a.x, dst), cg.Recv(torch.empty(a.shape, dtype=a.dtype), src)]).wait()[1]
+    return g.batch([Send(a.x, dst), Recv(torch.empty(a.shape, dtype=a.dtype), src)]).wait()[1]
 
 
 def combined(g: Any, a: Args) -> Any:
-    dispatched = g.dispatch(Args(a.me, 0, a.round).x, torch.ones(6, 4), sizes="equal")
+    x = Args(a.me, 0, a.round).x if a.given is None else a.given
+    dispatched = g.dispatch(x, x[:, :4], sizes="equal")
     rows = dispatched[0]
     return g.combine((rows[1:] if a.odd else rows).to(a.dtype), dispatched)
 
@@ -197,7 +202,7 @@ def captured(g: Any, a: Args) -> Any:
 
 def of_context(w: Any, a: Args) -> Any:
     """An operation of a context of its own."""
-    with w.world.context(cg.Layout(RANKS, **{"tp" if a.root == 0 else "pp": RANKS}), name=f"of turn {a.round}") as ctx:
+    with w.world.context(Layout(RANKS, **{"tp" if a.root == 0 else "pp": RANKS}), name=f"of turn {a.round}") as ctx:
         return ctx.world.all_reduce(torch.full((3,), float(a.round)))
 
 
@@ -233,7 +238,7 @@ COLLECTIVES: dict[str, Operation] = {
     ),
     "scatter": Operation(
         lambda g, a: g.scatter(a.x if a.me == a.root else None, a.root, a.dim),
-        lambda me, w: part(w[w[me].root].x, me, w[me].dim),
+        lambda me, w: part(w[w[me].root].x, me, w[w[me].root].dim),  # dim counts there alone
         "dsmr",
         root=(1, 2),
     ),
@@ -255,7 +260,7 @@ COLLECTIVES: dict[str, Operation] = {
     ),
     "combine": Operation(combined, wanted_of_combine, "ds"),
     "empty": Operation(shared, lambda me, w: ([*w[me].shape], w[me].dtype, True), "ds"),
-    "sibling": Operation(by_sibling, lambda me, w: torch.full((3,), 3.0 * w[me].round), "r"),
+    "sibling": Operation(by_sibling, lambda me, w: torch.full((3,), 3.0 * w[me].round), "r", builds=True),
     "warmup": Operation(lambda g, a: g.warmup(), nothing),
     "prepare_communication_buffer_for_model": Operation(
         lambda g, a: g.prepare_communication_buffer_for_model(torch.nn.Linear(4, 4)), nothing
@@ -290,12 +295,12 @@ def _messages() -> dict[str, Operation]:
     for name, (send, recv) in SENDS.items():
         of: Callable[[Args], Any] = (lambda a: a.obj) if "object" in name else (lambda a: a.tree) if "dict" in name else (lambda a: a.x)
         expected = name in ("send", "isend")
-        made[name] = Operation(sending(send, recv), sent(of, expected=expected), "dsr", root=(2, 0), sends="object" in name)
+        made[name] = Operation(sending(send, recv), sent(of, expected=expected), "dsr", root=(2, 0), sends="object" in name, idle=0)
         other = name.replace("send", "recv")
-        made[other] = Operation(receiving(send, recv), received(of, expected=expected), "dsr" if expected else "r", root=(0, 2))
+        made[other] = Operation(receiving(send, recv), received(of, expected=expected), "dsr" if expected else "r", root=(0, 2), idle=2)
     send, _ = SENDS["send"]
     made["recv(ANY)"] = Operation(
-        receiving(send, lambda g, a: g.recv(a.shape, a.dtype, cg.ANY)), received(lambda a: (a.x, 0), expected=True), "ds"
+        receiving(send, lambda g, a: g.recv(a.shape, a.dtype, ANY)), received(lambda a: (a.x, 0), expected=True), "ds", idle=2
     )
     made["sendrecv"] = Operation(ring(lambda g, a, dst, src: g.sendrecv(a.x, dst, a.shape, a.dtype, src)), from_before, "dsr", root=(2, 0))
     made["batch"] = Operation(ring(in_batch), from_before, "dsr", root=(2, 0))
@@ -346,11 +351,16 @@ QUEUE: dict[str, Operation] = {
 }
 
 CONTEXT: dict[str, Operation] = {
-    "World.context": Operation(of_context, lambda me, w: torch.full((3,), 3.0 * w[me].round), "r"),
+    "World.context": Operation(of_context, lambda me, w: torch.full((3,), 3.0 * w[me].round), "r", builds=True),
     "World.split": Operation(
-        lambda w, a: in_split(w.world, a), lambda me, w: torch.full((3,), 2.0 * w[me].round) if me != 2 else None, "r", root=(0, 2)
+        lambda w, a: in_split(w.world, a),
+        lambda me, w: torch.full((3,), 2.0 * w[me].round) if me != 2 else None,
+        "r",
+        root=(0, 2),
+        idle=2,
+        builds=True,
     ),
-    "World.split_by": Operation(lambda w, a: in_split_by(w.world, a), lambda me, w: torch.full((3,), 3.0 * w[me].round), "r"),
+    "World.split_by": Operation(lambda w, a: in_split_by(w.world, a), lambda me, w: torch.full((3,), 3.0 * w[me].round), builds=True),
 }
 
 OPERATIONS: dict[str, Operation] = {**CONTEXT, **COLLECTIVES, **_messages(), **OBJECTS, **QUEUE}
