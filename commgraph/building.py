@@ -25,6 +25,7 @@ from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.coordinator.state import GroupState, Members, Network, Strategies, Timeouts
 from commgraph.deadline import Deadline
 from commgraph.errors import BackendUnavailableError, BuildError
+from commgraph.forks import keep_for_ever
 from commgraph.hosts import Hosts
 from commgraph.meeting import Meeting, PeerLeftError
 from commgraph.options import CommunicatorOptions
@@ -62,6 +63,13 @@ class States:
         """End the calls on all groups with an error, here and on the peers. From any thread."""
         for state in tuple(self._states):
             state.abort()
+
+    def disown(self) -> None:
+        """Give up all groups, in a forked child."""
+        keep_for_ever(self)
+        self._lock = threading.Lock()
+        for state in tuple(self._states):
+            state.disown()
 
     def release(self) -> None:
         """Drop all groups on this rank; nothing is sent."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 from collections.abc import Collection, Iterator, Mapping
 from datetime import timedelta
 from types import MappingProxyType, TracebackType
@@ -29,6 +30,7 @@ from commgraph.errors import (
     LayoutError,
     LayoutMismatchError,
 )
+from commgraph.forks import explain_fork
 from commgraph.layout import Layout
 from commgraph.meeting import Meeting
 from commgraph.options import CommunicatorOptions
@@ -86,7 +88,7 @@ class ParallelContext:
     _layout: Layout
     _name: str
     _options: Mapping[str, CommunicatorOptions]
-    _state: dict[str, bool]
+    _state: dict[str, Any]
     _world: _World
 
     world: GroupCoordinator
@@ -113,7 +115,7 @@ class ParallelContext:
             ("_world", world),
             ("_groups", MappingProxyType(dict(groups))),
             ("_options", MappingProxyType(dict(options))),
-            ("_state", {"closed": False}),
+            ("_state", {"closed": False, "inherited": False, "pid": os.getpid()}),
             *((group, groups[group]) for group in _GROUPS if group in groups),
         ):
             object.__setattr__(self, attribute, value)
@@ -158,7 +160,7 @@ class ParallelContext:
     @property
     def closed(self) -> bool:
         """Whether it was closed."""
-        return self._state["closed"]
+        return bool(self._state["closed"])
 
     # Groups.
 
@@ -237,6 +239,9 @@ class ParallelContext:
             yield made
 
     def _ensure_open(self, what: str) -> None:
+        if self._state["inherited"]:
+            why = explain_fork(self._state["pid"], "a World")
+            raise ContextClosedError(f"{what}: context {self._name!r} (rank {self.rank}) is not this process's: {why}")
         if self.closed:
             raise ContextClosedError(f"{what}: context {self._name!r} (rank {self.rank}) was closed; build another with world.context")
 
@@ -296,6 +301,12 @@ class ParallelContext:
                 # As text: a log record that is kept would keep the connections through the error's traceback.
                 logger.warning("context %r was closed on rank %d without its peers: %s", self._name, self.rank, str(error))
         self._drop()
+
+    def _disown(self) -> None:
+        """Give up all groups, in a forked child."""
+        self._state["closed"] = self._state["inherited"] = True
+        for coordinator in self._groups.values():
+            coordinator._disown()
 
     def _drop(self) -> None:
         """Close on this rank alone; peers that wait for it get `PeerLostError`."""

@@ -18,7 +18,7 @@ import attrs
 import torch
 
 from commgraph.deadline import Timeout
-from commgraph.errors import CollectiveTimeoutError, CommGraphError
+from commgraph.errors import CollectiveTimeoutError, CommGraphError, ContextClosedError
 from commgraph.waiting import End
 
 __all__ = ["ANY", "AnySource", "Finished", "Job", "Lane", "LaneThread", "Recv", "Send", "Work"]
@@ -171,6 +171,7 @@ class Work(Generic[T]):
 
     def is_completed(self) -> bool:
         """Whether it has ended, with an error or without: `wait` would wait for no peer and no device."""
+        self._ensure_own()
         for job in self._jobs:
             if job.has_arrived is not None and job.lane is not None and not job.ended.is_set() and job.has_arrived():
                 job.lane.run_here(job)
@@ -187,9 +188,11 @@ class Work(Generic[T]):
         Raises:
             CollectiveTimeoutError: `timeout` passed; the operation goes on and may be waited for again.
             CommGraphError, ValueError, TypeError: the error of the operation.
+            ContextClosedError: this is a forked child of the process that began it, and it had not ended.
         """
         seconds = None if timeout is None else _seconds(timeout, self._call.where)
         deadline = None if seconds is None else time.monotonic() + seconds
+        self._ensure_own()
         for job in self._jobs:
             if not job.ended.is_set() and job.lane is not None:
                 if deadline is None and job.lane.run_here(job):
@@ -210,6 +213,11 @@ class Work(Generic[T]):
         if error is not None:
             raise copy.copy(error) if isinstance(error, CommGraphError) else error
         return self._result  # type: ignore[no-any-return]  # what `finish` gave
+
+    def _ensure_own(self) -> None:
+        for job in self._jobs:
+            if job.lane is not None and job.lane.inherited is not None and not job.ended.is_set():
+                raise ContextClosedError(f"{self._call.where}: {job.lane.inherited}")
 
     def _end(self) -> None:
         finish, self._finish = self._finish, None
@@ -274,6 +282,8 @@ class Lane:
         self._thread: LaneThread | None = None
         # Ident of the thread that runs a job: that of the lane, or one that waits for it.
         self._maker: int | None = None
+        # In a forked child, which does not have the thread: why no job of this lane can be waited for.
+        self.inherited: str | None = None
 
     @property
     def is_idle(self) -> bool:

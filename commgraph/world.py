@@ -37,6 +37,7 @@ from commgraph.errors import (
     LaunchError,
     LayoutError,
 )
+from commgraph.forks import disown_in_children, explain_fork
 from commgraph.layout import Layout
 from commgraph.layout.checks import whole
 from commgraph.meeting import Meeting
@@ -65,6 +66,9 @@ class _State:
     # Builds begun, by name; every rank counts alike, since building is collective.
     begun: dict[str, int] = attrs.field(factory=dict)
     closed: bool = False
+    # Of the process that made the world, and whether this is the copy of a forked child.
+    pid: int = attrs.field(factory=os.getpid)
+    is_inherited: bool = False
 
     def count(self, what: str) -> int:
         with self.lock:
@@ -110,6 +114,8 @@ class World:
             self.token = ambient.zeros((), torch.float32, torch.device("meta" if device.type == "meta" else "cpu"))
         # The finalizer must not refer to the World itself, which would never be collected.
         self._finalizer = weakref.finalize(self, _release, builder.states, builder.order)
+        if self.size > 1 and builder.holds_something:
+            disown_in_children(self)
         try:
             everyone = tuple(range(self.size))
             connection = builder.connect("world", everyone, meeting)
@@ -534,6 +540,16 @@ class World:
         self.group.close()
         self._finalizer()
 
+    def _disown(self) -> None:
+        """Give up everything, in a forked child, which has no part in the job: `commgraph.forks.Owner`."""
+        self._finalizer.detach()
+        state = self._state
+        state.closed = state.is_inherited = True
+        state.lock = threading.Lock()
+        for context in state.contexts.values():
+            context._disown()
+        self._builder.states.disown()
+
     def _abort(self) -> None:
         """End the calls on all groups with an error, here and on the peers, from any thread; `close` is still to be called."""
         for world in tuple(self._state.splits):
@@ -548,6 +564,8 @@ class World:
         self._builder.states.prune()
 
     def _ensure_open(self) -> None:
+        if self._state.is_inherited:
+            raise ContextClosedError(f"{self!r} is not this process's: {explain_fork(self._state.pid, 'a World')}")
         if self.closed:
             raise ContextClosedError(f"{self!r} cannot build anything any more")
 

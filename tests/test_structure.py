@@ -18,7 +18,7 @@ FILES = tuple(sorted(PACKAGE.rglob("*.py")))
 # path below `commgraph` decides; a file in no layer fails the test, so that whoever adds one says where it belongs.
 LAYERS = (
     ("__init__",),  # `import commgraph` itself: nothing but the errors, everything else on demand
-    ("errors", "compat", "ambient", "deadline", "accelerators.streams", "work", "waiting", "processes"),
+    ("errors", "compat", "ambient", "deadline", "forks", "accelerators.streams", "work", "waiting", "processes"),
     ("accelerators.kernel_table",),
     ("layout", "launch", "wire", "options"),
     ("meeting", "sealed", "session", "rendezvous", "hosts", "agreement"),

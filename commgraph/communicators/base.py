@@ -105,6 +105,9 @@ class FastPath(Protocol):
     def interrupted(self) -> bool:
         """Whether a native call was broken off after it had begun."""
 
+    def disown(self) -> None:
+        """Refuse every native call, and leave the shared memory alone from now on: this is the copy of a forked child."""
+
     def post_note(self, text: str) -> None:
         """Show the other ranks a text that describes this rank's call."""
 

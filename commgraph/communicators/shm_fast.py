@@ -11,6 +11,7 @@ import torch
 from commgraph import compat
 from commgraph.communicators.base import CallsDiffer, PeerClosed, PeerLate
 from commgraph.communicators.memory import dense
+from commgraph.forks import keep_for_ever
 from commgraph.shm.host_memory import HostMemory
 from commgraph.shm.mailbox import Mailbox, tensors_with
 from commgraph.shm.stopped import GONE, LOST, MISMATCH, TIMEOUT, Stopped
@@ -74,6 +75,14 @@ class ShmFastPath:
         with contextlib.suppress(AttributeError):  # another thread closes it at this very moment
             self.counter.enabled = 0
             self._memory.team.close(True)  # type: ignore[union-attr]  # suppressed above
+
+    def disown(self) -> None:
+        if self._memory is not None:
+            keep_for_ever(self._memory, self.counter, self.mailbox)
+            self.counter.enabled = 0
+            self._memory.team.disown()
+            self._memory, self.mailbox = None, None
+            self.counter = Closed(0)
 
     def close(self) -> None:
         """Leave the group; the memory goes with its last reference."""

@@ -1269,6 +1269,8 @@ class GroupCoordinator(compat.OpaqueBase):
 
     def close(self) -> None:
         """Closes this coordinator on this rank; the last one on its communicators takes them along. Sends nothing; idempotent."""
+        if self._state.is_inherited:
+            return
         if self._fast is not None:
             self._fast.close()
         self._state.leave(self.name)
@@ -1279,6 +1281,14 @@ class GroupCoordinator(compat.OpaqueBase):
                 sibling.close()
             self._family.siblings.clear()
             self._family.coordinators.clear()
+
+    def _disown(self) -> None:
+        """Give it up in a forked child, a coordinator of one rank included."""
+        if self._fast is not None and self.world_size == 1:
+            self._fast.close()
+        self._state.disown()
+        for sibling in self._family.siblings:
+            sibling._disown()
 
     def _broadcast_list(self, obj_list: Any, src: int, timeout: Timeout) -> list[Any]:
         if not isinstance(obj_list, list):

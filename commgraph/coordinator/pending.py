@@ -74,6 +74,11 @@ class Pending:
         lanes = [lane for key, lane in self.lanes.items() if key is None or key[1]]
         return all(lane.wait_idle(deadline.left()) for lane in lanes)
 
+    def disown(self, why: str) -> None:
+        """Make every wait for what is pending raise, in a forked child: the threads of the lanes are not there."""
+        for lane in self.lanes.values():
+            lane.inherited = why
+
     def join(self, deadline: Deadline) -> None:
         """Wait for the threads of the lanes, after the group was closed."""
         for lane in self.lanes.values():

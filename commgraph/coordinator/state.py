@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -24,6 +25,7 @@ from commgraph.coordinator.pending import Pending
 from commgraph.coordinator.torch_groups import TorchGroups
 from commgraph.deadline import Deadline
 from commgraph.errors import ContextClosedError, UnsupportedTensorError
+from commgraph.forks import explain_fork, keep_for_ever
 
 __all__ = ["GroupState", "Members", "Network", "Strategies", "Timeouts"]
 
@@ -183,6 +185,9 @@ class GroupState:
         self._open: set[str] = set()
         self._counts: dict[Any, int] = {}
         self._lock = threading.Lock()
+        self._pid = os.getpid()
+        # Whether this is the copy of a forked child.
+        self.is_inherited = False
 
     # Streams and counters.
 
@@ -231,6 +236,9 @@ class GroupState:
 
     def ensure_open(self, name: str) -> None:
         """Raise where the coordinator of that name was closed or the group is broken."""
+        if self.is_inherited:
+            why = explain_fork(self._pid, "a World")
+            raise ContextClosedError(f"group {name!r} (rank {self.members.rank}) is not this process's: {why}")
         if name not in self._open:
             raise ContextClosedError(f"group {name!r} (rank {self.members.rank}): its context was closed; build another with world.context")
         if (broken := self.failures.broken) is not None:
@@ -253,6 +261,27 @@ class GroupState:
         if last:
             self.close()
 
+    def disown(self) -> None:
+        """Give up everything without a trace, in a forked child: `commgraph.forks.Owner`."""
+        if self.is_inherited:
+            return
+        self.is_inherited = True
+        keep_for_ever(self.strategies, self.network, self.counter, self.own_messages, self.pending, self.comparison)
+        if self.detects is not None:
+            keep_for_ever(self.detects)
+            self.detects.disown()
+        self._open.clear()
+        self.failures.closed = True
+        self.failures.forget()
+        self._lock = threading.Lock()
+        self.pending.disown(
+            f"group {self.members.uid} (rank {self.members.rank}) is not this process's: {explain_fork(self._pid, 'a World')}"
+        )
+        self.torch_groups.disown()
+        self.strategies = Strategies(self.members)
+        self.counter = _Counter()
+        self.fast = self.mailbox = self.native_messages = self.network = self.comparison = self.rebuild = None
+
     def _abort(self) -> None:
         self.strategies.abort()
         self.own_messages.close()
@@ -261,12 +290,16 @@ class GroupState:
 
     def abort(self) -> None:
         """End what runs on this group, here and on the peers. From any thread."""
+        if self.is_inherited:
+            return
         self.failures.closed = True
         self._open.clear()
         self._abort()
 
     def close(self) -> None:
         """Release everything this rank holds, without communicating. Idempotent."""
+        if self.is_inherited:
+            return
         self.failures.closed = True
         self._open.clear()
         self.rebuild = None

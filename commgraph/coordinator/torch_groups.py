@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from commgraph import compat
 from commgraph.communicators.base import Communicator
+from commgraph.forks import keep_for_ever
 
 __all__ = ["TorchGroups"]
 
@@ -67,6 +68,11 @@ class TorchGroups:
             compat.enter_tables(group, f"commgraph {self._members.uid}{device}", ranks, store)
             self._entered.append(group)
         return group
+
+    def disown(self) -> None:
+        """Give up the groups, in a forked child. The tables of torch.distributed are left as they are, as all of torch's."""
+        keep_for_ever(self._network, self._communicators, self._entered)
+        self._network, self._communicators, self._entered = None, (), []
 
     def close(self) -> None:
         """Remove the groups from the tables of torch.distributed."""

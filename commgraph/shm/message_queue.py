@@ -17,6 +17,7 @@ import attrs
 
 from commgraph import launch
 from commgraph.errors import ConfigurationError, PeerLostError
+from commgraph.forks import disown_in_children
 from commgraph.shm import native_module
 from commgraph.shm.queue_memory import QueueMemory
 from commgraph.shm.queue_sides import MemoryReader, Side, SocketReader, Timeout, Writer
@@ -95,6 +96,7 @@ class MessageQueue:
         self._handle = handle
         self._reader = reader
         self._finalizer = weakref.finalize(self, side.release)
+        disown_in_children(self)
 
     @classmethod
     def create(
@@ -253,6 +255,10 @@ class MessageQueue:
             timeout: how long the writer stays for readers behind sockets that have not taken everything yet.
         """
         self._side.close(timeout)
+
+    def _disown(self) -> None:
+        """Refuse every call, in a forked child: `commgraph.forks.Owner`. The child may attach by `handle`."""
+        self._side.disown()
 
     def __enter__(self) -> Self:
         return self

@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 from commgraph.errors import CollectiveTimeoutError, ContextClosedError, PeerLostError
+from commgraph.forks import explain_fork
 from commgraph.shm.pickling import Pickler, loads
 from commgraph.shm.queue_memory import FAULT_WRITER, WRITER_CLOSED, QueueMemory
 from commgraph.shm.remote import CLOSED, LOST, OBJECT, READY, Entrance, HungUp, Incoming, Late, Secret, Senders
@@ -99,6 +100,12 @@ class Side(abc.ABC):
                 finally:
                     self._call.release()
 
+    def disown(self) -> None:
+        """Refuse every call, in a forked child; its copies are dropped when it closes them or ends."""
+        self.closed = True
+        self._call = threading.Lock()
+        self._closing = threading.Lock()
+
     def release(self) -> None:
         """Close without waiting, for a queue that is collected or an interpreter that ends."""
         self.close(0.0, wait=False)
@@ -131,6 +138,9 @@ class Side(abc.ABC):
         return RuntimeError(f"{self._where(operation)}: another thread is in a call of this side; one thread at a time may use it")
 
     def _closed_error(self, operation: str) -> ContextClosedError:
+        if self._pid != os.getpid():
+            why = explain_fork(self._pid, "a queue, or attach another reader to this one,")
+            return ContextClosedError(f"{self._where(operation)}: this side is not this process's: {why}")
         return ContextClosedError(f"{self._where(operation)}: this side was closed")
 
     def _late(self, operation: str, what: str) -> CollectiveTimeoutError:
@@ -345,6 +355,14 @@ class Writer(Side):
         remote = f" (for a queue MessageQueue.create(..., authkey=...); {count} of the readers here need one)" if count else ""
         return TypeError(f"{where}: {what}{remote}. Nothing was sent.")
 
+    def disown(self) -> None:
+        """As for every side, and leave the shared memory alone."""
+        super().disown()
+        self._direct = False
+        self._put = _refuse
+        if self.memory is not None:
+            self.memory.team.disown()
+
     def _leave(self, seconds: float, wait: bool) -> None:
         with self._fate:
             self._direct = False
@@ -429,6 +447,13 @@ class MemoryReader(Side):
         if reader is not None or stopped.code == DIED:
             memory.blame(FAULT_WRITER if reader is None else 1 + reader)
         return self._lost_error(operation, reader, why)
+
+    def disown(self) -> None:
+        """As for every side, and leave the shared memory alone."""
+        super().disown()
+        self._get = _refuse
+        if self._memory is not None:
+            self._memory.team.disown()
 
     def _leave(self, seconds: float, wait: bool) -> None:
         if self._memory is not None:

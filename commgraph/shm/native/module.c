@@ -85,6 +85,7 @@ static int interrupted(cg_team *team) {
 }
 
 static int claim(Team *team) {
+    if (*team->disowned) return raise_stopped((PyObject *)team, CG_SELF, team->team.me), 0;
     if (!team->busy) return team->busy = 1;
     PyErr_SetString(state_of((PyObject *)team)->busy, "another thread is in a call of this very group or queue: one thread at a time may use it");
     return 0;
@@ -278,6 +279,7 @@ static PyObject *team_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     Py_INCREF(segment);
     self->segment = (Segment *)segment;
     self->turn = &state->turn;
+    self->disowned = &self->is_disowned;
     self->team.pause = pause_interpreter;
     self->team.resume = resume_interpreter;
     self->team.interrupted = interrupted;
@@ -295,6 +297,7 @@ Team *new_view(module_state *state, Team *of, cg_bell *bell, cg_bell *theirs) {
     }
     self->team.user = self;
     self->turn = of->turn;
+    self->disowned = of->disowned;
     self->of = (Team *)Py_NewRef((PyObject *)of);
     self->segment = (Segment *)Py_NewRef((PyObject *)of->segment);
     return self;
@@ -312,7 +315,13 @@ static void team_dealloc(PyObject *self) {
 static PyObject *team_close(PyObject *self, PyObject *args) {
     int failed = 0;
     if (!PyArg_ParseTuple(args, "|p", &failed)) return NULL;
-    cg_team_close(&((Team *)self)->team, failed);
+    if (!*((Team *)self)->disowned) cg_team_close(&((Team *)self)->team, failed);
+    Py_RETURN_NONE;
+}
+
+static PyObject *team_disown(PyObject *self, PyObject *unused) {
+    (void)unused;
+    *((Team *)self)->disowned = 1;
     Py_RETURN_NONE;
 }
 
@@ -341,6 +350,7 @@ static PyObject *team_unpost(PyObject *self, PyObject *unused) {
 
 static PyMethodDef team_methods[] = {
     {"close", team_close, METH_VARARGS, "close(failed=False)\n--\n\nCloses this side and wakes every member; from any thread."},
+    {"disown", team_disown, METH_NOARGS, "disown()\n--\n\nRefuses every call and leaves the memory alone: for the copies of a forked child."},
     {"state", team_state, METH_O, "state(member)\n--\n\n0 empty, 1 joined, 2 closed, 3 failed."},
     {"lost", team_lost, METH_NOARGS, "lost()\n--\n\n(code, member) of one that left or died, as in Stopped; None: there is none, or a thread waits and checks."},
     {"unpost", team_unpost, METH_NOARGS, "unpost()\n--\n\nUndoes that the last call was posted."},

@@ -48,6 +48,7 @@ typedef struct Team {
     struct Team *of; /* of the further view of a private ring: the first view of the member */
     turn *turn;
     PyThreadState *saved; /* of the thread that is in a call, while it has released the interpreter */
+    int *disowned, is_disowned; /* `is_disowned` of the member's first view: the process was forked, and this is a copy */
     int busy;
     int brief; /* the call releases the interpreter only while it waits */
 } Team;
