@@ -231,7 +231,11 @@ class Work(Generic[T]):
         self._jobs = ()
 
     def __repr__(self) -> str:
-        return f"<Work: {self._call.where}, {'ended' if self.is_completed() else 'under way'}>"
+        try:
+            state = "ended" if self.is_completed() else "under way"
+        except ContextClosedError:
+            state = "begun by the parent of this process"
+        return f"<Work: {self._call.where}, {state}>"
 
 
 class Finished(Work[T]):

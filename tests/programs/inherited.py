@@ -159,8 +159,8 @@ def parent(world: cg.World, ctx: cg.ParallelContext, other: cg.GroupCoordinator,
         "graph_capture": lambda: ctx.graph_capture().__enter__(),
         "enqueue": lambda: queue.enqueue(1),
         "wait_until_ready": lambda: queue.wait_until_ready(1),
-        "work": pending[0].wait,
-        "work, whether it has ended": pending[0].is_completed,
+        "work": lambda: pending[0].wait(1),
+        "work, whether it has ended": lambda: bool(pending[0].is_completed()),
         "half done work": half.wait,
     }
     said = forked(lambda: refusals(calls))

@@ -2,12 +2,15 @@
 #include "steps.h"
 #include "nontemporal.h"
 
+#include <sched.h>
 #include <string.h>
 
 enum {
     /* Bytes from which a piece is read by cross-memory attach: one copy and a step more in place of two copies. */
     CMA_FROM = 64 * 1024,
     SPLIT_FROM = 512 * 1024, /* bytes from which root and receivers of a broadcast copy at the same time */
+    PUSHED_CHUNK = 128 * 1024, /* bytes that the root of a broadcast writes to a receiver before it looks whether that one has given up */
+    CHUNK_BITS = 24,
     SAME_PROCESS_FROM = 32 * 1024,  /* bytes from which same-process ranks reduce in place: a step more in place of a copy */
 };
 
@@ -36,6 +39,46 @@ static int read_in_place(cg_group *g, int rank, uint64_t where, const cg_block *
     if (where & CG_WHERE_ADDRESS) return cma_copy_from_rank(g, rank, into, where, CG_CMA_READ, who);
     cg_unpack(into, cg_resolve(g, rank, where), 0, cg_block_bytes(into));
     return CG_OK;
+}
+
+#define CG_REVOKED ((1ull << CHUNK_BITS) - 1)
+#define REVOKE_PATIENCE_NS 1000000000 /* longest wait for a chunk that the root was writing: it may have been stopped in the middle */
+
+/* Root of a broadcast: writes the tail to the receiver's tensor, chunk by chunk. A receiver that gives up revokes the rest, and its tensor is its own
+ * again. */
+static int push_tail(cg_group *g, int rank, const char *tail, size_t bytes, uint64_t there, int *who) {
+    cg_line *line = cg_line_of(g, rank, g->step);
+    uint64_t claimed = (uint64_t)g->step << CHUNK_BITS;
+    for (size_t at = 0; at < bytes; at += PUSHED_CHUNK) {
+        uint64_t expected = claimed++;
+        if (!atomic_compare_exchange_strong(&line->claimed, &expected, claimed)) {
+            *who = rank;
+            return CG_GONE;
+        }
+        size_t some = cg_smaller(PUSHED_CHUNK, bytes - at);
+        cg_block chunk = {(char *)tail + at, 1, some, some};
+        int result = cma_copy_from_rank(g, rank, &chunk, there + at, CG_CMA_WRITE, who);
+        if (result != CG_OK) return result;
+        atomic_store_explicit(&line->pushed, claimed, memory_order_release);
+    }
+    return CG_OK;
+}
+
+/* Receiver: lets the root write to its tensor in the step that is announced next. */
+static void allow_push(cg_group *g) {
+    cg_line *line = cg_line_of(g, g->me, g->step);
+    g->receiving = g->step;
+    atomic_store_explicit(&line->claimed, (uint64_t)g->step << CHUNK_BITS, memory_order_relaxed);
+    atomic_store_explicit(&line->pushed, (uint64_t)g->step << CHUNK_BITS, memory_order_relaxed);
+}
+
+/* Receiver, which has given up: the root writes no further chunk. Returns whether it may still be writing one. */
+static int revoke_push(cg_group *g) {
+    cg_line *line = cg_line_of(g, g->me, g->receiving);
+    uint64_t claimed = atomic_exchange(&line->claimed, (uint64_t)g->receiving << CHUNK_BITS | CG_REVOKED);
+    for (int64_t until = cg_clock_ns() + REVOKE_PATIENCE_NS; atomic_load_explicit(&line->pushed, memory_order_acquire) < claimed; sched_yield())
+        if (cg_clock_ns() > until) return 1;
+    return 0;
 }
 
 int cg_group_probe_cma(cg_group *g, const cg_call *call, int *who) {
@@ -104,11 +147,12 @@ static int all_gatherv(cg_group *g, const cg_call *call, const char *mine, const
      * while the receiver reads the rest. */
     if (n_senders == 1 && own == 0 && g->cma_from && bytes[root] >= g->cma_from && into[root].rows == 1 && into[root].base != NULL) {
         where = cma_address_of(g, into[root].base);
-        g->exposed = where != 0;
     }
     size_t head = bytes[root] / (size_t)g->n * (size_t)(g->n - 1) / CG_LINE * CG_LINE, chunk = g->slot_bytes;
     g->bytes_sent += own;
     cg_begin(g, call);
+    g->receiving = 0;
+    if (own == 0 && where & CG_WHERE_ADDRESS) allow_push(g);
     for (size_t k = 0, rounds = 1; k < rounds; k++) {
         size_t at = k * chunk, length = where == 0 && at < own ? cg_smaller(chunk, own - at) : 0;
         int nontemporal = cg_choose_stores(g, length);
@@ -132,10 +176,9 @@ static int all_gatherv(cg_group *g, const cg_call *call, const char *mine, const
             }
             if (staged > 0) rounds = (staged + chunk - 1) / chunk;
             int split = n_senders == 1 && cg_line_of(g, root, g->step)->where & CG_WHERE_ADDRESS;
-            cg_block tail = {(char *)mine + head, 1, own - head, own - head};
             for (int p = 0; split && own > 0 && result == CG_OK && p < g->n; p++) {
                 uint64_t there = cg_line_of(g, p, g->step)->where;
-                if (p != g->me && there != 0) result = cma_copy_from_rank(g, p, &tail, there + head, CG_CMA_WRITE, who);
+                if (p != g->me && there != 0) result = push_tail(g, p, mine + head, own - head, (there & ~CG_WHERE_ADDRESS) + head, who);
             }
         } else {
             cg_line_of(g, g->me, g->step)->where = where;
@@ -165,7 +208,7 @@ static int all_gatherv(cg_group *g, const cg_call *call, const char *mine, const
 int cg_all_gatherv(cg_group *g, const cg_call *call, const char *mine, const size_t *bytes, const cg_block *into, int everywhere, int *who) {
     if (everywhere && g->n == 2) return all_gatherv_of_two(g, call, mine, bytes, into, who);
     int result = all_gatherv(g, call, mine, bytes, into, who);
-    if (result == CG_OK) g->exposed = 0;
+    if (result != CG_OK && g->receiving) g->exposed = revoke_push(g);
     return result;
 }
 

@@ -24,8 +24,12 @@ typedef struct {
     uint64_t where;       /* where the data lie for all to read (steps.h); 0: staged in the slot */
     uint32_t rounds;      /* that this rank needs */
     uint32_t nontemporal; /* whether the slot was written by nontemporal stores, past the caches */
+    /* Of a receiver of a large broadcast, the rest of whose tensor the root writes (collective.c): step << 24 | chunks. */
+    _Atomic uint64_t claimed; /* chunks that the root has begun to write; CG_REVOKED: the receiver has given up, and the root writes no more */
+    _Atomic uint64_t pushed;  /* chunks that it has written */
     _Atomic uint32_t released; /* the first step of a same-process call, once this rank accesses no tensor of the others any more (reduce.c) */
 } cg_line;
+_Static_assert(sizeof(cg_line) == CG_LINE, "one cache line");
 
 /* The choice between plain (0) and nontemporal (1) stores, for one class of sizes (nontemporal.c). */
 typedef struct {
@@ -55,6 +59,7 @@ typedef struct {
     cg_choice slot_choices[CG_CLASSES], own_choices[CG_CLASSES], output_choices[CG_CLASSES];
     size_t cma_from; /* bytes from which a piece is read in place by cross-memory attach; 0 where the kernel does not allow that */
     size_t same_process_from; /* bytes from which tensors are reduced in place; 0 unless all ranks are threads of this process */
+    uint32_t receiving; /* the step in which this rank let the root of a broadcast write to its tensor; 0: it has not */
     int exposed; /* other ranks may access the tensors of a call; after it has failed they may still do so, and the tensors must stay */
     int nontemporal; /* stores into slots, except those of a pipelined exchange: 0 plain, 1 nontemporal, -1 by measurement */
     cg_region *regions;

@@ -40,7 +40,8 @@ static void partition_of(size_t count, size_t size, int n, int r, size_t *begin_
     *end = cg_smaller(*begin_ + each, count);
 }
 
-/* Reduces, in place, tensors that all lie in shared memory: each rank reduces its partition and writes the result to all of them. */
+/* Reduces, in place, tensors that all lie in shared memory: each rank reduces its partition in its own tensor, and then takes the partitions of the
+ * others from theirs. No rank writes to another's tensor, which is its owner's again once a call has failed there. */
 static int reduce_in_shared(cg_group *g, const cg_call *call, size_t count, size_t size, cg_kernel kernel, int *who) {
     char *tensors[g->n];
     const void *sources[g->n];
@@ -51,9 +52,14 @@ static int reduce_in_shared(cg_group *g, const cg_call *call, size_t count, size
         size_t length = cg_smaller(block, end - at);
         for (int p = 0; p < g->n; p++) sources[p] = tensors[p] + at * size;
         kernel(tensors[g->me] + at * size, sources, g->n, length, NULL, NULL);
-        for (int i = 1; i < g->n; i++) cg_copy(tensors[(g->me + i) % g->n] + at * size, tensors[g->me] + at * size, length * size, 0);
     }
-    return cg_leave_together(g, call, who);
+    int result = cg_leave_together(g, call, who);
+    for (int i = 1; result == CG_OK && i < g->n; i++) {
+        int p = (g->me + i) % g->n;
+        partition_of(count, size, g->n, p, &at, &end);
+        cg_copy(tensors[g->me] + at * size, tensors[p] + at * size, (end - at) * size, 0);
+    }
+    return result == CG_OK ? cg_leave_together(g, call, who) : result;
 }
 
 /* In bytes [begin, end) of this rank's reduce buffer: copies the result of the preceding chunk to `before`, if there is one, and a part of
