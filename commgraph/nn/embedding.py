@@ -14,6 +14,7 @@ from torch.compiler import is_dynamo_compiling
 from commgraph import compat
 from commgraph.context import ParallelContext
 from commgraph.coordinator import is_watched
+from commgraph.errors import ConfigurationError
 from commgraph.nn.functional import reduce_from
 from commgraph.nn.layer import ParallelLayer
 from commgraph.nn.linear import ColumnLinear
@@ -28,6 +29,8 @@ class VocabParallelEmbedding(ParallelLayer):
     Args:
         num_embeddings: size of the vocabulary.
         embedding_dim: size of a vector.
+        padding_idx: a token whose vector is zero when drawn and gets no gradient, as of ``torch.nn.Embedding``; counts from the end if
+            negative.
         ctx: the context whose group shares the layer.
         group: name of that group.
         device, dtype: of the parameters; None: torch's defaults.
@@ -37,6 +40,7 @@ class VocabParallelEmbedding(ParallelLayer):
         vocab_range: first token of this rank, and the end.
 
     Raises:
+        ConfigurationError: `padding_idx` is out of range.
         LayoutError: the context has no such group.
     """
 
@@ -46,6 +50,7 @@ class VocabParallelEmbedding(ParallelLayer):
         self,
         num_embeddings: int,
         embedding_dim: int,
+        padding_idx: int | None = None,
         *,
         ctx: ParallelContext,
         group: str = "tp",
@@ -53,7 +58,10 @@ class VocabParallelEmbedding(ParallelLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(ctx, group)
+        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+            raise ConfigurationError(f"VocabParallelEmbedding(padding_idx={padding_idx}) of {num_embeddings} tokens: out of range")
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         rows = Piece(num_embeddings, self.group.world_size)
         self.vocab_range = rows.span(self.group.rank_in_group, self.group.world_size)
         self._add("weight", 0, {0: rows}, (embedding_dim,), device, dtype)
@@ -75,13 +83,14 @@ class VocabParallelEmbedding(ParallelLayer):
         if not is_dynamo_compiling() and ids.device.type == "cpu" and not is_watched(ids) and not compat.is_wrapped(ids):
             self._check(ids)
         if self.group.world_size == 1:
-            return F.embedding(ids, self.weight)
+            return F.embedding(ids, self.weight, self.padding_idx)
         start, stop = self.vocab_range
+        padding = None if self.padding_idx is None or not start <= self.padding_idx < stop else self.padding_idx - start
         foreign = (ids < start) | (ids >= stop)
         invalid = (ids < 0) | (ids >= self.num_embeddings)
         # Ids of other ranks look up row 0 and are zeroed; invalid ones stay invalid on every rank, so that an accelerator's lookup fails.
         local = (ids - start).masked_fill(foreign, 0).masked_fill(invalid, -1)
-        y = F.embedding(local, self.weight).masked_fill(foreign.unsqueeze(-1), 0)
+        y = F.embedding(local, self.weight, padding).masked_fill(foreign.unsqueeze(-1), 0)
         return reduce_from(y, self.group)
 
     def _check(self, ids: torch.Tensor) -> None:
@@ -97,10 +106,13 @@ class VocabParallelEmbedding(ParallelLayer):
 
     def extra_repr(self) -> str:
         """Sizes, and this rank's number in the group."""
-        return f"{self.num_embeddings}, {self.embedding_dim}, {self._where()}"
+        padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
+        return f"{self.num_embeddings}, {self.embedding_dim}, {padding}{self._where()}"
 
     def _draw(self, name: str, full: torch.Tensor, generator: torch.Generator | None) -> None:
         nn.init.normal_(full, generator=generator)
+        if self.padding_idx is not None:
+            full[self.padding_idx].zero_()
 
 
 class ParallelLMHead(ColumnLinear):

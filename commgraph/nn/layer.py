@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from commgraph.nn.shards import Cut, Full, Piece, Shard
 __all__ = ["ParallelLayer"]
 
 
-class ParallelLayer(nn.Module, abc.ABC):
+class ParallelLayer(nn.Module):
     """A module whose parameters lie cut on the ranks of one group of a `ParallelContext`.
 
     The context is a plain attribute: `deepcopy` shares it, `state_dict` does not see it (and so holds this rank's shares alone), and
@@ -36,15 +35,96 @@ class ParallelLayer(nn.Module, abc.ABC):
 
     def __init__(self, ctx: ParallelContext, group: str) -> None:
         super().__init__()
+        self._check(ctx, group)
+        self._bind(ctx, group)
+
+    @classmethod
+    def _check(cls, ctx: ParallelContext, group: str) -> None:
         if not isinstance(ctx, ParallelContext):
             raise TypeError(
-                f"{type(self).__name__}(ctx=...) takes a ParallelContext, not a {type(ctx).__name__}; a group other than tp is "
+                f"{cls.__name__}(ctx=...) takes a ParallelContext, not a {type(ctx).__name__}; a group other than tp is "
                 "chosen by its name, e.g. ctx=ctx, group='ep'"
             )
         ctx[group]  # a group that the context lacks is an error here, not at the first forward
+
+    def _bind(self, ctx: ParallelContext, group: str) -> None:
         self.ctx = ctx
         self.group_name = group
         self.cuts = {}
+
+    @classmethod
+    def adopt(cls, module: nn.Module, *, ctx: ParallelContext, group: str = "tp") -> Self:
+        """Makes an existing module a layer of this class, in place, e.g. one of a model that was written without commgraph.
+
+        The module stays one of its class, with its parameters, hooks and name: its new class derives from `cls` and then from the old one,
+        so that a ``forward`` of `cls` reaches the old one by ``super()``. Then say by `cut` which parameters are sharded.
+
+        Example:
+            ::
+
+                class Column(ParallelLayer):
+                    def forward(self, x):
+                        return super().forward(functional.copy_to(x, self.group))
+
+                layer = Column.adopt(model.q_proj, ctx=ctx)
+                layer.cut("weight", 0)
+
+        Args:
+            module: any but a parallel layer.
+            ctx: the context whose group shares the layer.
+            group: name of that group.
+
+        Returns:
+            `module`.
+
+        Raises:
+            ConfigurationError: it is a parallel layer already.
+            LayoutError: the context has no such group.
+        """
+        if isinstance(module, ParallelLayer):
+            raise ConfigurationError(f"{cls.__name__}.adopt: {type(module).__name__} is a parallel layer already")
+        cls._check(ctx, group)
+        module.__class__ = type(f"{cls.__name__}{type(module).__name__}", (cls, type(module)), {})
+        assert isinstance(module, cls)  # now it is
+        module._bind(ctx, group)
+        return module
+
+    def cut(self, name: str, dim: int, pieces: Mapping[Shard, int] | None = None, *, blocks: int | None = None, pad: bool = False) -> None:
+        """Puts this rank's part of a parameter in its place. Not collective.
+
+        Args:
+            name: of a parameter that is whole.
+            dim: the dim to cut.
+            pieces: where it is several full tensors side by side along `dim`, as a fused gate and up projection: name -> extent. None: one.
+            blocks: how many equal parts each piece has that stay whole, as key-value heads; where ranks outnumber them neighbours hold the
+                same one, and summing the gradient over them is the layer's affair. None: as many as ranks.
+            pad: whether a piece that ranks do not divide gets zeros behind its last block. The layer then sees to it that padding has no
+                effect and gets no gradient.
+
+        Raises:
+            ConfigurationError: no such parameter, one that is cut already, or pieces or blocks that do not fit.
+        """
+        full, world = self._parameters.get(name), self.group.world_size
+        if full is None or name in self.cuts:
+            state = "is cut already" if name in self.cuts else "is no parameter"
+            raise ConfigurationError(f"{type(self).__name__}.cut: {name!r} {state}; there are {', '.join(self._parameters)}")
+        sizes = {0: full.shape[dim]} if pieces is None else dict(pieces)
+        if sum(sizes.values()) != full.shape[dim]:
+            raise ConfigurationError(f"{type(self).__name__}.cut: {name} has {full.shape[dim]} along dim {dim}, not the sum of {sizes}")
+        if blocks is None and not pad:
+            self._divisible(**{f"{name}[{shard!r}]": size for shard, size in sizes.items()})
+        count = world if blocks is None else min(blocks, world)
+        if blocks is not None and (blocks < 1 or any(size % blocks for size in sizes.values()) or (blocks % world and world % blocks)):
+            raise ConfigurationError(
+                f"{type(self).__name__}.cut: pieces of {name} {sizes} must be multiples of blocks={blocks}, and blocks a multiple or a "
+                f"divisor of {world}, the size of group {self.group_name!r} of context {self.ctx.name!r}"
+            )
+        cut = Cut(dim % full.dim(), {shard: Piece(size, count) for shard, size in sizes.items()}, self.group.rank_in_group, world)
+        local = full.new_empty((*full.shape[: cut.dim], sum(cut.sizes), *full.shape[cut.dim + 1 :]))
+        if not full.is_meta:
+            cut.fill(local, full, what=f"{type(self).__name__}.{name}")
+        self.cuts[name] = cut
+        self.register_parameter(name, nn.Parameter(local, requires_grad=full.requires_grad))
 
     @property
     def group(self) -> GroupCoordinator:
@@ -115,9 +195,9 @@ class ParallelLayer(nn.Module, abc.ABC):
                 self._draw(name, full, generator)
                 cut.fill(local, full, what=name)
 
-    @abc.abstractmethod
     def _draw(self, name: str, full: torch.Tensor, generator: torch.Generator | None) -> None:
-        """Draws the full tensor of the parameter called `name`, in place."""
+        """Draws the full tensor of the parameter called `name`, in place; an adopted layer cannot."""
+        raise NotImplementedError(f"{type(self).__name__} has no way to draw {name}: load it")
 
     def _add(
         self,

@@ -6,6 +6,7 @@ Shapes: ``[...]`` is any number of leading dims, none included; ``tp`` the size 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -47,10 +48,23 @@ class _Linear(ParallelLayer):
         return x
 
 
+@attrs.frozen
+class _Holders:
+    """The ranks of `group` that hold the same block: `world_size` neighbours. Sums over them go through the whole group."""
+
+    group: GroupCoordinator
+    world_size: int
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.group.rank_in_group // self.world_size * self.world_size
+        return self.group.all_gather(x, 0).view(-1, *x.shape)[first : first + self.world_size].sum(0)
+
+
 class ColumnLinear(_Linear):
     """Base of the layers cut along the output: one weight, made of one full weight or several."""
 
     gather_output: bool
+    _holders: list[tuple[int, int]]
 
     def _make(
         self,
@@ -64,6 +78,11 @@ class ColumnLinear(_Linear):
         self.in_features = in_features
         self.out_features = sum(piece.full for piece in pieces.values())
         self.gather_output = gather_output
+        # Pieces side by side that equally many ranks hold: how many, and how many features of this rank they have.
+        world = self.group.world_size
+        runs = itertools.groupby(pieces.values(), lambda piece: world // piece.blocks)
+        self._holders = [(holders, sum(piece.size for piece in run)) for holders, run in runs]
+        self._has_copies = any(holders > 1 for holders, _ in self._holders)
         self._add("weight", 0, pieces, (in_features,), device, dtype)
         if bias:
             self._add("bias", 0, pieces, (), device, dtype)
@@ -96,7 +115,20 @@ class ColumnLinear(_Linear):
 
     def _own(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's features, padding included."""
-        return F.linear(copy_to(self._checked(x), self.group), self.weight, self.bias)
+        weight: torch.Tensor = self.weight
+        bias: torch.Tensor | None = self.bias
+        if self._has_copies and torch.is_grad_enabled():
+            weight, bias = self._shared(weight), None if bias is None else self._shared(bias)
+        return F.linear(copy_to(self._checked(x), self.group), weight, bias)
+
+    def _shared(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The parameter; of a block that several ranks hold, each sees its own use only: its gradient is summed over the holders."""
+        parts = parameter.split([size for _, size in self._holders])
+        shared = [
+            part if holders == 1 else copy_to(part, _Holders(self.group, holders))
+            for part, (holders, _) in zip(parts, self._holders, strict=True)
+        ]
+        return shared[0] if len(shared) == 1 else torch.cat(shared)
 
     def extra_repr(self) -> str:
         """Sizes, and this rank's number in the group."""
@@ -116,16 +148,19 @@ class ColumnParallelLinear(ColumnLinear):
         out_features: of the whole layer; a multiple of tp.
         bias: whether there is one. Cut like the output.
         gather_output: whether every rank gets all features.
+        blocks: how many equal parts the output has that stay whole, such as the key-value heads of a ``k_proj`` by itself: a multiple or a
+            divisor of tp. Where ranks outnumber them, neighbouring ranks hold the same one, next to the query heads that a
+            column-parallel ``q_proj`` gives them; the gradient of such a copy is summed over its holders. None: every feature is one.
         ctx: the context whose group shares the layer.
         group: name of that group.
         device, dtype: of the parameters; None: torch's defaults.
 
     Attributes:
-        weight: ``[out_features / tp, in_features]``.
-        bias: ``[out_features / tp]`` or None.
+        weight: ``[out_features / tp, in_features]``; with fewer `blocks` than tp ``[out_features / blocks, in_features]``.
+        bias: ``[out_features / tp]`` likewise, or None.
 
     Raises:
-        ConfigurationError: `out_features` is not a multiple of tp.
+        ConfigurationError: `out_features` is not a multiple of tp, or of `blocks`; or tp and `blocks` are no multiples of each other.
         LayoutError: the context has no such group.
     """
 
@@ -137,13 +172,21 @@ class ColumnParallelLinear(ColumnLinear):
         gather_output: bool = False,
         *,
         ctx: ParallelContext,
+        blocks: int | None = None,
         group: str = "tp",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(ctx, group)
-        self._divisible(out_features=out_features)
-        self._make(in_features, {0: Piece(out_features, self.group.world_size)}, bias, gather_output, device, dtype)
+        tp = self.group.world_size
+        if blocks is None:
+            self._divisible(out_features=out_features)
+        elif blocks < 1 or out_features % blocks or (blocks % tp and tp % blocks):
+            raise ConfigurationError(
+                f"ColumnParallelLinear(out_features={out_features}, blocks={blocks}): out_features must be a multiple of blocks, and "
+                f"blocks a multiple or a divisor of {tp}, the size of group {self.group_name!r} of context {self.ctx.name!r}"
+            )
+        self._make(in_features, {0: Piece(out_features, tp if blocks is None else min(tp, blocks))}, bias, gather_output, device, dtype)
 
 
 class MergedColumnParallelLinear(ColumnLinear):
@@ -246,29 +289,6 @@ class QKVParallelLinear(ColumnLinear):
         self.local_num_heads, self.local_num_kv_heads = num_heads // tp, max(kv_heads // tp, 1)
         kv = Piece(kv_heads * head_dim, min(tp, kv_heads))
         self._make(hidden_size, {"q": Piece(num_heads * head_dim, tp), "k": kv, "v": kv}, bias, gather_output, device, dtype)
-
-    def _own(self, x: torch.Tensor) -> torch.Tensor:
-        if self.group.world_size <= self.num_kv_heads or not torch.is_grad_enabled():
-            return super()._own(x)
-        weight, bias = self._with_shared_gradient(self.weight), None if self.bias is None else self._with_shared_gradient(self.bias)
-        return F.linear(copy_to(self._checked(x), self.group), weight, bias)
-
-    def _with_shared_gradient(self, parameter: nn.Parameter) -> torch.Tensor:
-        """The parameter; the gradient of keys and values, of which a holder sees its own queries' part only, is summed over holders."""
-        q, kv = parameter.split([self.local_sizes[0], sum(self.local_sizes[1:])])
-        return torch.cat((q, copy_to(kv, _Holders(self.group, self.group.world_size // self.num_kv_heads))))
-
-
-@attrs.frozen
-class _Holders:
-    """The ranks of `group` that hold the same key-value head: `world_size` neighbours. Sums over them go through the whole group."""
-
-    group: GroupCoordinator
-    world_size: int
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        first = self.group.rank_in_group // self.world_size * self.world_size
-        return self.group.all_gather(x, 0).view(-1, *x.shape)[first : first + self.world_size].sum(0)
 
 
 class RowParallelLinear(_Linear):

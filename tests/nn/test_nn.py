@@ -155,6 +155,21 @@ def attend(*qkv: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(-3, -2).flatten(-2)
 
 
+class SeparateAttention(nn.Module):
+    """With three projections by themselves."""
+
+    def __init__(self, heads: int, kv_heads: int, bias: bool, ctx: cg.ParallelContext) -> None:
+        super().__init__()
+        self.q_proj = ColumnParallelLinear(8, heads * 4, bias, ctx=ctx, blocks=heads, dtype=torch.float64)
+        self.k_proj = ColumnParallelLinear(8, kv_heads * 4, bias, ctx=ctx, blocks=kv_heads, dtype=torch.float64)
+        self.v_proj = ColumnParallelLinear(8, kv_heads * 4, bias, ctx=ctx, blocks=kv_heads, dtype=torch.float64)
+        self.o_proj = RowParallelLinear(heads * 4, 8, bias, ctx=ctx, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.o_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        return y
+
+
 QKV = {"q_proj": ("qkv_proj", "q"), "k_proj": ("qkv_proj", "k"), "v_proj": ("qkv_proj", "v")}
 
 
@@ -163,6 +178,32 @@ QKV = {"q_proj": ("qkv_proj", "q"), "k_proj": ("qkv_proj", "k"), "v_proj": ("qkv
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
 def test_attention_with_its_key_value_heads_cut_or_copied(tp: int, kv_heads: int, bias: bool) -> None:
     check(tp, lambda ctx: ShardedAttention(8, kv_heads, bias, ctx), Attention(8, kv_heads, bias), normal(2, 5, 8), QKV)
+
+
+@TP
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+def test_projections_by_themselves_cut_by_heads(tp: int, kv_heads: int) -> None:
+    check(tp, lambda ctx: SeparateAttention(8, kv_heads, True, ctx), Attention(8, kv_heads, True), normal(2, 5, 8))
+    gathered = partial(ColumnParallelLinear, 6, kv_heads * 3, gather_output=True, blocks=kv_heads, dtype=torch.float64)
+    check(tp, gathered, nn.Linear(6, kv_heads * 3, dtype=torch.float64), normal(3, 6))
+
+
+@TP
+def test_a_padding_token_has_no_vector_and_no_gradient(tp: int) -> None:
+    ids = torch.tensor([[0, 4, 8], [4, 4, 2]])
+    for padding in (0, 4, -1):
+        whole = nn.Embedding(9, 6, padding, dtype=torch.float64)
+        check(tp, partial(VocabParallelEmbedding, 9, 6, padding, dtype=torch.float64), whole, ids)
+
+    def run(ctx: cg.ParallelContext) -> None:
+        drawn = full_state_dict(VocabParallelEmbedding(9, 6, -2, ctx=ctx))["weight"]
+        assert not drawn[7].any()
+        assert drawn[6].any()
+        for padding in (9, -10):
+            with pytest.raises(cg.ConfigurationError, match="out of range"):
+                VocabParallelEmbedding(9, 6, padding, ctx=ctx)
+
+    on_ctx(tp, run)
 
 
 @TP

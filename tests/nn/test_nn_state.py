@@ -126,6 +126,10 @@ def test_sizes_that_do_not_divide() -> None:
             ),
             r"RowParallelLinear\(in_features=6\)": lambda: RowParallelLinear(6, 8, ctx=ctx),
             r"MergedColumnParallelLinear\(output_sizes\[1\]=6\)": lambda: MergedColumnParallelLinear(8, [8, 6], ctx=ctx),
+            r"blocks=3\): out_features must be a multiple of blocks, and blocks a multiple or a divisor of 4": (
+                lambda: ColumnParallelLinear(8, 12, blocks=3, ctx=ctx)
+            ),
+            r"out_features=10, blocks=4": lambda: ColumnParallelLinear(8, 10, blocks=4, ctx=ctx),
             "at least one size": lambda: MergedColumnParallelLinear(8, [], ctx=ctx),
             r"QKVParallelLinear\(num_heads=6\)": lambda: QKVParallelLinear(8, 2, 6, ctx=ctx),
             r"QKVParallelLinear\(num_kv_heads=6\)": lambda: QKVParallelLinear(8, 2, 12, 6, ctx=ctx),
