@@ -35,11 +35,11 @@ class ParallelLayer(nn.Module):
 
     def __init__(self, ctx: ParallelContext, group: str) -> None:
         super().__init__()
-        self._check(ctx, group)
+        self._check_context(ctx, group)
         self._bind(ctx, group)
 
     @classmethod
-    def _check(cls, ctx: ParallelContext, group: str) -> None:
+    def _check_context(cls, ctx: ParallelContext, group: str) -> None:
         if not isinstance(ctx, ParallelContext):
             raise TypeError(
                 f"{cls.__name__}(ctx=...) takes a ParallelContext, not a {type(ctx).__name__}; a group other than tp is "
@@ -83,7 +83,7 @@ class ParallelLayer(nn.Module):
         """
         if isinstance(module, ParallelLayer):
             raise ConfigurationError(f"{cls.__name__}.adopt: {type(module).__name__} is a parallel layer already")
-        cls._check(ctx, group)
+        cls._check_context(ctx, group)
         module.__class__ = type(f"{cls.__name__}{type(module).__name__}", (cls, type(module)), {})
         assert isinstance(module, cls)  # now it is
         module._bind(ctx, group)
