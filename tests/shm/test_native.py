@@ -6,10 +6,12 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from commgraph.shm import native_module
 from tests.helpers import ROOT
 
 HERE = Path(__file__).parent
@@ -45,3 +47,13 @@ def test_the_core(harness: Path, part: str) -> None:
     done = subprocess.run([str(harness), part, "1", seed], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, f"harness {part} 1 {seed}: {done.stderr}"
     assert f"{part}: fine" in done.stdout
+
+
+@pytest.mark.skipif(native_module.load() is None, reason="there is no native module")
+def test_absurd_arguments_are_errors_and_no_signals() -> None:
+    """Every function and method, each in a process of its own. A longer run: tests/programs/absurd.py SEED CALLS."""
+    seed = random.randrange(1 << 32)
+    program = [sys.executable, str(ROOT / "tests" / "programs" / "absurd.py"), str(seed), "60"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=110, check=False)
+    assert (done.returncode, done.stdout.splitlines()) == (0, ["done"]), f"seed {seed}: {done.stdout} {done.stderr}"

@@ -1,3 +1,4 @@
+#define _GNU_SOURCE
 #include "module.h"
 
 #include <errno.h>
@@ -5,6 +6,9 @@
 #include <sched.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <unistd.h>
 
 static struct PyModuleDef module_def;
 
@@ -12,6 +16,7 @@ module_state *state_of(PyObject *self) { return PyType_GetModuleState(Py_TYPE(se
 
 int64_t deadline_after(int64_t timeout_ns) {
     int64_t now = cg_clock_ns();
+    if (timeout_ns < 0) timeout_ns = 0; /* a negative deadline would count from the begin of the wait */
     return timeout_ns > INT64_MAX - now ? INT64_MAX : now + timeout_ns;
 }
 
@@ -38,6 +43,22 @@ int parse_timeout(PyObject *self, PyObject *value, int64_t standard_ns, int64_t 
     if (!(seconds > 0 && seconds < 1e9)) return 0; /* the general path raises, or limits it */
     *ns = (int64_t)(seconds * 1e9);
     return 1;
+}
+
+/* Probes the first and the last byte, which are asked for by the system call that other ranks would read them by: EFAULT, not a signal. */
+int is_memory(const void *data, size_t bytes) {
+    if (bytes == 0) return 1;
+    char here[2];
+    if (bytes <= PTRDIFF_MAX && (uintptr_t)data <= UINTPTR_MAX - bytes) {
+        struct iovec to = {here, 2}, from[2] = {{(void *)(uintptr_t)data, 1}, {(char *)(uintptr_t)data + bytes - 1, 1}};
+        if (process_vm_readv(getpid(), &to, 1, from, 2, 0) == 2 || errno == ENOSYS || errno == EPERM) return 1;
+    }
+    PyErr_Format(PyExc_ValueError, "%zu bytes at %p are no memory of this process", bytes, data);
+    return 0;
+}
+
+int fits(const Segment *segment, Py_ssize_t offset, size_t bytes) {
+    return offset >= 0 && bytes <= segment->bytes && (size_t)offset <= segment->bytes - bytes;
 }
 
 PyObject *not_handled(void) { return PyErr_Occurred() ? NULL : Py_NewRef(Py_None); }
@@ -148,6 +169,10 @@ static PyObject *segment_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     Py_ssize_t bytes;
     if (!PyArg_ParseTuple(args, "in", &fd, &bytes)) return NULL;
     if (bytes <= 0) return PyErr_Format(PyExc_ValueError, "a segment of %zd bytes", bytes);
+    struct stat found;
+    if (fstat(fd, &found)) return PyErr_SetFromErrno(PyExc_OSError);
+    if (!S_ISREG(found.st_mode) || bytes > found.st_size) /* an access beyond its end would be a SIGBUS */
+        return PyErr_Format(PyExc_ValueError, "a segment of %zd bytes: descriptor %d has %lld", bytes, fd, (long long)found.st_size);
     void *base = mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (base == MAP_FAILED) return PyErr_SetFromErrno(PyExc_OSError);
     Segment *self = (Segment *)allocate(type);
@@ -267,7 +292,7 @@ static PyObject *team_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     if (!PyArg_ParseTuple(args, "Oniii", &segment, &offset, &n, &me, &local_size)) return NULL;
     module_state *state = PyType_GetModuleState(type);
     if (state == NULL || !PyObject_TypeCheck(segment, state->segment)) return PyErr_Format(PyExc_TypeError, "a Segment is needed");
-    if (me < 0 || me >= n || offset < 0 || offset % CG_LINE || (size_t)offset + (size_t)n * sizeof(cg_member) > ((Segment *)segment)->bytes)
+    if (me < 0 || me >= n || offset < 0 || offset % CG_LINE || !fits((Segment *)segment, offset, (size_t)n * sizeof(cg_member)))
         return PyErr_Format(PyExc_ValueError, "member %d of %d at %zd does not fit into the segment", me, n, offset);
     Team *self = (Team *)allocate(type);
     if (self == NULL) return NULL;
@@ -367,6 +392,7 @@ static PyObject *module_layout(PyObject *module, PyObject *args) {
     int n;
     Py_ssize_t slot_bytes;
     if (!PyArg_ParseTuple(args, "in", &n, &slot_bytes)) return NULL;
+    if (!is_group(n, slot_bytes)) return PyErr_Format(PyExc_ValueError, "no group of %d ranks has slots of %zd bytes", n, slot_bytes);
     return Py_BuildValue("(nn)", (Py_ssize_t)(sizeof(cg_member) * (size_t)n), (Py_ssize_t)cg_group_bytes(n, (size_t)slot_bytes));
 }
 
@@ -375,6 +401,7 @@ static PyObject *module_ring_bytes(PyObject *module, PyObject *args) {
     int n_readers;
     Py_ssize_t capacity;
     if (!PyArg_ParseTuple(args, "in", &n_readers, &capacity)) return NULL;
+    if (n_readers < 0 || capacity < 0 || capacity > MOST_BYTES) return PyErr_Format(PyExc_ValueError, "no ring has %d readers and %zd bytes", n_readers, capacity);
     return PyLong_FromSize_t(cg_ring_bytes(n_readers, (size_t)capacity));
 }
 

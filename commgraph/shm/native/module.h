@@ -85,7 +85,11 @@ typedef struct {
     Pool *pool;
     PyObject *parts; /* list of the parts of the record that is being read */
     size_t done;     /* bytes that were read of the last of them */
+    int reads;       /* whether this member is a reader */
 } Ring;
+
+/* Whether this member writes, or reads, the ring; 0 with an error set. */
+int may_use(const Ring *ring, int writing);
 
 extern PyType_Spec group_spec, ring_spec, tensors_spec, fast_spec, messages_spec;
 
@@ -117,6 +121,17 @@ PyObject *module_any_ring(PyObject *module, PyObject *args);
 /* Converts a timeout of Python (seconds, a timedelta, or None for `standard_ns`) to nanoseconds. 1; 0 if it is of another kind or range, -1
  * with an error set. */
 int parse_timeout(PyObject *self, PyObject *value, int64_t standard_ns, int64_t *ns);
+/* Whether these bytes are memory of this process, as far as the first and the last one tell; 0 with an error set. */
+int is_memory(const void *data, size_t bytes);
+/* Whether so many bytes at an offset lie in a segment. */
+int fits(const Segment *segment, Py_ssize_t offset, size_t bytes);
+/* Sizes beyond these are mistakes, and would overflow. */
+#define MOST_BYTES ((Py_ssize_t)1 << 46)
+enum { MOST_RANKS = 1 << 16 };
+/* Whether a group can have n ranks and slots of so many bytes: a line for each rank at the least. */
+static inline int is_group(int n, Py_ssize_t slot_bytes) {
+    return n >= 1 && n <= MOST_RANKS && slot_bytes >= (Py_ssize_t)CG_LINE * n && slot_bytes <= MOST_BYTES / n;
+}
 /* Returned by a native call that does not handle its arguments: None, or NULL with the error that is set. */
 PyObject *not_handled(void);
 /* Equal to commgraph.communicators.tags.tag_of. */

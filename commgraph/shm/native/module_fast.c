@@ -88,7 +88,8 @@ static int prepare(FastCalls *fast, const char *name, int operation, const view 
 /* The result tensor: `given` if it fits and does not overlap x, a new one if `given` is None; NULL, with or without an error. */
 static PyObject *result_for(FastCalls *fast, PyObject *given, const view *x, const int64_t *shape, char **data) {
     size_t bytes = x->size;
-    for (int i = 0; i < x->ndim; i++) bytes *= (size_t)shape[i];
+    for (int i = 0; i < x->ndim; i++)
+        if (__builtin_mul_overflow(bytes, (size_t)shape[i], &bytes)) return NULL; /* the general path says what is wrong with the sizes */
     if (given == Py_None) return new_tensor(fast->tensors, fast->group->pool, x->kind, x->ndim, shape, bytes, data);
     view out;
     if (view_tensor(fast->tensors, given, &out) <= 0) return NULL;
@@ -391,7 +392,7 @@ static int parse_sizes(PyObject *value, int n, int64_t *sizes) {
         int overflow;
         if (item == NULL || !PyLong_CheckExact(item)) return PyErr_Clear(), 0;
         sizes[i] = PyLong_AsLongLongAndOverflow(item, &overflow);
-        if (overflow || sizes[i] < 0) return 0;
+        if (overflow || sizes[i] < 0 || sizes[i] > MOST_BYTES / n) return 0; /* their sum is no overflow */
     }
     return 1;
 }

@@ -13,7 +13,8 @@ static PyObject *group_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (state == NULL || !PyObject_TypeCheck(team, state->team) || !PyObject_TypeCheck(pool, state->pool))
         return PyErr_Format(PyExc_TypeError, "Group(team, pool, offset, slot_bytes)");
     cg_team *view = &((Team *)team)->team;
-    if (offset % 4096 || slot_bytes % 4096 || (size_t)offset + cg_group_bytes(view->n, (size_t)slot_bytes) > ((Team *)team)->segment->bytes)
+    if (offset % 4096 || slot_bytes % 4096 || !is_group(view->n, slot_bytes) ||
+        !fits(((Team *)team)->segment, offset, cg_group_bytes(view->n, (size_t)slot_bytes)))
         return PyErr_Format(PyExc_ValueError, "a group at %zd with slots of %zd bytes does not fit into the segment", offset, slot_bytes);
     Group *self = (Group *)allocate(type);
     if (self == NULL) return NULL;
@@ -66,6 +67,9 @@ static PyObject *group_all_reduce(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "kLKKniipO", &tag, &timeout, &from, &to, &count, &dtype, &op, &in_place, &owner)) return NULL;
     if (dtype < 0 || dtype >= CG_DTYPES || op < 0 || op >= CG_OPS || cg_find_kernel(dtype, op) == NULL)
         return PyErr_Format(PyExc_ValueError, "no kernel for dtype %d and op %d", dtype, op);
+    if (count < 0 || count > MOST_BYTES || !is_memory((void *)(uintptr_t)from, (size_t)count * cg_dtype_bytes(dtype)) ||
+        !is_memory((void *)(uintptr_t)to, (size_t)count * cg_dtype_bytes(dtype)))
+        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "%zd elements", count);
     cg_call call = {.tag = (uint32_t)tag, .call = call_word(group, in_place ? OP_ALL_REDUCE_ : OP_ALL_REDUCE), .deadline = deadline_after(timeout)};
     int who = 0;
     if (!enter(group->team)) return NULL;
@@ -89,6 +93,11 @@ static int parse_blocks(PyObject *sequence, cg_block *blocks, int n) {
         int fine = item == Py_None || PyArg_ParseTuple(item, "Knnn", &base, &rows, &row, &pitch);
         Py_DECREF(item);
         if (!fine) return 0;
+        if (rows < 0 || row < 0 || pitch < 0 || row > MOST_BYTES || pitch > MOST_BYTES || (rows > 0 && row > MOST_BYTES / rows) ||
+            (rows > 0 && pitch > MOST_BYTES / rows))
+            return PyErr_Format(PyExc_ValueError, "a block of %zd rows of %zd bytes, %zd apart", rows, row, pitch), 0;
+        size_t extent = rows > 0 && row > 0 ? (size_t)(rows - 1) * (size_t)pitch + (size_t)row : 0;
+        if (!is_memory((void *)(uintptr_t)base, extent)) return 0;
         blocks[i] = (cg_block){(char *)(uintptr_t)base, (size_t)rows, (size_t)row, (size_t)pitch};
     }
     return 1;
@@ -112,7 +121,10 @@ static PyObject *group_all_gatherv(PyObject *self, PyObject *args) {
         bytes[i] = item == NULL ? 0 : PyLong_AsSize_t(item);
         Py_XDECREF(item);
         if (PyErr_Occurred()) return NULL;
+        if (bytes[i] > (size_t)MOST_BYTES || (into[i].base != NULL && cg_block_bytes(&into[i]) != bytes[i]))
+            return PyErr_Format(PyExc_ValueError, "%zu bytes of rank %d", bytes[i], i);
     }
+    if (!is_memory((void *)(uintptr_t)mine, bytes[group->group.me])) return NULL;
     cg_call call = {.tag = (uint32_t)tag, .call = call_word(group, operation), .deadline = deadline_after(timeout)};
     int who = 0;
     if (!enter(group->team)) return NULL;
@@ -149,7 +161,7 @@ static PyObject *group_reduce_scatter(PyObject *self, PyObject *args) {
     if (dtype < 0 || dtype >= CG_DTYPES || op < 0 || op >= CG_OPS || cg_find_kernel(dtype, op) == NULL)
         return PyErr_Format(PyExc_ValueError, "no kernel for dtype %d and op %d", dtype, op);
     cg_block out[group->group.n];
-    if (!parse_blocks(sends, out, group->group.n)) return NULL;
+    if (!parse_blocks(sends, out, group->group.n) || !is_memory((void *)(uintptr_t)to, cg_block_bytes(&out[group->group.me]))) return NULL;
     cg_call call = {.tag = (uint32_t)tag, .call = call_word(group, OP_REDUCE_SCATTER), .deadline = deadline_after(timeout)};
     int who = 0;
     if (!enter(group->team)) return NULL;
@@ -198,7 +210,8 @@ static PyObject *group_add_region(PyObject *self, PyObject *args) {
     Py_ssize_t offset, stride, bytes;
     if (!PyArg_ParseTuple(args, "Onnn", &segment, &offset, &stride, &bytes)) return NULL;
     if (!PyObject_TypeCheck(segment, state_of(self)->segment)) return PyErr_Format(PyExc_TypeError, "a Segment is needed");
-    if ((size_t)offset + (size_t)(group->group.n - 1) * (size_t)stride + (size_t)bytes > ((Segment *)segment)->bytes)
+    if (stride < 0 || stride > MOST_BYTES || bytes < 0 || bytes > MOST_BYTES ||
+        !fits((Segment *)segment, offset, (size_t)(group->group.n - 1) * (size_t)stride + (size_t)bytes))
         return PyErr_Format(PyExc_ValueError, "the region does not fit into its segment");
     if (PyList_Append(group->regions, segment) < 0) return NULL;
     int error = cg_group_add_region(&group->group, ((Segment *)segment)->base + offset, (size_t)stride, (size_t)bytes);

@@ -64,7 +64,7 @@ static PyObject *messages_send(PyObject *self, PyObject *const *args, Py_ssize_t
     if (nargs != 4) return PyErr_Format(PyExc_TypeError, "send(ring, x, number, timeout)");
     view v;
     Ring *ring = ring_of(self, args[0]);
-    if (ring == NULL || is_unwatched(messages->tensors) <= 0 || view_tensor(messages->tensors, args[1], &v) <= 0) return not_handled();
+    if (ring == NULL || !may_use(ring, 1) || is_unwatched(messages->tensors) <= 0 || view_tensor(messages->tensors, args[1], &v) <= 0) return not_handled();
     uint64_t number = PyLong_AsUnsignedLongLong(args[2]), tag;
     int64_t timeout;
     if (parse_timeout(self, args[3], messages->timeout_ns, &timeout) <= 0) return not_handled();
@@ -122,13 +122,14 @@ static PyObject *messages_recv(PyObject *self, PyObject *const *args, Py_ssize_t
     Messages *messages = (Messages *)self;
     if (nargs != 6) return PyErr_Format(PyExc_TypeError, "recv(ring, size, kind, out, number, timeout)");
     Ring *ring = ring_of(self, args[0]);
-    if (ring == NULL || ring->parts != NULL || messages->tensors->exchange == NULL || is_unwatched(messages->tensors) <= 0) return not_handled();
+    if (ring == NULL || !may_use(ring, 0) || ring->parts != NULL || messages->tensors->exchange == NULL || is_unwatched(messages->tensors) <= 0) return not_handled();
     long kind = PyLong_AsLong(args[2]);
     uint64_t number = PyLong_AsUnsignedLongLong(args[4]), tag;
     int64_t timeout;
     if (PyErr_Occurred()) return NULL;
     if (parse_timeout(self, args[5], messages->timeout_ns, &timeout) <= 0) return not_handled();
     int64_t deadline = deadline_after(timeout);
+    if (kind < 0 || kind > 0xFFFF || (kind & 0xFF) == 0 || kind % 8) return PyErr_Format(PyExc_ValueError, "kind %ld of a tensor", kind);
     view v = {.kind = {(uint8_t)(kind >> 8), (uint8_t)kind, 1}, .size = (size_t)(kind & 0xFF) / 8}, out;
     PyObject *given = args[3] == Py_None ? NULL : args[3];
     if (!parse_shape(args[1], &v)) return not_handled();
@@ -219,7 +220,7 @@ static PyObject *messages_put_dict(PyObject *self, PyObject *const *args, Py_ssi
     if (PyErr_Occurred()) return NULL;
     Ring *ring = ring_of(self, args[0]);
     /* A torch that could not read such a record sends none. */
-    if (ring == NULL || !PyDict_CheckExact(args[1]) || messages->tensors->exchange == NULL || is_unwatched(messages->tensors) <= 0) return not_handled();
+    if (ring == NULL || !may_use(ring, 1) || !PyDict_CheckExact(args[1]) || messages->tensors->exchange == NULL || is_unwatched(messages->tensors) <= 0) return not_handled();
     packed_dict p;
     p.description[0] = PLAIN;
     p.length = 1;
@@ -288,8 +289,8 @@ static int add_tensor(Messages *messages, PyObject *dict, const char *descriptio
                 e.key_bytes <= length - *at && PyObject_TypeCheck(part, state_of((PyObject *)messages)->block) && ((Block *)part)->base != NULL;
     if (sound) {
         bytes = e.kind.bits / 8;
-        for (uint32_t i = 0; i < e.ndim; i++) bytes *= (size_t)shape[i];
-        sound = bytes == (size_t)((Block *)part)->bytes;
+        for (uint32_t i = 0; sound && i < e.ndim; i++) sound = shape[i] >= 0 && !__builtin_mul_overflow(bytes, (size_t)shape[i], &bytes);
+        sound = sound && e.kind.lanes == 1 && e.kind.bits > 0 && e.kind.bits % 8 == 0 && bytes == (size_t)((Block *)part)->bytes;
     }
     if (!sound) {
         PyErr_SetString(PyExc_ValueError, "the description of a dict of tensors does not fit what came with it");

@@ -14,7 +14,12 @@ static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     module_state *state = PyType_GetModuleState(type);
     if (state == NULL || !PyObject_TypeCheck(team, state->team) || !PyObject_TypeCheck(pool, state->pool))
         return PyErr_Format(PyExc_TypeError, "Ring(team, pool, offset, writer, first_reader, n_readers, capacity, collective, private)");
-    if (offset % CG_LINE || capacity < 1024 || (size_t)offset + cg_ring_bytes(n_readers, (size_t)capacity) > ((Team *)team)->segment->bytes)
+    int n = ((Team *)team)->team.n, me = ((Team *)team)->team.me, sound = writer >= 0 && writer < n && n_readers >= 1 && n_readers < n && first_reader >= 0 && first_reader < n;
+    int end = sound ? first_reader + n_readers : 0; /* behind the last reader */
+    if (sound && writer >= first_reader && writer < end) end++;
+    if (!sound || end > n)
+        return PyErr_Format(PyExc_ValueError, "a ring from member %d of %d to %d from %d on", writer, n, n_readers, first_reader);
+    if (offset % CG_LINE || capacity < 1024 || capacity > MOST_BYTES || !fits(((Team *)team)->segment, offset, cg_ring_bytes(n_readers, (size_t)capacity)))
         return PyErr_Format(PyExc_ValueError, "a ring of %zd bytes at %zd does not fit into the segment", capacity, offset);
     if (private && n_readers != 1) return PyErr_Format(PyExc_ValueError, "a ring with %d readers cannot be private to two", n_readers);
     Ring *self = (Ring *)allocate(type);
@@ -28,6 +33,7 @@ static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     }
     self->pool = (Pool *)Py_NewRef(pool);
     cg_ring_join(&self->ring, &self->team->team, memory, writer, first_reader, n_readers, (size_t)capacity);
+    self->reads = me != writer && me >= first_reader && me < end;
     self->ring.collective = collective;
     self->ring.private = private;
     return (PyObject *)self;
@@ -57,6 +63,12 @@ void publish_posted(Ring *ring, uint64_t posted) {
     atomic_store_explicit(&ring->team->team.members[ring->team->team.me].posted, posted, memory_order_release);
 }
 
+int may_use(const Ring *ring, int writing) {
+    if (writing ? ring->ring.writer == ring->team->team.me : ring->reads) return 1;
+    PyErr_Format(PyExc_ValueError, "member %d does not %s this ring", ring->team->team.me, writing ? "write" : "read");
+    return 0;
+}
+
 enum { FEW_PARTS = 8 };
 
 /* put(kind, meta, parts, timeout_ns, posted): a part is a buffer, or (address, bytes) of memory that the caller keeps alive. */
@@ -68,7 +80,7 @@ static PyObject *ring_put(PyObject *self, PyObject *const *args, Py_ssize_t narg
     int64_t timeout = PyLong_AsLongLong(args[3]);
     if (PyErr_Occurred()) return NULL;
     Py_ssize_t n = PyTuple_Size(args[2]);
-    if (n < 0) return NULL;
+    if (n < 0 || !may_use(ring, 1)) return NULL;
     cg_part few[FEW_PARTS], *parts = few;
     Py_buffer few_views[FEW_PARTS], *views = few_views;
     if (n > FEW_PARTS) {
@@ -86,6 +98,7 @@ static PyObject *ring_put(PyObject *self, PyObject *const *args, Py_ssize_t narg
                 unsigned long long address;
                 Py_ssize_t bytes;
                 if (!PyArg_ParseTuple(item, "Kn", &address, &bytes)) break;
+                if (!is_memory((void *)(uintptr_t)address, (size_t)bytes)) break;
                 parts[held] = (cg_part){(void *)(uintptr_t)address, (size_t)bytes};
                 continue;
             }
@@ -121,6 +134,7 @@ static PyObject *ring_peek(PyObject *self, PyObject *args) {
     long long timeout;
     unsigned long long posted;
     if (!PyArg_ParseTuple(args, "LK", &timeout, &posted)) return NULL;
+    if (!may_use(ring, 0)) return NULL;
     int who = 0;
     if (!enter_for(ring->team, 0)) return NULL;
     int result = wait_next(ring, deadline_after(timeout), posted, &who);
@@ -154,7 +168,7 @@ static PyObject *ring_get(PyObject *self, PyObject *const *args, Py_ssize_t narg
     if (nargs != 2) return PyErr_Format(PyExc_TypeError, "get(timeout_ns, posted)");
     int64_t timeout = PyLong_AsLongLong(args[0]);
     unsigned long long posted = PyLong_AsUnsignedLongLong(args[1]);
-    if (PyErr_Occurred()) return NULL;
+    if (PyErr_Occurred() || !may_use(ring, 0)) return NULL;
     int64_t deadline = deadline_after(timeout);
     int who = 0;
     for (;;) {
@@ -222,6 +236,7 @@ static PyObject *ring_take(PyObject *self, PyObject *args) {
         int fine = target != NULL && PyArg_ParseTuple(target, "Kn", &address, &bytes);
         Py_XDECREF(target);
         if (!fine) return NULL;
+        if (!is_memory((void *)(uintptr_t)address, (size_t)bytes)) return NULL;
         if ((size_t)bytes != cg_ring_size(&ring->ring, (uint32_t)i)) return PyErr_Format(PyExc_ValueError, "part %zd has another size", i);
         size_t done = 0;
         if (!enter_for(ring->team, (size_t)bytes)) return NULL;
@@ -250,9 +265,9 @@ PyObject *module_any_ring(PyObject *module, PyObject *args) {
     module_state *state = PyModule_GetState(module);
     for (Py_ssize_t i = 0; i < n; i++) {
         PyObject *ring = PyTuple_GetItem(given, i);
-        if (!PyObject_TypeCheck(ring, state->ring) || !((Ring *)ring)->ring.private) {
+        if (!PyObject_TypeCheck(ring, state->ring) || !((Ring *)ring)->ring.private || !((Ring *)ring)->reads) {
             PyMem_Free(rings);
-            return PyErr_Format(PyExc_TypeError, "any_ring(rings, timeout_ns): private rings are needed");
+            return PyErr_Format(PyExc_TypeError, "any_ring(rings, timeout_ns): private rings that this member reads are needed");
         }
         rings[i] = &((Ring *)ring)->ring;
     }
