@@ -225,7 +225,7 @@ class Recorded(rules.Rule):
         return node.operation.gradient(node, grad), None, None, None
 
     @staticmethod
-    def jvp(node: Any, tangent: torch.Tensor, *_: None) -> Any:
+    def push(node: Any, tangent: torch.Tensor, *_: None) -> Any:
         return node.operation.tangent(node, tangent)
 
 

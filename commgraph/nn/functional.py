@@ -168,15 +168,15 @@ class _Copy(Rule):
         _, node.group = inputs
 
     @staticmethod
-    def forward(node: Any, *inputs: Any) -> Any:
-        return in_rule(_Copy, node, inputs)
+    def forward(node: Any, x: torch.Tensor, group: Reducer) -> Any:
+        return in_rule(_Copy, node, (x, group))
 
     @staticmethod
     def backward(node: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         return again(_Reduce, grad, node.group), None
 
     @staticmethod
-    def jvp(node: Any, tangent: torch.Tensor, *_: None) -> Any:
+    def push(node: Any, tangent: torch.Tensor, *_: None) -> Any:
         return again(_Copy, tangent, node.group)
 
 
@@ -190,15 +190,15 @@ class _Reduce(Rule):
         _, node.group = inputs
 
     @staticmethod
-    def forward(node: Any, *inputs: Any) -> Any:
-        return in_rule(_Reduce, node, inputs)
+    def forward(node: Any, x: torch.Tensor, group: Reducer) -> Any:
+        return in_rule(_Reduce, node, (x, group))
 
     @staticmethod
     def backward(node: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         return again(_Copy, grad, node.group), None
 
     @staticmethod
-    def jvp(node: Any, tangent: torch.Tensor, *_: None) -> Any:
+    def push(node: Any, tangent: torch.Tensor, *_: None) -> Any:
         return again(_Reduce, tangent, node.group)
 
 
@@ -216,15 +216,15 @@ class _Gather(Rule):
         return group, _from_the_front(x, dim), reduce_grad
 
     @staticmethod
-    def forward(node: Any, *inputs: Any) -> Any:
-        return in_rule(_Gather, node, inputs)
+    def forward(node: Any, x: torch.Tensor, group: GroupCoordinator, dim: int, reduce_grad: bool) -> Any:
+        return in_rule(_Gather, node, (x, group, dim, reduce_grad))
 
     @staticmethod
     def backward(node: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         return again(_ReduceScatter if node.reduce_grad else _Scatter, grad, node.group, node.dim), None, None, None
 
     @staticmethod
-    def jvp(node: Any, tangent: torch.Tensor, *_: None) -> Any:
+    def push(node: Any, tangent: torch.Tensor, *_: None) -> Any:
         return again(_Gather, tangent, node.group, node.dim, node.reduce_grad)
 
 
@@ -242,15 +242,15 @@ class _Scatter(Rule):
         return group, _from_the_front(x, dim)
 
     @staticmethod
-    def forward(node: Any, *inputs: Any) -> Any:
-        return in_rule(_Scatter, node, inputs)
+    def forward(node: Any, x: torch.Tensor, group: GroupCoordinator, dim: int) -> Any:
+        return in_rule(_Scatter, node, (x, group, dim))
 
     @staticmethod
     def backward(node: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         return again(_Gather, grad, node.group, node.dim, False), None, None
 
     @staticmethod
-    def jvp(node: Any, tangent: torch.Tensor, *_: None) -> Any:
+    def push(node: Any, tangent: torch.Tensor, *_: None) -> Any:
         return again(_Scatter, tangent, node.group, node.dim)
 
 
@@ -268,15 +268,15 @@ class _ReduceScatter(Rule):
         return group, _from_the_front(x, dim)
 
     @staticmethod
-    def forward(node: Any, *inputs: Any) -> Any:
-        return in_rule(_ReduceScatter, node, inputs)
+    def forward(node: Any, x: torch.Tensor, group: GroupCoordinator, dim: int) -> Any:
+        return in_rule(_ReduceScatter, node, (x, group, dim))
 
     @staticmethod
     def backward(node: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         return again(_Gather, grad, node.group, node.dim, True), None, None
 
     @staticmethod
-    def jvp(node: Any, tangent: torch.Tensor, *_: None) -> Any:
+    def push(node: Any, tangent: torch.Tensor, *_: None) -> Any:
         return again(_ReduceScatter, tangent, node.group, node.dim)
 
 

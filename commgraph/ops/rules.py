@@ -18,7 +18,15 @@ __all__ = ["Rule", "again", "carries_tangent", "follows", "in_rule", "record", "
 
 
 class Rule(Function):
-    """An autograd function whose forward is `compute` and `keep`. Subclasses define both, `batched`, `backward` and `jvp`."""
+    """An autograd function whose forward is `compute` and `keep`. Subclasses define both, `batched`, `backward` and `push`.
+
+    `push` is what torch calls jvp. The class itself has none, as dynamo traces no function with one (torch 2.13).
+    """
+
+    @staticmethod
+    def push(node: Any, *tangents: Any) -> Any:
+        """Return the tangent of the result."""
+        raise NotImplementedError
 
     @staticmethod
     def compute(x: torch.Tensor, *args: Any) -> Any:
@@ -63,8 +71,13 @@ def with_tangent(x: torch.Tensor) -> torch.Tensor:
 
 def record(rule: type[Rule], x: torch.Tensor, *args: Any) -> Any:
     """Apply a rule, so that whatever follows x follows the result."""
-    transformed = not is_dynamo_compiling() and compat.in_transform()
-    return (_for_transforms(rule) if transformed else rule).apply(x, *args)
+    applied: Any = rule
+    if not is_dynamo_compiling():
+        if compat.in_transform():
+            applied = _for_transforms(rule)
+        elif compat.in_forward_mode():
+            applied = type(rule.__name__, (rule,), {"jvp": staticmethod(rule.push)})
+    return applied.apply(x, *args)
 
 
 def again(rule: type[Rule], x: torch.Tensor, *args: Any) -> Any:
@@ -89,5 +102,10 @@ def _for_transforms(rule: type[Rule]) -> type[Function]:
         result = again(rule, moved, *rule.batched(one, *args))
         return result, result.dim() - 1
 
-    members = {"forward": staticmethod(rule.compute), "setup_context": staticmethod(rule.keep), "vmap": staticmethod(vmap)}
+    members = {
+        "forward": staticmethod(rule.compute),
+        "setup_context": staticmethod(rule.keep),
+        "vmap": staticmethod(vmap),
+        "jvp": staticmethod(rule.push),
+    }
     return type(rule.__name__, (rule,), members)
