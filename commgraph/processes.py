@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import select
+import time
 from pathlib import Path
 from typing import Self
 
 import msgspec
 
-__all__ = ["Process", "start_time"]
+__all__ = ["Process", "seconds_since_boot", "start_time"]
 
 
 class Process(msgspec.Struct, frozen=True):
@@ -41,6 +42,11 @@ class Process(msgspec.Struct, frozen=True):
         here, there = (self.boot_id, self.pid_namespace), (other.boot_id, other.pid_namespace)
         return here == there and bool(self.boot_id and self.pid_namespace and other.started) and self.pid != other.pid
 
+    @property
+    def seconds_started(self) -> float:
+        """When it started, in seconds since boot; 0 where that is unknown."""
+        return int(self.started) / os.sysconf("SC_CLK_TCK") if self.started.isdigit() else 0.0
+
     def has_ended(self) -> bool:
         """Whether it has ended, reaped by its parent or not; asked of a process that the caller can watch."""
         if start_time(self.pid) != self.started:
@@ -57,6 +63,11 @@ class Process(msgspec.Struct, frozen=True):
             return bool(poll.poll(0))
         finally:
             os.close(fd)
+
+
+def seconds_since_boot() -> float:
+    """Return the time on the clock that processes' start times are of; another where the system has none."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def start_time(pid: int) -> str:

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from commgraph.deadline import Deadline
 from commgraph.errors import BuildError
 from commgraph.meeting import STORE_ERRORS, attend, forget, listing, poll, write
-from commgraph.processes import Process
+from commgraph.processes import Process, seconds_since_boot
 
 __all__ = ["Session", "open_session"]
 
@@ -35,6 +35,10 @@ __all__ = ["Session", "open_session"]
 _RENEW = 0.2
 # Seconds that a rank that gives up takes to say so, at most.
 _LEAVE = 1.0
+# Seconds that rank 0 stays after it has said why it gives up: the store may end with its process.
+_LINGER = 0.5
+# Seconds before a rank began to search in which a peer may have begun to wait, and died, so that it died in this search.
+_RECENT = 5.0
 
 
 class _Hello(msgspec.Struct, frozen=True):
@@ -43,10 +47,12 @@ class _Hello(msgspec.Struct, frozen=True):
     Attributes:
         token: of this World on this rank; random.
         process: that waits.
+        since: when it began to wait, in seconds since boot.
     """
 
     token: str
     process: Process
+    since: float
 
 
 @attrs.frozen
@@ -88,10 +94,17 @@ def open_session(
         return attend(search.run, deadline, search.watch)
     except TimeoutError as error:
         raise BuildError(f"rank {rank} of {world_size}: the store that the ranks meet in gives {error}") from None
-    except BaseException:
+    except BaseException as error:
+        why = str(error) if isinstance(error, DeadRankError) else ""
         with contextlib.suppress(TimeoutError, *STORE_ERRORS):
-            attend(lambda _: search.leave(), Deadline.after(_LEAVE))
+            attend(lambda _: search.leave(why), Deadline.after(_LEAVE))
+        if why:
+            raise BuildError(why) from error.__cause__
         raise
+
+
+class DeadRankError(BuildError):
+    """A rank died while the ranks were searching for each other."""
 
 
 class _Search:
@@ -99,12 +112,12 @@ class _Search:
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, deadline: Deadline, reopen: Callable[[], dist.Store] | None) -> None:
         self._rank, self._size, self._deadline, self._reopen = rank, world_size, deadline, reopen
-        self._me = _Hello(secrets.token_hex(16), Process.own())
+        self._me = _Hello(secrets.token_hex(16), Process.own(), seconds_since_boot())
         # Of rank 0, those that it has invited and those that have answered, by rank; of the others, the token of rank 0.
         self._invited: dict[int, str] = {}
         self._answers: dict[int, _Hello] = {0: self._me} if rank == 0 else {}
         self._host = ""
-        # Processes that were alive when they were first seen, by rank.
+        # Processes that wait in this search and not in an earlier one of a job that has died, by rank.
         self._seen: dict[int, Process] = {}
         self._renewed = 0.0
         self._use(store)
@@ -131,10 +144,17 @@ class _Search:
         """Raise where a rank on this host has died."""
         for rank, process in tuple(self._seen.items()):
             if process.has_ended():
-                raise BuildError(f"rank {self._rank} of {self._size}: rank {rank} (process {process.pid}) died before all ranks had come")
+                raise DeadRankError(
+                    f"rank {self._rank} of {self._size}: rank {rank} (process {process.pid}) died before all ranks had come"
+                )
 
-    def leave(self) -> None:
-        """Remove what this rank has written, once it is found or gives up."""
+    def leave(self, why: str = "") -> None:
+        """Remove what this rank has written, once it is found or gives up, and say why where no other rank could know."""
+        if why:
+            for hello in self._pending(0)[:1]:
+                self._store.set(f"{hello.token}/failed", why)
+            if self._rank == 0:
+                time.sleep(_LINGER)
         if self._rank == 0:
             forget(self._store, [f"invite/{token}" for rank, token in self._invited.items() if rank not in self._answers])
             forget(self._store, [f"{self._me.token}/here/{rank}" for rank in range(1, self._size)])
@@ -166,8 +186,12 @@ class _Search:
             )
         )
         if self._rank:
-            if hellos := self._pending(0):
-                self._see(0, hellos[0].process)
+            hellos = self._pending(0)
+            self._see(0, hellos)
+            for hello in hellos[:1]:
+                if self._store.check([f"{hello.token}/failed"]):
+                    why = self._store.get(f"{hello.token}/failed").decode(errors="replace")
+                    raise BuildError(f"rank {self._rank} of {self._size}: another rank found that a rank has died. {why}")
             if self._host and not self._store.check([f"{self._host}/here/{self._rank}"]):
                 self._answer()
 
@@ -179,8 +203,7 @@ class _Search:
             if rank in self._answers:
                 continue
             hellos = self._pending(rank)
-            for hello in hellos[:1]:
-                self._see(rank, hello.process)
+            self._see(rank, hellos)
             if self._invited.get(rank) not in [hello.token for hello in hellos]:
                 chosen = next((hello.token for hello in hellos), None)
                 if chosen is None:
@@ -211,9 +234,13 @@ class _Search:
     def _answer(self) -> None:
         write(self._store, f"{self._host}/here/{self._rank}", _encode([self._me]))
 
-    def _see(self, rank: int, process: Process) -> None:
-        if rank not in self._seen and self._me.process.can_watch(process) and not process.has_ended():
-            self._seen[rank] = process
+    def _see(self, rank: int, hellos: Sequence[_Hello]) -> None:
+        """Watch the process that waits as `rank`, unless it has died and waited in an earlier job: a new one may come in its place."""
+        for hello in hellos[:1]:
+            if self._me.process.can_watch(hello.process):
+                recent = hello.since > max(self._me.process.seconds_started, self._me.since - _RECENT)
+                if recent or not hello.process.has_ended():
+                    self._seen[rank] = hello.process
 
     def _absent(self) -> str:
         """Name the ranks that did not come."""
@@ -221,7 +248,9 @@ class _Search:
             if self._rank == 0:
                 absent = [rank for rank in range(self._size) if rank not in self._answers]
             else:
-                absent = [rank for rank in range(self._size) if rank != self._rank and not self._pending(rank)] or [0]
+                # Rank 0 has to be there first; a rank that has given up has taken back what it wrote.
+                others = [rank for rank in range(1, self._size) if rank != self._rank and not self._pending(rank)]
+                absent = others if others and self._pending(0) else [0]
         except STORE_ERRORS:
             absent = [0]
         return f"rank{'s' if len(absent) > 1 else ''} {listing(absent)}"

@@ -1,4 +1,7 @@
-"""Fails in the first attempt, after the world was made and while a context is half built; torchrun then starts it again."""
+"""Fails in the first attempt, after the world was made and while a context is half built; torchrun then starts it again.
+
+Each agent of torchrun counts the restarts of its own workers only, so the file says which attempt this is.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ from pathlib import Path
 import commgraph as cg
 
 failed = Path(sys.argv[1])
+first = not failed.exists()
 world = cg.World.from_env(timeout=timedelta(seconds=30))
-if int(os.environ["TORCHELASTIC_RESTART_COUNT"]) == 0:
+if first:
+    world.group.barrier()
     if world.rank == 1:
         time.sleep(0.5)  # rank 0 has said in the store that it begins to build
         failed.touch()
