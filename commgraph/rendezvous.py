@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
@@ -15,10 +18,12 @@ from commgraph.deadline import Deadline
 from commgraph.errors import BuildError, LaunchError
 from commgraph.waiting import interruptible
 
-__all__ = ["open_store"]
+__all__ = ["PrivateFile", "open_store"]
 
 # Seconds between two attempts to connect to the server of a store.
 _RETRY_SECONDS = 0.05
+# End of the name of the file whose lock says that a meeting file is in use.
+_MARK = ".used"
 
 
 def open_store(init_method: str, *, rank: int, world_size: int, timeout: timedelta, hosted_elsewhere: bool = False) -> dist.Store:
@@ -41,7 +46,8 @@ def open_store(init_method: str, *, rank: int, world_size: int, timeout: timedel
     except ValueError as error:
         raise LaunchError(f"init_method={init_method!r}: {error}") from None
     if url.scheme == "file" and url.path.startswith("/") and not url.netloc:
-        file_store = dist.FileStore(url.path, world_size)
+        # A file that is marked is removed by whoever unmarks it last; torch would count those that have come, and jobs may have died.
+        file_store = dist.FileStore(url.path, -1 if Path(f"{url.path}{_MARK}").exists() else world_size)
         file_store.set_timeout(timeout)
         return file_store
     if url.scheme != "tcp" or not url.hostname or not port:
@@ -67,6 +73,48 @@ def open_store(init_method: str, *, rank: int, world_size: int, timeout: timedel
             else f"rank 0 did not serve there within {timeout.total_seconds():.3g} s"
         )
         raise BuildError(f"rank {rank} of {world_size} could not meet its peers at {init_method}: {hint} ({error})") from error
+
+
+class PrivateFile:
+    """Marks a file in which ranks of one host meet as in use, while this object lives; the last one of all processes removes it.
+
+    The mark is a lock on a second file, which the system takes back from a process that was killed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Mark a file, which need not be there yet, and remove those in its directory that no living process has marked."""
+        self._path, self._mark = path, path.with_name(path.name + _MARK)
+        for other in path.parent.glob(f"*{_MARK}"):
+            if other != self._mark:
+                with contextlib.suppress(OSError):
+                    _remove_unused(other)
+        while True:
+            self._fd = os.open(self._mark, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._fd, fcntl.LOCK_SH)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._fd), self._mark.stat()):
+                    break
+            os.close(self._fd)  # the last one to use it has just removed it
+
+    def close(self) -> None:
+        """Take the mark back."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            with contextlib.suppress(OSError):
+                _remove_unused(self._mark)
+
+
+def _remove_unused(mark: Path) -> None:
+    """Remove a marked file and its mark if no living process has it."""
+    fd = os.open(mark, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an error if it is in use
+        if os.path.samestat(os.fstat(fd), mark.stat()):
+            mark.with_name(mark.name.removesuffix(_MARK)).unlink(missing_ok=True)
+            mark.unlink()
+    finally:
+        os.close(fd)
 
 
 def _await_server(host: str, port: int, timeout: timedelta, is_left: Callable[[], bool]) -> None:

@@ -13,6 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, NoReturn, Self, overload
 
@@ -45,7 +46,7 @@ from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import Platform
 from commgraph.platforms.detection import Plugins
 from commgraph.processes import Process
-from commgraph.rendezvous import open_store
+from commgraph.rendezvous import PrivateFile, open_store
 from commgraph.sealed import SealedStore
 from commgraph.session import open_session
 
@@ -69,6 +70,8 @@ class _State:
     # Of the process that made the world, and whether this is the copy of a forked child.
     pid: int = attrs.field(factory=os.getpid)
     is_inherited: bool = False
+    # The meeting file that this World uses, where it is commgraph's to remove.
+    file: PrivateFile | None = None
 
     def count(self, what: str) -> int:
         with self.lock:
@@ -188,7 +191,18 @@ class World:
             return cls._make(None, 0, 1, local_rank, limit, device, platform, key)
         method = init_method or launch.meeting_point(facts, dp_size=dp_size)
         hosted = facts.agent_store and init_method is None
-        return cls._meet(method, rank, size, local_rank, limit, device, platform, key, hosted_elsewhere=hosted)
+        # The file of a job that names none is commgraph's to remove.
+        file = PrivateFile(Path(method.removeprefix("file://"))) if method.startswith("file://") and init_method is None else None
+        try:
+            world = cls._meet(method, rank, size, local_rank, limit, device, platform, key, hosted_elsewhere=hosted)
+        except BaseException:
+            if file is not None:
+                file.close()
+            raise
+        if file is not None:
+            world._state.file = file
+            weakref.finalize(world, file.close)
+        return world
 
     @classmethod
     def connect(
@@ -539,6 +553,8 @@ class World:
             context._drop()
         self.group.close()
         self._finalizer()
+        if self._state.file is not None:
+            self._state.file.close()
 
     def _disown(self) -> None:
         """Give up everything, in a forked child, which has no part in the job: `commgraph.forks.Owner`."""

@@ -86,7 +86,11 @@ def ends(folder: Path) -> None:
         for what in ("nothing", "reduce", "context", "context and reduce"):
             for late in ((), (1,)) if n == 2 else ((),):
                 where = f"tcp://127.0.0.1:{free_port()}"
-                said = processes(n, lambda rank: use(cg.World.connect(where, rank=rank, world_size=n, timeout=PATIENCE), what), late=late)  # noqa: B023 - run at once
+
+                def body(rank: int) -> int:
+                    return use(cg.World.connect(where, rank=rank, world_size=n, timeout=PATIENCE), what)  # noqa: B023 - run at once
+
+                said = processes(n, body, late=late)
                 tell(n=n, what=what, late=late, said=said, fine=said == [n] * n)
 
 
@@ -246,4 +250,6 @@ def stopped(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"ends": ends, "again": again, "deaths": deaths, "closes": closes, "leavings": leavings, "stopped": stopped}[sys.argv[1]](Path(sys.argv[2]))
+    {"ends": ends, "again": again, "deaths": deaths, "closes": closes, "leavings": leavings, "stopped": stopped}[sys.argv[1]](
+        Path(sys.argv[2])
+    )

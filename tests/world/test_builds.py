@@ -1,4 +1,4 @@
-"""Builds in which ranks die, end early, come again, or find what a job before them has left: real processes, by tests/programs/builds.py."""
+"""Builds in which ranks die, end early, come again, or find what a job before them has left, in real processes: programs/builds.py."""
 
 from __future__ import annotations
 

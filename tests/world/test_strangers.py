@@ -1,0 +1,169 @@
+"""What others write to the store, or hand to a rank, is not believed: other keys, garbage, and memory of other users."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+import commgraph as cg
+from commgraph import hosts
+from commgraph.communicators.shm import _signed
+from commgraph.hosts import Identity, Probe
+from commgraph.sealed import SealedStore
+from commgraph.shm import segments
+from commgraph.testing.spmd import ThreadStore
+
+
+def ranks(store: Any, keys: Sequence[bytes | None], timeout: float = 20) -> list[Any]:
+    """Build a World on threads, each with its authkey; return the Worlds' sizes, or the errors."""
+    results: list[Any] = [None] * len(keys)
+
+    def run(rank: int) -> None:
+        try:
+            with cg.World.from_store(store, rank=rank, world_size=len(keys), authkey=keys[rank], timeout=timeout) as world:
+                results[rank] = world.group.all_gather_object(world.rank)
+        except BaseException as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(keys))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(40)
+    return results
+
+
+def test_other_keys_are_told_at_build() -> None:
+    for result in ranks(ThreadStore(), [b"one", b"another", b"one"]):
+        assert type(result) is cg.LayoutMismatchError
+        assert "authkey" in str(result)
+        assert "ranks 0, 2: yes, " in str(result)
+        assert "ranks 1: yes, " in str(result)
+    assert ranks(ThreadStore(), [b"one"] * 3) == [[0, 1, 2]] * 3
+
+
+class Garbling(ThreadStore):
+    """Answers with garbage for keys that contain a text: somebody else writes to the store."""
+
+    def __init__(self, part: str, garbage: bytes) -> None:
+        super().__init__()
+        self.part = part
+        self.garbage = garbage
+        self.garbled = 0
+
+    def _garble(self, key: str, value: bytes) -> bytes:
+        if self.part not in key:
+            return value
+        self.garbled += 1
+        return self.garbage
+
+    def get(self, key: str) -> bytes:
+        return self._garble(key, super().get(key))
+
+    def multi_get(self, keys: Sequence[str]) -> list[bytes]:
+        return [self._garble(key, value) for key, value in zip(keys, super().multi_get(keys), strict=True)]
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\x80\xff nonsense", b"[1]", b"null", b'{"rank": {}}', b"9" * 40])
+@pytest.mark.parametrize("key", [None, b"secret"])
+def test_garbage_in_the_store_is_a_build_error(key: bytes | None, garbage: bytes) -> None:
+    """Of whatever step: what the store holds is parsed by the rank that reads it, and authenticated from the second step on."""
+    parts = [
+        "here",
+        "tokens",
+        "begin/agree/said",
+        "begin/agree/verdict",
+        "identity",
+        "hosts/verdict",
+        "end/agree/said",
+        "end/agree/verdict",
+    ]
+    for part in parts + (["gloo/connect"] if key else []):
+        store = Garbling(part, garbage)
+        results = ranks(store, [key, key], timeout=0.7)
+        assert store.garbled, part
+        assert all(isinstance(result, cg.BuildError) for result in results), (part, results)
+
+
+def test_a_value_moved_to_another_key_is_refused() -> None:
+    plain = ThreadStore()
+    store = SealedStore(plain, b"key")
+    store.set("a", b"value")
+    assert store.get("a") == b"value"
+    plain.set("b", plain.get("a"))
+    with pytest.raises(cg.BuildError, match=r"'b' .*not written by a rank with this authkey"):
+        store.get("b")
+    with pytest.raises(cg.BuildError, match="not written"):
+        SealedStore(plain, b"another").get("a")
+
+
+def test_a_word_that_is_not_signed_hands_no_memory_over() -> None:
+    ours = _signed(lambda word: [word], b"node", 0)
+    assert ours(b"pid and descriptor") == [b"pid and descriptor"]
+    said: list[bytes] = []
+    theirs = _signed(lambda word: said.append(word) or [word], b"stranger", 0)
+    theirs(b"pid and descriptor")
+    with pytest.raises(cg.BuildError, match="did not sign"):
+        _signed(lambda _: said, b"node", 0)(b"mine")
+
+
+@contextlib.contextmanager
+def another_user() -> Iterator[tuple[Identity, int]]:
+    """A process of another user, its identity, and the descriptor of a page of memory that it offers."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.setuid(65534)
+        probe, page = Probe(), segments.create(4096)
+        from msgspec.msgpack import encode
+
+        os.write(writing, encode((probe.identity(), page)))
+        time.sleep(30)
+        os._exit(0)
+    from msgspec.msgpack import decode
+
+    try:
+        yield decode(os.read(reading, 4096), type=tuple[Identity, int])
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        os.close(reading)
+        os.close(writing)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can open the memory of other users")
+def test_memory_of_another_user_is_not_a_neighbours() -> None:
+    with another_user() as (identity, page):
+        assert os.open(f"/proc/{identity.pid}/fd/{page}", os.O_RDWR) >= 0, "else this test shows nothing"
+        assert hosts._read_secret(identity) is None
+        with pytest.raises(OSError, match="belongs to user 65534"):
+            segments.open_peer(identity.pid, page, 4096)
+
+
+def test_a_bad_report_is_a_build_error() -> None:
+    store = Garbling("/failed", b"\x80")
+
+    def run(rank: int) -> Any:
+        with cg.World.from_store(store, rank=rank, world_size=2, timeout=timedelta(seconds=20)) as world:
+            try:
+                world.context(cg.Layout(2, tp=2) if rank else cg.Layout(3), name="a")
+            except cg.CommGraphError as error:
+                return type(error), str(error)
+            return None
+
+    results: dict[int, Any] = {}
+    threads = [threading.Thread(target=lambda rank=rank: results.update({rank: run(rank)})) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(40)
+    assert results[0][0] is cg.LayoutError
+    assert results[1][0] is cg.BuildError
+    assert "where a rank reports an error" in results[1][1]
