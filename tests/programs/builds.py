@@ -229,6 +229,7 @@ def stopped(folder: Path) -> None:
         if rank == 0:
             os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(0.5)
+        operation, built = ["none", 0.0], 0.0
         begun = time.monotonic()
         try:
             ctx.tp.all_reduce(torch.ones(4), timeout=1)
