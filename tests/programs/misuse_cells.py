@@ -448,7 +448,7 @@ def in_a_handler(r: Rank) -> None:
         def outer() -> None:
             timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1))
             timer.start()
-            r.op("interrupted", patient=SHORT + GRACE)
+            r.op("interrupted", patient=r.seconds + GRACE)
             timer.join()
 
         return outer
@@ -478,7 +478,7 @@ def in_del(r: Rank) -> None:
             Dropped(inner)
             gc.set_threshold(1, 1, 1)
             try:
-                r.op("collected in it", patient=SHORT + GRACE)
+                r.op("collected in it", patient=r.seconds + GRACE)
             finally:
                 gc.set_threshold(*before)
             gc.collect()
@@ -507,7 +507,7 @@ def in_reduce(r: Rank) -> None:
             what = r.cell.what
             mine = r.args(root=WRONG if what.root[0] == 0 else None)[WRONG]
             object.__setattr__(mine, "me", Number(WRONG, inner))
-            r.attempt("pickled in it", lambda: what.call(r.g, mine), lambda: None, patient=SHORT + GRACE)
+            r.attempt("pickled in it", lambda: what.call(r.g, mine), lambda: None, patient=r.seconds + GRACE)
 
         return outer
 
