@@ -115,6 +115,7 @@ class Rank:
     def __init__(self, cell: Cell, me: int, folder: Path) -> None:
         self.cell, self.me, self.folder = cell, me, folder
         self.seconds = cell.seconds
+        self.root = cell.what.root[0]
         self.g: Any = None
         self.ctx: Any = None
         self._lock = threading.Lock()
@@ -183,9 +184,9 @@ class Rank:
 
     # Calls.
 
-    def args(self, turn: int = 1, changes: dict[str, Any] | None = None, root: int | None = None) -> list[Args]:
+    def args(self, turn: int = 1, changes: dict[str, Any] | None = None) -> list[Args]:
         """What every rank gives; `changes` are those of rank 1."""
-        base = Args(0, self.cell.what.root[0] if root is None else root, turn, scaled(self.cell, 6, 12))
+        base = Args(0, self.root, turn, scaled(self.cell, 6, 12))
         return [attrs.evolve(base, me=me, **(changes or {} if me == WRONG else {})) for me in range(RANKS)]
 
     def op(self, phase: str = "call", turn: int = 1, changes: dict[str, Any] | None = None, **how: Any) -> bool:
@@ -488,26 +489,16 @@ def in_del(r: Rank) -> None:
     nested(r, arrange)
 
 
-class Reentrant:
-    """Calls when it is pickled, and is a number afterwards."""
-
-    def __init__(self, call: Callable[[], None]) -> None:
-        self.call = call
-
-    def __reduce__(self) -> Any:
-        self.call()
-        return (int, (7,))
-
-
 def in_reduce(r: Rank) -> None:
     """An object of rank 1, which sends, calls while it is pickled."""
+    if r.cell.operation.startswith(("broadcast", "scatter")):
+        r.root = WRONG
 
     def arrange(inner: Callable[[], None]) -> Callable[[], None]:
         def outer() -> None:
-            what = r.cell.what
-            mine = r.args(root=WRONG if what.root[0] == 0 else None)[WRONG]
-            object.__setattr__(mine, "me", Number(WRONG, inner))
-            r.attempt("pickled in it", lambda: what.call(r.g, mine), lambda: None, patient=r.seconds + GRACE)
+            what, w = r.cell.what, r.args()
+            mine = attrs.evolve(w[WRONG], me=Number(WRONG, inner))
+            r.attempt("pickled in it", lambda: what.call(r.g, mine), lambda: what.want(WRONG, w), patient=r.seconds + GRACE)
 
         return outer
 
