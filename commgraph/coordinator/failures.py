@@ -36,6 +36,7 @@ _PUBLISH_SECONDS = 0.5
 
 # Frames that are not the user's: this package's, and those of the context managers in it.
 _OURS = (str(Path(__file__).parent.parent), contextlib.__file__)
+_METHODS = str(Path(__file__).with_name("group.py"))
 
 
 @attrs.frozen
@@ -127,6 +128,10 @@ class Failures:
         """Drop what would keep a closed group's memory: the store, and the traceback of the error."""
         self._store = None
         self.broken = None
+
+    def not_open(self, group: str, why: str) -> ContextClosedError:
+        """Return the error of a call on a group that is closed, or is not this process's."""
+        return ContextClosedError(f"{Call(group, called_method(), self._members, 0).where}: {why}")
 
     def end(self, call: Call, what: str, seconds: float, error: Exception) -> NoReturn:
         """Break the group, release the peers and raise the public error of a call that failed.
@@ -266,6 +271,14 @@ class Failures:
         with contextlib.suppress(TimeoutError, TypeError, *STORE_ERRORS):
             attend(read, Deadline.after(max(wait, _PUBLISH_SECONDS)), grace=0)
         return dict(found)
+
+
+def called_method() -> str:
+    """Return the name of the coordinator's method that the user has called, from the stack."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and (frame.f_code.co_filename != _METHODS or frame.f_code.co_name.startswith("_")):
+        frame = frame.f_back
+    return frame.f_code.co_name if frame.f_back is not None else "a call"
 
 
 def call_site() -> str:

@@ -24,7 +24,7 @@ from commgraph.coordinator.own_messages import OwnMessages
 from commgraph.coordinator.pending import Pending
 from commgraph.coordinator.torch_groups import TorchGroups
 from commgraph.deadline import Deadline
-from commgraph.errors import ContextClosedError, UnsupportedTensorError
+from commgraph.errors import UnsupportedTensorError
 from commgraph.forks import explain_fork, keep_for_ever
 
 __all__ = ["GroupState", "Members", "Network", "Strategies", "Timeouts"]
@@ -237,10 +237,9 @@ class GroupState:
     def ensure_open(self, name: str) -> None:
         """Raise where the coordinator of that name was closed or the group is broken."""
         if self.is_inherited:
-            why = explain_fork(self._pid, "a World")
-            raise ContextClosedError(f"group {name!r} (rank {self.members.rank}) is not this process's: {why}")
+            raise self.failures.not_open(name, f"it is not this process's: {explain_fork(self._pid, 'a World')}")
         if name not in self._open:
-            raise ContextClosedError(f"group {name!r} (rank {self.members.rank}): its context was closed; build another with world.context")
+            raise self.failures.not_open(name, "its context was closed; build another with world.context")
         if (broken := self.failures.broken) is not None:
             raise copy.copy(broken) from broken
 

@@ -82,6 +82,7 @@ class Job:
                 file = os.open(made.folder / f"{number}.err", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
                 os.dup2(file, 1)
                 os.dup2(file, 2)
+                faulthandler.enable()
                 faulthandler.register(signal.SIGUSR2, all_threads=True)
                 raise Become(program)
             made.pids.append(pid)
@@ -115,7 +116,7 @@ class Job:
         for code in self.codes.values():
             if code and not self.hung:
                 name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-                said.append({"outcome": "crash", "text": f"{name}: {errors[-1500:]}"})
+                said.append({"outcome": "crash", "text": f"{name}: {errors[-3000:]}"})
         if NOISE.search(errors) and not self.hung and not any(self.codes.values()):
             said.append({"outcome": "noise", "text": errors[-1500:]})
         if not said:

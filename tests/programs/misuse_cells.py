@@ -173,7 +173,8 @@ class Rank:
         if not isinstance(error, cg.CommGraphError | ValueError | TypeError):
             return "bare", kind, f"{text[:300]} {frames(error)}"
         what = self.cell.what
-        group = "message queue" if what.queue else "'(tp|world)'|context '|sibling '|group |^split" if what.builds else "'tp'|context 'a'"
+        built = "'(tp|world)'|context '|sibling '|group |^split|<World"
+        group = "message queue" if what.queue else built if what.builds else "'tp'|context 'a'"
         lacks = [] if re.search(r"ranks? \d|writer|reader \d", text) else ["rank"]
         lacks += [] if re.search(group, text) else ["group"]
         # A build says what was to be built.
