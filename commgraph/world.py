@@ -582,7 +582,7 @@ class World:
     def _ensure_open(self) -> None:
         if self._state.is_inherited:
             raise ContextClosedError(f"{self!r} is not this process's: {explain_fork(self._state.pid, 'a World')}")
-        if self.closed:
+        if self.closed or not self._finalizer.alive:  # which has run at the interpreter's exit
             raise ContextClosedError(f"{self!r} cannot build anything any more")
 
     def __enter__(self) -> Self:
