@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import queue
+import sys
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
-__all__ = ["Background", "End", "Errand", "interruptible"]
+__all__ = ["Background", "End", "Errand", "interruptible", "wait_for_calls"]
 
 T = TypeVar("T")
 
@@ -150,3 +154,21 @@ def interruptible(act: Callable[[Callable[[], bool]], T], seconds: float) -> T:
         return came[0]
     finally:
         left.append(True)
+
+
+def wait_for_calls() -> None:
+    """At the interpreter's exit: wait until no other thread is in this package, where its calls are just ending with an error.
+
+    A thread that comes back from torch's C++ once Python is gone ends the process by SIGABRT.
+    """
+    package, own = Path(__file__).parent, threading.get_ident()
+    runs_users_code = str(package / "testing")
+
+    def is_inside(frame: FrameType | None) -> bool:
+        while frame is not None and not frame.f_code.co_filename.startswith(str(package)):
+            frame = frame.f_back
+        return frame is not None and not frame.f_code.co_filename.startswith(runs_users_code)
+
+    until = time.monotonic() + _GRACE
+    while time.monotonic() < until and any(is_inside(frame) for ident, frame in sys._current_frames().items() if ident != own):
+        time.sleep(0.001)

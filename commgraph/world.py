@@ -49,6 +49,7 @@ from commgraph.processes import Process
 from commgraph.rendezvous import PrivateFile, open_store
 from commgraph.sealed import SealedStore
 from commgraph.session import open_session
+from commgraph.waiting import wait_for_calls
 
 __all__ = ["World"]
 
@@ -629,6 +630,8 @@ def _release(states: States, order: DeviceOrder) -> None:
     """Drop the connections and memory of a world on this rank; nothing is sent."""
     states.release()
     order.close()
+    if not threading.main_thread().is_alive():
+        wait_for_calls()
 
 
 def _plain(color: object) -> object:
