@@ -155,7 +155,7 @@ class Rank:
                 outcome, text = "limit" if known else "wrong", f"a result where none is right: {short(value)}"
             else:
                 if not same(value, right):
-                    outcome, text = "wrong", f"{short(value)} in the place of {short(right)}"
+                    outcome, text = "limit" if known else "wrong", f"{short(value)} in the place of {short(right)}"
         took = time.monotonic() - started
         if outcome in ("right", "error"):
             if took > self.seconds + GRACE + patient:
