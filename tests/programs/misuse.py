@@ -4,7 +4,7 @@
     misuse.py --sample 80 --seed 3   so many of them, drawn by a seed
     misuse.py --only REGEX           those whose name fits: operation/misuse/transport/ranks, e.g. "^send/.*/gloo/processes"
     misuse.py --list                 their names
-    misuse.py --json FILE            what each cell gave, for other programs to read
+    misuse.py --json FILE            writes what each cell gave; --read FILE prints its tables
 
 A cell is one job of three ranks in forked processes of its own, so a crash is the result of one cell. Rank 1 misuses an operation. Every
 call of every rank must then end within its deadline and two seconds: with the right result, or with a public error that names rank, group
@@ -44,6 +44,18 @@ CELL_SECONDS = 40.0
 NOISE = re.compile(r"Traceback|leaked|terminate called|Segmentation|Fatal|Aborted|Exception ignored|Exception in thread")
 # In this order, the worst first: the outcome of a cell is that of its worst call.
 FAILURES = ("crash", "hang", "wrong", "bare", "nameless", "noise", "silent", "refused", "late")
+# How errors are called in the tables; others are those of a build.
+ENDS = {
+    "UnsupportedTensorError": "argument",
+    "ValueError": "argument",
+    "TypeError": "argument",
+    "LayoutError": "argument",
+    "CollectiveMismatchError": "mismatch",
+    "CollectiveTimeoutError": "timeout",
+    "PeerLostError": "lost",
+    "ContextClosedError": "closed",
+    "ConcurrentCallError": "concurrent",
+}
 # These may be the doing of a machine that stood still.
 DOUBTFUL = frozenset({"refused", "late"})
 
@@ -155,18 +167,18 @@ def run(cells: Sequence[Cell], at_once: int) -> Iterator[dict[str, Any]]:
 
 
 def table(results: Sequence[dict[str, Any]], part: int) -> str:
-    """How the calls of the cells ended, by one part of the cells' names, in markdown."""
+    """How the calls of the cells ended, by one part of their names, in markdown: a cell counts in each column that a call of it fits."""
     rows: dict[str, collections.Counter[str]] = {}
     for result in results:
-        row = rows.setdefault(result["cell"].split("/")[part], collections.Counter())
-        row["cells"] += 1
-        row["failed"] += result["outcome"] != "fine"
-        row.update({one.get("class") or one["outcome"] for one in result["said"]})
-    columns = ["cells", "failed", "limit", "right"]
-    columns += sorted({name for row in rows.values() for name in row} - {*columns, *FAILURES, "n/a"})
+        ends = {ENDS.get(one.get("class"), "build") if one["outcome"] == "error" else one["outcome"] for one in result["said"]}
+        counted = ["cells", *(["failed"] if result["outcome"] != "fine" else []), *ends]
+        for row in (result["cell"].split("/")[part], "all"):
+            rows.setdefault(row, collections.Counter()).update(counted)
+    rows["all"] = rows.pop("all", collections.Counter())
+    columns = ["cells", "failed", "limit", "right", *dict.fromkeys(ENDS.values()), "build"]
     head = [("operation", "misuse", "transport", "ranks")[part], *columns]
     lines = [" | ".join(head), " | ".join("---" if i == 0 else "--:" for i in range(len(head)))]
-    lines += [" | ".join([name, *(str(row[column] or "") for column in columns)]) for name, row in rows.items()]
+    lines += [" | ".join([f"`{name}`", *(str(row[column] or "") for column in columns)]) for name, row in rows.items()]
     return "\n".join(f"| {line} |" for line in lines)
 
 
@@ -194,8 +206,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--read", type=Path, help="print the tables of a file that --json has written")
     parser.add_argument("--list", action="store_true")
     given = parser.parse_args()
+    if given.read:
+        print("\n\n".join(table(json.loads(given.read.read_text())["cells"], part) for part in (1, 0)))
+        return
     cells = [cell for cell in CELLS if re.search(given.only, cell.name)]
     if given.list:
         print("\n".join(cell.name for cell in cells))

@@ -363,4 +363,4 @@ CONTEXT: dict[str, Operation] = {
     "World.split_by": Operation(lambda w, a: in_split_by(w.world, a), lambda me, w: torch.full((3,), 3.0 * w[me].round), builds=True),
 }
 
-OPERATIONS: dict[str, Operation] = {**CONTEXT, **COLLECTIVES, **_messages(), **OBJECTS, **QUEUE}
+OPERATIONS: dict[str, Operation] = {**COLLECTIVES, **_messages(), **OBJECTS, **CONTEXT, **QUEUE}
