@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from datetime import timedelta
 from types import MappingProxyType, TracebackType
@@ -25,6 +26,7 @@ from commgraph.deadline import Deadline, seconds_of
 from commgraph.errors import (
     CollectiveTimeoutError,
     CommGraphError,
+    ConcurrentCallError,
     ConfigurationError,
     ContextClosedError,
     LayoutError,
@@ -37,7 +39,7 @@ from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import Platform
 from commgraph.platforms.detection import Plugins
 
-__all__ = ["ParallelContext", "build_context", "build_coordinator"]
+__all__ = ["ParallelContext", "build_context", "build_coordinator", "close_together"]
 
 logger = logging.getLogger("commgraph")
 
@@ -82,13 +84,14 @@ class ParallelContext:
     """
 
     # Groups are in slots because every call looks one up: a slot costs a fifth of a property.
-    __slots__ = ("__weakref__", "_groups", "_layout", "_name", "_options", "_state", "_world", *_GROUPS)
+    __slots__ = ("__weakref__", "_closing", "_groups", "_layout", "_name", "_options", "_state", "_world", *_GROUPS)
 
     _groups: Mapping[str, GroupCoordinator]
     _layout: Layout
     _name: str
     _options: Mapping[str, CommunicatorOptions]
     _state: dict[str, Any]
+    _closing: threading.RLock
     _world: _World
 
     world: GroupCoordinator
@@ -116,6 +119,7 @@ class ParallelContext:
             ("_groups", MappingProxyType(dict(groups))),
             ("_options", MappingProxyType(dict(options))),
             ("_state", {"closed": False, "inherited": False, "pid": os.getpid()}),
+            ("_closing", threading.RLock()),
             *((group, groups[group]) for group in _GROUPS if group in groups),
         ):
             object.__setattr__(self, attribute, value)
@@ -282,7 +286,8 @@ class ParallelContext:
     def close(self, timeout: timedelta | float = CLOSE_TIMEOUT) -> None:
         """Closes every group. Collective: waits until every rank has called it, so that no pending call is cut off; idempotent.
 
-        Pending collectives and sends to other ranks are completed; pending receives are not.
+        Pending collectives and sends to other ranks are completed; pending receives are not. A call that another thread has under way ends
+        in `ContextClosedError`; if it is a collective, this rank does not wait for the others.
 
         Args:
             timeout: how long to wait for the other ranks, a timedelta or seconds. When it passes, or where a group is broken or a peer
@@ -290,17 +295,11 @@ class ParallelContext:
         """
         if self.closed:
             return
-        world = self._groups["world"]
-        deadline = Deadline.after(seconds_of(timeout))
-        if world.world_size > 1 and not any(c.is_broken for c in self._groups.values()):
-            try:
-                if not all(coordinator._flush(deadline) for coordinator in self._groups.values()):
-                    raise CollectiveTimeoutError("operations that were begun and not waited for did not end in time")
-                world._meet(deadline)
-            except CommGraphError as error:
-                # As text: a log record that is kept would keep the connections through the error's traceback.
-                logger.warning("context %r was closed on rank %d without its peers: %s", self._name, self.rank, str(error))
-        self._drop()
+        with self._closing:
+            if not self.closed:
+                what = f"context {self._name!r} was closed on rank {self.rank}"
+                close_together(tuple(self._groups.values()), self._groups["world"], timeout, what)
+                self._drop()
 
     def _disown(self) -> None:
         """Give up all groups, in a forked child."""
@@ -460,6 +459,29 @@ def _build_groups(
         _undo(builder, coordinators, connections)
         raise
     return coordinators
+
+
+def close_together(groups: Collection[GroupCoordinator], world: GroupCoordinator, timeout: timedelta | float, what: str) -> None:
+    """Wait, before groups are closed, until every rank is about to close them, or log why this rank does not.
+
+    Args:
+        groups: to be closed.
+        world: of all ranks that close them.
+        timeout: how long to wait, a timedelta or seconds.
+        what: was closed, for the log.
+    """
+    deadline = Deadline.after(seconds_of(timeout))
+    if world.world_size == 1 or any(group.is_broken for group in groups):
+        return
+    try:
+        if not all(group._flush(deadline) for group in groups):
+            raise CollectiveTimeoutError("operations that were begun and not waited for did not end in time")
+        if under_way := [group.name for group in groups if not group._leave()]:
+            raise ConcurrentCallError(f"a call of group {under_way[0]!r} is under way, on another thread or around this one, and is ended")
+        world._meet(deadline)
+    except CommGraphError as error:
+        # As text: a log record that is kept would keep the connections through the error's traceback.
+        logger.warning("%s without its peers: %s", what, str(error))
 
 
 def build_coordinator(world: _World, name: str, state: GroupState) -> GroupCoordinator:

@@ -13,6 +13,7 @@
         CollectiveTimeoutError (TimeoutError)   the deadline passed
         CollectiveMismatchError           ranks called different things
         PeerLostError                     a rank of the group is gone
+        ConcurrentCallError               another call of the group is under way; nothing was sent
         UnsupportedTensorError (TypeError)      this tensor cannot be served; nothing was sent
       ContextClosedError (RuntimeError)   the context, world or coordinator was closed
 
@@ -30,6 +31,7 @@ __all__ = [
     "CollectiveMismatchError",
     "CollectiveTimeoutError",
     "CommGraphError",
+    "ConcurrentCallError",
     "ConfigurationError",
     "ContextClosedError",
     "LaunchError",
@@ -120,6 +122,14 @@ class CollectiveMismatchError(CollectiveError):
 
 class PeerLostError(CollectiveError):
     """A rank of the group died or dropped its connection."""
+
+
+class ConcurrentCallError(CollectiveError):
+    """Another call of the group (or of the side of a queue) is under way, on another thread or around this one.
+
+    Nothing was sent and nothing counted: the call under way goes on, and the group is unharmed. "Around this one": a signal handler, a
+    ``__del__`` or the ``__reduce__`` of an object called in while a call of the same thread was under way.
+    """
 
 
 class UnsupportedTensorError(CollectiveError, TypeError):

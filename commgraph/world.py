@@ -27,12 +27,10 @@ from commgraph.accelerators.custom_all_reduce import PeerAccessCache
 from commgraph.accelerators.device_order import DeviceOrder
 from commgraph.agreement import agree
 from commgraph.building import Builder, States
-from commgraph.context import CLOSE_TIMEOUT, ParallelContext, build_context, build_coordinator
+from commgraph.context import CLOSE_TIMEOUT, ParallelContext, build_context, build_coordinator, close_together
 from commgraph.coordinator import GroupCoordinator
-from commgraph.deadline import Deadline, seconds_of, timedelta_of
+from commgraph.deadline import Deadline, timedelta_of
 from commgraph.errors import (
-    CollectiveTimeoutError,
-    CommGraphError,
     ConfigurationError,
     ContextClosedError,
     LaunchError,
@@ -531,15 +529,7 @@ class World:
                 split.close(timeout=timeout)
             for context in tuple(self._state.contexts.values()):
                 context.close(timeout)
-            if self.size > 1 and not self.group.is_broken:
-                deadline = Deadline.after(seconds_of(timeout))
-                try:
-                    if not self.group._flush(deadline):
-                        raise CollectiveTimeoutError("operations that were begun and not waited for did not end in time")
-                    self.group._meet(deadline)
-                except CommGraphError as error:
-                    # As text: a log record that is kept would keep the world and the frames of the error.
-                    logger.warning("%s was closed without its peers: %s", repr(self), str(error))
+            close_together((self.group,), self.group, timeout, f"{self!r} was closed")
             self._drop()
         if empty_cache:
             gc.collect()

@@ -84,7 +84,8 @@ class FastPath(Protocol):
     """
 
     counter: Any
-    """Has the attribute `sequence`: collectives begun on the group, those of the native calls included."""
+    """Of the collectives, native calls included: `sequence`, how many were begun; `busy`, whether a native call is under way; `claims`, a
+    dict with None in it while a call by the general path is under way (`commgraph.coordinator.turns`)."""
 
     mailbox: Any
     """A `commgraph.shm.mailbox.Mailbox` for messages and objects, None where there is none."""

@@ -66,7 +66,7 @@ class GlooCommunicator(Communicator):
         self.transport = transport
         # Pending receives of `receive_any`, by rank, tag and bytes: gloo has no receive from any rank, and cancels none.
         self._posted: dict[tuple[int, int, int], tuple[Background, torch.Tensor]] = {}
-        self._came = threading.Condition(threading.Lock())
+        self._came = threading.Condition()
 
     def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:
         """Every call on the host."""

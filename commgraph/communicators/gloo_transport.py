@@ -79,7 +79,7 @@ class GlooTransport:
         self.process_group: dist.ProcessGroup | None = compat.wrap(store, rank_in_group, world_size, self._backend, torch.device("cpu"))
         self._bytes_sent = 0
         self._errand = Errand()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # reentrant: a signal handler may call in
         self._aborted = False
         # Buffers of operations that failed: gloo may still write to them until the connections are gone.
         self._keep: list[object] = []

@@ -82,7 +82,7 @@ class ShmFastPath:
             self.counter.enabled = 0
             self._memory.team.disown()
             self._memory, self.mailbox = None, None
-            self.counter = Closed(0)
+            self.counter = Closed(0, {})
 
     def close(self) -> None:
         """Leave the group; the memory goes with its last reference."""
@@ -91,15 +91,18 @@ class ShmFastPath:
             self.counter.enabled = 0
             memory.team.close()
             # The count stays readable where errors name it; the native group goes with its last reference.
-            self.counter = Closed(int(self.counter.sequence))
+            self.counter = Closed(int(self.counter.sequence), self.counter.claims)
             self.mailbox = None
 
 
 class Closed:
     """Stands in for the native group of a closed one."""
 
-    def __init__(self, sequence: int) -> None:
+    busy = False
+
+    def __init__(self, sequence: int, claims: dict[Any, object]) -> None:
         self.sequence = sequence
+        self.claims = claims
         self.enabled = 0
         self.paused = 0
 

@@ -12,6 +12,8 @@ from commgraph.communicators.base import CallsDiffer
 from commgraph.communicators.tags import MESSAGE, make_tag, message_text, tagged_text
 from commgraph.coordinator.failures import Call
 from commgraph.coordinator.operation import Group, perform
+from commgraph.coordinator.pending import ANY_RANK
+from commgraph.coordinator.turns import Turn
 from commgraph.deadline import Deadline
 from commgraph.errors import CollectiveTimeoutError
 from commgraph.work import LaneThread
@@ -52,8 +54,9 @@ def receive_any(group: Group, operation: str, x: torch.Tensor, tag: int, deadlin
             # Round robin, beginning behind the rank that was served last.
             ranks = [(state.served + step) % group.world_size for step in range(1, group.world_size + 1)]
             # A receive begun earlier from one rank alone gets that rank's next messages: it is left out.
-            free = [rank for rank in ranks if rank != me and state.pending.is_idle((rank, False, tag))]
-            tags = {rank: make_tag(MESSAGE, state.counted((MESSAGE, rank, False, tag)), text) for rank in free}
+            keys = {rank: (rank, False, tag) for rank in ranks if rank != me}
+            free = {rank: key for rank, key in keys.items() if key not in state.turns.claims and state.pending.is_idle(key)}
+            tags = {rank: make_tag(MESSAGE, state.counted(key), text) for rank, key in free.items()}
             patience = look if len(free) == group.world_size - 1 else _BESIDE_OTHERS
             look = min(2 * look, _MOST)
             src = None
@@ -62,12 +65,17 @@ def receive_any(group: Group, operation: str, x: torch.Tensor, tag: int, deadlin
             else:
                 time.sleep(patience)
             if src is not None:
-                state.count((MESSAGE, src, False, tag))
+                state.count((src, False, tag))
                 state.served = src
             if src is not None or deadline.has_passed:
                 return src
 
-    src = perform(group, operation, state.sequence, f"recv({text}, commgraph.ANY)", deadline, act)
+    turn, lane = Turn(), (ANY_RANK, False, tag)
+    try:
+        state.begin_message(group.name, operation, lane, turn)
+        src = perform(group, operation, state.sequence, f"recv({text}, commgraph.ANY)", deadline, act)
+    finally:
+        state.turns.release(lane, turn)
     if src is None:
         call = Call(group.name, operation, state.members, state.sequence)
         raise CollectiveTimeoutError(

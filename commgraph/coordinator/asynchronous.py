@@ -64,7 +64,7 @@ def begin_collective(operation: type[Operation], group: Group, args: tuple[Any, 
         except BadArgument as error:
             raise explain(error, group, name, state.sequence) from None
     except Exception:
-        count_in_turn(group)
+        count_in_turn(group, name)
         raise
     call = Call(group.name, name, state.members, state.sequence)
 

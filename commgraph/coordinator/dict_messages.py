@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,8 +21,10 @@ from commgraph.coordinator.failures import Call
 from commgraph.coordinator.gathers import AllGather, BroadcastPart
 from commgraph.coordinator.messages import begin_message, exchange
 from commgraph.coordinator.objects import Objects, checked_peer
-from commgraph.coordinator.operation import Group, explain, perform, run, run_generally, wait_pending
+from commgraph.coordinator.operation import Group, explain, perform, run, run_generally, wait_pending, whole
+from commgraph.coordinator.pending import DICTS
 from commgraph.coordinator.tensor_dict import Entry, Plan, join_dict, result_tensors, split_dict
+from commgraph.coordinator.turns import Turn
 from commgraph.deadline import Deadline, Timeout
 from commgraph.work import Work
 
@@ -37,19 +40,22 @@ def broadcast_dict(group: Group, objects: Objects, tree: Any, src: int, timeout:
     begin_message(group, operation, timeout)
     src = checked_peer(group, operation, src, "src", group._state.sequence)
     if group.rank_in_group != src:
-        received = objects.broadcast_dict(group, operation, None, (), src, timeout)
-        if isinstance(received, dict):
-            return received
-        entries, carried = received
-        whole = result_tensors(entries, group.device, carried)
-        for i, x in enumerate(whole):
-            if i not in carried:
-                run_generally(BroadcastPart, group, (x, src), timeout)
-        return join_dict(entries, whole)
+        with whole(group, operation, timeout):
+            received = objects.broadcast_dict(group, operation, None, (), src, timeout)
+            if isinstance(received, dict):
+                return received
+            entries, carried = received
+            tensors = result_tensors(entries, group.device, carried)
+            for i, x in enumerate(tensors):
+                if i not in carried:
+                    run_generally(BroadcastPart, group, (x, src), timeout)
+        return join_dict(entries, tensors)
     if tree is None:
         raise explain(BadArgument("tensor_dict is None on src, which has to give it"), group, operation, group._state.sequence)
     entries, tensors = _split(group, operation, tree)
-    if group.world_size > 1:
+    if group.world_size == 1:
+        return tree
+    with whole(group, operation, timeout):
         # Counted only now: of what was refused above the others know nothing, and go on waiting.
         given = objects.broadcast_dict(group, operation, entries, tensors, src, timeout)
         assert not isinstance(given, dict)  # but the parts of what this rank gave
@@ -99,10 +105,23 @@ def _pack(
 
     def send(deadline: Deadline, limited: bool) -> None:
         group._state.ensure_open(group.name)
-        send_description(deadline)
-        exchange(group, operation, rest, dst, True, Deadline.after(deadline.seconds), limited=limited)
+        with _claimed(group, objects, operation, dst, True) as turn:
+            send_description(deadline)
+            exchange(group, operation, rest, dst, True, Deadline.after(deadline.seconds), limited=limited, turn=turn)
 
     return send
+
+
+@contextlib.contextmanager
+def _claimed(group: Group, objects: Objects, operation: str, peer: int, outgoing: bool) -> Iterator[Turn | None]:
+    """Context manager in which no other dict comes between the parts of this one; gives the turn of its tensors, where they follow it."""
+    state, turn = group._state, Turn()
+    key = (peer, outgoing, 0 if objects.dicts_in_parts else DICTS)
+    try:
+        state.begin_message(group.name, operation, key, turn)
+        yield turn if objects.dicts_in_parts else None
+    finally:
+        state.turns.release(key, turn)
 
 
 def recv_dict(
@@ -139,8 +158,23 @@ def _receive(
     limited: bool,
 ) -> Received:
     """Receive a dict from `src`, whose slices are not gathered yet."""
+    group._state.ensure_open(group.name)
+    with _claimed(group, objects, operation, src, False) as turn:
+        return _receive_parts(group, objects, operation, src, slicing, override, deadline, limited, turn)
+
+
+def _receive_parts(
+    group: Group,
+    objects: Objects,
+    operation: str,
+    src: int,
+    slicing: Group | None,
+    override: Mapping[str, bool] | None,
+    deadline: Deadline,
+    limited: bool,
+    turn: Turn | None,
+) -> Received:
     state = group._state
-    state.ensure_open(group.name)
     entries, carried = objects.recv_dict(group, operation, src, deadline)
     plan, sliced = _sliced(group, operation, entries, slicing, override)
     if not _fits(entries, carried, sliced, plan):
@@ -152,7 +186,7 @@ def _receive(
     whole = result_tensors(entries, group.device, {i: x for i, x in carried.items() if not sliced[i]})
     pieces = {i: carried[i] if i in carried else plan.slice(whole[i]) for i, cut in enumerate(sliced) if cut}
     missing = [pieces.get(i, x) for i, x in enumerate(whole) if i not in carried]
-    exchange(group, operation, missing, src, False, Deadline.after(deadline.seconds), limited=limited)
+    exchange(group, operation, missing, src, False, Deadline.after(deadline.seconds), limited=limited, turn=turn)
     return Received(entries, whole, [(whole[i], piece) for i, piece in pieces.items()])
 
 

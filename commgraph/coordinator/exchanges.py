@@ -14,12 +14,13 @@ from commgraph.communicators.reduction import DTYPES
 from commgraph.communicators.tags import COLLECTIVE, make_tag
 from commgraph.coordinator import checks
 from commgraph.coordinator.checks import BadArgument, Place
+from commgraph.coordinator.failures import CLOSE
 from commgraph.coordinator.gathers import apart_from, describe, into
 from commgraph.coordinator.operation import Group, Operation, deadline_of, differentiate, perform, run_directly
 from commgraph.deadline import Deadline, Timeout
 from commgraph.shm.kinds import KINDS
 
-__all__ = ["AllToAll", "AllToAllV", "Barrier", "Scatter"]
+__all__ = ["AllToAll", "AllToAllV", "Barrier", "CloseBarrier", "Scatter"]
 
 _HOST = torch.device("cpu")
 
@@ -241,11 +242,14 @@ class Scatter(Operation):
     def resume(cls, group: Group, header: list[int], args: tuple[Any, ...], timeout: Timeout) -> torch.Tensor:
         """Exchange the pieces after a native call that has exchanged the header, and does not handle this tensor."""
         state = group._state
-        sequence, deadline = state.sequence - 1, deadline_of(group, cls.name, timeout)
-        checked = cls.check(group, *args)
-        what = f"{cls.name}({cls.text(group.world_size, *checked)})"
-        tag = make_tag(COLLECTIVE, sequence, what)
-        return perform(group, cls.name, sequence, what, deadline, lambda: cls.pieces(group, tag, deadline, header, *checked))
+        try:
+            sequence, deadline = state.sequence - 1, deadline_of(group, cls.name, timeout)
+            checked = cls.check(group, *args)
+            what = f"{cls.name}({cls.text(group.world_size, *checked)})"
+            tag = make_tag(COLLECTIVE, sequence, what)
+            return perform(group, cls.name, sequence, what, deadline, lambda: cls.pieces(group, tag, deadline, header, *checked))
+        finally:
+            state.turns.release_held(header)
 
     @classmethod
     def has_operator(cls, *args: Any) -> bool:
@@ -311,3 +315,10 @@ class Barrier(Operation):
     @classmethod
     def fake(cls, place: Place) -> None:
         return None
+
+
+class CloseBarrier(Barrier):
+    """Wait until every rank is about to close the group."""
+
+    name = CLOSE
+    native: ClassVar[int | None] = None

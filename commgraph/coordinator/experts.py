@@ -21,7 +21,18 @@ from commgraph.coordinator.exchanges import AllToAll
 from commgraph.coordinator.failures import Call
 from commgraph.coordinator.gathers import AllGather, AllGatherList, AllGatherV
 from commgraph.coordinator.messages import begin_message
-from commgraph.coordinator.operation import Group, Operation, explain, is_watched, passes_by, records, refuse_timeout, run, run_directly
+from commgraph.coordinator.operation import (
+    Group,
+    Operation,
+    explain,
+    is_watched,
+    passes_by,
+    records,
+    refuse_timeout,
+    run,
+    run_directly,
+    whole,
+)
 from commgraph.coordinator.reductions import ReduceScatter, ReduceScatterV
 from commgraph.deadline import Timeout
 
@@ -155,13 +166,14 @@ def dispatch(
         if sizes is None:
             raise ValueError(f'dispatch on rank {group.rank}: sizes=None counts the rows, which cannot be traced; give sizes, or "equal"')
         return Dispatched(tuple(Dispatch.operator(list(given), group, counts, Dispatch.token(group))), counts)
-    if routed:
-        return _route(group, given, timeout)
-    if counts is None:
-        counts = _count(group, hidden_states.shape[0], timeout)
-    if records(group, *given):
-        return Dispatched(tuple([run(AllGatherV, group, (x, 0, counts), timeout) for x in given]), counts)
-    return Dispatched(tuple(run(AllGatherList, group, (given, 0, counts), timeout)), counts)
+    with whole(group, "dispatch", timeout):
+        if routed:
+            return _route(group, given, timeout)
+        if counts is None:
+            counts = _count(group, hidden_states.shape[0], timeout)
+        if records(group, *given):
+            return Dispatched(tuple([run(AllGatherV, group, (x, 0, counts), timeout) for x in given]), counts)
+        return Dispatched(tuple(run(AllGatherList, group, (given, 0, counts), timeout)), counts)
 
 
 def combine(group: Group, hidden_states: torch.Tensor, dispatched: Any, timeout: Timeout) -> torch.Tensor:

@@ -21,18 +21,23 @@ from commgraph.errors import (
     CollectiveError,
     CollectiveMismatchError,
     CollectiveTimeoutError,
+    ConcurrentCallError,
     ContextClosedError,
     PeerLostError,
 )
 from commgraph.meeting import STORE_ERRORS, attend
 
-__all__ = ["EXPECTED", "Call", "Failures", "Members", "call_site"]
+__all__ = ["CLOSE", "EXPECTED", "Call", "Failures", "Members", "call_site", "concurrent"]
 
 # Failures of a strategy, which end a call.
 EXPECTED = (PeerLate, PeerClosed, CallsDiffer, CollectiveError)
 
 # Seconds that a store may take, at most, to take or give what a rank says of a failure.
 _PUBLISH_SECONDS = 0.5
+# Name of the call by which the ranks wait for each other before they close a group.
+CLOSE = "close"
+# Seconds within which ranks that close a group together do so.
+_CLOSING = 0.5
 
 # Frames that are not the user's: this package's, and those of the context managers in it.
 _OURS = (str(Path(__file__).parent.parent), contextlib.__file__)
@@ -92,6 +97,17 @@ class Call:
         return {"group": self.group, "operation": self.operation, "rank": self.members.rank, "sequence": self.sequence}
 
 
+def concurrent(call: Call, *, message: bool) -> ConcurrentCallError:
+    """Return the error of a call that was refused because another one is under way; `message`: of messages, not of collectives."""
+    one = "another such message with this very rank" if message else "another call"
+    return ConcurrentCallError(
+        f"{call.where}: {one} is under way, on another thread or around this one (a signal handler, __del__, or pickling that calls in). "
+        "Nothing was sent, and the group is unharmed. A group serves one thread at a time: let them take turns, or give another "
+        "thread a group of its own (group.sibling)",
+        **call.facts,
+    )
+
+
 @attrs.frozen
 class _Fault:
     """Record that a rank writes to the store when its group breaks, for its peers to read."""
@@ -117,6 +133,8 @@ class Failures:
         """
         self.broken: CollectiveError | None = None
         self.closed = False
+        # Whether this rank is about to close the group: the others may close it first.
+        self.closing = False
         self._members = members
         self._store = store
         self._abort = abort
@@ -185,12 +203,17 @@ class Failures:
         kind: type[CollectiveError] = CollectiveMismatchError if differs else CollectiveTimeoutError
         raise self._remember(kind(message, **call.facts)) from None
 
-    def _lost(self, call: Call, what: str, error: PeerClosed) -> NoReturn:
-        if self.closed:
+    def _raise_if_closing(self, call: Call) -> None:
+        """Raise where this rank, too, closes the group, on another thread."""
+        if self.closed or (self.closing and call.operation != CLOSE):
             raise ContextClosedError(f"{call.where}: its context was closed during the call") from None
+
+    def _lost(self, call: Call, what: str, error: PeerClosed) -> NoReturn:
+        self._raise_if_closing(call)
         ranks = self._members.ranks
         # A peer whose deadline passed closes its connection a moment before it has published why.
         faults = self._read_faults([error.peer], wait=0.25)
+        self._raise_if_closing(call)
         fault = faults.get(error.peer) or next(iter(faults.values()), None)
         at = call_site()
         lost: int | None = ranks[error.peer]
@@ -220,6 +243,12 @@ class Failures:
             while len(said) < n and time.monotonic() < patience:
                 said |= {peer: note for peer in range(n) if peer not in said and (note := self._notes.read_note(peer)) is not None}
                 time.sleep(0.001)
+        if call.operation != CLOSE and any(f", {CLOSE}(), at " in note for note in said.values()):
+            # A rank closes the group while a thread of this one is in a call: if this rank closes it, too, that is no mismatch.
+            patience = time.monotonic() + _CLOSING
+            while not self.closing and not self.closed and time.monotonic() < patience:
+                time.sleep(0.001)
+            self._raise_if_closing(call)
         lines = [f"  rank {ranks[peer]}: {said.get(peer, 'has not said what it called')}" for peer in range(n)]
         self._break(
             call,

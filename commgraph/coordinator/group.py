@@ -26,13 +26,13 @@ from commgraph.coordinator.coalesced import (
     CoalescedBroadcast,
     CoalescedReduceScatter,
 )
-from commgraph.coordinator.exchanges import AllToAll, Barrier, Scatter
+from commgraph.coordinator.exchanges import AllToAll, Barrier, CloseBarrier, Scatter
 from commgraph.coordinator.experts import Dispatched, Sizes
 from commgraph.coordinator.gathers import AllGather, AllGatherList, AllGatherV, Broadcast, Gather
 from commgraph.coordinator.native_messages import NativeMessages
 from commgraph.coordinator.objects import Objects
 from commgraph.coordinator.objects_shm import objects_of
-from commgraph.coordinator.operation import Describe, Operation, begin, explain, perform, raise_native, run, run_generally
+from commgraph.coordinator.operation import Describe, Operation, collective, explain, perform, raise_native, run, run_generally
 from commgraph.coordinator.operators import OPERATIONS
 from commgraph.coordinator.reductions import AllReduce, AllReduceInPlace, Reduce, ReduceScatter, ReduceScatterV
 from commgraph.coordinator.state import GroupState
@@ -113,7 +113,8 @@ class GroupCoordinator(compat.OpaqueBase):
         CollectiveTimeoutError: the deadline passed (`timeout`: a timedelta or seconds; default: that of the options).
         CollectiveMismatchError: the ranks called different things.
         PeerLostError: a rank of the group is gone.
-        ContextClosedError: the context was closed.
+        ConcurrentCallError: another call of the group is under way, on another thread or around this one; the group goes on.
+        ContextClosedError: the context was closed, before the call or during it.
 
     After a timeout, a mismatch or a lost peer the group is broken: every call raises that error again, and the context can only be closed.
 
@@ -1238,19 +1239,19 @@ class GroupCoordinator(compat.OpaqueBase):
         Returns:
             An uninitialised tensor of this rank's own on the group's device.
         """
-        sequence, deadline = begin(self, "empty", timeout)
-        try:
-            extents, one = shape(size), like(self, dtype, self.device)
-        except BadArgument as error:
-            raise explain(error, self, "empty", sequence) from None
-        if self.world_size == 1:
-            return ambient.empty(extents, dtype, self.device)
-        strategy = self._state.strategies.route("all_reduce", extents, dtype, self.device)
-        what = f"empty({dtype} {extents})"
-        tag = make_tag(COLLECTIVE, sequence, what)
-        return perform(
-            self, "empty", sequence, what, deadline, lambda: strategy.empty(extents, one.dtype, one.device, tag=tag, deadline=deadline)
-        )
+        with collective(self, "empty", timeout) as (sequence, deadline):
+            try:
+                extents, one = shape(size), like(self, dtype, self.device)
+            except BadArgument as error:
+                raise explain(error, self, "empty", sequence) from None
+            if self.world_size == 1:
+                return ambient.empty(extents, dtype, self.device)
+            strategy = self._state.strategies.route("all_reduce", extents, dtype, self.device)
+            what = f"empty({dtype} {extents})"
+            tag = make_tag(COLLECTIVE, sequence, what)
+            return perform(
+                self, "empty", sequence, what, deadline, lambda: strategy.empty(extents, one.dtype, one.device, tag=tag, deadline=deadline)
+            )
 
     def _flush(self, deadline: Deadline) -> bool:
         """Waits for pending collectives and sends, which the peers need, here and on siblings.
@@ -1263,9 +1264,19 @@ class GroupCoordinator(compat.OpaqueBase):
         """
         return self._state.pending.flush(deadline) and all(sibling._flush(deadline) for sibling in self.siblings)
 
+    def _leave(self) -> bool:
+        """Has calls that the other ranks end from now on raise that this rank closes, too, here and on siblings.
+
+        Returns:
+            Whether no collective is under way.
+        """
+        self._state.failures.closing = True
+        idle = [sibling._leave() for sibling in self.siblings]
+        return self._state.turns.is_idle and all(idle)
+
     def _meet(self, deadline: Deadline) -> None:
-        """Runs a `barrier` now, also where torch traces, and records none in the graph."""
-        run_generally(Barrier, self, (), deadline.left())
+        """Waits until every rank closes; also where torch traces, and nothing is recorded in the graph."""
+        run_generally(CloseBarrier, self, (), deadline.left())
 
     def close(self) -> None:
         """Closes this coordinator on this rank; the last one on its communicators takes them along. Sends nothing; idempotent."""
@@ -1292,9 +1303,9 @@ class GroupCoordinator(compat.OpaqueBase):
 
     def _broadcast_list(self, obj_list: Any, src: int, timeout: Timeout) -> list[Any]:
         if not isinstance(obj_list, list):
-            sequence, _ = begin(self, "broadcast_object_list", timeout)
             what = f"obj_list is a {type(obj_list).__name__}, a list to be filled is needed"
-            raise explain(BadArgument(what), self, "broadcast_object_list", sequence)
+            with collective(self, "broadcast_object_list", timeout) as (sequence, _):
+                raise explain(BadArgument(what), self, "broadcast_object_list", sequence)
         received = self._objects.broadcast(self, "broadcast_object_list", obj_list, src, timeout)
         if received is not obj_list:
             if len(received) != len(obj_list):

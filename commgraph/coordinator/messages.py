@@ -32,7 +32,9 @@ from commgraph.coordinator.operation import (
     wait_pending,
 )
 from commgraph.coordinator.pending import ANY_RANK, MessageKey
+from commgraph.coordinator.turns import Turn
 from commgraph.deadline import Deadline, Timeout
+from commgraph.errors import ConcurrentCallError
 from commgraph.shm.kinds import KINDS
 from commgraph.work import AnySource, Job, Recv, Send, Work
 
@@ -333,6 +335,7 @@ def exchange(
     *,
     tag: int = 0,
     limited: bool = True,
+    turn: Turn | None = None,
 ) -> None:
     """Send or receive tensors as one exchange, after the pending messages of their tag with that peer.
 
@@ -345,6 +348,7 @@ def exchange(
         deadline: of all.
         tag: the user's.
         limited: whether the user gave it a deadline of its own.
+        turn: of the call that it is a part of, which has claimed the lane; None: it takes a turn of its own.
     """
     if not tensors:
         return
@@ -358,6 +362,19 @@ def exchange(
         for x in tensors:
             from_self(group, operation, x, tag, deadline)
         return
+    if turn is not None:
+        _exchange(group, operation, tensors, key, deadline, limited)
+        return
+    turn = Turn()
+    try:
+        state.begin_message(group.name, operation, key, turn)
+        _exchange(group, operation, tensors, key, deadline, limited)
+    finally:
+        state.turns.release(key, turn)
+
+
+def _exchange(group: Group, operation: str, tensors: Sequence[torch.Tensor], key: MessageKey, deadline: Deadline, limited: bool) -> None:
+    state, (peer, outgoing, tag) = group._state, key
     by_strategy: dict[Communicator, list[tuple[torch.Tensor, int]]] = {}
     for x in tensors:
         strategy = state.strategies.route("send" if outgoing else "recv", x.shape, x.dtype, x.device)
@@ -365,10 +382,14 @@ def exchange(
     how = {"label": tag} if tag else {}
     for strategy, pairs in by_strategy.items():
         text = tagged_text(" ".join([message_text(x.dtype, x.numel()) for x, _ in pairs]), tag)
-        number = make_tag(MESSAGE, state.count((MESSAGE, peer, outgoing, tag)), text)
+        number = make_tag(MESSAGE, state.count(key), text)
         left = deadline if limited or not strategy.stream_ordered else Deadline.after(state.timeouts.device)
         act = partial(strategy.exchange, pairs if outgoing else [], [] if outgoing else pairs, tag=number, deadline=left, **how)
-        perform(group, operation, state.sequence, f"{'send' if outgoing else 'recv'}({text}, {peer})", left, act)
+        try:
+            perform(group, operation, state.sequence, f"{'send' if outgoing else 'recv'}({text}, {peer})", left, act)
+        except ConcurrentCallError:
+            state.uncount(key)
+            raise
 
 
 # Waited for later.
@@ -533,9 +554,7 @@ def _offer(group: Group, operation: str, x: torch.Tensor, dst: int, label: int, 
     if state.strategies.route("send", x.shape, x.dtype, x.device).fast is not fast:
         return False
     text = tagged_text(message_text(x.dtype, x.numel()), label)
-    key = (MESSAGE, dst, True, label)
-    tag = make_tag(MESSAGE, state.count(key), text)
-    taken = False
+    key, turn, taken = (dst, True, label), Turn(), False
 
     def act() -> bool:
         try:
@@ -545,10 +564,14 @@ def _offer(group: Group, operation: str, x: torch.Tensor, dst: int, label: int, 
             raise error if translated is None else translated from None
 
     try:
+        if not state.turns.claim(key, turn):
+            return False
+        tag = make_tag(MESSAGE, state.counted(key), text)
         taken = perform(group, operation, state.sequence, f"send({text}, {dst})", Deadline.after(seconds), act)
+        if taken:
+            state.count(key)
     finally:
-        if not taken:
-            state.uncount(key)
+        state.turns.release(key, turn)
     return taken
 
 

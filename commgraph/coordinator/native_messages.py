@@ -12,10 +12,11 @@ import torch
 
 from commgraph.communicators.base import FastPath
 from commgraph.communicators.shm_fast import tensors_of
-from commgraph.communicators.tags import MESSAGE, message_text
+from commgraph.communicators.tags import message_text
 from commgraph.coordinator.failures import Call
 from commgraph.coordinator.messages import message_digest
 from commgraph.coordinator.operation import Group, deadline_of, interrupted_by
+from commgraph.coordinator.pending import ANY_RANK
 from commgraph.coordinator.state import GroupState
 from commgraph.deadline import Timeout
 from commgraph.shm.kinds import KINDS
@@ -32,7 +33,9 @@ class NativeMessages:
         self._state = state
         self._fast = fast
         self._mailbox = mailbox
-        self._calls = mailbox.open_native(tensors_of, message_digest, int(state.timeouts.host * 1e9))
+        self._calls = mailbox.open_native(
+            tensors_of, message_digest, int(state.timeouts.host * 1e9), state.counts, state.turns.claims, (ANY_RANK, False, 0)
+        )
 
     def send(self, group: Group, x: Any, dst: Any, timeout: Timeout) -> bool:
         """Send x natively if it and the arguments are plain; whether it was sent."""
@@ -43,15 +46,15 @@ class NativeMessages:
         state.ensure_open(group.name)
         if state.pending.lanes and not state.pending.is_free(dst, True):
             return False
-        key = (MESSAGE, dst, True, 0)
-        number = state.count(key)
+        access = self._mailbox.writing[dst]
+        if not access.try_take():
+            return False  # another call uses the ring: the general path waits for it, or refuses
         try:
-            if self._calls.send(ring, x, number, timeout):
-                return True
+            return bool(self._calls.send(ring, x, (dst, True, 0), timeout))
         except BaseException as error:
             self._end(group, "send", message_text(x.dtype, x.numel()), dst, timeout, error)
-        state.uncount(key)
-        return False
+        finally:
+            access.give_back()
 
     def recv(self, group: Group, size: Any, dtype: Any, src: Any, out: Any, timeout: Timeout) -> torch.Tensor | None:
         """Receive a message natively if the arguments are plain; return the tensor, or None with nothing read."""
@@ -61,27 +64,28 @@ class NativeMessages:
         if kind is None or ring is None or (out is None and group.device.type != "cpu"):
             return None
         state.ensure_open(group.name)
-        if (state.pending.lanes and not state.pending.is_free(src, False)) or self._mailbox.has_unexpected(src, TENSORS):
+        if state.pending.lanes and not state.pending.is_free(src, False):
             return None
-        key = (MESSAGE, src, False, 0)
-        number = state.count(key)
+        inbox = self._mailbox.inboxes[src]
+        if not inbox.access.try_take():
+            return None  # another call uses the ring: the general path waits for it, or refuses
         try:
-            result = self._calls.recv(ring, size, kind, out, number, timeout)
+            if inbox.has(TENSORS):
+                return None
+            # None: another kind of message is asked for, or is next in the ring. The general path handles it.
+            return self._calls.recv(ring, size, kind, out, (src, False, 0), timeout)  # type: ignore[no-any-return]  # native/module_messages.c
         except BaseException as error:
             numel = torch.Size([size] if type(size) is int else size).numel()
             self._end(group, "recv", message_text(dtype, numel), src, timeout, error)
-        if result is None:
-            # Another kind of message is asked for, or is next in the ring: the general path handles it.
-            state.uncount(key)
-        return result  # type: ignore[no-any-return]  # as native/module_messages.c has it
+        finally:
+            inbox.pass_turn()
 
     def _end(self, group: Group, operation: str, text: str, peer: int, timeout: Timeout, error: BaseException) -> NoReturn:
         """Raise as the general path does: the error of the group, which is broken by a message half sent."""
         state = self._state
         try:
             if isinstance(error, Busy):
-                state.uncount((MESSAGE, peer, operation == "send", 0))
-                raise error
+                raise state.refused(group.name, operation, (peer, operation == "send", 0)) from None
             call = Call(group.name, operation, state.members, state.sequence)
             translated = self._fast.translate(error)
             if translated is None:

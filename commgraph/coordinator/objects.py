@@ -11,23 +11,24 @@ import abc
 import itertools
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 
 from commgraph import ambient, wire
 from commgraph.communicators.base import Communicator
-from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.communicators.tags import COLLECTIVE, OBJECT, OBJECT_REST, make_tag
 from commgraph.coordinator import checks
 from commgraph.coordinator.checks import BadArgument
 from commgraph.coordinator.failures import Call, call_site
-from commgraph.coordinator.operation import Group, begin, deadline_of, explain, perform, wait_pending
-from commgraph.coordinator.pending import OBJECTS
-from commgraph.coordinator.state import GroupState
+from commgraph.coordinator.operation import Group, collective, deadline_of, explain, perform, wait_pending
+from commgraph.coordinator.pending import DICTS, OBJECTS, MessageKey
+from commgraph.coordinator.state import GroupState, Network
 from commgraph.coordinator.tensor_dict import Entry
+from commgraph.coordinator.turns import Turn
 from commgraph.deadline import LONGEST, Deadline, Timeout
-from commgraph.errors import CollectiveTimeoutError
+from commgraph.errors import CollectiveTimeoutError, ConcurrentCallError, ContextClosedError
 from commgraph.waiting import Background
 
 __all__ = ["NetworkObjects", "Objects", "checked_objects", "checked_peer", "gather_frames", "nothing_yet", "refuse_object"]
@@ -37,6 +38,10 @@ _LENGTH = struct.Struct("<Q")
 _INLINE = _BLOCK - _LENGTH.size
 # A frame beyond this is not a message but a mistake (or an attack); nothing is allocated for it.
 _MAX_FRAME = 1 << 40
+
+
+# Streams of messages between two ranks: objects, and the descriptions of dicts.
+_STREAMS: Mapping[int, str] = MappingProxyType({OBJECTS: "message", DICTS: "dict"})
 
 
 class Objects(abc.ABC):
@@ -69,6 +74,9 @@ class Objects(abc.ABC):
     @abc.abstractmethod
     def pack(self, group: Group, operation: str, obj: object, dst: int) -> Callable[[Deadline], None] | None:
         """Pickle and number an object for one rank; return a function that sends it, None if it was sent at once."""
+
+    dicts_in_parts: ClassVar[bool] = True
+    """Whether the tensors of a dict follow its description as messages without a tag."""
 
     # Dicts that hold nothing but what the native module describes by itself.
 
@@ -120,6 +128,7 @@ class NetworkObjects(Objects):
 
     def __init__(self, state: GroupState) -> None:
         self._state = state
+        self._key = None if state.network is None else state.network.key
         # Receives pending after their caller's deadline, by tag and source.
         self._late: dict[tuple[int, int], tuple[Background, bytearray]] = {}
         # Comparisons of broadcasts pending after their caller's deadline, by tag.
@@ -130,58 +139,67 @@ class NetworkObjects(Objects):
         self.pack(group, operation, obj, dst)(deadline)
 
     def pack(self, group: Group, operation: str, obj: object, dst: int) -> Callable[[Deadline], None]:
-        state, key = self._state, (OBJECT, dst, True)
-        number = state.count(key)
+        return self._pack(group, operation, obj, (dst, True, OBJECTS))
+
+    def _pack(self, group: Group, operation: str, obj: object, key: MessageKey) -> Callable[[Deadline], None]:
+        state, turn, (dst, _, kind) = self._state, Turn(), key
         try:
-            frame = self._encode(group, operation, obj, f"message {group.rank_in_group} {dst} {number}")
-        except (TypeError, ValueError):
-            # The receiver goes on waiting for this number: the next object takes it.
-            state.uncount(key)
-            raise
-        tags = make_tag(OBJECT, number), make_tag(OBJECT_REST, number)
+            state.begin_message(group.name, operation, key, turn)
+            number = state.counted(key)
+            frame = self._encode(group, operation, obj, f"{_STREAMS[kind]} {group.rank_in_group} {dst} {number}")
+            # Counted only now: the receiver goes on waiting for the number of an object that is refused, and the next one takes it.
+            state.count(key)
+        finally:
+            state.turns.release(key, turn)
+        tags = make_tag(OBJECT, number, _STREAMS[kind]), make_tag(OBJECT_REST, number, _STREAMS[kind])
         return lambda deadline: self._send_frames(group, operation, {dst: frame}, *tags, deadline)
 
     def recv(self, group: Group, operation: str, src: Any, timeout: Timeout) -> Any:
         deadline, src = _begin_message(group, operation, src, "src", timeout)
-        return self._recv(group, operation, src, deadline)
+        return self._recv(group, operation, (src, False, OBJECTS), deadline)
 
-    def _recv(self, group: Group, operation: str, src: int, deadline: Deadline) -> Any:
-        state, key = self._state, (OBJECT, src, False)
-        number = state.count(key)
-        frame = self._await(group, operation, src, make_tag(OBJECT, number), make_tag(OBJECT_REST, number), deadline)
-        if frame is None:
-            state.uncount(key)
-            raise nothing_yet(group, operation, state.sequence, src, deadline.seconds)
-        return self._decode(frame, f"message {src} {group.rank_in_group} {number}")
+    def _recv(self, group: Group, operation: str, key: MessageKey, deadline: Deadline) -> Any:
+        state, turn, (src, _, kind) = self._state, Turn(), key
+        try:
+            state.begin_message(group.name, operation, key, turn)
+            number = state.counted(key)
+            tags = make_tag(OBJECT, number, _STREAMS[kind]), make_tag(OBJECT_REST, number, _STREAMS[kind])
+            frame = self._await(group, operation, src, *tags, deadline)
+            if frame is None:
+                raise nothing_yet(group, operation, state.sequence, src, deadline.seconds)
+            state.count(key)
+        finally:
+            state.turns.release(key, turn)
+        return self._decode(frame, f"{_STREAMS[kind]} {src} {group.rank_in_group} {number}")
 
     def broadcast(self, group: Group, operation: str, obj: object, src: Any, timeout: Timeout) -> Any:
-        sequence, deadline = begin(group, operation, timeout)
-        src = checked_peer(group, operation, src, "src", sequence)
-        if group.world_size == 1:
-            return obj
-        context = f"broadcast {src} {sequence}"
+        with collective(group, operation, timeout) as (sequence, deadline):
+            src = checked_peer(group, operation, src, "src", sequence)
+            if group.world_size == 1:
+                return obj
+            context = f"broadcast {src} {sequence}"
 
-        def frames() -> Mapping[int, bytes]:
-            return dict.fromkeys(_others(group), self._encode(group, operation, obj, context))
+            def frames() -> Mapping[int, bytes]:
+                return dict.fromkeys(_others(group), self._encode(group, operation, obj, context))
 
-        return (
-            obj
-            if self._give(group, operation, src, sequence, deadline, frames)
-            else self._get(group, operation, src, sequence, deadline, context)
-        )
+            if self._give(group, operation, src, sequence, deadline, frames):
+                return obj
+            frame = self._get(group, operation, src, sequence, deadline)
+        return self._decode(frame, context)
 
     def scatter(self, group: Group, operation: str, objs: Any, src: Any, timeout: Timeout) -> Any:
-        sequence, deadline = begin(group, operation, timeout)
-        src, me = checked_peer(group, operation, src, "src", sequence), group.rank_in_group
-        given: list[Any] = []
+        with collective(group, operation, timeout) as (sequence, deadline):
+            src, me = checked_peer(group, operation, src, "src", sequence), group.rank_in_group
+            given: list[Any] = []
 
-        def frames() -> Mapping[int, bytes]:
-            given[:] = checked_objects(group, operation, objs, sequence)
-            return {peer: self._encode(group, operation, given[peer], f"scatter {src} {peer} {sequence}") for peer in _others(group)}
+            def frames() -> Mapping[int, bytes]:
+                given[:] = checked_objects(group, operation, objs, sequence)
+                return {peer: self._encode(group, operation, given[peer], f"scatter {src} {peer} {sequence}") for peer in _others(group)}
 
-        if self._give(group, operation, src, sequence, deadline, frames):
-            return given[me]
-        return self._get(group, operation, src, sequence, deadline, f"scatter {src} {me} {sequence}")
+            if self._give(group, operation, src, sequence, deadline, frames):
+                return given[me]
+            frame = self._get(group, operation, src, sequence, deadline)
+        return self._decode(frame, f"scatter {src} {me} {sequence}")
 
     def _give(
         self, group: Group, operation: str, src: int, sequence: int, deadline: Deadline, frames: Callable[[], Mapping[int, bytes]]
@@ -192,7 +210,7 @@ class NetworkObjects(Objects):
         state = self._state
         try:
             made = frames()
-        except (TypeError, ValueError):
+        except BaseException:
             # The others wait for this call's object, and get that of the next call.
             state.uncount_collective()
             raise
@@ -206,8 +224,8 @@ class NetworkObjects(Objects):
         self._send_frames(group, operation, made, tag, rest, deadline, sequence)
         return True
 
-    def _get(self, group: Group, operation: str, src: int, sequence: int, deadline: Deadline, context: str) -> Any:
-        """Receive the frame of `src` on another rank; return its object."""
+    def _get(self, group: Group, operation: str, src: int, sequence: int, deadline: Deadline) -> memoryview:
+        """Return the frame of `src` on another rank."""
         state = self._state
         what = f"{operation}(src={src})"
         tag, rest = make_tag(COLLECTIVE, sequence, what), make_tag(OBJECT_REST, sequence, "broadcast")
@@ -218,7 +236,7 @@ class NetworkObjects(Objects):
             state.uncount_collective()
             raise nothing_yet(group, operation, sequence, src, deadline.seconds)
         self._comparing.pop(tag, None)
-        return self._decode(received, context)
+        return received
 
     def _compared(self, group: Group, operation: str, sequence: int, what: str, tag: int, deadline: Deadline) -> bool:
         """Compare this call with those of the peers, once; False if not all came in time: the next call goes on waiting."""
@@ -235,11 +253,16 @@ class NetworkObjects(Objects):
         return perform(group, operation, sequence, what, deadline, act)
 
     def all_gather(self, group: Group, operation: str, obj: object, timeout: Timeout) -> list[Any]:
-        state, n, me = self._state, group.world_size, group.rank_in_group
-        sequence, deadline = begin(group, operation, timeout)
-        if n == 1:
-            return [obj]
-        frame = self._encode(group, operation, obj, f"gather {me} {sequence}")
+        with collective(group, operation, timeout) as (sequence, deadline):
+            if group.world_size == 1:
+                return [obj]
+            frame = self._encode(group, operation, obj, f"gather {group.rank_in_group} {sequence}")
+            frames = self._all_gather(group, operation, frame, sequence, deadline)
+        return self._decoded(frames, obj, group, sequence)
+
+    def _all_gather(self, group: Group, operation: str, frame: bytes, sequence: int, deadline: Deadline) -> list[memoryview]:
+        """Return every rank's frame."""
+        state, n = self._state, group.world_size
         route = state.strategies.route("all_gather", (n, 1), torch.uint8, torch.device("cpu"))
         what = f"{operation}()"
         tag, rest = make_tag(COLLECTIVE, sequence, what), make_tag(OBJECT_REST, sequence, "gather")
@@ -255,31 +278,33 @@ class NetworkObjects(Objects):
             ends = list(itertools.accumulate(sizes, initial=0))
             return [memoryview(memory)[start:end] for start, end in itertools.pairwise(ends)]
 
-        frames = perform(group, operation, sequence, what, deadline, act)
+        return perform(group, operation, sequence, what, deadline, act)
+
+    def _decoded(self, frames: Sequence[memoryview], obj: object, group: Group, sequence: int) -> list[Any]:
+        """Return the objects of all ranks, this rank's own one itself."""
+        me = group.rank_in_group
         return [obj if i == me else self._decode(frame, f"gather {i} {sequence}") for i, frame in enumerate(frames)]
 
     def gather(self, group: Group, operation: str, obj: object, dst: Any, timeout: Timeout) -> list[Any] | None:
-        state, n, me = self._state, group.world_size, group.rank_in_group
-        sequence, deadline = begin(group, operation, timeout)
-        dst = checked_peer(group, operation, dst, "dst", sequence)
-        if n == 1:
-            return [obj]
-        frame = self._encode(group, operation, obj, f"gather {me} {sequence}")
-        route = state.strategies.route("gather", (n, 1), torch.uint8, torch.device("cpu"))
-        frames = gather_frames(group, operation, sequence, route, frame, dst, deadline)
-        if frames is None:
-            return None
-        return [obj if i == me else self._decode(frame, f"gather {i} {sequence}") for i, frame in enumerate(frames)]
+        n = group.world_size
+        with collective(group, operation, timeout) as (sequence, deadline):
+            dst = checked_peer(group, operation, dst, "dst", sequence)
+            if n == 1:
+                return [obj]
+            frame = self._encode(group, operation, obj, f"gather {group.rank_in_group} {sequence}")
+            route = self._state.strategies.route("gather", (n, 1), torch.uint8, torch.device("cpu"))
+            frames = gather_frames(group, operation, sequence, route, frame, dst, deadline)
+        return None if frames is None else self._decoded(frames, obj, group, sequence)
 
     # Dicts: only the description is an object here, and the tensors go as tensors.
 
     def pack_dict(
         self, group: Group, operation: str, entries: Sequence[Entry], tensors: Sequence[torch.Tensor], dst: int
     ) -> tuple[frozenset[int], Callable[[Deadline], None]]:
-        return frozenset(), self.pack(group, operation, list(entries), dst)
+        return frozenset(), self._pack(group, operation, list(entries), (dst, True, DICTS))
 
     def recv_dict(self, group: Group, operation: str, src: int, deadline: Deadline) -> tuple[list[Entry], dict[int, torch.Tensor]]:
-        return self._recv(group, operation, src, deadline), {}
+        return self._recv(group, operation, (src, False, DICTS), deadline), {}
 
     def broadcast_dict(
         self,
@@ -293,19 +318,17 @@ class NetworkObjects(Objects):
         return self.broadcast(group, operation, None if entries is None else list(entries), src, timeout), {}
 
     def _encode(self, group: Group, operation: str, obj: object, context: str) -> bytes:
-        network = self._state.network
-        assert network is not None
         try:
-            return wire.encode(obj, key=network.key, context=f"{self._state.members.uid} {context}".encode())
+            return wire.encode(obj, key=self._key, context=f"{self._state.members.uid} {context}".encode())
+        except (ConcurrentCallError, ContextClosedError):
+            raise
         except ValueError as error:
             raise explain(BadArgument(str(error)), group, operation, self._state.sequence) from error
         except Exception as error:
             raise refuse_object(group, operation, obj, error) from error
 
     def _decode(self, frame: memoryview, context: str) -> Any:
-        network = self._state.network
-        assert network is not None
-        return wire.decode(frame, key=network.key, context=f"{self._state.members.uid} {context}".encode())
+        return wire.decode(frame, key=self._key, context=f"{self._state.members.uid} {context}".encode())
 
     def _send_frames(
         self,
@@ -321,7 +344,7 @@ class NetworkObjects(Objects):
         parts = {id(frame): _split(frame) for frame in frames.values()}
 
         def act() -> None:
-            transport = self._transport()
+            transport = self._network(group).transport
             transport.exchange([(parts[id(frame)][0], peer) for peer, frame in frames.items()], [], tag=tag, deadline=deadline)
             tails = [(tail, peer) for peer, frame in frames.items() if (tail := parts[id(frame)][1]) is not None]
             if tails:
@@ -335,7 +358,7 @@ class NetworkObjects(Objects):
         """Return the next frame from `src`, None if none began to arrive in time."""
 
         def act() -> memoryview | None:
-            transport = self._transport()
+            transport = self._network(group).transport
             waiting = self._late.pop((tag, src), None)
             if waiting is None:
                 block, staging = _buffer(_BLOCK)
@@ -359,10 +382,12 @@ class NetworkObjects(Objects):
 
         return perform(group, operation, self._state.sequence if sequence is None else sequence, f"{operation}(...)", deadline, act)
 
-    def _transport(self) -> GlooTransport:
+    def _network(self, group: Group) -> Network:
+        """Return the connections of a group that is open; another thread may close it at any moment."""
         network = self._state.network
-        assert network is not None
-        return network.transport
+        if network is None:
+            raise ContextClosedError(f"group {group.name!r} (rank {group.rank}): its context was closed during the call")
+        return network
 
     def join(self, timeout: float) -> None:
         for late, _ in self._late.values():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import msgspec
 import torch
@@ -28,15 +28,16 @@ from commgraph.coordinator.objects import (
     nothing_yet,
     refuse_object,
 )
-from commgraph.coordinator.operation import Group, begin, deadline_of, explain, wait_pending
-from commgraph.coordinator.pending import OBJECTS
+from commgraph.coordinator.operation import Group, begin, collective, deadline_of, explain, wait_pending
+from commgraph.coordinator.pending import DICTS, OBJECTS
 from commgraph.coordinator.state import GroupState
 from commgraph.coordinator.tensor_dict import Entry, split_dict
+from commgraph.coordinator.turns import Turn
 from commgraph.deadline import Deadline, Timeout
-from commgraph.errors import ContextClosedError
+from commgraph.errors import ConcurrentCallError, ContextClosedError
 from commgraph.shm.mailbox import DICT, OBJECT, PIECES, SIZES, Mailbox
 from commgraph.shm.pickling import buffer_of, loads, tensor_over
-from commgraph.shm.stopped import TIMEOUT, Stopped
+from commgraph.shm.stopped import TIMEOUT, Busy, Stopped
 
 __all__ = ["ShmObjects", "objects_of"]
 
@@ -54,6 +55,8 @@ def objects_of(state: GroupState) -> Objects:
 
 class ShmObjects(Objects):
     """Objects of a group whose ranks have a mailbox."""
+
+    dicts_in_parts: ClassVar[bool] = False
 
     def __init__(self, state: GroupState, strategy: Communicator, fast: FastPath, mailbox: Mailbox) -> None:
         self._state = state
@@ -77,29 +80,46 @@ class ShmObjects(Objects):
     def recv(self, group: Group, operation: str, src: Any, timeout: Timeout) -> Any:
         mailbox = self._open(group)
         src, timeout_ns = self._begin_message(group, operation, src, "src", timeout)
+        key, turn = (src, False, OBJECTS), Turn()
         try:
+            self._state.begin_message(group.name, operation, key, turn)
             _, parts = mailbox.receive(src, OBJECT, timeout_ns)
         except BaseException as error:
             self._stop(group, operation, timeout_ns, error, awaited=src)
+        finally:
+            self._state.turns.release(key, turn)
         return loads(parts[0], parts[1:])
 
     def broadcast(self, group: Group, operation: str, obj: object, src: Any, timeout: Timeout) -> Any:
-        mailbox = self._open(group)
-        sequence, timeout_ns = self._begin(group, operation, timeout)
-        if type(src) is not int or not 0 <= src < group.world_size:
-            src = checked_peer(group, operation, src, "src", sequence)
-        if src == group.rank_in_group:
-            self._put(group, operation, mailbox, OBJECT, lambda: self._dumps(group, operation, obj), sequence, timeout_ns)
-            return obj
-        parts = self._get(group, operation, mailbox, src, OBJECT, sequence, timeout_ns)
+        mailbox, turn = self._open(group), Turn()
+        try:
+            sequence, timeout_ns = self._begin(group, operation, timeout, turn)
+            if type(src) is not int or not 0 <= src < group.world_size:
+                src = checked_peer(group, operation, src, "src", sequence)
+            if src == group.rank_in_group:
+                self._put(group, operation, mailbox, OBJECT, lambda: self._dumps(group, operation, obj), sequence, timeout_ns)
+                return obj
+            parts = self._get(group, operation, mailbox, src, OBJECT, sequence, timeout_ns)
+        finally:
+            self._state.turns.release(None, turn)
         return loads(parts[0], parts[1:])
 
     def all_gather(self, group: Group, operation: str, obj: object, timeout: Timeout) -> list[Any]:
         # Each rank puts its record for all, then reads those of all. As nobody reads before it has put its own, a record that does not fit
         # into its ring is replaced by its sizes, and follows as a tensor.
+        turn = Turn()
+        try:
+            found = self._all_gather(group, operation, obj, timeout, turn)
+        finally:
+            self._state.turns.release(None, turn)
+        me = group.rank_in_group
+        return [obj if rank == me else loads(found[rank][0], found[rank][1:]) for rank in range(group.world_size)]
+
+    def _all_gather(self, group: Group, operation: str, obj: object, timeout: Timeout, turn: Turn) -> dict[int, list[Any]]:
+        """Return the parts of the other ranks' records."""
         mailbox = self._open(group)
         n, me = group.world_size, group.rank_in_group
-        sequence, timeout_ns = self._begin(group, operation, timeout)
+        sequence, timeout_ns = self._begin(group, operation, timeout, turn)
         meta, call_id = self._number(operation, sequence, None)
         parts = self._dumps(group, operation, obj)
         # A small object is one part, of bytes.
@@ -128,7 +148,7 @@ class ShmObjects(Objects):
                 found |= self._gather_large(group, operation, sequence, () if fits else parts, later, deadline)
         except BaseException as error:
             self._stop(group, operation, timeout_ns, error, sequence=sequence)
-        return [obj if rank == me else loads(found[rank][0], found[rank][1:]) for rank in range(n)]
+        return found
 
     def pack(self, group: Group, operation: str, obj: object, dst: int) -> Callable[[Deadline], None] | None:
         mailbox, state = self._open(group), self._state
@@ -151,9 +171,18 @@ class ShmObjects(Objects):
         return send
 
     def scatter(self, group: Group, operation: str, objs: Any, src: Any, timeout: Timeout) -> Any:
+        turn = Turn()
+        try:
+            mine, given = self._scatter(group, operation, objs, src, timeout, turn)
+        finally:
+            self._state.turns.release(None, turn)
+        return given if mine is None else loads(mine[0], mine[1:])
+
+    def _scatter(self, group: Group, operation: str, objs: Any, src: Any, timeout: Timeout, turn: Turn) -> tuple[list[Any] | None, Any]:
+        """Return the parts of this rank's object; on `src` None, and the object itself."""
         # `src` puts all objects for all, if they are small; else their sizes, and they follow as tensors.
         mailbox, me = self._open(group), group.rank_in_group
-        sequence, timeout_ns = self._begin(group, operation, timeout)
+        sequence, timeout_ns = self._begin(group, operation, timeout, turn)
         src = checked_peer(group, operation, src, "src", sequence)
         if src != me:
             record = self._get(group, operation, mailbox, src, PIECES, sequence, timeout_ns)
@@ -162,7 +191,7 @@ class ShmObjects(Objects):
             mine = record[at : at + len(sizes[me])]
             if not inline:
                 mine = self._scatter_large(group, operation, sequence, (), sizes, src, timeout_ns)
-            return loads(mine[0], mine[1:])
+            return mine, None
         given: list[Any] = []
         pieces: list[tuple[Any, ...]] = []
 
@@ -183,7 +212,7 @@ class ShmObjects(Objects):
         if pieces:
             sizes = [[memoryview(part).nbytes for part in parts] for parts in pieces]
             self._scatter_large(group, operation, sequence, list(itertools.chain.from_iterable(pieces)), sizes, src, timeout_ns)
-        return given[me]
+        return None, given[me]
 
     @ambient.sheltered
     def _scatter_large(
@@ -211,13 +240,13 @@ class ShmObjects(Objects):
 
     def gather(self, group: Group, operation: str, obj: object, dst: Any, timeout: Timeout) -> list[Any] | None:
         self._open(group)
-        sequence, deadline = begin(group, operation, timeout)
-        dst = checked_peer(group, operation, dst, "dst", sequence)
-        parts = self._dumps(group, operation, obj)
-        sizes = msgspec.msgpack.encode([memoryview(part).nbytes for part in parts])
-        head = len(sizes).to_bytes(8, "little") + sizes
-        frame = b"".join([_to_line(head), *map(_to_line, parts)])
-        frames = gather_frames(group, operation, sequence, self._strategy, frame, dst, deadline)
+        with collective(group, operation, timeout) as (sequence, deadline):
+            dst = checked_peer(group, operation, dst, "dst", sequence)
+            parts = self._dumps(group, operation, obj)
+            sizes = msgspec.msgpack.encode([memoryview(part).nbytes for part in parts])
+            head = len(sizes).to_bytes(8, "little") + sizes
+            frame = b"".join([_to_line(head), *map(_to_line, parts)])
+            frames = gather_frames(group, operation, sequence, self._strategy, frame, dst, deadline)
         if frames is None:
             return None
         found = []
@@ -247,23 +276,28 @@ class ShmObjects(Objects):
         mailbox = self._open(group)
         if mailbox.native is None or timeout is not None or not self._is_free(mailbox, dst, outgoing=True):
             return False
+        access = mailbox.writing[dst]
+        if not access.try_take():
+            return False  # another call uses the ring: the general path waits for it, or refuses
         try:
             return mailbox.native.put_dict(mailbox.outgoing[dst], tree, 0, self._timeout_ns, 0) is True
         except BaseException as error:
             self._stop(group, "send_tensor_dict", self._timeout_ns, error)
+        finally:
+            access.give_back()
 
     def recv_plain(self, group: Group, src: Any, timeout: Timeout) -> dict[Any, Any] | None:
         mailbox = self._open(group)
-        if timeout is not None or not self._is_free(mailbox, src, outgoing=False) or mailbox.has_unexpected(src, DICT):
+        if timeout is not None or not self._is_free(mailbox, src, outgoing=False):
             return None
+        key, turn = (src, False, DICTS), Turn()
         try:
-            found, meta, parts = mailbox.receive_any(src, self._timeout_ns)
+            self._state.begin_message(group.name, "recv_tensor_dict", key, turn)
+            return mailbox.receive_next(src, DICT, self._timeout_ns, mailbox.unpack)
         except BaseException as error:
             self._stop(group, "recv_tensor_dict", self._timeout_ns, error, awaited=src)
-        tree = mailbox.unpack(parts) if found == DICT else None
-        if tree is None:
-            mailbox.keep_unexpected(src, found, meta, parts)
-        return tree
+        finally:
+            self._state.turns.release(key, turn)
 
     def broadcast_plain(self, group: Group, tree: object, src: Any, timeout: Timeout) -> bool:
         state, mailbox = self._state, self._open(group)
@@ -271,14 +305,18 @@ class ShmObjects(Objects):
             return False
         if state.pending.lanes and not state.pending.is_idle(None):
             return False
-        sequence, timeout_ns = self._begin(group, "broadcast_tensor_dict", None)
-        meta, call_id = self._number("broadcast_tensor_dict", sequence, src)
+        turn = Turn()
         try:
-            if mailbox.native.put_dict(mailbox.mine, tree, meta, timeout_ns, call_id):
-                return True
-        except BaseException as error:
-            self._stop(group, "broadcast_tensor_dict", timeout_ns, error, sequence=sequence, take_back=True)
-        state.uncount_collective()
+            sequence, timeout_ns = self._begin(group, "broadcast_tensor_dict", None, turn)
+            meta, call_id = self._number("broadcast_tensor_dict", sequence, src)
+            try:
+                if mailbox.native.put_dict(mailbox.mine, tree, meta, timeout_ns, call_id):
+                    return True
+            except BaseException as error:
+                self._stop(group, "broadcast_tensor_dict", timeout_ns, error, sequence=sequence, take_back=True)
+            state.uncount_collective()
+        finally:
+            state.turns.release(None, turn)
         return False
 
     # Dicts, taken apart.
@@ -319,13 +357,16 @@ class ShmObjects(Objects):
         src: int,
         timeout: Timeout,
     ) -> tuple[list[Entry], Mapping[int, torch.Tensor]] | dict[Any, Any]:
-        mailbox = self._open(group)
-        sequence, timeout_ns = self._begin(group, operation, timeout)
-        if entries is not None:
-            make = lambda: self._dict_parts(group, operation, entries, tensors)[1]  # noqa: E731 - as `broadcast` has it
-            self._put(group, operation, mailbox, DICT, make, sequence, timeout_ns)
-            return list(entries), {i: x for i, x in enumerate(tensors) if x.is_cpu}
-        parts = self._get(group, operation, mailbox, src, DICT, sequence, timeout_ns)
+        mailbox, turn = self._open(group), Turn()
+        try:
+            sequence, timeout_ns = self._begin(group, operation, timeout, turn)
+            if entries is not None:
+                make = lambda: self._dict_parts(group, operation, entries, tensors)[1]  # noqa: E731 - as `broadcast` has it
+                self._put(group, operation, mailbox, DICT, make, sequence, timeout_ns)
+                return list(entries), {i: x for i, x in enumerate(tensors) if x.is_cpu}
+            parts = self._get(group, operation, mailbox, src, DICT, sequence, timeout_ns)
+        finally:
+            self._state.turns.release(None, turn)
         tree = mailbox.unpack(parts)
         return _joined(parts) if tree is None else tree
 
@@ -351,12 +392,12 @@ class ShmObjects(Objects):
             raise ContextClosedError(f"group {group.name!r} (rank {group.rank}): its context was closed during the call")
         return mailbox
 
-    def _begin(self, group: Group, operation: str, timeout: Timeout) -> tuple[int, int]:
-        """Count a collective; return its number and its deadline in nanoseconds."""
+    def _begin(self, group: Group, operation: str, timeout: Timeout, turn: Turn) -> tuple[int, int]:
+        """Count a collective, as `begin` does; return its number and its deadline in nanoseconds."""
         pending = self._state.pending
         if timeout is None and not pending.lanes and pending.side_streams is None:
-            return self._state.begin(group.name), self._timeout_ns
-        sequence, deadline = begin(group, operation, timeout)
+            return self._state.begin(group.name, operation, turn), self._timeout_ns
+        sequence, deadline = begin(group, operation, timeout, turn)
         return sequence, deadline.left_ns()
 
     def _begin_message(self, group: Group, operation: str, peer: Any, name: str, timeout: Timeout) -> tuple[int, int]:
@@ -413,7 +454,7 @@ class ShmObjects(Objects):
     def _dumps(self, group: Group, operation: str, obj: object) -> tuple[Any, ...]:
         try:
             return self._open(group).pickler.dumps(obj)
-        except ContextClosedError:
+        except (ConcurrentCallError, ContextClosedError):
             raise
         except RecursionError as error:
             raise explain(
@@ -446,6 +487,10 @@ class ShmObjects(Objects):
         seconds = timeout_ns * 1e-9
         try:
             number = sequence if sequence is not None else 0 if state.is_closed else state.sequence
+            if isinstance(error, Busy):
+                raise state.refused(group.name, operation, None if sequence is not None else (0, False, OBJECTS)) from None
+            if isinstance(error, ConcurrentCallError):
+                raise error  # refused before anything was sent
             if awaited is not None and isinstance(error, Stopped) and error.code == TIMEOUT:
                 raise nothing_yet(group, operation, number, awaited, seconds) from None
             ended = self._fast.translate(error) or error
@@ -459,8 +504,8 @@ class ShmObjects(Objects):
         finally:
             if take_back and state.failures.broken is None and not state.is_closed:
                 state.uncount_collective()
-                if self._mailbox is not None:
-                    self._mailbox.team.unpost()
+                if (mailbox := self._mailbox) is not None:
+                    mailbox.team.unpost()
             del error  # whose traceback holds this frame
 
     def join(self, timeout: float) -> None:

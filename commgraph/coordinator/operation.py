@@ -8,7 +8,8 @@ failure into the public error. A recorder that is to see every operation goes th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 
 import torch
@@ -19,11 +20,13 @@ from commgraph.communicators.base import Communicator
 from commgraph.communicators.tags import COLLECTIVE, digest, make_tag
 from commgraph.coordinator import checks
 from commgraph.coordinator.checks import BadArgument, Place
-from commgraph.coordinator.failures import EXPECTED, Call, call_site
+from commgraph.coordinator.failures import EXPECTED, Call, call_site, concurrent
 from commgraph.coordinator.state import GroupState
+from commgraph.coordinator.turns import Turn
 from commgraph.deadline import Deadline, Timeout
 from commgraph.errors import CollectiveTimeoutError, ContextClosedError, UnsupportedTensorError
 from commgraph.ops import rules
+from commgraph.shm.stopped import Busy
 from commgraph.work import Job
 
 __all__ = [
@@ -31,6 +34,7 @@ __all__ = [
     "Group",
     "Operation",
     "begin",
+    "collective",
     "count_in_turn",
     "differentiate",
     "explain",
@@ -40,6 +44,7 @@ __all__ = [
     "perform",
     "raise_native",
     "run",
+    "whole",
 ]
 
 T = TypeVar("T")
@@ -323,7 +328,15 @@ def run_directly(operation: type[Operation], group: Group, args: tuple[Any, ...]
 
 def run_generally(operation: type[Operation], group: Group, args: tuple[Any, ...], timeout: Timeout = None) -> Any:
     """Run an operation by the general path, which serves every tensor and every argument, or says what is wrong with it."""
-    sequence, deadline = begin(group, operation.name, timeout)
+    turn = Turn()
+    try:
+        return _run_generally(operation, group, args, timeout, turn)
+    finally:
+        group._state.turns.release(None, turn)
+
+
+def _run_generally(operation: type[Operation], group: Group, args: tuple[Any, ...], timeout: Timeout, turn: Turn) -> Any:
+    sequence, deadline = begin(group, operation.name, timeout, turn)
     try:
         checked = operation.check(group, *args)
         n = group.world_size
@@ -363,6 +376,9 @@ def perform(group: Group, operation: str, sequence: int, what: str, deadline: De
             return act()
     except EXPECTED as error:
         group._state.failures.end(Call(group.name, operation, group._state.members, sequence), what, deadline.seconds, error)
+    except Busy:
+        # A signal handler calls for another kind of message of a ring that the call around it uses; nothing was sent.
+        raise concurrent(Call(group.name, operation, group._state.members, sequence), message=True) from None
     except BaseException as error:
         state, call = group._state, Call(group.name, operation, group._state.members, sequence)
         if state.failures.closed and isinstance(error, Exception):
@@ -373,11 +389,18 @@ def perform(group: Group, operation: str, sequence: int, what: str, deadline: De
         raise
 
 
-def begin(group: Group, operation: str, timeout: Timeout) -> tuple[int, Deadline]:
+def begin(group: Group, operation: str, timeout: Timeout, turn: Turn) -> tuple[int, Deadline]:
     """Count a collective, after those that were begun and not waited for, whether its arguments are good or not.
+
+    Args:
+        group, operation, timeout: of the call.
+        turn: of the call, which is claimed. The caller releases it, whether this raises or not.
 
     Returns:
         How many were begun before, and the deadline.
+
+    Raises:
+        ConcurrentCallError: another call is under way; nothing was counted.
     """
     state = group._state
     pending = state.pending
@@ -386,23 +409,55 @@ def begin(group: Group, operation: str, timeout: Timeout) -> tuple[int, Deadline
         try:
             deadline = deadline_of(group, operation, timeout)
         except ValueError:
-            count_in_turn(group)
+            count_in_turn(group, operation)
             raise
         wait_pending(group, None, operation, deadline)
         pending.follow(None)
-        return state.begin(group.name), deadline
+        return state.begin(group.name, operation, turn), deadline
     if pending.side_streams is not None:
         pending.follow(None)
-    sequence = state.begin(group.name)
+    sequence = state.begin(group.name, operation, turn)
     if timeout is None:
         return sequence, Deadline.after(state.timeouts.host)
     return sequence, deadline_of(group, operation, timeout)
 
 
-def count_in_turn(group: Group) -> None:
+@contextlib.contextmanager
+def collective(group: Group, operation: str, timeout: Timeout) -> Iterator[tuple[int, Deadline]]:
+    """Context manager in which a collective is under way; gives what `begin` returns."""
+    turn = Turn()
+    try:
+        yield begin(group, operation, timeout, turn)
+    finally:
+        group._state.turns.release(None, turn)
+
+
+@contextlib.contextmanager
+def whole(group: Group, operation: str, timeout: Timeout) -> Iterator[None]:
+    """Context manager of a call that consists of several collectives, between which no other call may come."""
+    state = group._state
+    if group.world_size == 1 or is_dynamo_compiling():
+        yield
+        return
+    state.ensure_open(group.name)
+    wait_pending(group, None, operation, deadline_of(group, operation, timeout))
+    held = state.turns.claim_whole()
+    if held is None:
+        raise state.refused(group.name, operation)
+    try:
+        yield
+    finally:
+        state.turns.release_held(held)
+
+
+def count_in_turn(group: Group, operation: str) -> None:
     """Count a collective that was refused when its turn would have come, after those that were begun before it."""
-    state, name = group._state, group.name
-    state.pending.submit(None, Job(lambda: state.begin(name), call_site()))
+
+    def count() -> None:
+        with collective(group, operation, None):
+            pass
+
+    group._state.pending.submit(None, Job(count, call_site()))
 
 
 def wait_pending(group: Group, key: Any, operation: str, deadline: Deadline) -> None:
@@ -437,6 +492,8 @@ def raise_native(error: BaseException, operation: type[Operation], group: Group,
     state = group._state
     fast = state.detects
     try:
+        if isinstance(error, Busy):
+            raise state.refused(group.name, operation.name) from None
         if fast is None or not fast.interrupted:
             raise error  # nothing was sent
         translated = fast.translate(error)

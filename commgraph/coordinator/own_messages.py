@@ -18,7 +18,7 @@ class OwnMessages:
 
     def __init__(self, rank_in_group: int) -> None:
         self._rank_in_group = rank_in_group
-        self._changed = threading.Condition(threading.Lock())
+        self._changed = threading.Condition()  # reentrant, for signal handlers
         self._kept: dict[int, deque[Any]] = {}
         self._closed = False
         self._pickler: Pickler | None = None

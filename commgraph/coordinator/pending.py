@@ -9,14 +9,16 @@ from commgraph.accelerators.side_streams import SideStreams
 from commgraph.deadline import Deadline
 from commgraph.work import Job, Lane
 
-__all__ = ["ANY_RANK", "OBJECTS", "LaneKey", "MessageKey", "Pending"]
+__all__ = ["ANY_RANK", "DICTS", "OBJECTS", "LaneKey", "MessageKey", "Pending"]
 
-# Key of messages: a rank in the group or `ANY_RANK`, whether they are sent to it, and their tag: the user's, or `OBJECTS`.
+# Key of messages: a rank in the group or `ANY_RANK`, whether they are sent to it, and their tag: the user's, or `OBJECTS`, or `DICTS`
+# (only claimed: dicts wait in the lane of tensors without a tag).
 MessageKey = tuple[int, bool, int]
 # Key of a lane: None for the collectives, else that of its messages.
 LaneKey = MessageKey | None
 ANY_RANK: Final = -1
 OBJECTS: Final = -1
+DICTS: Final = -2
 
 
 class Pending:

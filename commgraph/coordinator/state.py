@@ -18,13 +18,14 @@ from commgraph.accelerators.side_streams import SideStreams
 from commgraph.accelerators.streams import Streams
 from commgraph.communicators.base import OPERATIONS, Communicator, FastPath, Refused
 from commgraph.communicators.gloo_transport import GlooTransport
-from commgraph.coordinator.failures import Failures, Members
+from commgraph.coordinator.failures import Call, Failures, Members, concurrent
 from commgraph.coordinator.order import Comparison
 from commgraph.coordinator.own_messages import OwnMessages
-from commgraph.coordinator.pending import Pending
+from commgraph.coordinator.pending import ANY_RANK, LaneKey, Pending
 from commgraph.coordinator.torch_groups import TorchGroups
+from commgraph.coordinator.turns import Turn, Turns
 from commgraph.deadline import Deadline
-from commgraph.errors import UnsupportedTensorError
+from commgraph.errors import ConcurrentCallError, UnsupportedTensorError
 from commgraph.forks import explain_fork, keep_for_ever
 
 __all__ = ["GroupState", "Members", "Network", "Strategies", "Timeouts"]
@@ -122,13 +123,18 @@ class Strategies:
             communicator.close()
 
 
-@attrs.define
 class _Counter:
-    sequence: int = 0
+    """Counts the collectives of a group without native calls."""
+
+    busy = False
+
+    def __init__(self) -> None:
+        self.sequence = 0
+        self.claims: dict[Any, object] = {}
 
 
 class GroupState:
-    """Shared by the coordinators of one context whose ranks (and options) are equal. One thread at a time calls it."""
+    """Shared by the coordinators of one context whose ranks (and options) are equal. One call at a time in each lane."""
 
     def __init__(
         self,
@@ -171,6 +177,7 @@ class GroupState:
         # A rank that puts a record for all does not wait, and could not raise for a mismatch at once, as `check` promises.
         self.mailbox = self.detects.mailbox if self.detects is not None and not check else None
         self.counter: Any = _Counter() if self.detects is None else self.detects.counter
+        self.turns = Turns(self.counter.claims, self.counter)
         self.comparison = Comparison(members, network.transport, order) if check and network is not None else None
         side_streams = None if streams is None else SideStreams(streams)
         self.pending = Pending(members.uid, side_streams, None if self.detects is None else self.detects.pause)
@@ -183,8 +190,11 @@ class GroupState:
         self.native_messages: Any = None
         self._order = order
         self._open: set[str] = set()
-        self._counts: dict[Any, int] = {}
-        self._lock = threading.Lock()
+        self.counts: dict[Any, int] = {}
+        self._alone = members.world_size == 1
+        self._released = False
+        # Reentrant: a signal handler may close.
+        self._lock = threading.RLock()
         self._pid = os.getpid()
         # Whether this is the copy of a forked child.
         self.is_inherited = False
@@ -205,14 +215,37 @@ class GroupState:
         """Collectives begun on the group."""
         return int(self.counter.sequence)
 
-    def begin(self, name: str) -> int:
-        """Count one collective, also one that fails, so that ranks that all raise keep equal counts."""
+    def begin(self, name: str, operation: str, turn: Turn) -> int:
+        """Take the turn of the collectives, and count one, also one that fails, so that ranks that all raise keep equal counts.
+
+        The caller releases the turn, whether this raises or not.
+
+        Raises:
+            ConcurrentCallError: another call is under way; nothing was counted.
+        """
         if name not in self._open or self.failures.broken is not None:
             self.ensure_open(name)
+        if not self._alone and not self.turns.claim(None, turn):
+            raise self.refused(name, operation)
         counter = self.counter
         number: int = counter.sequence
         counter.sequence = number + 1
         return number
+
+    def begin_message(self, name: str, operation: str, key: LaneKey, turn: Turn) -> None:
+        """Take the turn of a lane of messages. The caller releases it, whether this raises or not.
+
+        Raises:
+            ConcurrentCallError: another call is under way in it, or receives from any rank.
+        """
+        claimed = self.turns.claim(key, turn)
+        if not claimed or (key is not None and not key[1] and key[0] != ANY_RANK and (ANY_RANK, False, key[2]) in self.turns.claims):
+            raise self.refused(name, operation, key)
+
+    def refused(self, name: str, operation: str, key: LaneKey = None) -> ConcurrentCallError:
+        """Return the error of a call that was refused because another one is under way; raise where the group is closed or broken."""
+        self.ensure_open(name)
+        return concurrent(Call(name, operation, self.members, self.sequence), message=key is not None)
 
     def uncount_collective(self) -> None:
         """Take back the number of the last collective, which was not begun."""
@@ -220,17 +253,17 @@ class GroupState:
 
     def count(self, key: Any) -> int:
         """Number the messages of one kind to (or from) one peer."""
-        number = self._counts.get(key, 0)
-        self._counts[key] = number + 1
+        number = self.counts.get(key, 0)
+        self.counts[key] = number + 1
         return number
 
     def counted(self, key: Any) -> int:
         """Return the number of the next message of one kind to (or from) one peer."""
-        return self._counts.get(key, 0)
+        return self.counts.get(key, 0)
 
     def uncount(self, key: Any) -> None:
         """Take back the last number: its message was not received yet."""
-        self._counts[key] -= 1
+        self.counts[key] -= 1
 
     # Lifetime.
 
@@ -272,13 +305,14 @@ class GroupState:
         self._open.clear()
         self.failures.closed = True
         self.failures.forget()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.pending.disown(
             f"group {self.members.uid} (rank {self.members.rank}) is not this process's: {explain_fork(self._pid, 'a World')}"
         )
         self.torch_groups.disown()
         self.strategies = Strategies(self.members)
         self.counter = _Counter()
+        self.turns = Turns(self.counter.claims, self.counter)
         self.fast = self.mailbox = self.native_messages = self.network = self.comparison = self.rebuild = None
 
     def _abort(self) -> None:
@@ -296,9 +330,15 @@ class GroupState:
         self._abort()
 
     def close(self) -> None:
-        """Release everything this rank holds, without communicating. Idempotent."""
+        """Release everything this rank holds, without communicating. Idempotent, from any thread."""
         if self.is_inherited:
             return
+        with self._lock:
+            released, self._released = self._released, True
+            if not released:
+                self._release()
+
+    def _release(self) -> None:
         self.failures.closed = True
         self._open.clear()
         self.rebuild = None
@@ -306,7 +346,7 @@ class GroupState:
         self.strategies.close()
         self.own_messages.close()
         if self.detects is not None:
-            self.counter = self.detects.counter  # no longer the native one, which would keep the memory
+            self.counter = self.turns.counter = self.detects.counter  # no longer the native one, which would keep the memory
         self.pending.join(Deadline.after(1.0))  # its jobs have ended, or do now: with an error
         self.mailbox = None
         self.native_messages = None

@@ -11,11 +11,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from commgraph.shm.host_memory import HostMemory
 from commgraph.shm.pickling import Pickler
-from commgraph.shm.stopped import GONE, LOST, SELF, TIMEOUT, Stopped
+from commgraph.shm.stopped import GONE, LOST, SELF, TIMEOUT, Busy, Stopped
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["DICT", "OBJECT", "PIECES", "SIZES", "TENSORS", "Mailbox", "tensors_with"]
 
 TENSORS, OBJECT, DICT, SIZES, PIECES = 1, 2, 3, 4, 5
+
+T = TypeVar("T")
 
 # Values of `Team.state` of a side that was closed, and of one closed after an error.
 _CLOSED, _FAILED = 2, 3
@@ -36,14 +38,52 @@ def tensors_with(label: int) -> int:
     return TENSORS | label << 8
 
 
-class _Inbox:
-    """Unexpected records of one rank, read before a receive asked for them, and the lock of the thread that reads further ones."""
+class Access:
+    """The right of one thread to use one side of a ring."""
 
-    __slots__ = ("_changed", "_turn", "_unexpected", "_waiting")
+    __slots__ = ("_lock", "_owner")
 
     def __init__(self) -> None:
-        self._turn = threading.Lock()
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._owner = 0
+
+    def try_take(self) -> bool:
+        """Take it, if nobody has it."""
+        if not self._lock.acquire(False):
+            return False
+        self._owner = threading.get_ident()
+        return True
+
+    def refuse_owner(self) -> None:
+        """Raise `Busy` where this very thread has it: a signal handler calls in, and would wait for itself."""
+        if self._owner == threading.get_ident():
+            raise Busy("a call of this thread is under way, and a signal handler makes another one")
+
+    def take(self, seconds: float) -> bool:
+        """Wait for it; False if that takes longer."""
+        if self.try_take():
+            return True
+        self.refuse_owner()
+        if not self._lock.acquire(timeout=seconds):
+            return False
+        self._owner = threading.get_ident()
+        return True
+
+    def give_back(self) -> None:
+        """Let another thread have it."""
+        self._owner = 0
+        self._lock.release()
+
+
+class Inbox:
+    """Unexpected records of one rank, read before a receive asked for them, and the right to read further ones."""
+
+    __slots__ = ("_changed", "_unexpected", "_waiting", "access")
+
+    def __init__(self) -> None:
+        self.access = Access()
+        # Reentrant, for signal handlers.
+        self._changed = threading.Condition()
         self._waiting = 0
         self._unexpected: dict[int, deque[tuple[int, list[Any]]]] = {}
 
@@ -61,7 +101,7 @@ class _Inbox:
             records = self._unexpected[kind]
             record = records.popleft()
             if not records:
-                del self._unexpected[kind]  # there may be a million kinds
+                self._unexpected.pop(kind, None)  # there may be a million kinds
             return record
 
     def keep_unexpected(self, kind: int, meta: int, parts: list[Any]) -> None:
@@ -70,13 +110,9 @@ class _Inbox:
             self._unexpected.setdefault(kind, deque()).append((meta, parts))
             self._changed.notify_all()
 
-    def try_turn(self) -> bool:
-        """Take the turn to read, if nobody has it."""
-        return self._turn.acquire(False)
-
     def take_turn(self, kind: int, src: int, timeout_ns: int) -> bool:
         """Wait for the turn to read; False if an unexpected record of that kind was kept, which comes first."""
-        if kind in self._unexpected or not (self._turn.acquire(False) or self._wait(kind, src, timeout_ns)):
+        if kind in self._unexpected or not (self.access.try_take() or self._wait(kind, src, timeout_ns)):
             return False
         # The thread that had the turn before may have kept one since.
         if kind in self._unexpected:
@@ -86,12 +122,13 @@ class _Inbox:
 
     def _wait(self, kind: int, src: int, timeout_ns: int) -> bool:
         """Wait while another thread reads; whether it is this one's turn now."""
+        self.access.refuse_owner()
         deadline = time.monotonic_ns() + timeout_ns
         with self._changed:
             self._waiting += 1
             try:
                 while kind not in self._unexpected:
-                    if self._turn.acquire(False):
+                    if self.access.try_take():
                         return True
                     left = deadline - time.monotonic_ns()
                     if left <= 0:
@@ -103,7 +140,7 @@ class _Inbox:
 
     def pass_turn(self) -> None:
         """End the turn."""
-        self._turn.release()
+        self.access.give_back()
         if self._waiting:
             with self._changed:
                 self._changed.notify_all()
@@ -128,23 +165,34 @@ class Mailbox:
         self.mine = self._broadcast[me]
         self.outgoing = {peer: memory.pair_ring(me, peer) for peer in range(n) if peer != me}
         self.incoming = {peer: memory.pair_ring(peer, me) for peer in range(n) if peer != me}
-        self._inboxes = {peer: _Inbox() for peer in self.incoming}
+        self.inboxes = {peer: Inbox() for peer in self.incoming}
         # Several threads may send to one rank, one record after the other.
-        self._writing = {peer: threading.Lock() for peer in self.outgoing}
+        self.writing = {peer: Access() for peer in self.outgoing}
         self._module = memory.native
         # Native calls for plain tensors and dicts of them (native/module_messages.c), once they are open.
         self.native: Any = None
         self._pair_bytes = memory.sizes.pair_bytes
 
-    def open_native(self, tensors_of: Callable[[Any], Any], digest: Callable[[int, int], int], timeout_ns: int) -> Any:
+    def open_native(
+        self,
+        tensors_of: Callable[[Any], Any],
+        digest: Callable[[int, int], int],
+        timeout_ns: int,
+        counts: dict[Any, int],
+        claims: dict[Any, object],
+        any_rank: tuple[int, bool, int],
+    ) -> Any:
         """Open the native calls, and return them.
 
         Args:
             tensors_of: makes the native module's object that reads and makes tensors (native/module_tensors.h).
             digest: of a message, by its kind (DLPack's code and bits, in a byte each) and its number of elements.
             timeout_ns: of calls without a timeout of their own.
+            counts: how many messages there were, by lane.
+            claims: lanes in which a call is under way.
+            any_rank: lane of receives from any rank.
         """
-        self.native = self._module.Messages(tensors_of(self._module), digest, timeout_ns)
+        self.native = self._module.Messages(tensors_of(self._module), digest, timeout_ns, counts, claims, any_rank)
         return self.native
 
     def enable_rendezvous(self) -> None:
@@ -159,19 +207,19 @@ class Mailbox:
         It returns when the ring has it, which may be before it is read, and the reader those parts that are copied by rendezvous.
         A part is a buffer, or (address, bytes) of memory that the caller keeps alive.
         """
-        writing = self._writing[dst]
-        if not writing.acquire(False) and not writing.acquire(timeout=timeout_ns * 1e-9):
+        writing = self.writing[dst]
+        if not writing.take(timeout_ns * 1e-9):
             raise Stopped(TIMEOUT, dst)
         try:
             self.outgoing[dst].put(kind, meta, parts, timeout_ns, 0)
             self._sent[dst] += _nbytes(parts)
         finally:
-            writing.release()
+            writing.give_back()
 
     def offer(self, dst: int, kind: int, meta: int, parts: tuple[Any, ...]) -> bool:
         """Put a record where the ring has room for the whole of it; otherwise return False with nothing put."""
-        writing = self._writing[dst]
-        if _nbytes(parts) + 8 * len(parts) > self._whole or not writing.acquire(False):
+        writing = self.writing[dst]
+        if _nbytes(parts) + 8 * len(parts) > self._whole or not writing.try_take():
             return False
         try:
             self.outgoing[dst].put(kind, meta, parts, 0, 0)
@@ -181,12 +229,12 @@ class Mailbox:
                 return False
             raise
         finally:
-            writing.release()
+            writing.give_back()
         return True
 
     def receive(self, src: int, kind: int, timeout_ns: int) -> tuple[int, list[Any]]:
         """Return meta and parts of the next record of that kind: the first part as bytes, the others as writable buffers of their own."""
-        inbox, ring = self._inboxes[src], self.incoming[src]
+        inbox, ring = self.inboxes[src], self.incoming[src]
         if not inbox.take_turn(kind, src, timeout_ns):
             return inbox.pop(kind)
         try:
@@ -198,9 +246,25 @@ class Mailbox:
         finally:
             inbox.pass_turn()
 
-    def receive_any(self, src: int, timeout_ns: int) -> tuple[int, int, list[Any]]:
-        """Return kind, meta and parts of the next record of any kind; no other thread may receive from that rank meanwhile."""
-        return self.incoming[src].get(timeout_ns, 0)  # type: ignore[no-any-return]  # as native/module_ring.c has it
+    def receive_next(self, src: int, kind: int, timeout_ns: int, unpack: Callable[[list[Any]], T | None]) -> T | None:
+        """Receive the next record, if it is of that kind and `unpack` serves it; else keep it.
+
+        Returns:
+            What `unpack` returned. None, with nothing lost, for another record, where another thread reads, and where one was kept.
+        """
+        inbox = self.inboxes[src]
+        if not inbox.access.try_take():
+            return None
+        try:
+            if inbox.has(kind):
+                return None
+            found, meta, parts = self.incoming[src].get(timeout_ns, 0)
+            result = unpack(parts) if found == kind else None
+            if result is None:
+                inbox.keep_unexpected(found, meta, parts)
+            return result
+        finally:
+            inbox.pass_turn()
 
     def receive_into(self, src: int, kind: int, meta: int, targets: Sequence[tuple[int, int]], owner: object, timeout_ns: int) -> bool:
         """Read the next record of a kind to memory of the caller's.
@@ -216,7 +280,7 @@ class Mailbox:
         Returns:
             Whether its meta and sizes are those expected; if not nothing was written.
         """
-        inbox = self._inboxes[src]
+        inbox = self.inboxes[src]
         if not inbox.take_turn(kind, src, timeout_ns):
             return self._take_unexpected(inbox, kind, meta, targets)
         try:
@@ -245,8 +309,8 @@ class Mailbox:
         try:
             while True:
                 for src in metas:
-                    inbox = self._inboxes[src]
-                    if src not in taken and inbox.try_turn():
+                    inbox = self.inboxes[src]
+                    if src not in taken and inbox.access.try_take():
                         taken.append(src)
                     if inbox.has(kind):
                         return src, self._take_unexpected(inbox, kind, metas[src], targets)
@@ -260,7 +324,7 @@ class Mailbox:
                     return src, fits
         finally:
             for src in taken:
-                self._inboxes[src].pass_turn()
+                self.inboxes[src].pass_turn()
 
     def _read(self, src: int, kind: int, meta: int, targets: Sequence[tuple[int, int]], owner: object, timeout_ns: int) -> bool | None:
         """Read one record, in this thread's turn: to the targets if it is of that kind, else keep it and return None."""
@@ -270,13 +334,13 @@ class Mailbox:
         if found == kind:
             if number != meta or list(sizes) != [nbytes for _, nbytes in targets]:
                 return False
-            return True if ring.take(timeout_ns, targets, owner) else None  # None: the writer gave it up
+            return True if ring.take(timeout_ns, tuple(targets), owner) else None  # None: the writer gave it up
         found, number, parts = ring.get(timeout_ns, 0)
-        inbox = self._inboxes[src]
+        inbox = self.inboxes[src]
         inbox.keep_unexpected(found, number, parts)
         return self._take_unexpected(inbox, kind, meta, targets) if found == kind else None
 
-    def _take_unexpected(self, inbox: _Inbox, kind: int, meta: int, targets: Sequence[tuple[int, int]]) -> bool:
+    def _take_unexpected(self, inbox: Inbox, kind: int, meta: int, targets: Sequence[tuple[int, int]]) -> bool:
         number, parts = inbox.first(kind)
         if number != meta or [len(part) for part in parts] != [nbytes for _, nbytes in targets]:
             return False
@@ -303,10 +367,6 @@ class Mailbox:
         if len(gone) == len(states):
             raise Stopped(GONE, gone[0])
 
-    def has_unexpected(self, src: int, kind: int) -> bool:
-        """Whether an unexpected record of that kind was kept, which comes before those in the ring."""
-        return self._inboxes[src].has(kind)
-
     def unpack(self, parts: list[Any]) -> dict[str, torch.Tensor] | None:
         """Return the dict that the native module described by itself; None for another record."""
         return None if self.native is None else self.native.unpack(parts)
@@ -324,10 +384,6 @@ class Mailbox:
     def receive_broadcast(self, src: int, timeout_ns: int, call_id: int) -> tuple[int, int, list[Any]]:
         """Return kind, meta and parts of the next record that `src` put for all."""
         return self._broadcast[src].get(timeout_ns, call_id)  # type: ignore[no-any-return]  # as native/module_ring.c has it
-
-    def keep_unexpected(self, src: int, kind: int, meta: int, parts: list[Any]) -> None:
-        """Keep a record for the receive that asks for its kind."""
-        self._inboxes[src].keep_unexpected(kind, meta, parts)
 
 
 def memory_at(address: int, nbytes: int) -> memoryview:

@@ -87,6 +87,7 @@ class MessageQueue:
     Raises:
         CollectiveTimeoutError: the deadline of a call passed.
         PeerLostError: a participant died, or closed its side.
+        ConcurrentCallError: another thread is in a call of this side, or a call of this thread is around this one.
         ContextClosedError: this side was closed, before the call or during it.
     """
 

@@ -20,10 +20,36 @@ __all__ = ["Pickler", "buffer_of", "loads", "tensor_over"]
 
 # Bytes of a buffer from which on it is sent beside the pickle.
 _OUT_OF_BAND = 4096
+# Picklers that are kept for later calls.
+_IDLE = 4
 
 
 class Pickler:
-    """Pickles objects to the parts of records."""
+    """Pickles objects to the parts of records, on several threads at once and also within itself: an object's `__reduce__` may call in."""
+
+    def __init__(self) -> None:
+        # Those that no call uses. Appending and popping are atomic.
+        self._idle = [_Parts()]
+
+    def dumps(self, obj: object) -> tuple[Any, ...]:
+        """Return the parts of a record: the pickle, then its buffers. They are views of the object: write them before it changes.
+
+        Raises:
+            Exception: whatever pickling raises.
+        """
+        try:
+            one = self._idle.pop()
+        except IndexError:
+            one = _Parts()
+        try:
+            return one.dumps(obj)
+        finally:
+            if len(self._idle) < _IDLE:
+                self._idle.append(one)
+
+
+class _Parts:
+    """Pickles one object at a time."""
 
     def __init__(self) -> None:
         # Pieces that pickle writes: one, and three for each large bytes object in it.
@@ -33,11 +59,7 @@ class Pickler:
         self._dump, self._clear_memo = pickler.dump, pickler.clear_memo
 
     def dumps(self, obj: object) -> tuple[Any, ...]:
-        """Return the parts of a record: the pickle, then its buffers. They are views of the object: write them before it changes.
-
-        Raises:
-            Exception: whatever pickling raises.
-        """
+        """Return the parts of a record."""
         pieces, buffers = self._pieces, self._buffers
         try:
             self._dump(obj)

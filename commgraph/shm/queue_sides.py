@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn
 
-from commgraph.errors import CollectiveTimeoutError, ContextClosedError, PeerLostError
+from commgraph.errors import CollectiveTimeoutError, ConcurrentCallError, ContextClosedError, PeerLostError
 from commgraph.forks import explain_fork
 from commgraph.shm.pickling import Pickler, loads
 from commgraph.shm.queue_memory import FAULT_WRITER, WRITER_CLOSED, QueueMemory
 from commgraph.shm.remote import CLOSED, LOST, OBJECT, READY, Entrance, HungUp, Incoming, Late, Secret, Senders
 from commgraph.shm.stopped import LOST as DIED
-from commgraph.shm.stopped import SELF, TIMEOUT, Stopped
+from commgraph.shm.stopped import SELF, TIMEOUT, Busy, Stopped
 from commgraph.wire import WireError
 
 __all__ = ["MemoryReader", "Side", "SocketReader", "Timeout", "Writer"]
@@ -47,12 +47,14 @@ class Side(abc.ABC):
     Attributes:
         name: of the queue.
         me: name of this side in errors.
+        reader: its number; None for the writer.
         closed: `close` was called.
     """
 
-    def __init__(self, name: str, me: str) -> None:
+    def __init__(self, name: str, me: str, reader: int | None = None) -> None:
         self.name = name
         self.me = me
+        self.reader = reader
         self.closed = False
         self._call = threading.Lock()
         self._closing = threading.Lock()
@@ -134,8 +136,14 @@ class Side(abc.ABC):
     def _where(self, operation: str) -> str:
         return f"{operation} on message queue {self.name} ({self.me})"
 
-    def _busy(self, operation: str) -> RuntimeError:
-        return RuntimeError(f"{self._where(operation)}: another thread is in a call of this side; one thread at a time may use it")
+    def _busy(self, operation: str) -> ConcurrentCallError:
+        return ConcurrentCallError(
+            f"{self._where(operation)}: another thread is in a call of this side, or a call of this thread is around this one (a signal "
+            "handler, __del__, or pickling that calls in). Nothing was sent or read; the queue goes on. One thread at a time may use it",
+            group=self.name,
+            operation=operation,
+            rank=self.reader,
+        )
 
     def _closed_error(self, operation: str) -> ContextClosedError:
         if self._pid != os.getpid():
@@ -343,7 +351,7 @@ class Writer(Side):
 
     def _refused(self, obj: object, error: Exception) -> Exception:
         where = self._where("enqueue")
-        if isinstance(error, MemoryError):
+        if isinstance(error, MemoryError | ConcurrentCallError):
             return error
         if isinstance(error, RecursionError):
             return ValueError(f"{where}: the object to send is nested too deep for pickle. Nothing was sent.")
@@ -386,9 +394,9 @@ class MemoryReader(Side):
     """A reader that shares memory with the writer."""
 
     def __init__(self, name: str, reader: int, n_readers: int, memory: QueueMemory, writer_pid: int) -> None:
-        super().__init__(name, f"reader {reader} of {n_readers}")
+        super().__init__(name, f"reader {reader} of {n_readers}", reader)
         self._memory: QueueMemory | None = memory
-        # The native module itself lets one thread at a time in.
+        # Once this side is ready the native module itself lets one thread at a time in.
         self._get: Callable[..., tuple[int, int, list[Any]]] = self._get_first
         self._writer_pid = writer_pid
         self._ready = False
@@ -404,6 +412,8 @@ class MemoryReader(Side):
             parts = self._get(ns, 0)[2]
         except Stopped as stopped:
             raise self._ended("dequeue", stopped, ns, "nothing came from the writer") from None
+        except Busy:
+            raise self._busy("dequeue") from None
         try:
             return pickle.loads(parts[0]) if len(parts) == 1 else loads(parts[0], parts[1:])
         except Exception as error:
@@ -417,18 +427,25 @@ class MemoryReader(Side):
             self._get_ready(ns)
         except Stopped as stopped:
             raise self._ended("wait_until_ready", stopped, ns, "not all of the writer's readers have attached") from None
+        except Busy:
+            raise self._busy("wait_until_ready") from None
 
     def _get_ready(self, ns: int) -> None:
         memory = self._memory
         if self.closed or memory is None:
             _refuse()
-        if not self._ready:
-            kind, _, _ = memory.ring.get(ns, 0)
-            assert kind == READY
-            self._ready = True
-            self._get = memory.ring.get
-            if self._memory is None:
-                self._get = _refuse
+        if not self._call.acquire(blocking=False):
+            raise Busy
+        try:
+            if not self._ready:
+                kind, _, _ = memory.ring.get(ns, 0)
+                assert kind == READY
+                self._ready = True
+                self._get = memory.ring.get
+                if self._memory is None:
+                    self._get = _refuse
+        finally:
+            self._call.release()
 
     def _get_first(self, ns: int, call_id: int) -> tuple[int, int, list[Any]]:
         """Stands in for the ring's `get` until the first object."""
@@ -468,7 +485,7 @@ class SocketReader(Side):
     """A reader on another host, or one that cannot open the writer's memory."""
 
     def __init__(self, name: str, reader: int, n_readers: int, incoming: Incoming, why: str) -> None:
-        super().__init__(name, f"reader {reader} of {n_readers}")
+        super().__init__(name, f"reader {reader} of {n_readers}", reader)
         self._why = why
         self._incoming = incoming
         self._ready = False

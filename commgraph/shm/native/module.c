@@ -105,31 +105,41 @@ static int interrupted(cg_team *team) {
     return raised;
 }
 
-static int claim(Team *team) {
+int claim(Team *team) {
     if (*team->disowned) return raise_stopped((PyObject *)team, CG_SELF, team->team.me), 0;
     if (!team->busy) return team->busy = 1;
-    PyErr_SetString(state_of((PyObject *)team)->busy, "another thread is in a call of this very group or queue: one thread at a time may use it");
+    PyErr_SetString(state_of((PyObject *)team)->busy, "another call of this very group or queue is under way: one thread at a time may use it");
     return 0;
 }
 
-int enter_keeping(Team *team, int keep) {
-    if (!claim(team)) return 0;
+void unclaim(Team *team) { team->busy = 0; }
+
+void begin_work(Team *team, int keep) {
     team->brief = keep;
     if (!keep) release_interpreter(team);
-    return 1;
 }
 
-int enter(Team *team) { return enter_keeping(team, 0); }
+void end_work(Team *team) {
+    if (!team->brief) take_interpreter(team);
+}
 
 /* A call of same-process ranks never keeps the interpreter: it ends only after the other threads have had it. They copy and reduce
  * meanwhile. */
 int keeps_interpreter(Team *team, size_t bytes) { return bytes <= BRIEF && !cg_team_has_same_process(&team->team); }
 
+static int enter_keeping(Team *team, int keep) {
+    if (!claim(team)) return 0;
+    begin_work(team, keep);
+    return 1;
+}
+
+int enter(Team *team) { return enter_keeping(team, 0); }
+
 int enter_for(Team *team, size_t bytes) { return enter_keeping(team, keeps_interpreter(team, bytes)); }
 
 void leave(Team *team) {
-    if (!team->brief) take_interpreter(team);
-    team->busy = 0;
+    end_work(team);
+    unclaim(team);
 }
 
 static void pause_interpreter(cg_team *team) {

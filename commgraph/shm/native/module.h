@@ -49,7 +49,7 @@ typedef struct Team {
     turn *turn;
     PyThreadState *saved; /* of the thread that is in a call, while it has released the interpreter */
     int *disowned, is_disowned; /* `is_disowned` of the member's first view: the process was forked, and this is a copy */
-    int busy;
+    int busy;  /* a call has claimed it; read and written under the interpreter's lock alone */
     int brief; /* the call releases the interpreter only while it waits */
 } Team;
 
@@ -72,9 +72,11 @@ typedef struct {
     Team *team;
     Pool *pool;
     PyObject *regions; /* segments that this group keeps mapped */
+    PyObject *claims;  /* a dict: None is in it while a call by the general path is under way (commgraph/coordinator/turns.py) */
     uint64_t sequence;
     int enabled;
     int paused; /* earlier calls are pending on another thread: native calls may not overtake them */
+    int begun;  /* an all_reduce was begun and has not been ended: no other call may come between */
     cached_call cache[CACHED];
 } Group;
 
@@ -94,15 +96,19 @@ int may_use(const Ring *ring, int writing);
 extern PyType_Spec group_spec, ring_spec, tensors_spec, fast_spec, messages_spec;
 
 module_state *state_of(PyObject *self);
-/* Begins a call on a team, during which other threads of Python run; `leave` ends it. 0, with an error set, if the team is in use. */
-int enter(Team *team);
-/* Begins a call that copies so many bytes. One of up to BRIEF bytes keeps the interpreter except while it waits: it ends sooner than
- * another thread could take the interpreter. */
+/* One call at a time uses a team, from `claim` to `unclaim`; it may run Python code in between. 0, with Busy set, if another one is under way:
+ * of another thread, or of this one where user code within a call (a signal handler, say) makes a further call. */
+int claim(Team *team);
+void unclaim(Team *team);
+/* Between the two: work during which other threads of Python run. Work of up to BRIEF bytes keeps the interpreter except while it waits:
+ * it ends sooner than another thread could take the interpreter. */
 enum { BRIEF = 8 * 1024 };
-int enter_for(Team *team, size_t bytes);
-/* The two halves of enter_for: whether a call keeps the interpreter, and the begin of a call that keeps it or not. */
 int keeps_interpreter(Team *team, size_t bytes);
-int enter_keeping(Team *team, int keep);
+void begin_work(Team *team, int keep);
+void end_work(Team *team);
+/* A call that is nothing but work: claim and begin_work (for so many bytes; by `enter` the interpreter is released), end_work and unclaim. */
+int enter(Team *team);
+int enter_for(Team *team, size_t bytes);
 void leave(Team *team);
 /* The exception for a result other than CG_OK. */
 PyObject *raise_stopped(PyObject *self, int code, int who);

@@ -9,6 +9,15 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* A call, and the caller's tensor that it fills; NULL if there is none. */
+typedef struct {
+    cg_call call;
+    const Tensors *tensors;
+    PyObject *filled;
+    uint32_t digest;
+    int64_t timeout_ns;
+} native_call;
+
 /* An all_reduce that was begun and has not been ended. */
 typedef struct {
     Group *group; /* NULL: there is none */
@@ -17,7 +26,6 @@ typedef struct {
     char *to;
     size_t count;
     int dtype, op;
-    uint32_t step;
     cg_call call;
 } half_done;
 
@@ -27,7 +35,6 @@ typedef struct {
     Tensors *tensors;
     PyObject *describe; /* (name, arguments) -> int: the digest of the text that the general path has for a call */
     int64_t timeout_ns; /* of calls without a timeout of their own */
-    PyObject *filled;   /* the caller's tensor that the current call fills; NULL if there is none */
     half_done begun;
     int open;           /* 0 after close(), which may have dropped the group */
 } FastCalls;
@@ -52,45 +59,38 @@ static int reduces(const view *v, int *dtype, int *op) {
     return *dtype != ANY_DTYPE && cg_find_kernel(*dtype, *op) != NULL;
 }
 
-/* Numbers a call, and sets its tag (commgraph.communicators.tags.tag_of) and deadline. `args`: the arguments of the coordinator's method
- * that its text depends on; `extra`: distinguishes, in the cache, calls with equal tensors and different arguments. 0 with an error set. */
-static int prepare(FastCalls *fast, const char *name, int operation, const view *v, int64_t extra, PyObject *const *args, int n_args,
-                   int64_t timeout_ns, cg_call *call) {
-    Group *group = fast->group;
+/* Sets the digest of a call's text. `args`: the arguments of the coordinator's method that its text depends on; `extra`: distinguishes, in
+ * the cache, calls with equal tensors and different arguments. 0 with an error set. */
+static int prepare(FastCalls *fast, Group *group, const char *name, int operation, const view *v, int64_t extra, PyObject *const *args, int n_args,
+                   native_call *call) {
     int kind = v->kind.code << 8 | v->kind.bits;
     uint64_t hash = ((uint64_t)operation << 32 ^ (uint64_t)kind << 16 ^ (uint64_t)extra) * 0x9E3779B97F4A7C15ull;
     for (int i = 0; i < v->ndim; i++) hash = (hash ^ (uint64_t)v->shape[i]) * 0x9E3779B97F4A7C15ull;
     cached_call *cell = &group->cache[hash >> 58];
-    int known = v->ndim <= KEY_DIMS && cell->operation == operation && cell->dtype == kind && cell->ndim == v->ndim && cell->extra == extra &&
-                memcmp(cell->shape, v->shape, sizeof(int64_t) * (size_t)v->ndim) == 0;
-    uint32_t digest = cell->digest;
-    if (!known) {
-        PyObject *arguments = PyTuple_New(n_args);
-        for (int i = 0; arguments != NULL && i < n_args; i++) PyTuple_SetItem(arguments, i, Py_NewRef(args[i]));
-        PyObject *answer = arguments == NULL ? NULL : PyObject_CallFunction(fast->describe, "sN", name, arguments);
-        digest = answer == NULL ? 0 : (uint32_t)PyLong_AsUnsignedLong(answer);
-        Py_XDECREF(answer);
-        if (PyErr_Occurred()) return 0;
-        if (v->ndim <= KEY_DIMS) {
-            *cell = (cached_call){operation, kind, v->ndim, extra, {0}, digest};
-            memcpy(cell->shape, v->shape, sizeof(int64_t) * (size_t)v->ndim);
-        }
+    if (v->ndim <= KEY_DIMS && cell->operation == operation && cell->dtype == kind && cell->ndim == v->ndim && cell->extra == extra &&
+        memcmp(cell->shape, v->shape, sizeof(int64_t) * (size_t)v->ndim) == 0) {
+        call->digest = cell->digest;
+        return 1;
     }
-    group->sequence++;
-    call->tag = make_tag(0, group->sequence - 1, digest); /* 0: a collective */
-    call->call = call_word(group, operation);
-    call->meanwhile = NULL;
-    /* A call of a single step waits once: a relative deadline saves reading the clock. */
-    call->deadline = v->bytes <= BRIEF ? -timeout_ns : deadline_after(timeout_ns);
+    PyObject *arguments = PyTuple_New(n_args);
+    for (int i = 0; arguments != NULL && i < n_args; i++) PyTuple_SetItem(arguments, i, Py_NewRef(args[i]));
+    PyObject *answer = arguments == NULL ? NULL : PyObject_CallFunction(fast->describe, "sN", name, arguments);
+    call->digest = answer == NULL ? 0 : (uint32_t)PyLong_AsUnsignedLong(answer);
+    Py_XDECREF(answer);
+    if (PyErr_Occurred()) return 0;
+    if (v->ndim <= KEY_DIMS) {
+        *cell = (cached_call){operation, kind, v->ndim, extra, {0}, call->digest};
+        memcpy(cell->shape, v->shape, sizeof(int64_t) * (size_t)v->ndim);
+    }
     return 1;
 }
 
 /* The result tensor: `given` if it fits and does not overlap x, a new one if `given` is None; NULL, with or without an error. */
-static PyObject *result_for(FastCalls *fast, PyObject *given, const view *x, const int64_t *shape, char **data) {
+static PyObject *result_for(FastCalls *fast, Group *group, PyObject *given, const view *x, const int64_t *shape, char **data) {
     size_t bytes = x->size;
     for (int i = 0; i < x->ndim; i++)
         if (__builtin_mul_overflow(bytes, (size_t)shape[i], &bytes)) return NULL; /* the general path says what is wrong with the sizes */
-    if (given == Py_None) return new_tensor(fast->tensors, fast->group->pool, x->kind, x->ndim, shape, bytes, data);
+    if (given == Py_None) return new_tensor(fast->tensors, group->pool, x->kind, x->ndim, shape, bytes, data);
     view out;
     if (view_tensor(fast->tensors, given, &out) <= 0) return NULL;
     if (out.ndim != x->ndim || memcmp(&out.kind, &x->kind, sizeof out.kind) || memcmp(out.shape, shape, sizeof *shape * (size_t)x->ndim) ||
@@ -101,36 +101,57 @@ static PyObject *result_for(FastCalls *fast, PyObject *given, const view *x, con
 }
 
 /* The return value of a call with x, or NULL with the exception set. */
-static PyObject *finish_call(FastCalls *fast, int result, int who, PyObject *x, PyObject *value) {
+static PyObject *finish_call(Group *group, int result, int who, PyObject *x, PyObject *value) {
     if (result == CG_OK) return value;
     /* If other ranks may still access x and the result, both stay for ever. */
-    if (fast->group->group.exposed) Py_INCREF(x);
+    if (group->group.exposed) Py_INCREF(x);
     else Py_DECREF(value);
-    fast->group->enabled = 0;
-    return raise_stopped((PyObject *)fast, result, who);
+    group->enabled = 0;
+    return raise_stopped((PyObject *)group, result, who);
 }
 
 static void mark_filled(void *of) {
-    FastCalls *fast = of;
-    if (!mark_as_written(fast->tensors, fast->filled)) PyErr_WriteUnraisable(fast->filled);
+    native_call *call = of;
+    if (!mark_as_written(call->tensors, call->filled)) PyErr_WriteUnraisable(call->filled);
 }
 
-/* Enters the group. `filled` is marked as written while the other ranks arrive, if this thread keeps the interpreter, else now. */
-static int begin(FastCalls *fast, cg_call *call, PyObject *filled, size_t bytes) {
-    Team *team = fast->group->team;
+static int is_usable(const FastCalls *fast, const Group *group) {
+    return fast->open && (group == NULL || (group->enabled && !group->paused));
+}
+
+static int is_open(const FastCalls *fast, const Group *group) { return is_usable(fast, group) && is_unwatched(fast->tensors) > 0; }
+
+/* Whether a call by the general path is under way. One of several parts holds the number of its thread, whose further calls are the parts. */
+static int is_claimed(const Group *group) {
+    if (PyDict_Size(group->claims) == 0) return 0;
+    PyObject *held = PyDict_GetItemWithError(group->claims, Py_None); /* borrowed */
+    return held != NULL && !(PyLong_CheckExact(held) && PyLong_AsUnsignedLong(held) == PyThread_get_thread_ident());
+}
+
+/* Claims the group and begins a call, which is numbered now: one that is refused leaves no trace. `filled` is marked as written while the
+ * other ranks arrive, if this thread keeps the interpreter, else now. 0 if it was not begun, with or without an error: Python code that ran
+ * since `is_open` may have closed the group, or another thread may be in a call. */
+static int begin(FastCalls *fast, Group *group, native_call *call, int operation, int64_t timeout_ns, PyObject *filled, size_t bytes) {
+    Team *team = group->team;
     int keep = keeps_interpreter(team, bytes);
-    if ((filled == NULL || keep || mark_as_written(fast->tensors, filled)) && enter_keeping(team, keep)) {
-        fast->filled = filled;
-        if (filled != NULL && keep) call->meanwhile = mark_filled, call->of = fast;
-        return 1;
+    if (!is_usable(fast, group)) return 0;
+    if (group->begun || is_claimed(group)) {
+        PyErr_SetString(state_of((PyObject *)fast)->busy, "another call of this very group is under way: one thread at a time may use it");
+        return 0;
     }
-    fast->group->sequence--; /* the call was not begun */
-    return 0;
-}
-
-static int is_open(const FastCalls *fast) {
-    if (!fast->open || (fast->group != NULL && (!fast->group->enabled || fast->group->paused))) return 0;
-    return is_unwatched(fast->tensors) > 0;
+    if (!claim(team)) return 0;
+    if (filled != NULL && !keep && !mark_as_written(fast->tensors, filled)) {
+        unclaim(team);
+        return 0;
+    }
+    *call = (native_call){.tensors = fast->tensors, .filled = filled, .digest = call->digest, .timeout_ns = timeout_ns};
+    call->call.tag = make_tag(0, group->sequence++, call->digest); /* 0: a collective */
+    call->call.call = call_word(group, operation);
+    if (filled != NULL && keep) call->call.meanwhile = mark_filled, call->call.of = call;
+    /* A call of a single step waits once: a relative deadline saves reading the clock. */
+    call->call.deadline = bytes <= BRIEF ? -timeout_ns : deadline_after(timeout_ns);
+    begin_work(team, keep);
+    return 1;
 }
 
 /* A dimension, counted from the front; -1 if it is none. */
@@ -151,71 +172,70 @@ static void cut(cg_block *blocks, int n, char *data, const view *v, int dim, int
     for (int p = 0; p < n; p++) blocks[p] = (cg_block){data + (size_t)p * row, rows, row, row * (size_t)n};
 }
 
-static PyObject *fast_all_reduce_(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
-    FastCalls *fast = (FastCalls *)self;
+static PyObject *do_all_reduce_(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 3) return PyErr_Format(PyExc_TypeError, "all_reduce_(x, op, timeout)");
     view v;
     int64_t timeout;
     int dtype, op = parse_op(args[1]), given = op, who = 0;
-    if (!is_open(fast) || view_tensor(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) || may_fill(fast->tensors, args[0]) <= 0 ||
-        parse_timeout(self, args[2], fast->timeout_ns, &timeout) <= 0)
+    if (!is_open(fast, group) || view_tensor(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) || may_fill(fast->tensors, args[0]) <= 0 ||
+        parse_timeout((PyObject *)fast, args[2], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
-    if (fast->group == NULL) return Py_NewRef(Py_True);
-    cg_call call;
-    if (!prepare(fast, "all_reduce_", OP_ALL_REDUCE_, &v, given, args, 2, timeout, &call)) return NULL;
-    if (!begin(fast, &call, args[0], v.bytes)) return NULL;
-    int result = cg_all_reduce(&fast->group->group, &call, v.data, v.data, v.bytes / v.size, dtype, op, 1, &who);
-    leave(fast->group->team);
-    return finish_call(fast, result, who, args[0], Py_NewRef(Py_True));
+    if (group == NULL) return Py_NewRef(Py_True);
+    native_call call;
+    if (!prepare(fast, group, "all_reduce_", OP_ALL_REDUCE_, &v, given, args, 2, &call) || !begin(fast, group, &call, OP_ALL_REDUCE_, timeout, args[0], v.bytes))
+        return not_handled();
+    int result = cg_all_reduce(&group->group, &call.call, v.data, v.data, v.bytes / v.size, dtype, op, 1, &who);
+    leave(group->team);
+    return finish_call(group, result, who, args[0], Py_NewRef(Py_True));
 }
 
-static PyObject *fast_all_reduce(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
-    FastCalls *fast = (FastCalls *)self;
+static PyObject *do_all_reduce(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 3) return PyErr_Format(PyExc_TypeError, "all_reduce(x, op, timeout)");
     view v;
     int64_t timeout;
     int dtype, op = parse_op(args[1]), given = op, who = 0;
-    if (!is_open(fast) || view_tensor(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) || parse_timeout(self, args[2], fast->timeout_ns, &timeout) <= 0)
+    if (!is_open(fast, group) || view_tensor(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) || parse_timeout((PyObject *)fast, args[2], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
-    if (fast->group == NULL) return Py_NewRef(args[0]);
+    if (group == NULL) return Py_NewRef(args[0]);
     char *out;
-    PyObject *tensor = new_tensor(fast->tensors, fast->group->pool, v.kind, v.ndim, v.shape, v.bytes, &out);
+    PyObject *tensor = new_tensor(fast->tensors, group->pool, v.kind, v.ndim, v.shape, v.bytes, &out);
     if (tensor == NULL) return NULL;
-    cg_call call;
-    if (!prepare(fast, "all_reduce", OP_ALL_REDUCE, &v, given, args, 2, timeout, &call) || !begin(fast, &call, NULL, v.bytes)) {
+    native_call call;
+    if (!prepare(fast, group, "all_reduce", OP_ALL_REDUCE, &v, given, args, 2, &call) || !begin(fast, group, &call, OP_ALL_REDUCE, timeout, NULL, v.bytes)) {
         Py_DECREF(tensor);
-        return NULL;
+        return not_handled();
     }
-    int result = cg_all_reduce(&fast->group->group, &call, v.data, out, v.bytes / v.size, dtype, op, 0, &who);
-    leave(fast->group->team);
-    return finish_call(fast, result, who, args[0], tensor);
+    int result = cg_all_reduce(&group->group, &call.call, v.data, out, v.bytes / v.size, dtype, op, 0, &who);
+    leave(group->team);
+    return finish_call(group, result, who, args[0], tensor);
 }
 
 /* Begins an all_reduce. Native calls of the group are refused until `end_all_reduce`; the caller of this module orders all others after it. */
-static PyObject *fast_begin_all_reduce(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
-    FastCalls *fast = (FastCalls *)self;
+static PyObject *do_begin_all_reduce(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 3) return PyErr_Format(PyExc_TypeError, "begin_all_reduce(x, op, timeout)");
     view v;
     int64_t timeout;
     int dtype, op = parse_op(args[1]), given = op;
-    if (!is_open(fast) || fast->group == NULL || fast->begun.group != NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) ||
-        !cg_can_halve_all_reduce(&fast->group->group, v.bytes / v.size, dtype) || parse_timeout(self, args[2], fast->timeout_ns, &timeout) <= 0)
+    if (!is_open(fast, group) || group == NULL || fast->begun.group != NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) ||
+        !cg_can_halve_all_reduce(&group->group, v.bytes / v.size, dtype) || parse_timeout((PyObject *)fast, args[2], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
     half_done half = {.from = v.data, .count = v.bytes / v.size, .dtype = dtype, .op = op};
-    half.result = new_tensor(fast->tensors, fast->group->pool, v.kind, v.ndim, v.shape, v.bytes, &half.to);
+    half.result = new_tensor(fast->tensors, group->pool, v.kind, v.ndim, v.shape, v.bytes, &half.to);
     if (half.result == NULL) return NULL;
-    if (!prepare(fast, "all_reduce", OP_ALL_REDUCE, &v, given, args, 2, timeout, &half.call) || !begin(fast, &half.call, NULL, v.bytes)) {
+    native_call call;
+    if (!prepare(fast, group, "all_reduce", OP_ALL_REDUCE, &v, given, args, 2, &call) || !begin(fast, group, &call, OP_ALL_REDUCE, timeout, NULL, v.bytes)) {
         Py_DECREF(half.result);
-        return NULL;
+        return not_handled();
     }
+    half.call = call.call;
     half.call.deadline = deadline_after(timeout);
-    cg_all_reduce_begin(&fast->group->group, &half.call, half.from, half.count, dtype);
-    leave(fast->group->team);
-    half.group = (Group *)Py_NewRef((PyObject *)fast->group);
-    half.step = fast->group->group.step;
+    cg_all_reduce_begin(&group->group, &half.call, half.from, half.count, dtype);
+    end_work(group->team);
+    half.group = (Group *)Py_NewRef((PyObject *)group);
     half.x = Py_NewRef(args[0]);
-    fast->group->paused = 1;
+    group->paused = group->begun = 1;
     fast->begun = half;
+    unclaim(group->team);
     Py_RETURN_TRUE;
 }
 
@@ -234,15 +254,14 @@ static PyObject *fast_end_all_reduce(PyObject *self, PyObject *unused) {
     int result = CG_SELF, who = 0;
     if (group == NULL) return PyErr_Format(PyExc_RuntimeError, "no all_reduce was begun");
     fast->begun = (half_done){0};
-    if (group->enabled && group->group.step != half.step) {
-        group->enabled = 0; /* the slots of this call may have been overwritten */
-        PyErr_SetString(state_of(self)->busy, "another thread made collectives of this very group while an all_reduce_async was not waited for: one thread at a time may use it");
-    } else if (!group->enabled || enter_for(group->team, half.count * cg_dtype_bytes(half.dtype))) {
-        if (group->enabled) {
-            result = cg_all_reduce_end(&group->group, &half.call, half.from, half.to, half.count, half.dtype, half.op, &who);
-            leave(group->team);
-        }
-        if (result != CG_OK) group->enabled = 0, raise_stopped(self, result, who);
+    if (group->enabled && enter_for(group->team, half.count * cg_dtype_bytes(half.dtype))) {
+        result = cg_all_reduce_end(&group->group, &half.call, half.from, half.to, half.count, half.dtype, half.op, &who);
+        leave(group->team);
+    }
+    group->begun = 0;
+    if (result != CG_OK) {
+        group->enabled = 0;
+        if (!PyErr_Occurred()) raise_stopped(self, result, who);
     }
     Py_DECREF(half.x);
     Py_DECREF((PyObject *)group);
@@ -251,106 +270,102 @@ static PyObject *fast_end_all_reduce(PyObject *self, PyObject *unused) {
     return NULL;
 }
 
-static PyObject *fast_all_gather(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
-    FastCalls *fast = (FastCalls *)self;
+static PyObject *do_all_gather(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 4) return PyErr_Format(PyExc_TypeError, "all_gather(x, dim, out, timeout)");
     view v;
     int64_t timeout;
     int dim, who = 0;
-    if (!is_open(fast) || fast->group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
-        parse_timeout(self, args[3], fast->timeout_ns, &timeout) <= 0)
+    if (!is_open(fast, group) || group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
+        parse_timeout((PyObject *)fast, args[3], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
-    int n = fast->group->group.n;
+    int n = group->group.n;
     int64_t shape[MAX_DIMS];
     memcpy(shape, v.shape, sizeof shape);
     shape[dim] *= n;
     char *data;
-    PyObject *out = result_for(fast, args[2], &v, shape, &data);
+    PyObject *out = result_for(fast, group, args[2], &v, shape, &data);
     if (out == NULL) return not_handled();
     cg_block into[n];
     size_t bytes[n];
     cut(into, n, data, &v, dim, shape[dim]);
     for (int p = 0; p < n; p++) bytes[p] = v.bytes;
-    cg_call call;
-    if (!prepare(fast, "all_gather", OP_ALL_GATHER, &v, dim, args, 2, timeout, &call) || !begin(fast, &call, args[2] == Py_None ? NULL : out, v.bytes)) {
+    native_call call;
+    if (!prepare(fast, group, "all_gather", OP_ALL_GATHER, &v, dim, args, 2, &call) || !begin(fast, group, &call, OP_ALL_GATHER, timeout, args[2] == Py_None ? NULL : out, v.bytes)) {
         Py_DECREF(out);
-        return NULL;
+        return not_handled();
     }
-    int result = cg_all_gatherv(&fast->group->group, &call, v.data, bytes, into, 1, &who);
-    leave(fast->group->team);
-    return finish_call(fast, result, who, args[0], out);
+    int result = cg_all_gatherv(&group->group, &call.call, v.data, bytes, into, 1, &who);
+    leave(group->team);
+    return finish_call(group, result, who, args[0], out);
 }
 
-static PyObject *fast_reduce_scatter(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
-    FastCalls *fast = (FastCalls *)self;
+static PyObject *do_reduce_scatter(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 5) return PyErr_Format(PyExc_TypeError, "reduce_scatter(x, dim, op, out, timeout)");
     view v;
     int64_t timeout;
     int dim, dtype, op = parse_op(args[2]), given = op, who = 0;
-    if (!is_open(fast) || fast->group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 || !reduces(&v, &dtype, &op) ||
-        parse_timeout(self, args[4], fast->timeout_ns, &timeout) <= 0)
+    if (!is_open(fast, group) || group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 || !reduces(&v, &dtype, &op) ||
+        parse_timeout((PyObject *)fast, args[4], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
-    int n = fast->group->group.n;
+    int n = group->group.n;
     if (v.shape[dim] % n) return not_handled();
     int64_t shape[MAX_DIMS];
     memcpy(shape, v.shape, sizeof shape);
     shape[dim] /= n;
     char *data;
-    PyObject *out = result_for(fast, args[3], &v, shape, &data);
+    PyObject *out = result_for(fast, group, args[3], &v, shape, &data);
     if (out == NULL) return not_handled();
     cg_block pieces[n];
     cut(pieces, n, v.data, &v, dim, v.shape[dim]);
-    cg_call call;
-    if (!prepare(fast, "reduce_scatter", OP_REDUCE_SCATTER, &v, dim * CG_OPS + given, args, 3, timeout, &call) || !begin(fast, &call, args[3] == Py_None ? NULL : out, v.bytes)) {
+    native_call call;
+    if (!prepare(fast, group, "reduce_scatter", OP_REDUCE_SCATTER, &v, dim * CG_OPS + given, args, 3, &call) || !begin(fast, group, &call, OP_REDUCE_SCATTER, timeout, args[3] == Py_None ? NULL : out, v.bytes)) {
         Py_DECREF(out);
-        return NULL;
+        return not_handled();
     }
-    int result = cg_reduce_scatter(&fast->group->group, &call, pieces, data, dtype, op, &who);
-    leave(fast->group->team);
-    return finish_call(fast, result, who, args[0], out);
+    int result = cg_reduce_scatter(&group->group, &call.call, pieces, data, dtype, op, &who);
+    leave(group->team);
+    return finish_call(group, result, who, args[0], out);
 }
 
-static PyObject *all_to_all_by_sizes(FastCalls *fast, PyObject *const *args, const view *v, int dim, int64_t timeout);
+static PyObject *all_to_all_by_sizes(FastCalls *fast, Group *group, PyObject *const *args, const view *v, int dim, int64_t timeout);
 
-static PyObject *fast_all_to_all(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
-    FastCalls *fast = (FastCalls *)self;
+static PyObject *do_all_to_all(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 7) return PyErr_Format(PyExc_TypeError, "all_to_all(x, scatter_dim, gather_dim, input_sizes, output_sizes, out, timeout)");
     view v;
     int64_t timeout;
     int dim, who = 0;
-    if (!is_open(fast) || fast->group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
-        dim_of(args[2], &v) != dim || parse_timeout(self, args[6], fast->timeout_ns, &timeout) <= 0)
+    if (!is_open(fast, group) || group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
+        dim_of(args[2], &v) != dim || parse_timeout((PyObject *)fast, args[6], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
-    if (args[3] != Py_None || args[4] != Py_None) return all_to_all_by_sizes(fast, args, &v, dim, timeout);
-    int n = fast->group->group.n;
+    if (args[3] != Py_None || args[4] != Py_None) return all_to_all_by_sizes(fast, group, args, &v, dim, timeout);
+    int n = group->group.n;
     if (v.shape[dim] % n) return not_handled();
     char *data;
-    PyObject *out = result_for(fast, args[5], &v, v.shape, &data);
+    PyObject *out = result_for(fast, group, args[5], &v, v.shape, &data);
     if (out == NULL) return not_handled();
     cg_block sends[n], receives[n];
     cut(sends, n, v.data, &v, dim, v.shape[dim]);
     cut(receives, n, data, &v, dim, v.shape[dim]);
-    cg_call call;
-    if (!prepare(fast, "all_to_all", OP_ALL_TO_ALL, &v, dim, args, 3, timeout, &call) ||
-        !begin(fast, &call, args[5] == Py_None ? NULL : out, v.bytes)) {
+    native_call call;
+    if (!prepare(fast, group, "all_to_all", OP_ALL_TO_ALL, &v, dim, args, 3, &call) ||
+        !begin(fast, group, &call, OP_ALL_TO_ALL, timeout, args[5] == Py_None ? NULL : out, v.bytes)) {
         Py_DECREF(out);
-        return NULL;
+        return not_handled();
     }
-    int result = cg_all_to_allv(&fast->group->group, &call, sends, receives, &who);
-    leave(fast->group->team);
-    return finish_call(fast, result, who, args[0], out);
+    int result = cg_all_to_allv(&group->group, &call.call, sends, receives, &who);
+    leave(group->team);
+    return finish_call(group, result, who, args[0], out);
 }
 
-static PyObject *fast_broadcast(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
-    FastCalls *fast = (FastCalls *)self;
+static PyObject *do_broadcast(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 3) return PyErr_Format(PyExc_TypeError, "broadcast(x, src, timeout)");
     view v;
     int64_t timeout;
     int who = 0;
-    if (!is_open(fast) || fast->group == NULL || !PyLong_CheckExact(args[1]) || view_tensor(fast->tensors, args[0], &v) <= 0 ||
-        parse_timeout(self, args[2], fast->timeout_ns, &timeout) <= 0)
+    if (!is_open(fast, group) || group == NULL || !PyLong_CheckExact(args[1]) || view_tensor(fast->tensors, args[0], &v) <= 0 ||
+        parse_timeout((PyObject *)fast, args[2], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
-    int n = fast->group->group.n, overflow;
+    int n = group->group.n, overflow;
     long src = PyLong_AsLongAndOverflow(args[1], &overflow);
     if (overflow || src < 0 || src >= n || may_fill(fast->tensors, args[0]) <= 0) return not_handled();
     cg_block into[n];
@@ -359,25 +374,27 @@ static PyObject *fast_broadcast(PyObject *self, PyObject *const *args, Py_ssize_
     memset(bytes, 0, sizeof bytes);
     bytes[src] = v.bytes;
     into[src] = (cg_block){v.data, 1, v.bytes, v.bytes};
-    cg_call call;
-    if (!prepare(fast, "broadcast", OP_BROADCAST, &v, src, args, 2, timeout, &call) || !begin(fast, &call, args[0], v.bytes)) return NULL;
-    int result = cg_all_gatherv(&fast->group->group, &call, v.data, bytes, into, 0, &who);
-    leave(fast->group->team);
-    return finish_call(fast, result, who, args[0], Py_NewRef(Py_True));
+    native_call call;
+    if (!prepare(fast, group, "broadcast", OP_BROADCAST, &v, src, args, 2, &call) || !begin(fast, group, &call, OP_BROADCAST, timeout, args[0], v.bytes))
+        return not_handled();
+    int result = cg_all_gatherv(&group->group, &call.call, v.data, bytes, into, 0, &who);
+    leave(group->team);
+    return finish_call(group, result, who, args[0], Py_NewRef(Py_True));
 }
 
-static PyObject *fast_barrier(PyObject *self, PyObject *timeout_given) {
-    FastCalls *fast = (FastCalls *)self;
+static PyObject *do_barrier(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
+    if (nargs != 1) return PyErr_Format(PyExc_TypeError, "barrier(timeout)");
     int64_t timeout;
-    if (!is_open(fast) || parse_timeout(self, timeout_given, fast->timeout_ns, &timeout) <= 0) return not_handled();
-    if (fast->group == NULL) return Py_NewRef(Py_True);
+    if (!is_open(fast, group) || parse_timeout((PyObject *)fast, args[0], fast->timeout_ns, &timeout) <= 0) return not_handled();
+    if (group == NULL) return Py_NewRef(Py_True);
     view nothing = {.ndim = 0, .bytes = 0};
-    cg_call call;
+    native_call call;
     int who = 0;
-    if (!prepare(fast, "barrier", OP_BARRIER, &nothing, 0, NULL, 0, timeout, &call) || !begin(fast, &call, NULL, 0)) return NULL;
-    int result = cg_barrier(&fast->group->group, &call, &who);
-    leave(fast->group->team);
-    return finish_call(fast, result, who, Py_None, Py_NewRef(Py_True));
+    if (!prepare(fast, group, "barrier", OP_BARRIER, &nothing, 0, NULL, 0, &call) || !begin(fast, group, &call, OP_BARRIER, timeout, NULL, 0))
+        return not_handled();
+    int result = cg_barrier(&group->group, &call.call, &who);
+    leave(group->team);
+    return finish_call(group, result, who, Py_None, Py_NewRef(Py_True));
 }
 
 /* Operations with pieces of any sizes, and operations with a root. */
@@ -439,16 +456,15 @@ static void limit(cg_call *call, size_t bytes, int64_t timeout_ns) {
     if (bytes > BRIEF && call->deadline < 0) call->deadline = deadline_after(timeout_ns);
 }
 
-static PyObject *fast_all_gatherv(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
-    FastCalls *fast = (FastCalls *)self;
+static PyObject *do_all_gatherv(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 4) return PyErr_Format(PyExc_TypeError, "all_gatherv(x, dim, sizes, timeout)");
     view v;
     int64_t timeout;
     int dim, who = 0;
-    if (!is_open(fast) || fast->group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
-        parse_timeout(self, args[3], fast->timeout_ns, &timeout) <= 0)
+    if (!is_open(fast, group) || group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
+        parse_timeout((PyObject *)fast, args[3], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
-    int n = fast->group->group.n, me = fast->group->group.me;
+    int n = group->group.n, me = group->group.me;
     int64_t sizes[n], shape[MAX_DIMS];
     int given = parse_sizes(args[2], n, sizes);
     if (given == 2)
@@ -457,31 +473,30 @@ static PyObject *fast_all_gatherv(PyObject *self, PyObject *const *args, Py_ssiz
     memcpy(shape, v.shape, sizeof shape);
     shape[dim] = sum_of(sizes, n);
     char *data;
-    PyObject *out = result_for(fast, Py_None, &v, shape, &data);
+    PyObject *out = result_for(fast, group, Py_None, &v, shape, &data);
     if (out == NULL) return not_handled();
     cg_block into[n];
     size_t bytes[n], row = row_bytes(&v, dim);
     cut_by(into, sizes, n, data, &v, dim);
     for (int p = 0; p < n; p++) bytes[p] = row * (size_t)sizes[p];
-    cg_call call;
-    if (!prepare(fast, "all_gatherv", OP_ALL_GATHER, &v, hash_of(dim, sizes, n), args, 3, timeout, &call)) return Py_DECREF(out), NULL;
-    limit(&call, row * (size_t)shape[dim], timeout);
-    if (!begin(fast, &call, NULL, v.bytes)) return Py_DECREF(out), NULL;
-    int result = cg_all_gatherv(&fast->group->group, &call, v.data, bytes, into, 1, &who);
-    leave(fast->group->team);
-    return finish_call(fast, result, who, args[0], out);
+    native_call call;
+    if (!prepare(fast, group, "all_gatherv", OP_ALL_GATHER, &v, hash_of(dim, sizes, n), args, 3, &call) || !begin(fast, group, &call, OP_ALL_GATHER, timeout, NULL, v.bytes))
+        return Py_DECREF(out), not_handled();
+    limit(&call.call, row * (size_t)shape[dim], timeout);
+    int result = cg_all_gatherv(&group->group, &call.call, v.data, bytes, into, 1, &who);
+    leave(group->team);
+    return finish_call(group, result, who, args[0], out);
 }
 
-static PyObject *fast_gather(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
-    FastCalls *fast = (FastCalls *)self;
+static PyObject *do_gather(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 5) return PyErr_Format(PyExc_TypeError, "gather(x, dst, dim, sizes, timeout)");
     view v;
     int64_t timeout;
     int dim, who = 0;
-    if (!is_open(fast) || fast->group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[2], &v)) < 0 ||
-        parse_timeout(self, args[4], fast->timeout_ns, &timeout) <= 0)
+    if (!is_open(fast, group) || group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[2], &v)) < 0 ||
+        parse_timeout((PyObject *)fast, args[4], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
-    int n = fast->group->group.n, me = fast->group->group.me, dst = rank_of(args[1], n);
+    int n = group->group.n, me = group->group.me, dst = rank_of(args[1], n);
     int64_t sizes[n], shape[MAX_DIMS];
     int given = parse_sizes(args[3], n, sizes);
     if (given == 2)
@@ -490,80 +505,78 @@ static PyObject *fast_gather(PyObject *self, PyObject *const *args, Py_ssize_t n
     memcpy(shape, v.shape, sizeof shape);
     shape[dim] = sum_of(sizes, n);
     char *data = NULL;
-    PyObject *out = me == dst ? result_for(fast, Py_None, &v, shape, &data) : Py_NewRef(Py_False);
+    PyObject *out = me == dst ? result_for(fast, group, Py_None, &v, shape, &data) : Py_NewRef(Py_False);
     if (out == NULL) return not_handled();
     cg_block into[n];
     size_t bytes[n], row = row_bytes(&v, dim);
     if (me == dst) cut_by(into, sizes, n, data, &v, dim);
     else memset(into, 0, sizeof into);
     for (int p = 0; p < n; p++) bytes[p] = row * (size_t)sizes[p];
-    cg_call call;
-    if (!prepare(fast, "gather", OP_GATHER, &v, hash_of(dst * MAX_DIMS + dim, sizes, n), args, 4, timeout, &call)) return Py_DECREF(out), NULL;
-    limit(&call, row * (size_t)shape[dim], timeout);
-    if (!begin(fast, &call, NULL, v.bytes)) return Py_DECREF(out), NULL;
-    int result = cg_all_gatherv(&fast->group->group, &call, v.data, bytes, into, 0, &who);
-    leave(fast->group->team);
-    return finish_call(fast, result, who, args[0], out);
+    native_call call;
+    if (!prepare(fast, group, "gather", OP_GATHER, &v, hash_of(dst * MAX_DIMS + dim, sizes, n), args, 4, &call) || !begin(fast, group, &call, OP_GATHER, timeout, NULL, v.bytes))
+        return Py_DECREF(out), not_handled();
+    limit(&call.call, row * (size_t)shape[dim], timeout);
+    int result = cg_all_gatherv(&group->group, &call.call, v.data, bytes, into, 0, &who);
+    leave(group->team);
+    return finish_call(group, result, who, args[0], out);
 }
 
-static PyObject *fast_reduce_scatterv(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
-    FastCalls *fast = (FastCalls *)self;
+static PyObject *do_reduce_scatterv(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 5) return PyErr_Format(PyExc_TypeError, "reduce_scatterv(x, dim, sizes, op, timeout)");
     view v;
     int64_t timeout;
     int dim, dtype, op = parse_op(args[3]), given = op, who = 0;
-    if (!is_open(fast) || fast->group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
-        !reduces(&v, &dtype, &op) || parse_timeout(self, args[4], fast->timeout_ns, &timeout) <= 0)
+    if (!is_open(fast, group) || group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
+        !reduces(&v, &dtype, &op) || parse_timeout((PyObject *)fast, args[4], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
-    int n = fast->group->group.n, me = fast->group->group.me;
+    int n = group->group.n, me = group->group.me;
     int64_t sizes[n], shape[MAX_DIMS];
     if (parse_sizes(args[2], n, sizes) != 1 || sum_of(sizes, n) != v.shape[dim] || sizes[me] == 0) return not_handled();
     memcpy(shape, v.shape, sizeof shape);
     shape[dim] = sizes[me];
     char *data;
-    PyObject *out = result_for(fast, Py_None, &v, shape, &data);
+    PyObject *out = result_for(fast, group, Py_None, &v, shape, &data);
     if (out == NULL) return not_handled();
     cg_block pieces[n];
     cut_by(pieces, sizes, n, v.data, &v, dim);
-    cg_call call;
+    native_call call;
     int64_t extra = hash_of(dim * CG_OPS + given, sizes, n);
-    if (!prepare(fast, "reduce_scatterv", OP_REDUCE_SCATTER, &v, extra, args, 4, timeout, &call) || !begin(fast, &call, NULL, v.bytes))
-        return Py_DECREF(out), NULL;
-    int result = cg_reduce_scatter(&fast->group->group, &call, pieces, data, dtype, op, &who);
-    leave(fast->group->team);
-    return finish_call(fast, result, who, args[0], out);
+    if (!prepare(fast, group, "reduce_scatterv", OP_REDUCE_SCATTER, &v, extra, args, 4, &call) || !begin(fast, group, &call, OP_REDUCE_SCATTER, timeout, NULL, v.bytes))
+        return Py_DECREF(out), not_handled();
+    int result = cg_reduce_scatter(&group->group, &call.call, pieces, data, dtype, op, &who);
+    leave(group->team);
+    return finish_call(group, result, who, args[0], out);
 }
 
 /* Bytes up to which `dst` alone reduces; above, each rank reduces its partition (commgraph/communicators/shm.py). */
 enum { ONE_RANK_BYTES = 256 * 1024 };
 
-static PyObject *fast_reduce(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
-    FastCalls *fast = (FastCalls *)self;
+static PyObject *do_reduce(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 4) return PyErr_Format(PyExc_TypeError, "reduce(x, dst, op, timeout)");
     view v;
     int64_t timeout;
     int dtype, op = parse_op(args[2]), given = op, who = 0;
-    if (!is_open(fast) || fast->group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) ||
-        parse_timeout(self, args[3], fast->timeout_ns, &timeout) <= 0)
+    if (!is_open(fast, group) || group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) ||
+        parse_timeout((PyObject *)fast, args[3], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
-    int n = fast->group->group.n, me = fast->group->group.me, dst = rank_of(args[1], n);
+    int n = group->group.n, me = group->group.me, dst = rank_of(args[1], n);
     if (dst < 0 || (n > 2 && v.bytes > ONE_RANK_BYTES)) return not_handled();
     char *data = NULL;
-    PyObject *out = me == dst ? result_for(fast, Py_None, &v, v.shape, &data) : Py_NewRef(Py_False);
+    PyObject *out = me == dst ? result_for(fast, group, Py_None, &v, v.shape, &data) : Py_NewRef(Py_False);
     if (out == NULL) return not_handled();
     cg_block pieces[n];
     for (int p = 0; p < n; p++) pieces[p] = (cg_block){v.data, 1, p == dst ? v.bytes : 0, p == dst ? v.bytes : 0};
-    cg_call call;
-    if (!prepare(fast, "reduce", OP_REDUCE_SCATTER, &v, -1 - (dst * CG_OPS + given), args, 3, timeout, &call) || !begin(fast, &call, NULL, v.bytes))
-        return Py_DECREF(out), NULL;
-    int result = cg_reduce_scatter(&fast->group->group, &call, pieces, data, dtype, op, &who);
-    leave(fast->group->team);
-    return finish_call(fast, result, who, args[0], out);
+    native_call call;
+    if (!prepare(fast, group, "reduce", OP_REDUCE_SCATTER, &v, -1 - (dst * CG_OPS + given), args, 3, &call) || !begin(fast, group, &call, OP_REDUCE_SCATTER, timeout, NULL, v.bytes))
+        return Py_DECREF(out), not_handled();
+    int result = cg_reduce_scatter(&group->group, &call.call, pieces, data, dtype, op, &who);
+    leave(group->team);
+    return finish_call(group, result, who, args[0], out);
 }
 
 /* `all_to_all` along one dimension, by sizes. */
-static PyObject *all_to_all_by_sizes(FastCalls *fast, PyObject *const *args, const view *v, int dim, int64_t timeout) {
-    int n = fast->group->group.n, me = fast->group->group.me, who = 0;
+static PyObject *all_to_all_by_sizes(FastCalls *fast, Group *group, PyObject *const *args, const view *v, int dim, int64_t timeout) {
+    int n = group->group.n, me = group->group.me, who = 0;
     int64_t cut[n], joined[n], shape[MAX_DIMS];
     if (parse_sizes(args[3], n, cut) != 1 || parse_sizes(args[4], n, joined) != 1 || sum_of(cut, n) != v->shape[dim] || cut[me] != joined[me])
         return not_handled();
@@ -571,32 +584,31 @@ static PyObject *all_to_all_by_sizes(FastCalls *fast, PyObject *const *args, con
     shape[dim] = sum_of(joined, n);
     if (shape[dim] == 0) return not_handled();
     char *data;
-    PyObject *out = result_for(fast, args[5], v, shape, &data);
+    PyObject *out = result_for(fast, group, args[5], v, shape, &data);
     if (out == NULL) return not_handled();
     cg_block sends[n], receives[n];
     cut_by(sends, cut, n, v->data, v, dim);
     cut_by(receives, joined, n, data, v, dim);
-    cg_call call;
+    native_call call;
     /* The text has no sizes, and nothing of the shape that a rank may choose: `extra` differs from that of even pieces. */
-    if (!prepare(fast, "all_to_all", OP_ALL_TO_ALL, v, MAX_DIMS + dim, args, 5, timeout, &call)) return Py_DECREF(out), NULL;
-    limit(&call, v->bytes + row_bytes(v, dim) * (size_t)shape[dim], timeout);
-    if (!begin(fast, &call, args[5] == Py_None ? NULL : out, v->bytes)) return Py_DECREF(out), NULL;
-    int result = cg_all_to_allv(&fast->group->group, &call, sends, receives, &who);
-    leave(fast->group->team);
-    return finish_call(fast, result, who, args[0], out);
+    if (!prepare(fast, group, "all_to_all", OP_ALL_TO_ALL, v, MAX_DIMS + dim, args, 5, &call) || !begin(fast, group, &call, OP_ALL_TO_ALL, timeout, args[5] == Py_None ? NULL : out, v->bytes))
+        return Py_DECREF(out), not_handled();
+    limit(&call.call, v->bytes + row_bytes(v, dim) * (size_t)shape[dim], timeout);
+    int result = cg_all_to_allv(&group->group, &call.call, sends, receives, &who);
+    leave(group->team);
+    return finish_call(group, result, who, args[0], out);
 }
 
 /* The header before the pieces of a scatter, equal to that of commgraph/coordinator/exchanges.py: DLPack's code and bits, dim, number of
  * dims, whether the tensor is on the host, shape, sizes. */
 enum { HEADER_DIMS = 24, HEADER_FIXED = 4 };
 
-static PyObject *fast_scatter(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
-    FastCalls *fast = (FastCalls *)self;
+static PyObject *do_scatter(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 5) return PyErr_Format(PyExc_TypeError, "scatter(x, src, dim, sizes, timeout)");
     int64_t timeout;
-    if (!is_open(fast) || fast->group == NULL || fast->tensors->exchange == NULL || parse_timeout(self, args[4], fast->timeout_ns, &timeout) <= 0)
+    if (!is_open(fast, group) || group == NULL || fast->tensors->exchange == NULL || parse_timeout((PyObject *)fast, args[4], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
-    int n = fast->group->group.n, me = fast->group->group.me, src = rank_of(args[1], n), dim = 0, who = 0;
+    int n = group->group.n, me = group->group.me, src = rank_of(args[1], n), dim = 0, who = 0;
     int64_t header[HEADER_FIXED + HEADER_DIMS + n], *sizes = header + HEADER_FIXED + HEADER_DIMS;
     view v = {.ndim = 0, .bytes = 0};
     memset(header, 0, sizeof header);
@@ -616,19 +628,22 @@ static PyObject *fast_scatter(PyObject *self, PyObject *const *args, Py_ssize_t 
         return not_handled();
     }
     view nothing = {.ndim = 0, .bytes = 0};
-    cg_call call;
-    if (!prepare(fast, "scatter", OP_BROADCAST, &nothing, 1000 + src, args, 4, timeout, &call)) return NULL;
-    call.deadline = deadline_after(timeout);
-    if (!begin(fast, &call, NULL, sizeof header)) return NULL;
+    native_call call;
+    if (!prepare(fast, group, "scatter", OP_BROADCAST, &nothing, 1000 + src, args, 4, &call) || !begin(fast, group, &call, OP_BROADCAST, timeout, NULL, sizeof header))
+        return not_handled();
+    call.call.deadline = deadline_after(timeout);
     cg_block into[n], sends[n], receives[n];
     size_t bytes[n];
     memset(into, 0, sizeof into);
     memset(bytes, 0, sizeof bytes);
     bytes[src] = sizeof header;
     into[src] = (cg_block){(char *)header, 1, sizeof header, sizeof header};
-    int result = cg_all_gatherv(&fast->group->group, &call, (char *)header, bytes, into, 0, &who);
-    leave(fast->group->team);
-    if (result != CG_OK) return finish_call(fast, result, who, args[0], Py_NewRef(Py_None));
+    int result = cg_all_gatherv(&group->group, &call.call, (char *)header, bytes, into, 0, &who);
+    end_work(group->team);
+    if (result != CG_OK) {
+        unclaim(group->team);
+        return finish_call(group, result, who, args[0], Py_NewRef(Py_None));
+    }
     /* Every rank knows from the header which pieces follow. A tensor that is not plain is left to the general path, which continues after
      * the header. */
     if (me != src) {
@@ -649,34 +664,62 @@ static PyObject *fast_scatter(PyObject *self, PyObject *const *args, Py_ssize_t 
             if (number == NULL || PyList_Append(numbers, number) < 0) Py_CLEAR(numbers);
             Py_XDECREF(number);
         }
+        /* The rest of the call is the general path's, which has to release this claim. */
+        if (numbers != NULL && PyDict_SetItem(group->claims, Py_None, numbers) < 0) Py_CLEAR(numbers);
+        unclaim(group->team);
         return numbers;
     }
     int64_t shape[MAX_DIMS];
     memcpy(shape, v.shape, sizeof shape);
     shape[dim] = sizes[me];
     char *data;
-    PyObject *out = new_tensor(fast->tensors, fast->group->pool, v.kind, v.ndim, shape, v.bytes / (size_t)v.shape[dim] * (size_t)sizes[me], &data);
-    if (out == NULL) return NULL;
+    PyObject *out = new_tensor(fast->tensors, group->pool, v.kind, v.ndim, shape, v.bytes / (size_t)v.shape[dim] * (size_t)sizes[me], &data);
+    if (out == NULL) {
+        unclaim(group->team);
+        return NULL;
+    }
     memset(sends, 0, sizeof sends);
     memset(receives, 0, sizeof receives);
     if (me == src) cut_by(sends, sizes, n, v.data, &v, dim);
     size_t own = v.bytes / (size_t)v.shape[dim] * (size_t)sizes[me];
     receives[src] = (cg_block){data, 1, own, own};
-    call.call = call_word(fast->group, OP_ALL_TO_ALL);
-    if (!enter_for(fast->group->team, v.bytes)) return Py_DECREF(out), NULL;
-    result = cg_all_to_allv(&fast->group->group, &call, sends, receives, &who);
-    leave(fast->group->team);
-    return finish_call(fast, result, who, args[0], out);
+    call.call.call = call_word(group, OP_ALL_TO_ALL);
+    begin_work(group->team, keeps_interpreter(group->team, v.bytes));
+    result = cg_all_to_allv(&group->group, &call.call, sends, receives, &who);
+    leave(group->team);
+    return finish_call(group, result, who, args[0], out);
 }
 
 static PyObject *fast_close(PyObject *self, PyObject *unused) {
     (void)unused;
     FastCalls *fast = (FastCalls *)self;
     fast->open = 0;
-    /* The group's memory goes with the last reference. If another thread is in a call on it, this object keeps its reference. */
-    if (fast->group != NULL && !fast->group->team->busy) Py_CLEAR(fast->group);
+    Py_CLEAR(fast->group); /* its memory goes with the last reference, such as that of a call on another thread */
     Py_RETURN_NONE;
 }
+
+/* The methods hold the group: Python code that a call runs, and other threads while it waits, may close it. */
+#define CALL(name)                                                                                  \
+    static PyObject *fast_##name(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {         \
+        Group *group = ((FastCalls *)self)->group;                                                  \
+        Py_XINCREF((PyObject *)group);                                                              \
+        PyObject *result = do_##name((FastCalls *)self, group, args, nargs);                        \
+        Py_XDECREF((PyObject *)group);                                                              \
+        return result;                                                                              \
+    }
+CALL(all_reduce)
+CALL(all_reduce_)
+CALL(all_gather)
+CALL(reduce_scatter)
+CALL(all_to_all)
+CALL(broadcast)
+CALL(all_gatherv)
+CALL(reduce_scatterv)
+CALL(gather)
+CALL(reduce)
+CALL(scatter)
+CALL(barrier)
+CALL(begin_all_reduce)
 
 static PyObject *fast_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     (void)kwargs;
@@ -720,7 +763,7 @@ static PyMethodDef fast_methods[] = {
     FAST(gather, "gather(x, dst, dim, sizes, timeout)\n--\n\nA new tensor on dst and False elsewhere, or None."),
     FAST(reduce, "reduce(x, dst, op, timeout)\n--\n\nA new tensor on dst and False elsewhere, or None."),
     FAST(scatter, "scatter(x, src, dim, sizes, timeout)\n--\n\nA new tensor, or None; a list is the header that was sent, after which the pieces are due."),
-    {"barrier", fast_barrier, METH_O, "barrier(timeout)\n--\n\nTrue, or None."},
+    FAST(barrier, "barrier(timeout)\n--\n\nTrue, or None."),
     FAST(begin_all_reduce, "begin_all_reduce(x, op, timeout)\n--\n\nTrue, or None. `end_all_reduce` comes next, before any other collective."),
     {"has_arrived", fast_has_arrived, METH_NOARGS, "has_arrived()\n--\n\nWhether `end_all_reduce` would wait for no rank."},
     {"end_all_reduce", fast_end_all_reduce, METH_NOARGS, "end_all_reduce()\n--\n\nThe new tensor."},

@@ -19,10 +19,12 @@ static PyObject *group_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     Group *self = (Group *)allocate(type);
     if (self == NULL) return NULL;
     self->regions = PyList_New(0);
+    self->claims = PyDict_New();
     cg_group_join(&self->group, view, ((Team *)team)->segment->base + offset, (size_t)slot_bytes);
     self->team = (Team *)Py_NewRef(team);
     self->pool = (Pool *)Py_NewRef(pool);
     self->enabled = 1;
+    if (self->regions == NULL || self->claims == NULL) Py_CLEAR(self);
     return (PyObject *)self;
 }
 
@@ -32,6 +34,7 @@ static void group_dealloc(PyObject *self) {
     Py_XDECREF((PyObject *)group->team);
     Py_XDECREF((PyObject *)group->pool);
     Py_XDECREF(group->regions);
+    Py_XDECREF(group->claims);
     free_object(self);
 }
 
@@ -265,7 +268,19 @@ static PyObject *get_bytes_sent(PyObject *self, void *closure) {
     return PyLong_FromUnsignedLongLong(((Group *)self)->group.bytes_sent);
 }
 
+static PyObject *get_claims(PyObject *self, void *closure) {
+    (void)closure;
+    return Py_NewRef(((Group *)self)->claims);
+}
+
+static PyObject *get_busy(PyObject *self, void *closure) {
+    (void)closure;
+    return PyBool_FromLong(((Group *)self)->begun || ((Group *)self)->team->busy);
+}
+
 static PyGetSetDef group_getset[] = {
+    {"claims", get_claims, NULL, "a dict: None is in it while a call by the general path is under way", NULL},
+    {"busy", get_busy, NULL, "whether a native call is under way, or was begun and not ended", NULL},
     {"sequence", get_sequence, set_sequence, "calls begun", NULL},
     {"enabled", get_enabled, set_enabled, "whether native calls are handled", NULL},
     {"paused", get_paused, set_paused, "whether native calls are not handled because earlier calls are pending", NULL},

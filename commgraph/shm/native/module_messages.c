@@ -7,7 +7,7 @@
 #include <string.h>
 
 enum { TENSORS = 1, DICT = 3 }; /* kinds of records, as in commgraph/shm/mailbox.py */
-enum { MESSAGE = 1 };           /* as in commgraph/communicators/signature.py */
+enum { MESSAGE = 1 };           /* as in commgraph/communicators/tags.py */
 enum { FEW_TENSORS = 32, DESCRIPTION = 4096 };
 /* The first byte of the description of a plain dict, where a pickle has 0x80. */
 enum { PLAIN = 1 };
@@ -31,6 +31,9 @@ typedef struct {
     Tensors *tensors;
     PyObject *digest; /* (kind, count) -> int: commgraph.communicators.tags.digest */
     int64_t timeout_ns; /* of calls without a timeout of their own */
+    PyObject *counts;   /* a dict: how many messages there were, by lane */
+    PyObject *claims;   /* a dict: the lanes in which a call is under way (commgraph/coordinator/turns.py) */
+    PyObject *any_rank; /* the lane of receives from any rank */
     uint64_t sent;      /* bytes */
     known_kind known[CACHED];
 } Messages;
@@ -44,35 +47,69 @@ static Ring *ring_of(PyObject *self, PyObject *ring) {
 
 static int code_of(dl_dtype kind) { return kind.code << 8 | kind.bits; }
 
-/* The tag of message `number`. 0 with an error set. */
-static int tag_of(Messages *messages, dl_dtype kind, int64_t count, uint64_t number, uint64_t *tag) {
+/* The digest of a message. 0 with an error set. */
+static int digest_of(Messages *messages, dl_dtype kind, int64_t count, uint32_t *digest) {
     int code = code_of(kind);
     known_kind *cell = &messages->known[((uint64_t)count ^ (uint64_t)code << 32) * 0x9E3779B97F4A7C15ull >> 58];
-    if (cell->kind != code || cell->count != count) {
-        PyObject *answer = PyObject_CallFunction(messages->digest, "iL", code, (long long)count);
-        uint32_t digest = answer == NULL ? 0 : (uint32_t)PyLong_AsUnsignedLong(answer);
-        Py_XDECREF(answer);
-        if (PyErr_Occurred()) return 0;
-        *cell = (known_kind){code, count, digest};
+    if (cell->kind == code && cell->count == count) {
+        *digest = cell->digest;
+        return 1;
     }
-    *tag = make_tag(MESSAGE, number, cell->digest);
+    PyObject *answer = PyObject_CallFunction(messages->digest, "iL", code, (long long)count);
+    *digest = answer == NULL ? 0 : (uint32_t)PyLong_AsUnsignedLong(answer);
+    Py_XDECREF(answer);
+    if (PyErr_Occurred()) return 0;
+    *cell = (known_kind){code, count, *digest};
     return 1;
+}
+
+/* Claims a lane, and gives the number of its next message. 0 with an error set: Busy, if another call is under way in it. */
+static int claim_lane(Messages *messages, PyObject *lane, uint64_t *number) {
+    int taken = PyDict_Contains(messages->claims, lane);
+    if (taken < 0 || (taken == 0 && PyDict_SetItem(messages->claims, lane, lane) < 0)) return 0;
+    if (taken == 0 && PyDict_Size(messages->claims) > 1 && PyDict_Contains(messages->claims, messages->any_rank) > 0) {
+        PyDict_DelItem(messages->claims, lane);
+        taken = 1;
+    }
+    if (taken) {
+        PyErr_SetString(state_of((PyObject *)messages)->busy, "another message of this kind, with this very rank, is under way: one thread at a time may have one");
+        return 0;
+    }
+    PyObject *count = PyDict_GetItemWithError(messages->counts, lane); /* borrowed */
+    *number = count == NULL ? 0 : PyLong_AsUnsignedLongLong(count);
+    return 1;
+}
+
+/* Ends the claim of a lane; `number`: that of the message that came or went, -1 if there was none. */
+static void unclaim_lane(Messages *messages, PyObject *lane, int64_t number) {
+    PyObject *kind, *value, *trace, *count = NULL;
+    PyErr_Fetch(&kind, &value, &trace);
+    if (number >= 0 && ((count = PyLong_FromLongLong(number + 1)) == NULL || PyDict_SetItem(messages->counts, lane, count) < 0)) PyErr_WriteUnraisable(lane);
+    Py_XDECREF(count);
+    if (PyDict_DelItem(messages->claims, lane) < 0) PyErr_Clear();
+    PyErr_Restore(kind, value, trace);
 }
 
 static PyObject *messages_send(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     Messages *messages = (Messages *)self;
-    if (nargs != 4) return PyErr_Format(PyExc_TypeError, "send(ring, x, number, timeout)");
+    if (nargs != 4) return PyErr_Format(PyExc_TypeError, "send(ring, x, lane, timeout)");
     view v;
     Ring *ring = ring_of(self, args[0]);
-    if (ring == NULL || !may_use(ring, 1) || is_unwatched(messages->tensors) <= 0 || view_tensor(messages->tensors, args[1], &v) <= 0) return not_handled();
-    uint64_t number = PyLong_AsUnsignedLongLong(args[2]), tag;
     int64_t timeout;
-    if (parse_timeout(self, args[3], messages->timeout_ns, &timeout) <= 0) return not_handled();
-    if (PyErr_Occurred() || !tag_of(messages, v.kind, (int64_t)(v.bytes / v.size), number, &tag) || !enter_for(ring->team, v.bytes)) return NULL;
-    cg_part part = {v.data, v.bytes};
-    int who = 0, result = cg_ring_put(&ring->ring, TENSORS, tag, &part, 1, deadline_after(timeout), &who);
-    leave(ring->team);
-    if (result != CG_OK) return raise_stopped(self, result, who);
+    if (ring == NULL || !may_use(ring, 1) || is_unwatched(messages->tensors) <= 0 || parse_timeout(self, args[3], messages->timeout_ns, &timeout) <= 0 ||
+        view_tensor(messages->tensors, args[1], &v) <= 0)
+        return not_handled();
+    uint32_t digest;
+    uint64_t number;
+    if (!digest_of(messages, v.kind, (int64_t)(v.bytes / v.size), &digest) || !claim_lane(messages, args[2], &number)) return NULL;
+    int who = 0, result = -1;
+    if (enter_for(ring->team, v.bytes)) {
+        cg_part part = {v.data, v.bytes};
+        result = cg_ring_put(&ring->ring, TENSORS, make_tag(MESSAGE, number, digest), &part, 1, deadline_after(timeout), &who);
+        leave(ring->team);
+    }
+    unclaim_lane(messages, args[2], result < 0 ? -1 : (int64_t)number);
+    if (result != CG_OK) return result < 0 ? NULL : raise_stopped(self, result, who);
     messages->sent += v.bytes;
     return Py_NewRef(Py_True);
 }
@@ -99,7 +136,12 @@ static int parse_shape(PyObject *size, view *v) {
  * `*kept` if another process may still write to `memory`. */
 static int read_tensor(Ring *ring, uint64_t tag, void *memory, size_t bytes, int64_t deadline, int *kept) {
     *kept = 0;
-    if (!enter_for(ring->team, bytes)) return -1;
+    if (!claim(ring->team)) return -1;
+    if (ring->parts != NULL) { /* a record that another receive has begun to read */
+        unclaim(ring->team);
+        return 0;
+    }
+    begin_work(ring->team, keeps_interpreter(ring->team, bytes));
     int who = 0, mine = 0, result = cg_ring_next(&ring->ring, deadline, &who);
     if (result == CG_OK) {
         const cg_record *record = &ring->ring.record;
@@ -120,11 +162,10 @@ static int read_tensor(Ring *ring, uint64_t tag, void *memory, size_t bytes, int
 
 static PyObject *messages_recv(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     Messages *messages = (Messages *)self;
-    if (nargs != 6) return PyErr_Format(PyExc_TypeError, "recv(ring, size, kind, out, number, timeout)");
+    if (nargs != 6) return PyErr_Format(PyExc_TypeError, "recv(ring, size, kind, out, lane, timeout)");
     Ring *ring = ring_of(self, args[0]);
-    if (ring == NULL || !may_use(ring, 0) || ring->parts != NULL || messages->tensors->exchange == NULL || is_unwatched(messages->tensors) <= 0) return not_handled();
+    if (ring == NULL || !may_use(ring, 0) || messages->tensors->exchange == NULL || is_unwatched(messages->tensors) <= 0) return not_handled();
     long kind = PyLong_AsLong(args[2]);
-    uint64_t number = PyLong_AsUnsignedLongLong(args[4]), tag;
     int64_t timeout;
     if (PyErr_Occurred()) return NULL;
     if (parse_timeout(self, args[5], messages->timeout_ns, &timeout) <= 0) return not_handled();
@@ -136,10 +177,16 @@ static PyObject *messages_recv(PyObject *self, PyObject *const *args, Py_ssize_t
     if (given != NULL && (view_tensor(messages->tensors, given, &out) <= 0 || code_of(out.kind) != kind || out.ndim != v.ndim ||
                           memcmp(out.shape, v.shape, sizeof *v.shape * (size_t)v.ndim) || may_fill(messages->tensors, given) <= 0))
         return not_handled();
-    if (!tag_of(messages, v.kind, (int64_t)(v.bytes / v.size), number, &tag)) return NULL;
+    uint32_t digest;
+    uint64_t number;
+    if (!digest_of(messages, v.kind, (int64_t)(v.bytes / v.size), &digest)) return NULL;
     void *memory = given != NULL ? out.data : cg_pool_take(ring->pool->pool, v.bytes);
     if (memory == NULL) Py_RETURN_NONE; /* the general path raises, and the group stays usable */
-    int kept, came = read_tensor(ring, tag, memory, v.bytes, deadline, &kept);
+    int kept = 0, came = -1;
+    if (claim_lane(messages, args[4], &number)) {
+        came = read_tensor(ring, make_tag(MESSAGE, number, digest), memory, v.bytes, deadline, &kept);
+        unclaim_lane(messages, args[4], came > 0 ? (int64_t)number : -1);
+    }
     if (came > 0 && given == NULL) return tensor_over(messages->tensors, memory, v.kind, v.ndim, v.shape);
     if (came > 0) return mark_as_written(messages->tensors, given) ? Py_NewRef(given) : NULL;
     if (given == NULL && !kept) cg_pool_give(memory);
@@ -227,7 +274,11 @@ static PyObject *messages_put_dict(PyObject *self, PyObject *const *args, Py_ssi
     p.n = 0;
     PyObject *key, *value, *sent = NULL;
     int plain = 1;
-    for (Py_ssize_t position = 0; plain && PyDict_Next(args[1], &position, &key, &value);) plain = pack_item(messages, &p, key, value);
+    for (Py_ssize_t position = 0; plain && PyDict_Next(args[1], &position, &key, &value);) {
+        Py_INCREF(key); /* another thread may change the dict meanwhile */
+        plain = pack_item(messages, &p, key, value);
+        Py_DECREF(key);
+    }
     if (!plain) sent = not_handled();
     else {
         p.parts[0] = (cg_part){p.description, p.length};
@@ -340,34 +391,42 @@ static PyObject *messages_sent(PyObject *self, void *closure) {
 
 static PyObject *messages_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     (void)kwargs;
-    PyObject *tensors, *digest;
+    PyObject *tensors, *digest, *counts, *claims, *any_rank;
     long long timeout_ns;
-    if (!PyArg_ParseTuple(args, "OOL", &tensors, &digest, &timeout_ns)) return NULL;
+    if (!PyArg_ParseTuple(args, "OOLO!O!O!", &tensors, &digest, &timeout_ns, &PyDict_Type, &counts, &PyDict_Type, &claims, &PyTuple_Type, &any_rank))
+        return NULL;
     module_state *state = PyType_GetModuleState(type);
-    if (state == NULL || !PyObject_TypeCheck(tensors, state->tensors)) return PyErr_Format(PyExc_TypeError, "Messages(tensors, digest, timeout_ns)");
+    if (state == NULL || !PyObject_TypeCheck(tensors, state->tensors))
+        return PyErr_Format(PyExc_TypeError, "Messages(tensors, digest, timeout_ns, counts, claims, any_rank)");
     Messages *self = (Messages *)allocate(type);
     if (self == NULL) return NULL;
     self->tensors = (Tensors *)Py_NewRef(tensors);
     self->digest = Py_NewRef(digest);
     self->timeout_ns = timeout_ns;
+    self->counts = Py_NewRef(counts);
+    self->claims = Py_NewRef(claims);
+    self->any_rank = Py_NewRef(any_rank);
     return (PyObject *)self;
 }
 
 static void messages_dealloc(PyObject *self) {
     Py_XDECREF((PyObject *)((Messages *)self)->tensors);
     Py_XDECREF(((Messages *)self)->digest);
+    Py_XDECREF(((Messages *)self)->counts);
+    Py_XDECREF(((Messages *)self)->claims);
+    Py_XDECREF(((Messages *)self)->any_rank);
     free_object(self);
 }
 
 #define FAST(name, doc) {#name, (PyCFunction)(void (*)(void))messages_##name, METH_FASTCALL, doc}
 static PyMethodDef messages_methods[] = {
-    FAST(send, "send(ring, x, number, timeout)\n--\n\nTrue, or None."),
-    FAST(recv, "recv(ring, size, kind, out, number, timeout)\n--\n\nThe tensor, or None."),
+    FAST(send, "send(ring, x, lane, timeout)\n--\n\nTrue, or None."),
+    FAST(recv, "recv(ring, size, kind, out, lane, timeout)\n--\n\nThe tensor, or None."),
     FAST(put_dict, "put_dict(ring, tensors, meta, timeout_ns, posted)\n--\n\nTrue, or None."),
     {"unpack", messages_unpack, METH_O, "unpack(parts)\n--\n\nThe plain dict of a record, or None."},
     {0}};
 static PyGetSetDef messages_getset[] = {{"bytes_sent", messages_sent, NULL, "bytes that these calls sent", NULL}, {0}};
 static PyType_Slot messages_slots[] = {
-    {Py_tp_doc, "Messages(tensors, digest, timeout_ns)\n--\n\nNative messages through rings."},
+    {Py_tp_doc, "Messages(tensors, digest, timeout_ns, counts, claims, any_rank)\n--\n\nNative messages through rings."},
     {Py_tp_new, messages_new}, {Py_tp_dealloc, messages_dealloc}, {Py_tp_methods, messages_methods}, {Py_tp_getset, messages_getset}, {0}};
 PyType_Spec messages_spec = {"commgraph.shm._native.Messages", sizeof(Messages), 0, Py_TPFLAGS_DEFAULT, messages_slots};

@@ -123,10 +123,13 @@ static PyObject *ring_put(PyObject *self, PyObject *const *args, Py_ssize_t narg
     return result == CG_OK ? Py_NewRef(Py_None) : raise_stopped(self, result, who);
 }
 
-/* Waits for the next record. */
+/* Waits for the next record, on a ring that was claimed. */
 static int wait_next(Ring *ring, int64_t deadline, unsigned long long posted, int *who) {
+    begin_work(ring->team, keeps_interpreter(ring->team, 0));
     if (posted) publish_posted(ring, posted);
-    return cg_ring_next(&ring->ring, deadline, who);
+    int result = cg_ring_next(&ring->ring, deadline, who);
+    end_work(ring->team);
+    return result;
 }
 
 static PyObject *ring_peek(PyObject *self, PyObject *args) {
@@ -136,18 +139,20 @@ static PyObject *ring_peek(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "LK", &timeout, &posted)) return NULL;
     if (!may_use(ring, 0)) return NULL;
     int who = 0;
-    if (!enter_for(ring->team, 0)) return NULL;
+    if (!claim(ring->team)) return NULL;
     int result = wait_next(ring, deadline_after(timeout), posted, &who);
-    leave(ring->team);
-    if (result != CG_OK) return raise_stopped(self, result, who);
-    const cg_record *record = &ring->ring.record;
-    PyObject *sizes = PyTuple_New(record->n_parts);
-    for (uint32_t i = 0; sizes != NULL && i < record->n_parts; i++) {
-        PyObject *size = PyLong_FromSize_t(cg_ring_size(&ring->ring, i));
-        if (size == NULL || PyTuple_SetItem(sizes, i, size) < 0) Py_CLEAR(sizes);
+    PyObject *found = NULL;
+    if (result == CG_OK) {
+        const cg_record *record = &ring->ring.record;
+        PyObject *sizes = PyTuple_New(record->n_parts);
+        for (uint32_t i = 0; sizes != NULL && i < record->n_parts; i++) {
+            PyObject *size = PyLong_FromSize_t(cg_ring_size(&ring->ring, i));
+            if (size == NULL || PyTuple_SetItem(sizes, i, size) < 0) Py_CLEAR(sizes);
+        }
+        if (sizes != NULL) found = Py_BuildValue("(kKN)", (unsigned long)record->kind, (unsigned long long)record->meta, sizes);
     }
-    if (sizes == NULL) return NULL;
-    return Py_BuildValue("(kKN)", (unsigned long)record->kind, (unsigned long long)record->meta, sizes);
+    unclaim(ring->team);
+    return result == CG_OK ? found : raise_stopped(self, result, who);
 }
 
 /* Memory for the next part: bytes for the first, which is a pickle, a Block for the others. */
@@ -162,54 +167,64 @@ static char *new_part(Ring *ring, PyObject **part) {
     return block == NULL ? NULL : block->base;
 }
 
+/* Reads what is left of the record to ring->parts, on a ring that was claimed. -1 with an error set, else the result. */
+static int read_parts(Ring *ring, int64_t deadline, int *who) {
+    for (;;) {
+        Py_ssize_t have = PyList_Size(ring->parts);
+        PyObject *part = have ? PyList_GetItem(ring->parts, have - 1) : NULL; /* borrowed */
+        char *memory;
+        if (have == 0 || ring->done == cg_ring_size(&ring->ring, (uint32_t)(have - 1))) {
+            if ((uint32_t)have == ring->ring.record.n_parts) return CG_OK;
+            memory = new_part(ring, &part);
+            if (memory == NULL) return -1;
+            int failed = PyList_Append(ring->parts, part) < 0;
+            Py_DECREF(part); /* the list holds it */
+            if (failed) return -1;
+            have++;
+            ring->done = 0;
+        } else {
+            memory = have == 1 ? PyBytes_AsString(part) : ((Block *)part)->base;
+        }
+        begin_work(ring->team, keeps_interpreter(ring->team, cg_ring_size(&ring->ring, (uint32_t)(have - 1))));
+        int result = cg_ring_read(&ring->ring, (uint32_t)(have - 1), memory, &ring->done, deadline, who);
+        end_work(ring->team);
+        if (result != CG_OK) return result;
+    }
+}
+
+/* The next record's parts; NULL with an error set, where `get` can be called again. On a ring that was claimed. */
+static PyObject *next_parts(Ring *ring, int64_t deadline, unsigned long long posted) {
+    int who = 0, result;
+    do {
+        if (ring->parts == NULL) {
+            result = wait_next(ring, deadline, posted, &who);
+            if (result != CG_OK) return raise_stopped((PyObject *)ring, result, who);
+            ring->parts = PyList_New(0);
+            ring->done = 0;
+            if (ring->parts == NULL) return NULL;
+        }
+        result = read_parts(ring, deadline, &who);
+        if (result == CG_RESTART) Py_CLEAR(ring->parts);
+    } while (result == CG_RESTART);
+    if (result != CG_OK) return result < 0 ? NULL : raise_stopped((PyObject *)ring, result, who);
+    cg_ring_finish(&ring->ring);
+    PyObject *parts = ring->parts;
+    ring->parts = NULL;
+    return parts;
+}
+
 /* get(timeout_ns, posted): (kind, meta, parts); the first part is bytes, the others are Blocks. */
 static PyObject *ring_get(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     Ring *ring = (Ring *)self;
     if (nargs != 2) return PyErr_Format(PyExc_TypeError, "get(timeout_ns, posted)");
     int64_t timeout = PyLong_AsLongLong(args[0]);
     unsigned long long posted = PyLong_AsUnsignedLongLong(args[1]);
-    if (PyErr_Occurred() || !may_use(ring, 0)) return NULL;
-    int64_t deadline = deadline_after(timeout);
-    int who = 0;
-    for (;;) {
-        if (ring->parts == NULL) {
-            if (!enter_for(ring->team, 0)) return NULL;
-            int result = wait_next(ring, deadline, posted, &who);
-            leave(ring->team);
-            if (result != CG_OK) return raise_stopped(self, result, who);
-            ring->parts = PyList_New(0);
-            ring->done = 0;
-            if (ring->parts == NULL) return NULL;
-        }
-        int result = CG_OK;
-        for (uint32_t n = ring->ring.record.n_parts; result == CG_OK;) {
-            Py_ssize_t have = PyList_Size(ring->parts);
-            PyObject *part = have ? PyList_GetItem(ring->parts, have - 1) : NULL; /* borrowed */
-            char *memory;
-            if (have == 0 || ring->done == cg_ring_size(&ring->ring, (uint32_t)(have - 1))) {
-                if ((uint32_t)have == n) break;
-                memory = new_part(ring, &part);
-                if (memory == NULL) return NULL;
-                int failed = PyList_Append(ring->parts, part) < 0;
-                Py_DECREF(part); /* the list holds it */
-                if (failed) return NULL;
-                have++;
-                ring->done = 0;
-            } else {
-                memory = have == 1 ? PyBytes_AsString(part) : ((Block *)part)->base;
-            }
-            if (!enter_for(ring->team, cg_ring_size(&ring->ring, (uint32_t)(have - 1)))) return NULL;
-            result = cg_ring_read(&ring->ring, (uint32_t)(have - 1), memory, &ring->done, deadline, &who);
-            leave(ring->team);
-        }
-        if (result == CG_OK) break;
-        if (result != CG_RESTART) return raise_stopped(self, result, who);
-        Py_CLEAR(ring->parts);
-    }
-    cg_ring_finish(&ring->ring);
-    PyObject *parts = ring->parts;
-    ring->parts = NULL;
-    return Py_BuildValue("(kKN)", (unsigned long)ring->ring.record.kind, (unsigned long long)ring->ring.record.meta, parts);
+    if (PyErr_Occurred() || !may_use(ring, 0) || !claim(ring->team)) return NULL;
+    PyObject *parts = next_parts(ring, deadline_after(timeout), posted);
+    uint32_t kind = ring->ring.record.kind;
+    uint64_t meta = ring->ring.record.meta;
+    unclaim(ring->team);
+    return parts == NULL ? NULL : Py_BuildValue("(kKN)", (unsigned long)kind, (unsigned long long)meta, parts);
 }
 
 static PyObject *ring_reading(PyObject *self, void *closure) {
@@ -217,39 +232,40 @@ static PyObject *ring_reading(PyObject *self, void *closure) {
     return PyBool_FromLong(((Ring *)self)->parts != NULL);
 }
 
-/* take(timeout_ns, [(address, bytes), ...], owner): reads the parts of the record that `peek` found into the caller's memory, which `owner`
+/* Reads the parts of the record that `peek` found to `targets`, on a ring that was claimed. -1 with an error set, else the result. */
+static int take_parts(Ring *ring, PyObject *targets, int64_t deadline, int *who) {
+    Py_ssize_t n = PyTuple_Size(targets);
+    if (n < 0) return -1;
+    if (!ring->ring.in_record || ring->parts != NULL || (uint32_t)n != ring->ring.record.n_parts)
+        return PyErr_SetString(PyExc_ValueError, "another number of parts"), -1;
+    for (Py_ssize_t i = 0; i < n; i++) {
+        unsigned long long address;
+        Py_ssize_t bytes;
+        if (!PyArg_ParseTuple(PyTuple_GetItem(targets, i), "Kn", &address, &bytes)) return -1;
+        if (!is_memory((void *)(uintptr_t)address, (size_t)bytes)) return -1;
+        if ((size_t)bytes != cg_ring_size(&ring->ring, (uint32_t)i)) return PyErr_Format(PyExc_ValueError, "part %zd has another size", i), -1;
+        size_t done = 0;
+        begin_work(ring->team, keeps_interpreter(ring->team, (size_t)bytes));
+        int result = cg_ring_read(&ring->ring, (uint32_t)i, (void *)(uintptr_t)address, &done, deadline, who);
+        end_work(ring->team);
+        if (result != CG_OK) return result;
+    }
+    return CG_OK;
+}
+
+/* take(timeout_ns, ((address, bytes), ...), owner): reads the parts of the record that `peek` found into the caller's memory, which `owner`
  * keeps alive. False if the writer gave up on the record. */
 static PyObject *ring_take(PyObject *self, PyObject *args) {
     Ring *ring = (Ring *)self;
     long long timeout;
     PyObject *targets, *owner;
-    if (!PyArg_ParseTuple(args, "LOO", &timeout, &targets, &owner)) return NULL;
-    int64_t deadline = deadline_after(timeout);
-    Py_ssize_t n = PySequence_Size(targets);
-    if (n < 0) return NULL;
-    if (!ring->ring.in_record || (uint32_t)n != ring->ring.record.n_parts) return PyErr_Format(PyExc_ValueError, "another number of parts");
-    int result = CG_OK, who = 0;
-    for (Py_ssize_t i = 0; i < n && result == CG_OK; i++) {
-        PyObject *target = PySequence_GetItem(targets, i);
-        unsigned long long address;
-        Py_ssize_t bytes;
-        int fine = target != NULL && PyArg_ParseTuple(target, "Kn", &address, &bytes);
-        Py_XDECREF(target);
-        if (!fine) return NULL;
-        if (!is_memory((void *)(uintptr_t)address, (size_t)bytes)) return NULL;
-        if ((size_t)bytes != cg_ring_size(&ring->ring, (uint32_t)i)) return PyErr_Format(PyExc_ValueError, "part %zd has another size", i);
-        size_t done = 0;
-        if (!enter_for(ring->team, (size_t)bytes)) return NULL;
-        result = cg_ring_read(&ring->ring, (uint32_t)i, (void *)(uintptr_t)address, &done, deadline, &who);
-        leave(ring->team);
-    }
+    if (!PyArg_ParseTuple(args, "LO!O", &timeout, &PyTuple_Type, &targets, &owner) || !claim(ring->team)) return NULL;
+    int who = 0, result = take_parts(ring, targets, deadline_after(timeout), &who);
+    if (result > CG_OK && result != CG_RESTART && !release_part(ring)) Py_INCREF(owner); /* for ever */
+    if (result >= CG_OK && result != CG_RESTART) cg_ring_finish(&ring->ring);
+    unclaim(ring->team);
     if (result == CG_RESTART) Py_RETURN_FALSE;
-    if (result != CG_OK) {
-        if (!release_part(ring)) Py_INCREF(owner);
-        cg_ring_finish(&ring->ring);
-        return raise_stopped(self, result, who);
-    }
-    cg_ring_finish(&ring->ring);
+    if (result != CG_OK) return result < 0 ? NULL : raise_stopped(self, result, who);
     Py_RETURN_TRUE;
 }
 
@@ -259,24 +275,28 @@ PyObject *module_any_ring(PyObject *module, PyObject *args) {
     PyObject *given;
     long long timeout;
     if (!PyArg_ParseTuple(args, "O!L", &PyTuple_Type, &given, &timeout)) return NULL;
-    Py_ssize_t n = PyTuple_Size(given);
+    Py_ssize_t n = PyTuple_Size(given), claimed = 0;
     cg_ring **rings = PyMem_Malloc(sizeof *rings * (size_t)(n + 1));
     if (rings == NULL) return PyErr_NoMemory();
     module_state *state = PyModule_GetState(module);
-    for (Py_ssize_t i = 0; i < n; i++) {
-        PyObject *ring = PyTuple_GetItem(given, i);
+    for (; claimed < n; claimed++) {
+        PyObject *ring = PyTuple_GetItem(given, claimed);
         if (!PyObject_TypeCheck(ring, state->ring) || !((Ring *)ring)->ring.private || !((Ring *)ring)->reads) {
-            PyMem_Free(rings);
-            return PyErr_Format(PyExc_TypeError, "any_ring(rings, timeout_ns): private rings that this member reads are needed");
+            PyErr_SetString(PyExc_TypeError, "any_ring(rings, timeout_ns): private rings that this member reads are needed");
+            break;
         }
-        rings[i] = &((Ring *)ring)->ring;
+        if (!claim(((Ring *)ring)->team)) break;
+        rings[claimed] = &((Ring *)ring)->ring;
     }
-    int found;
-    Py_BEGIN_ALLOW_THREADS
-    found = cg_any_ring(rings, (int)n, deadline_after(timeout));
-    Py_END_ALLOW_THREADS
+    int found = -1;
+    if (claimed == n) {
+        Py_BEGIN_ALLOW_THREADS
+        found = cg_any_ring(rings, (int)n, deadline_after(timeout));
+        Py_END_ALLOW_THREADS
+    }
+    for (Py_ssize_t i = 0; i < claimed; i++) unclaim(((Ring *)PyTuple_GetItem(given, i))->team);
     PyMem_Free(rings);
-    return PyLong_FromLong(found);
+    return claimed == n ? PyLong_FromLong(found) : NULL;
 }
 
 static int set_zero_copy_from(PyObject *self, PyObject *value, void *closure) {
