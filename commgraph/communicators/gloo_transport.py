@@ -131,13 +131,17 @@ class GlooTransport:
                     works.append((backend.send([as_bytes(tensor)], peer, _sized(tags[peer], tensor.nbytes)), peer))
                     with self._lock:
                         self._bytes_sent += tensor.nbytes
+            if self._aborted:
+                # By another thread, since this one has begun: nothing may be left that would end these waits.
+                raise RuntimeError("its connections were closed")
             self._errand.run(wait)
         except RuntimeError as error:
             self._keep.append((sends, receives, works))
             if deadline.has_passed and not self._aborted:
                 raise PeerLate(peer) from None
             # gloo's text for a timeout on this side: that of another thread's wait, as this one has not timed out.
-            raise PeerClosed(self.rank_in_group if _RAN_OUT in str(error) else peer, str(error)) from None
+            mine = self._aborted or _RAN_OUT in str(error)
+            raise PeerClosed(self.rank_in_group if mine else peer, str(error)) from None
         except BaseException:
             # Messages are pending that nobody waits for any more: their buffers must live until the connections are gone.
             self._keep.append((sends, receives, works))
