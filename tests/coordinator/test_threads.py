@@ -522,7 +522,12 @@ BESIDE: dict[str, Call] = {
 
 @STRATEGIES
 def test_a_context_leaves_beside_calls(nodes: int) -> None:
-    """It is left by an exception while another thread calls in a loop: every call ends with its result or a public error."""
+    """It is left by an exception while another thread calls in a loop: every call ends with its result or a public error.
+
+    Over gloo a call that is posted in the very moment in which both sides leave may wait in torch until its deadline.
+    """
+    ends = (cg.ContextClosedError, cg.PeerLostError, *(() if nodes == 1 else (cg.CollectiveTimeoutError,)))
+    options = cg.CommunicatorOptions(host_timeout=timedelta(seconds=5))
 
     def body(world: cg.World) -> None:
         for number, (name, call) in enumerate(BESIDE.items()):
@@ -532,13 +537,13 @@ def test_a_context_leaves_beside_calls(nodes: int) -> None:
                 while not left:  # noqa: B023 - it ends before the next one
                     call(context.tp)  # noqa: B023
 
-            with contextlib.suppress(KeyError), world.context(cg.Layout(2, tp=2), name=name) as context:
+            with contextlib.suppress(KeyError), world.context(cg.Layout(2, tp=2), name=name, options=options) as context:
                 thread, errors = waiting(loop)
                 time.sleep(0.001 * (number % 5))
                 raise KeyError
             left = True
             thread.join()
-            assert all(isinstance(error, cg.ContextClosedError | cg.PeerLostError) for error in errors), (name, errors)
+            assert all(isinstance(error, ends) for error in errors), (name, errors)
 
     spmd(body, 2, nodes=nodes)
 
