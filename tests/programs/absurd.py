@@ -52,7 +52,7 @@ class Objects:
         self.tensors = tensors_of(native)
         self.fast = native.FastCalls(self.group, self.tensors, lambda name, args: 7, 10_000_000)
         self.alone = native.FastCalls(None, self.tensors, None, 10_000_000)
-        self.messages = native.Messages(self.tensors, lambda kind, count: 7, 10_000_000)
+        self.messages = native.Messages(self.tensors, lambda kind, count: 7, 10_000_000, {}, {}, (-1, False, 0))
         self.block = self.pool.take(100)
         self.kept: list[torch.Tensor] = []
 
@@ -127,11 +127,15 @@ def fitting(o: Objects, parameter: str, dice: random.Random) -> Any:
         ]
         if parameter == "parts" and dice.random() < 0.3:  # of a record of a dict
             return [b"\1" + dice.randbytes(dice.randrange(60)), *(o.pool.take(dice.randrange(100)) for _ in range(several))]
-        return tuple(made) if parameter == "parts" else [one for one in made if isinstance(one, tuple)]
+        return tuple(made) if parameter == "parts" else tuple([one for one in made if isinstance(one, tuple)])
     if parameter in ("op", "name"):
         return dice.choice(("sum", "avg", "max", 0, 1, 2, 3, 4))
     if parameter in ("sizes", "input_sizes", "output_sizes", "bytes") and dice.random() < 0.7:
         return dice.choice((None, [dice.choice(NUMBERS) for _ in range(2)], [2, 2], (1, 3)))
+    if parameter in ("lane", "any_rank"):
+        return dice.choice(((1, True, 0), (1, False, 0), (-1, False, 0)))
+    if parameter in ("counts", "claims"):
+        return {}
     if parameter == "fd":
         return o.fd
     return dice.choice((0, 1, 2, *NUMBERS))

@@ -77,7 +77,9 @@ static int claim_lane(Messages *messages, PyObject *lane, uint64_t *number) {
     }
     PyObject *count = PyDict_GetItemWithError(messages->counts, lane); /* borrowed */
     *number = count == NULL ? 0 : PyLong_AsUnsignedLongLong(count);
-    return 1;
+    if (!PyErr_Occurred()) return 1;
+    PyDict_DelItem(messages->claims, lane);
+    return 0;
 }
 
 /* Ends the claim of a lane; `number`: that of the message that came or went, -1 if there was none. */
