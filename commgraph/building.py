@@ -279,6 +279,7 @@ class Builder:
         n = len(part.ranks)
         device = compat.gloo_device(loopback=self._share_loopback(part.ranks))
         store = dist.PrefixStore(CONNECTING, part.store)
+        part.leavings.append((store, f"0/{part.rank}"))  # gloo's key, of its only device
 
         def connect(is_left: Callable[[], bool]) -> GlooTransport:
             left = timedelta(seconds=part.deadline.left())
