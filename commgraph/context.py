@@ -36,7 +36,7 @@ from commgraph.forks import explain_fork
 from commgraph.layout import Layout
 from commgraph.meeting import Meeting
 from commgraph.options import CommunicatorOptions
-from commgraph.platforms.base import Platform
+from commgraph.platforms.base import Platform, check_platform
 from commgraph.platforms.detection import Plugins
 
 __all__ = ["ParallelContext", "build_context", "build_coordinator", "close_together"]
@@ -194,6 +194,8 @@ class ParallelContext:
             if name in _GROUPS:
                 raise _MissingGroupError(self._missing(name))
             hint = f"; groups of your own are found as context[{name!r}]" if name in self._groups else ""
+            if hasattr(GroupCoordinator, name):
+                hint = f"; operations are those of a group, e.g. context.tp.{name}"
             raise AttributeError(f"a ParallelContext has no {name!r}{hint}")
 
     def _missing(self, name: str) -> str:
@@ -380,6 +382,7 @@ def build_context(
     with meeting.reporting():
         if in_use:
             raise ConfigurationError(f"{what} is open already: close it first, or give the new one another name")
+        check_platform(platform)
         plan = _plan(layout, size, groups, options)
         plugins = Plugins.find()
         facts = {
@@ -514,6 +517,8 @@ def _plan(
     """Return group name -> (options, whether it serves device tensors), in the order in which groups are built."""
     if not isinstance(layout, Layout):
         raise TypeError(f"layout is a {type(layout).__name__}, a commgraph.Layout is needed, e.g. Layout(world.size, tp=2)")
+    if isinstance(groups, str):
+        raise ConfigurationError(f"groups={groups!r} is one string; the names of groups are needed, e.g. groups=({groups!r},)")
     if layout.world_size != world_size:
         raise LayoutError(f"{layout!r} is for {layout.world_size} ranks, this world has {world_size}: Layout(world.size, ...)")
     default = CommunicatorOptions()

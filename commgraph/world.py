@@ -41,7 +41,7 @@ from commgraph.layout import Layout
 from commgraph.layout.checks import whole
 from commgraph.meeting import Meeting
 from commgraph.options import CommunicatorOptions
-from commgraph.platforms.base import Platform
+from commgraph.platforms.base import Platform, check_platform
 from commgraph.platforms.detection import Plugins
 from commgraph.processes import Process
 from commgraph.rendezvous import PrivateFile, open_store
@@ -95,6 +95,15 @@ class World:
         platform: chooses the strategies.
         group: coordinator over every rank, for host tensors and objects.
     """
+
+    def __new__(cls, *made: object, **how: object) -> Self:
+        """Refuse a call by users, who know no builder."""
+        if not made or not isinstance(made[0], Builder):
+            raise TypeError(
+                "a World is made by World.from_env() under a launcher or alone, World.connect(init_method, rank=..., world_size=...), "
+                "World.from_store(store, rank=..., world_size=...) or World.from_torch(), and not by calling the class"
+            )
+        return super().__new__(cls)
 
     def __init__(
         self, builder: Builder, meeting: Meeting, *, local_rank: int, device: torch.device, platform: Platform, store: dist.Store
@@ -248,6 +257,8 @@ class World:
             BuildError: the ranks did not meet in time.
         """
         check_rank(rank, world_size)
+        if not isinstance(store, dist.Store):
+            raise TypeError(f"World.from_store: store is a {type(store).__name__}; a torch.distributed.Store is needed")
         key = launch.check_authkey("World.from_store", authkey) or launch.authkey(os.environ)
         return cls._make(store, rank, world_size, local_rank, timedelta_of(timeout), device, platform, key)
 
@@ -313,7 +324,7 @@ class World:
         reopen: Callable[[], dist.Store] | None = None,
     ) -> World:
         """Find the other ranks, discover which share a node, and build the World. `label`: a simulated node, for tests."""
-        platform = Platform.detect() if platform is None else platform
+        platform = Platform.detect() if platform is None else check_platform(platform)
         deadline = Deadline.after(timeout.total_seconds()) if deadline is None else deadline
         if store is None or size == 1:
             store = dist.HashStore() if store is None else store
@@ -612,6 +623,9 @@ class World:
 
 def check_rank(rank: int, world_size: int) -> None:
     """Raise if the world has no such rank."""
+    for name, value in (("rank", rank), ("world_size", world_size)):
+        if whole(value) is None:
+            raise LaunchError(f"{name}={value!r} is a {type(value).__name__}; a whole number is needed")
     if world_size < 1 or not 0 <= rank < world_size:
         raise LaunchError(f"rank={rank} of world_size={world_size}: ranks are numbered 0 to world_size - 1, and there is at least one")
 

@@ -140,3 +140,27 @@ def test_an_authkey_is_bytes_and_not_empty(call: str, tmp_path: Path) -> None:
     (tmp_path / "again").mkdir()
     with pytest.raises(ValueError, match=rf"^{call}: authkey is empty; None means that there is none$"):
         KEYED[call](b"", tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (cg.World, TypeError, "World.from_env"),
+        (lambda: cg.World(authkey=b"x"), TypeError, "World.from_env"),  # type: ignore[call-arg]
+        (lambda: cg.MessageQueue(2), TypeError, "MessageQueue.create"),  # type: ignore[call-arg]
+        (lambda: cg.World.from_store(None, rank=0, world_size=2), TypeError, "store is a NoneType"),
+        (lambda: cg.World.from_env(ALONE, platform="cpu"), TypeError, "platform is a str; .*CpuPlatform"),
+        (lambda: cg.World.connect("tcp://localhost:1", rank="0", world_size=2), cg.LaunchError, "rank='0' is a str"),
+        (lambda: cg.World.connect("tcp://localhost:1", rank=0, world_size=2.0), cg.LaunchError, "world_size=2.0 is a float"),
+        (lambda: context(groups="tp"), cg.ConfigurationError, r"groups='tp' is one string.*groups=\('tp',\)"),
+        (lambda: context(platform=3), TypeError, "platform is a int"),
+        (lambda: context().all_reduce, AttributeError, "no 'all_reduce'; operations are those of a group, e.g. context.tp.all_reduce"),
+    ],
+)
+def test_a_newcomers_mistake_is_told_what_to_do(call: Callable[[], Any], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        call()
+
+
+def context(**how: Any) -> Any:
+    return cg.World.from_env(ALONE).context(cg.Layout(1), name="a", **how)

@@ -16,7 +16,7 @@ from commgraph.communicators.base import Communicator, Limits, Refused
 from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.options import CommunicatorOptions
 
-__all__ = ["GroupFacts", "Platform"]
+__all__ = ["GroupFacts", "Platform", "check_platform"]
 
 
 @attrs.frozen
@@ -117,3 +117,14 @@ class Platform(abc.ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+def check_platform(platform: object) -> Platform:
+    """Return `platform` as a caller gave it.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(platform, Platform):
+        raise TypeError(f"platform is a {type(platform).__name__}; a commgraph.Platform is needed, e.g. commgraph.CpuPlatform()")
+    return platform

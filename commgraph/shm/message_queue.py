@@ -91,6 +91,15 @@ class MessageQueue:
         ContextClosedError: this side was closed, before the call or during it.
     """
 
+    def __new__(cls, *made: object) -> Self:
+        """Refuse a call by users, who know no side."""
+        if not made or not isinstance(made[0], Side):
+            raise TypeError(
+                "a MessageQueue is made by MessageQueue.create(n_readers) in its writer and MessageQueue.attach(handle, reader) in a "
+                "reader, and not by calling the class"
+            )
+        return super().__new__(cls)
+
     def __init__(self, side: Side, handle: QueueHandle, reader: int | None) -> None:
         """Not for users: see `create` and `attach`."""
         self._side = side
