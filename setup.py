@@ -13,11 +13,12 @@ NATIVE = Path("commgraph/shm/native")
 class BuildNative(build_ext):
     """Strips the module for a wheel; in a checkout it keeps its symbols."""
 
-    def build_extension(self, ext):
+    def run(self):
         """Compile and link."""
-        if not self.inplace:
-            ext.extra_link_args = ["-Wl,-s"]
-        super().build_extension(ext)
+        if not (self.inplace or self.editable_mode):
+            for extension in self.extensions:
+                extension.extra_link_args = ["-Wl,-s"]
+        super().run()
 
 
 class Wheel(bdist_wheel):

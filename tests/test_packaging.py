@@ -66,6 +66,12 @@ def test_a_wheel_is_named_after_what_it_holds(unpacked: Path, tmp_path: Path) ->
     linked = [line for line in log.read_text().splitlines() if "-shared" in line]
     assert linked
     assert all("-Wl,-s" in line for line in linked)
+    log.unlink()
+    environ = {**os.environ, "CC": str(compiler)}
+    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"], cwd=unpacked, env=environ, check=True)
+    assert "-shared" in log.read_text()
+    assert "-Wl,-s" not in log.read_text()  # a checkout keeps the symbols
+    (unpacked / "commgraph/shm/_native.abi3.so").unlink()
 
 
 def test_the_source_distribution_is_the_repository(unpacked: Path) -> None:

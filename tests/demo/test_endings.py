@@ -84,7 +84,7 @@ def test_an_end_by_sigterm_ends_the_ranks() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("layout", "64"), ("layout", "8", "--rank", "1"), ("--help",), ("--version",), ("layout", "-h"), ("demo", "-h"), ("bench", "-h")],
+    [("layout", "64"), ("layout", "8", "--rank", "1"), ("--help",), ("--version",), ("layout", "-h"), ("demo", "-h")],
     ids=" ".join,
 )
 def test_a_reader_that_has_gone_is_no_error(arguments: tuple[str, ...]) -> None:
