@@ -1,12 +1,12 @@
 """The only module that imports private names of torch.
 
-All of them were seen in torch 2.13, the version that the tests run on. Statements about others come from their sources and threads, and
-not from a run:
+All of them were seen in torch 2.13, the version that the tests run on, and in 2.14.1, with which a part of them ran
+(`docs/how-to/install.md`). Statements about others come from their sources and threads, and not from a run:
 
 * 2.11 is the first whose operators take opaque objects; 2.11 to 2.13 call them `torch._opaque_base.OpaqueBase` and `register_opaque_type`.
 * DLPack's C functions (`Tensor.__dlpack_c_exchange_api__`) came after 2.11: before, tensors of the native module are read by address.
-* 2.14 and 2.15 rename opaque objects to custom classes (`torch._custom_class_base.CustomClassBase`, `register_custom_class` with
-  typ="symbolic"); the older names warn in 2.15.
+* 2.14 renames opaque objects to custom classes (`torch._custom_class_base.CustomClassBase`, `register_custom_class` with
+  typ="symbolic"), and the older names warn.
 * Inductor's `ir._CollectiveKernel` and its ordering of collectives are its own affair in every version: see `keep_order`.
 
 A torch release that moves one of them is a change in this file.
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
         """Base of classes whose objects operators take."""
 else:
     try:
-        # According to torch's issues it has this name from 2.14 on, and the older one warns from 2.15 on; not run yet.
+        # Its name from 2.14 on; the older one is there as well, and warns.
         from torch._custom_class_base import CustomClassBase as OpaqueBase
     except ImportError:
         from torch._opaque_base import OpaqueBase
@@ -316,8 +316,8 @@ def dlpack_exchange() -> Any:
 def opaque(*, guard: Callable[[Any], list[Any]], facts: Sequence[str], operations: Sequence[str]) -> Callable[[type[T]], type[T]]:
     """A decorator: lets operators take objects of a subclass of `OpaqueBase`, and torch.compile read code that uses them.
 
-    Privately `torch._library.opaque_object.register_opaque_type` with typ="reference" (2.11 to 2.13); by its threads
-    `register_custom_class` with typ="symbolic" from 2.14 on.
+    Privately `torch._library.opaque_object.register_opaque_type` with typ="reference" (2.11 to 2.13), `register_custom_class` with
+    typ="symbolic" from 2.14 on.
 
     Args:
         guard: what a compiled graph depends on; where it is different the code is compiled anew.
