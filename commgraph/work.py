@@ -18,7 +18,7 @@ import attrs
 import torch
 
 from commgraph.deadline import Timeout
-from commgraph.errors import CollectiveTimeoutError, CommGraphError, ContextClosedError
+from commgraph.errors import CollectiveTimeoutError, CommGraphError, ConcurrentCallError, ContextClosedError
 from commgraph.waiting import End
 
 __all__ = ["ANY", "AnySource", "Finished", "Job", "Lane", "LaneThread", "Recv", "Send", "Work"]
@@ -187,6 +187,7 @@ class Work(Generic[T]):
 
         Raises:
             CollectiveTimeoutError: `timeout` passed; the operation goes on and may be waited for again.
+            ConcurrentCallError: waited for within a call that it has to follow, in a signal handler: it would never end.
             CommGraphError, ValueError, TypeError: the error of the operation.
             ContextClosedError: this is a forked child of the process that began it, and it had not ended.
         """
@@ -197,6 +198,12 @@ class Work(Generic[T]):
             if not job.ended.is_set() and job.lane is not None:
                 if deadline is None and job.lane.run_here(job):
                     continue
+                if job.lane.is_here and not job.ended.is_set():
+                    raise ConcurrentCallError(
+                        f"{self._call.where}: waited for within a call of its lane, which has to end first (a signal handler, __del__). "
+                        "It goes on: wait again",
+                        **self._call.facts,
+                    )
                 if job.has_arrived is not None:
                     job.lane.start()
             if not job.ended.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0)):

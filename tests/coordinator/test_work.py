@@ -16,9 +16,10 @@ import torch
 import commgraph as cg
 from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.coordinator import GroupCoordinator
+from commgraph.coordinator.failures import Call, Members
 from commgraph.shm.mailbox import Mailbox
 from commgraph.testing import spmd
-from commgraph.work import LaneThread
+from commgraph.work import Job, Lane, LaneThread, Work
 
 WAYS = pytest.mark.parametrize("options", [{}, {"shm": False}, {"check": True}, {"message_queue": False}], ids=str)
 
@@ -549,3 +550,21 @@ def test_closing_a_world_lets_messages_of_its_own_group_end() -> None:
             assert (aside.recv(1 << 21, torch.float32) == 2).all()
 
     spmd(run, 2)
+
+
+def test_work_that_is_waited_for_within_the_call_before_it_is_refused() -> None:
+    """As a signal handler does: that wait would never end. The work goes on."""
+    lane, call = Lane("lane"), Call("tp", "all_reduce_async", Members("uid", (0, 1), 0), 0)
+
+    def begin(run: Callable[[], Any]) -> Work[Any]:
+        job = Job(run, "here", has_arrived=lambda: True)
+        lane.submit(job)
+        return Work(call, [job], lambda results: results[0])
+
+    def interrupted() -> Work[Any]:
+        second = begin(lambda: "second")
+        with pytest.raises(cg.ConcurrentCallError, match="'tp'"):
+            second.wait()
+        return second
+
+    assert begin(interrupted).wait().wait() == "second"
