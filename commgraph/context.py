@@ -489,7 +489,7 @@ def close_together(groups: Collection[GroupCoordinator], world: GroupCoordinator
 
 def build_coordinator(world: _World, name: str, state: GroupState) -> GroupCoordinator:
     """Return the first coordinator on a state."""
-    return GroupCoordinator._of(name, state, local_rank=world.local_rank, device=world.device, token=world.token)
+    return GroupCoordinator._of(name, state, local_rank=world.local_rank, device=world.device, token=world.token, world=world)
 
 
 def _live(coordinator: GroupCoordinator) -> list[Communicator]:

@@ -72,23 +72,25 @@ class Deadline:
 
 
 def seconds_of(timeout: timedelta | float) -> float:
-    """Return `timeout` in seconds, at most `LONGEST`.
+    """Return `timeout` in seconds, at most `LONGEST`; 0 polls: what is there already counts, and nothing is waited for.
 
     Raises:
-        ValueError: neither a timedelta nor a number, or not a time in the future.
+        ValueError: neither a timedelta nor a number, or negative.
     """
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
     if isinstance(seconds, bool) or not isinstance(seconds, int | float | numbers.Real):  # numpy's floats are Real, too
         raise ValueError(f"timeout={timeout!r} is neither a datetime.timedelta nor seconds")
-    if not 0 < seconds < math.inf:
-        raise ValueError(f"timeout={timeout!r}: a deadline must lie in the future, and every wait has one")
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"timeout={timeout!r}: a deadline must not lie in the past, and every wait has one; 0 polls")
     return float(min(seconds, LONGEST))
 
 
 def timedelta_of(timeout: timedelta | float) -> timedelta:
-    """Return `timeout` as torch's stores take it.
+    """Return the default deadline of a world or a group.
 
     Raises:
-        ValueError: as `seconds_of`.
+        ValueError: as `seconds_of`; and 0, which would make every call poll.
     """
-    return timedelta(seconds=seconds_of(timeout))
+    if not (seconds := seconds_of(timeout)):
+        raise ValueError(f"timeout={timeout!r}: a default deadline lies in the future; to poll give one call timeout=0")
+    return timedelta(seconds=seconds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import hashlib
 import hmac
@@ -597,14 +596,14 @@ class World:
         elif not self.closed:
             self._drop()
 
-    def __del__(self) -> None:
+    def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:  # at exit the module's names may be gone
         # Closing is collective and garbage collection is not: the finalizer drops this rank's connections, and the warning says so.
         state = getattr(self, "_state", None)
         if state is not None and not state.closed and getattr(self, "size", 1) > 1 and self._builder.holds_something:
-            with contextlib.suppress(AttributeError):
-                warnings.warn(
-                    f"{self!r} was never closed: use `with`, or close() on every rank", ResourceWarning, stacklevel=2, source=self
-                )
+            try:
+                _warn(f"{self!r} was never closed: use `with`, or close() on every rank", ResourceWarning, stacklevel=2, source=self)
+            except (AttributeError, ImportError, TypeError):  # not made in full, or the interpreter is about to end
+                return
 
     def __copy__(self) -> Self:
         return self

@@ -186,22 +186,26 @@ class Failures:
                 self._remember(PeerLostError(f"{call.where}: {why}", **call.facts))
 
     def _timed_out(self, call: Call, what: str, seconds: float, error: PeerLate) -> NoReturn:
-        ranks, me = self._members.ranks, self._members.rank_in_group
+        ranks = self._members.ranks
         at = call_site()
         head = f"{call.where}: call #{call.sequence}, {what}, at {at}, did not end within {seconds:g} s; "
         head += f"it waited for rank {ranks[error.peer]}"
         self._publish(_Fault("timeout", f"{call.sequence} {what}", None, call.sequence, f"{what} at {at}"))
         self._abort()
+        raise self._remember(self._late(call, what, head)) from None
+
+    def _late(self, call: Call, what: str, head: str) -> CollectiveError:
+        """Return the error of a call for which some rank waited in vain: who gave up, and who has said nothing."""
+        ranks, me = self._members.ranks, self._members.rank_in_group
         faults = self._read_faults(range(len(ranks)), wait=1.0)
         lines = [f"  rank {ranks[peer]} gave up in call #{fault.sequence}, {fault.text}" for peer, fault in sorted(faults.items())]
         silent = [ranks[i] for i in range(len(ranks)) if i != me and i not in faults]
         if silent:
             named = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
             lines.append(f"  no word from {named}: late, dead, or elsewhere in the program")
-        message = head + ":\n" + "\n".join(lines)
         differs = any(fault.kind == "timeout" and fault.at != f"{call.sequence} {what}" for fault in faults.values())
         kind: type[CollectiveError] = CollectiveMismatchError if differs else CollectiveTimeoutError
-        raise self._remember(kind(message, **call.facts)) from None
+        return kind(head + ":\n" + "\n".join(lines), **call.facts)
 
     def _raise_if_closing(self, call: Call) -> None:
         """Raise where this rank, too, closes the group, on another thread."""
@@ -231,6 +235,8 @@ class Failures:
             message = f"{call.where}: ended in {during}, because {gave_up if lost is None else gone}"
         self._publish(_Fault(fault.kind if fault else "lost", f"{call.sequence} {what}", lost, call.sequence, f"{what} at {at}"))
         self._abort()
+        if kind is CollectiveTimeoutError:
+            raise self._remember(self._late(call, what, message)) from None
         raise self._remember(kind(message, **call.facts | ({} if lost is None else {"rank": lost}))) from None
 
     def _differ(self, call: Call, what: str) -> NoReturn:

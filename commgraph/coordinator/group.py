@@ -53,6 +53,8 @@ class Family:
 
     coordinators: list[GroupCoordinator] = attrs.field(factory=list)
     siblings: list[GroupCoordinator] = attrs.field(factory=list)
+    # The World, which closes its groups when it is collected: it lives as long as they are used.
+    world: object = None
 
 
 # Attributes that compiled code may read. `facts` become constants of the graph, which is compiled again for a group whose `guard`
@@ -110,7 +112,7 @@ class GroupCoordinator(compat.OpaqueBase):
 
     Errors of every operation, beside those that it names:
         UnsupportedTensorError, ValueError: bad input, raised before anything is sent. If every rank raised, the group goes on.
-        CollectiveTimeoutError: the deadline passed (`timeout`: a timedelta or seconds; default: that of the options).
+        CollectiveTimeoutError: the deadline passed (`timeout`: a timedelta or seconds; 0 polls; default: that of the options).
         CollectiveMismatchError: the ranks called different things.
         PeerLostError: a rank of the group is gone.
         ConcurrentCallError: another call of the group is under way, on another thread or around this one; the group goes on.
@@ -144,7 +146,7 @@ class GroupCoordinator(compat.OpaqueBase):
     _operations: ClassVar[Mapping[str, type[Operation]]] = OPERATIONS
 
     @classmethod
-    def _of(cls, name: str, state: GroupState, *, local_rank: int, device: torch.device, token: torch.Tensor) -> Self:
+    def _of(cls, name: str, state: GroupState, *, local_rank: int, device: torch.device, token: torch.Tensor, world: object) -> Self:
         """Make the first coordinator on a state."""
         members = state.members
         if state.mailbox is not None and state.fast is not None and compat.dlpack_exchange() is not None:
@@ -161,7 +163,7 @@ class GroupCoordinator(compat.OpaqueBase):
             objects=objects_of(state),
             fast=None,
             token=token,
-            family=Family(),
+            family=Family(world=world),
         )
         return made._joined(name)
 
@@ -1170,7 +1172,8 @@ class GroupCoordinator(compat.OpaqueBase):
         state.ensure_open(self.name)
         assert state.rebuild is not None
         made = state.rebuild(state, name)
-        coordinator = GroupCoordinator._of(name, made, local_rank=self.local_rank, device=self.device, token=self._token)
+        world = self._family.world
+        coordinator = GroupCoordinator._of(name, made, local_rank=self.local_rank, device=self.device, token=self._token, world=world)
         self._family.siblings[:] = [*self.siblings, coordinator]
         return coordinator
 
@@ -1292,6 +1295,7 @@ class GroupCoordinator(compat.OpaqueBase):
                 sibling.close()
             self._family.siblings.clear()
             self._family.coordinators.clear()
+            self._family.world = None
 
     def _disown(self) -> None:
         """Give it up in a forked child, a coordinator of one rank included."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import os
 import secrets
 import warnings
 import weakref
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.context import get_spawning_popen
 from types import TracebackType
@@ -276,12 +276,14 @@ class MessageQueue:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def __del__(self) -> None:
+    def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:  # at exit the module's names may be gone
         # The finalizer closes the queue; the warning says that the program did not.
         side = getattr(self, "_side", None)
         if side is not None and side.is_open:
-            with contextlib.suppress(AttributeError):
-                warnings.warn(f"{self!r} was never closed: use `with`, or close()", ResourceWarning, stacklevel=2, source=self)
+            try:
+                _warn(f"{self!r} was never closed: use `with`, or close()", ResourceWarning, stacklevel=2, source=self)
+            except (AttributeError, ImportError, TypeError):  # not made in full, or the interpreter is about to end
+                return
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import logging
 import numbers
 import os
 import pickle
@@ -24,6 +25,8 @@ from commgraph.wire import WireError
 
 __all__ = ["MemoryReader", "Side", "SocketReader", "Timeout", "Writer"]
 
+logger = logging.getLogger("commgraph")
+
 Timeout = timedelta | float | None
 
 # 2**62 ns are 146 years.
@@ -34,6 +37,8 @@ _READY_NS = 300 * 10**9
 _LOOK_EVERY = 0.1
 # Seconds that remote readers get to learn of a loss, and to read what came before.
 _TELL_TIMEOUT = 10.0
+# Nanoseconds after which a call that still waits says so in the log, and again after as many more.
+_SAY_NS = 60 * 10**9
 # Seconds within which an interrupted call has to end.
 _LEAVE_TIMEOUT = 1.0
 
@@ -131,6 +136,10 @@ class Side(abc.ABC):
         finally:
             self._call.release()
 
+    def _say(self, operation: str, waited_ns: int, for_what: str) -> None:
+        """Say in the log that a call has waited for long."""
+        logger.warning("%s: has waited for %g s %s", self._where(operation), waited_ns / 1e9, for_what)
+
     # Errors.
 
     def _where(self, operation: str) -> str:
@@ -211,11 +220,25 @@ class Writer(Side):
                 raise self._refused(obj, error) from error
             if time.monotonic() >= self._look_at:
                 self._check("enqueue")
-            self._put(OBJECT, 0, parts, ns, 0)
+            self._put_and_say(parts, ns)
         except Stopped as stopped:
             raise self._ended("enqueue", stopped, ns) from None
         finally:
             self._call.release()
+
+    def _put_and_say(self, parts: tuple[Any, ...], ns: int) -> None:
+        """Put a record; if readers make no room for long, say so in the log. Not of several fragments, which would begin anew each time."""
+        waited = 0
+        while ns - waited > _SAY_NS and len(parts) == 1 and len(parts[0]) < self.capacity // 8:
+            try:
+                self._put(OBJECT, 0, parts, _SAY_NS, 0)
+                return
+            except Stopped as stopped:
+                if stopped.code != TIMEOUT:
+                    raise
+                waited += _SAY_NS
+                self._say("enqueue", waited, f"for reader {stopped.member - 1} to make room")
+        self._put(OBJECT, 0, parts, ns if ns >= _FOREVER else ns - waited, 0)
 
     def _enqueue_by_steps(self, obj: Any, ns: int) -> None:
         """`enqueue` by the general path: with remote readers, before the queue is ready, and to raise an error."""
@@ -266,7 +289,7 @@ class Writer(Side):
 
     def _get_ready(self, operation: str, ns: int) -> None:
         ns = _READY_NS if ns >= _FOREVER else ns
-        deadline, pause = _deadline(ns), 0.001
+        deadline, pause, begun, said = _deadline(ns), 0.001, time.monotonic_ns(), 0
         while missing := self._missing():
             for reader, connection in self._entrance.step(min(pause, max(deadline - time.monotonic(), 0.0))):
                 self._senders.add(reader, connection)
@@ -279,6 +302,9 @@ class Writer(Side):
                     + (f"; {refused} connection{'s were' if refused > 1 else ' was'} refused" if refused else "")
                     + ". Nothing was sent: call again to go on waiting, or look why MessageQueue.attach was not called there",
                 )
+            if (waited := time.monotonic_ns() - begun) - said >= _SAY_NS:
+                said = waited
+                self._say(operation, waited, f"for readers to attach: {_listing(missing)} of {self.n_readers} are missing")
             pause = min(pause * 1.5, 0.02)
         self._entrance.close()
         if self.memory is not None:
@@ -409,9 +435,9 @@ class MemoryReader(Side):
         """The next object."""
         ns = _FOREVER if timeout is None else _nanoseconds(timeout)
         try:
-            parts = self._get(ns, 0)[2]
+            parts = self._get(min(ns, _SAY_NS), 0)[2]
         except Stopped as stopped:
-            raise self._ended("dequeue", stopped, ns, "nothing came from the writer") from None
+            parts = self._get_and_say(stopped, ns)
         except Busy:
             raise self._busy("dequeue") from None
         try:
@@ -419,6 +445,20 @@ class MemoryReader(Side):
         except Exception as error:
             error.add_note(f"{self._where('dequeue')}: {_USED_UP}")
             raise
+
+    def _get_and_say(self, stopped: Stopped, ns: int) -> list[Any]:
+        """Go on with a wait that is long, and say so in the log; or raise its error."""
+        waited = _SAY_NS
+        while stopped.code == TIMEOUT and waited < ns:
+            self._say("dequeue", waited, f"for the writer (process {self._writer_pid})")
+            try:
+                return self._get(min(ns - waited, _SAY_NS), 0)[2]
+            except Stopped as again:
+                stopped = again
+                waited += _SAY_NS
+            except Busy:
+                raise self._busy("dequeue") from None
+        raise self._ended("dequeue", stopped, ns, "nothing came from the writer") from None
 
     def wait_until_ready(self, timeout: Timeout) -> None:
         """Waits for the writer to say that all are there."""
@@ -525,7 +565,7 @@ class SocketReader(Side):
             raise self._closed_error(operation)
         self._raise_if_over(operation)
         try:
-            kind, obj = self._incoming.receive(deadline)
+            kind, obj = self._receive_and_say(operation, deadline)
         except Late:
             raise self._late(operation, f"{what} within {ns / 1e9:g} s. {_KEPT}") from None
         except HungUp as error:
@@ -545,6 +585,16 @@ class SocketReader(Side):
             self._incoming.interrupt()
             self._raise_if_over(operation)
         return kind, obj
+
+    def _receive_and_say(self, operation: str, deadline: float) -> tuple[int, Any]:
+        begun = time.monotonic()
+        while True:
+            try:
+                return self._incoming.receive(min(deadline, time.monotonic() + _SAY_NS / 1e9))
+            except Late:
+                if time.monotonic() >= deadline:
+                    raise
+            self._say(operation, int((time.monotonic() - begun) * 1e9), "for the writer")
 
     def _raise_if_over(self, operation: str) -> None:
         if self._forged:

@@ -190,7 +190,7 @@ def test_bad_entries_name_their_index_and_the_group_goes_on() -> None:
         (lambda g: g.reduce_scatter([x, torch.ones(3)], 0), r"x\[1\]: dim 0 of x \(3,\) has 3 elements"),
         (lambda g: g.broadcast([x, x], 7), r"x\[0\]: src=7"),
         (lambda g: g.broadcast([x, x.to("meta")]), r"x\[1\] is on meta"),
-        (lambda g: g.all_reduce([x], timeout=0), "timeout=0"),
+        (lambda g: g.all_reduce([x], timeout=-1), "timeout=-1"),
         (lambda g: g.all_reduce_([x.clone().requires_grad_()]), r"x\[0\] is a leaf"),
     ]
 

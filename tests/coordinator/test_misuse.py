@@ -47,7 +47,7 @@ BAD: dict[str, tuple[Callable[[cg.GroupCoordinator], Any], str]] = {
     "uneven all_to_all": (lambda g: g.all_to_all(torch.ones(3, 5), scatter_dim=1), "5"),
     "size": (lambda g: g.recv((-1,), torch.float32), "-1"),
     "device": (lambda g: g.recv(3, torch.float32, device="meta"), "meta"),
-    "timeout": (lambda g: g.barrier(timeout=0), "timeout=0"),
+    "timeout": (lambda g: g.barrier(timeout=-1), "timeout=-1"),
     "timeout's type": (lambda g: g.all_reduce(X, timeout="1s"), "1s"),
 }
 
