@@ -222,3 +222,15 @@ torch.kept_until_the_end = kept
     command = [sys.executable, "-c", text]
     done = subprocess.run(command, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_program_that_ends_while_threads_build_or_call_is_not_aborted() -> None:
+    program = [sys.executable, str(ROOT / "tests" / "programs" / "ends_in_calls.py")]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    started = [
+        subprocess.Popen([*program, what, over], env=environment, stderr=subprocess.PIPE, text=True)
+        for what in ("build", "calls")
+        for over in ("shm", "gloo")
+    ]
+    said = [one.communicate(timeout=100)[1] for one in started]
+    assert [one.returncode for one in started] == [0] * 4, said
