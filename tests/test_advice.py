@@ -60,7 +60,7 @@ def wrong_names(text: str) -> Iterator[str]:
         if match[2] is not None:
             yield from wrong_names(match[2][1:-1])
         head, *rest = match[1].split(".")
-        if head not in NAMES or (not rest and match[2] is None):
+        if head not in NAMES or (not rest and match[2] is None) or rest == ["py"]:  # group.py is a file
             continue
         if text[match.start() - 1 : match.start()] in ("'", '"') and not rest:
             continue  # a name in quotes is a group's or a file's
