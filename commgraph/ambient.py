@@ -16,6 +16,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 import torch
 
 from commgraph import compat
+from commgraph.carriers import carrier
 
 __all__ = ["HOST", "empty", "integers", "lasting", "over", "shelter", "sheltered", "zeros"]
 
@@ -52,7 +53,7 @@ def sheltered(function: Callable[P, T]) -> Callable[P, T]:
 
 def empty(shape: int | Sequence[int], dtype: torch.dtype, device: torch.device = HOST) -> torch.Tensor:
     """Return an uninitialised tensor."""
-    return torch.empty(shape, dtype=dtype, device=device)
+    return torch.empty(shape, dtype=carrier(dtype), device=device).view(dtype)
 
 
 def zeros(shape: int | Sequence[int], dtype: torch.dtype, device: torch.device = HOST) -> torch.Tensor:
@@ -67,4 +68,4 @@ def integers(values: Iterable[int], device: torch.device = HOST) -> torch.Tensor
 
 def over(memory: Any, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
     """Return a 1-D host tensor over a writable buffer, which it keeps alive."""
-    return torch.frombuffer(memory, dtype=dtype) if len(memory) else empty(0, dtype)
+    return torch.frombuffer(memory, dtype=carrier(dtype)).view(dtype) if len(memory) else empty(0, dtype)

@@ -27,9 +27,10 @@ import msgspec
 import torch
 
 from commgraph import ambient
+from commgraph.carriers import CARRIERS, QUANTIZED
 from commgraph.errors import CommGraphError
 
-__all__ = ["CARRIERS", "WireError", "decode", "encode"]
+__all__ = ["WireError", "decode", "encode"]
 
 # The upper half of the first byte is the version of the format.
 _PLAIN, _SIGNED = b"\x11", b"\x12"
@@ -45,8 +46,6 @@ _SEQUENCES: MappingProxyType[type, int] = MappingProxyType(
 )
 _BUILDERS: MappingProxyType[int, Callable[[list[Any]], Any]] = MappingProxyType({number: kind for kind, number in _SEQUENCES.items()})
 _DTYPES = MappingProxyType({str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)})
-# Bytes of an element -> dtype as which elements are sent: torch can copy these in every layout and without a warning.
-CARRIERS = MappingProxyType({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128})
 
 
 class WireError(CommGraphError, ValueError):
@@ -224,7 +223,7 @@ def _pack_dict(value: dict[Any, Any], depth: int) -> list[Any]:
 def _pack_tensor(value: torch.Tensor) -> list[Any]:
     if value.device.type != "cpu":
         raise _not_plain(f"a tensor on {value.device} (move it to the host first)")
-    if value.layout is not torch.strided or value.is_nested or value.is_quantized:
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized or value.dtype in QUANTIZED:
         raise _not_plain(f"a tensor of layout {value.layout}, nested or quantized")
     resolved = value.detach().resolve_conj().resolve_neg()
     bits = resolved.view(CARRIERS[value.dtype.itemsize]).contiguous()

@@ -18,7 +18,9 @@ FILES = tuple(sorted(PACKAGE.rglob("*.py")))
 # path below `commgraph` decides; a file in no layer fails the test, so that whoever adds one says where it belongs.
 LAYERS = (
     ("__init__",),  # `import commgraph` itself: nothing but the errors, everything else on demand
+    ("carriers",),
     ("errors", "compat", "ambient", "deadline", "forks", "accelerators.streams", "work", "waiting", "processes"),
+    ("strided",),
     ("accelerators.kernel_table",),
     ("layout", "launch", "wire", "options"),
     ("meeting", "sealed", "session", "rendezvous", "hosts", "agreement"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from commgraph.carriers import carried, clone, fill
 from commgraph.communicators.base import CallsDiffer
 from commgraph.communicators.tags import MESSAGE, make_tag, message_text, tagged_text
 from commgraph.coordinator.failures import Call
@@ -61,7 +62,7 @@ def receive_any(group: Group, operation: str, x: torch.Tensor, tag: int, deadlin
             look = min(2 * look, _MOST)
             src = None
             if tags:
-                src = strategy.receive_any(x, tags, label=tag, patience=min(patience, deadline.left()), deadline=deadline)
+                src = strategy.receive_any(carried(x), tags, label=tag, patience=min(patience, deadline.left()), deadline=deadline)
             else:
                 time.sleep(patience)
             if src is not None:
@@ -88,7 +89,7 @@ def receive_any(group: Group, operation: str, x: torch.Tensor, tag: int, deadlin
 def to_self(group: Group, x: torch.Tensor, tag: int) -> None:
     """Keep a copy of x as the next message of this rank to itself."""
     state = group._state
-    copy = x.detach().clone(memory_format=torch.contiguous_format)
+    copy = clone(x.detach())
     streams = state.streams(x.device)
     state.own_messages.put(tag, (copy, None if streams is None else streams.record_event()))
 
@@ -108,4 +109,4 @@ def _fill(group: Group, x: torch.Tensor, message: tuple[torch.Tensor, Any]) -> N
     streams = group._state.streams(copy.device)
     if event is not None and streams is not None:
         streams.wait_event(event)
-    x.detach().copy_(copy.view(x.shape))
+    fill(x.detach(), copy.view(x.shape))

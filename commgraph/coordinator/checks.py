@@ -14,6 +14,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from commgraph import ambient, compat
+from commgraph.carriers import QUANTIZED
 from commgraph.communicators.reduction import REDUCE_OPS, refuse_reduction
 from commgraph.errors import UnsupportedTensorError
 from commgraph.ops.rules import carries_tangent
@@ -75,7 +76,7 @@ def tensor(place: Place, x: Any, name: str = "x", *, gradient: str = "") -> torc
         raise BadArgument(
             f"{name} has layout {x.layout}; send a strided tensor, e.g. {name}.to_dense() or its indices and values", unsupported=True
         )
-    if x.is_quantized:
+    if x.is_quantized or x.dtype in QUANTIZED:
         raise BadArgument(f"{name} is quantized ({x.dtype}); send {name}.int_repr() and its scales", unsupported=True)
     if compat.is_without_memory(x):
         raise BadArgument(
@@ -245,6 +246,8 @@ def out(place: Place, given: Any, shape: Sequence[int], like: torch.Tensor) -> t
 
 def like(place: Place, dtype: Any, device: torch.device | str) -> torch.Tensor:
     """An empty tensor of the dtype and device of one to receive."""
+    if isinstance(dtype, torch.dtype) and dtype in QUANTIZED:
+        raise BadArgument(f"dtype={dtype} is one of quantized tensors; receive their int_repr() and scales", unsupported=True)
     try:
         made = ambient.empty(0, dtype, torch.device(device))
     # torch's own errors for what is no dtype, no device, or a device that it was not built for.

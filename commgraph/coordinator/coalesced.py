@@ -11,11 +11,11 @@ some 240 us (two processes on two cores), nearly all of it Python around the buf
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 
+from commgraph.carriers import CARRIERS
 from commgraph.communicators.base import Communicator
 from commgraph.communicators.memory import as_bytes, dense
 from commgraph.coordinator import checks
@@ -29,9 +29,6 @@ __all__ = ["CoalescedAllGather", "CoalescedAllReduce", "CoalescedAllReduceInPlac
 
 # Bytes of one tensor from which on it is not copied to a buffer.
 _LARGE_BYTES = 256 * 1024
-
-# Dtype, by bytes of an element, as which elements are sent where torch does not concatenate tensors of their own dtype.
-_CARRIERS = MappingProxyType({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128})
 
 # Checked arguments of the operation on one tensor.
 Part = tuple[Any, ...]
@@ -227,7 +224,7 @@ class CoalescedAllGather(Coalesced):
         cls, group: Group, strategy: Communicator, tag: int, deadline: Deadline, parts: Sequence[Part]
     ) -> Sequence[torch.Tensor]:
         n = group.world_size
-        mine = torch.cat([carried(x) for x, *_ in parts])
+        mine = torch.cat([joinable(x) for x, *_ in parts])
         whole = mine.new_empty(n, mine.numel())
         strategy.all_gather(mine.unsqueeze(0), 0, [1] * n, whole, tag=tag, deadline=deadline)
         columns = whole.split([x.numel() for x, *_ in parts], 1)
@@ -251,7 +248,7 @@ class CoalescedBroadcast(Coalesced):
         cls, group: Group, strategy: Communicator, tag: int, deadline: Deadline, parts: Sequence[Part]
     ) -> Sequence[torch.Tensor]:
         xs, src = [x for x, _ in parts], parts[0][1]
-        whole = torch.cat([carried(x) for x in xs])
+        whole = torch.cat([joinable(x) for x in xs])
         strategy.broadcast(whole, src, tag=tag, deadline=deadline)
         if group.rank_in_group == src:
             return [checks.announce_filling(x) for x in xs]
@@ -268,9 +265,9 @@ def multiplies_complex(x: torch.Tensor, op: str) -> bool:
     return x.dtype.is_complex and op == "product"
 
 
-def carried(x: torch.Tensor) -> torch.Tensor:
+def joinable(x: torch.Tensor) -> torch.Tensor:
     """Return the elements of x, 1-D, as numbers of a dtype that torch joins."""
-    return as_bytes(dense(x)).view(_CARRIERS[x.itemsize])
+    return as_bytes(dense(x)).view(CARRIERS[x.itemsize])
 
 
 def filled(xs: list[torch.Tensor], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from commgraph import ambient
+from commgraph.carriers import UNSERVED, carried, carrier
 from commgraph.communicators.base import CallsDiffer, Communicator
 from commgraph.communicators.reduction import DTYPES
 from commgraph.communicators.tags import COLLECTIVE, make_tag
@@ -156,8 +157,13 @@ class AllToAllV(AllToAll):
         return back
 
 
-# Number of a dtype in a header of `Scatter`: that of the native module, or 1 << 16 | its index in DTYPES, which every rank has alike.
-_NUMBERS = MappingProxyType({dtype: KINDS[dtype] if dtype in KINDS else 1 << 16 | place for place, dtype in enumerate(DTYPES)})
+# Number of a dtype in a header of `Scatter`: that of the native module, or 1 << 16 | its index among all, which every rank has alike.
+_NUMBERS = MappingProxyType(
+    {
+        dtype: KINDS[dtype] if dtype in KINDS else 1 << 16 | place
+        for place, dtype in enumerate((*DTYPES, torch.complex32, *sorted(UNSERVED, key=str)))
+    }
+)
 _DTYPES = MappingProxyType({number: dtype for dtype, number in _NUMBERS.items()})
 _FIXED = 4
 _DIMS = 24
@@ -175,6 +181,7 @@ class Scatter(Operation):
     schema = "scatter(Tensor x, Group group, int src, int dim, SymInt[]? sizes, Tensor(a!) token) -> Tensor"
     ordered = True
     differentiable: ClassVar[bool] = False
+    carries: ClassVar[bool] = False
 
     @classmethod
     def check(cls, place: Place, x: Any, src: Any, dim: Any, sizes: Any) -> tuple[Any, ...]:
@@ -190,7 +197,7 @@ class Scatter(Operation):
             return x, src, checks.index(dim, "dim"), None if sizes is None else checks.sizes(place, sizes)
         checks.tensor(place, x, gradient="scatter")
         if x.dim() > _DIMS or x.dtype not in _NUMBERS:
-            raise BadArgument(f"x is {describe(x)}: scatter serves {_DIMS} dims and the dtypes of torch that have arithmetic")
+            raise BadArgument(f"x is {describe(x)}: scatter serves up to {_DIMS} dims")
         dim = checks.dim(x, dim)
         return x, src, dim, checks.split(place, x, dim, sizes)
 
@@ -233,10 +240,10 @@ class Scatter(Operation):
                 raise CallsDiffer(src)
         device = _HOST if on_host else group.device
         shape[at] = pieces[group.rank_in_group]
-        serving = group._state.strategies.route("scatter", (), dtype, device)
-        out = serving.new(shape, dtype, device)
-        serving.scatter(x if mine else None, at, pieces, out, src, tag=tag, deadline=deadline)
-        return out
+        serving = group._state.strategies.route("scatter", (), carrier(dtype), device)
+        out = serving.new(shape, carrier(dtype), device)
+        serving.scatter(carried(x) if mine else None, at, pieces, out, src, tag=tag, deadline=deadline)
+        return out.view(dtype)
 
     @classmethod
     def resume(cls, group: Group, header: list[int], args: tuple[Any, ...], timeout: Timeout) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from commgraph.carriers import fill
 from commgraph.communicators.base import Communicator
 from commgraph.coordinator import checks
 from commgraph.coordinator.checks import Place
@@ -23,7 +24,7 @@ def describe(x: torch.Tensor) -> str:
 
 def into(out: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
     """Return the result, or `out` filled with its values if that is given."""
-    return result if out is None else out.copy_(result)
+    return result if out is None else fill(out, result)
 
 
 def apart_from(out: torch.Tensor, x: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:

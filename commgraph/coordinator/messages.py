@@ -12,6 +12,7 @@ from torch.compiler import is_dynamo_compiling
 
 from commgraph import ambient
 from commgraph.accelerators.side_streams import StreamTask
+from commgraph.carriers import carried, clone
 from commgraph.communicators.base import Communicator
 from commgraph.communicators.tags import MESSAGE, digest, make_tag, message_text, tagged_text
 from commgraph.coordinator import checks
@@ -178,7 +179,7 @@ def send(group: Group, x: torch.Tensor, dst: int | None, tag: int, timeout: Time
         # As through a ring: a receiver may ask for messages of several tags in another order than that in which they are sent.
         seconds = group._state.timeouts.host
         with ambient.shelter():
-            _under_way(group, "send", {(peer, True, tag): [x.detach().clone()]}, seconds, False, None)
+            _under_way(group, "send", {(peer, True, tag): [clone(x.detach())]}, seconds, False, None)
         return
     exchange(group, "send", [x], peer, True, deadline, tag=tag, limited=timeout is not None)
 
@@ -384,7 +385,8 @@ def _exchange(group: Group, operation: str, tensors: Sequence[torch.Tensor], key
         text = tagged_text(" ".join([message_text(x.dtype, x.numel()) for x, _ in pairs]), tag)
         number = make_tag(MESSAGE, state.count(key), text)
         left = deadline if limited or not strategy.stream_ordered else Deadline.after(state.timeouts.device)
-        act = partial(strategy.exchange, pairs if outgoing else [], [] if outgoing else pairs, tag=number, deadline=left, **how)
+        moved = [(carried(x), peer) for x, peer in pairs]
+        act = partial(strategy.exchange, moved if outgoing else [], [] if outgoing else moved, tag=number, deadline=left, **how)
         try:
             perform(group, operation, state.sequence, f"{'send' if outgoing else 'recv'}({text}, {peer})", left, act)
         except ConcurrentCallError:
@@ -520,7 +522,7 @@ def _enqueue(
     for (peer, outgoing, _), tensors in lanes.items():
         for x in tensors:
             strategy = state.strategies.route("send" if outgoing else "recv", x.shape, x.dtype, x.device)
-            by_strategy.setdefault(strategy, ([], []))[0 if outgoing else 1].append((x.detach(), peer))
+            by_strategy.setdefault(strategy, ([], []))[0 if outgoing else 1].append((carried(x.detach()), peer))
 
     def run() -> None:
         state.ensure_open(group.name)
@@ -558,7 +560,7 @@ def _offer(group: Group, operation: str, x: torch.Tensor, dst: int, label: int, 
 
     def act() -> bool:
         try:
-            return fast.offer(x.detach(), dst, tag=tag, label=label)
+            return fast.offer(carried(x.detach()), dst, tag=tag, label=label)
         except BaseException as error:
             translated = fast.translate(error)
             raise error if translated is None else translated from None

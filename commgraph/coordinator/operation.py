@@ -9,6 +9,7 @@ failure into the public error. A recorder that is to see every operation goes th
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 
@@ -16,6 +17,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from commgraph import ambient, compat
+from commgraph.carriers import carried
 from commgraph.communicators.base import Communicator
 from commgraph.communicators.tags import COLLECTIVE, digest, make_tag
 from commgraph.coordinator import checks
@@ -101,6 +103,9 @@ class Operation:
 
     differentiable: ClassVar[bool] = True
     """Whether derivatives pass; if not an x that has one is refused."""
+
+    carries: ClassVar[bool] = True
+    """Whether `serve` gets tensors of dtypes that torch does not copy as their bytes; if not it takes care of them itself."""
 
     dims: ClassVar[tuple[int, ...]] = ()
     """Which of the arguments behind x are dimensions of it."""
@@ -345,7 +350,8 @@ def _run_generally(operation: type[Operation], group: Group, args: tuple[Any, ..
     except BadArgument as error:
         raise explain(error, group, operation.name, sequence) from None
     state = group._state
-    strategy = state.strategies.route(operation.routed_as, *operation.routed_by(*checked))
+    moved = carry(checked) if operation.carries else checked
+    strategy = state.strategies.route(operation.routed_as, *operation.routed_by(*moved))
     what = f"{operation.name}({operation.text(n, *checked)})"
     if timeout is None and strategy.stream_ordered:
         deadline = Deadline.after(state.timeouts.device)
@@ -355,9 +361,26 @@ def _run_generally(operation: type[Operation], group: Group, args: tuple[Any, ..
             call = Call(group.name, operation.name, state.members, sequence)
             sizes = operation.pair_sizes(n, *checked)
             state.comparison.compare(call, what, deadline, pair_sizes=sizes, on_device=strategy.stream_ordered)
-        return operation.serve(group, strategy, make_tag(COLLECTIVE, sequence, what), deadline, *checked)
+        result = operation.serve(group, strategy, make_tag(COLLECTIVE, sequence, what), deadline, *moved)
+        return result if moved is checked else bring_back(result, moved, checked)
 
     return perform(group, operation.name, sequence, what, deadline, act)
+
+
+def carry(checked: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return checked arguments with a view of each tensor whose dtype needs a carrier; themselves, where there is none."""
+    moved = tuple([carried(one) if isinstance(one, torch.Tensor) else carry(one) if type(one) is tuple else one for one in checked])
+    return checked if all(map(operator.is_, moved, checked)) else moved
+
+
+def bring_back(result: Any, moved: Any, checked: Any) -> Any:
+    """Return a result in the dtype of the arguments, and an argument itself where it is one; of lists of tensors each."""
+    if isinstance(result, list):
+        return [bring_back(one, *parts) for one, *parts in zip(result, moved, checked, strict=True)]
+    for view, x in zip(moved, checked, strict=True):
+        if view is result:
+            return x
+    return None if result is None else result.view(checked[0].dtype)
 
 
 def perform(group: Group, operation: str, sequence: int, what: str, deadline: Deadline, act: Callable[[], T]) -> T:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from commgraph import ambient
-from commgraph.wire import CARRIERS
+from commgraph.carriers import CARRIERS, QUANTIZED
 
 __all__ = ["Pickler", "buffer_of", "loads", "tensor_over"]
 
@@ -86,7 +86,7 @@ class _Pickler(pickle.Pickler):
         """Return how an object that is not of a built-in kind is pickled; NotImplemented leaves it to pickle."""
         if type(obj) is not torch.Tensor or obj.requires_grad:
             return NotImplemented
-        if obj.device.type != "cpu" or obj.layout is not torch.strided or obj.is_nested or obj.is_quantized:
+        if obj.device.type != "cpu" or obj.layout is not torch.strided or obj.is_nested or obj.is_quantized or obj.dtype in QUANTIZED:
             return NotImplemented
         return tensor_over, (pickle.PickleBuffer(buffer_of(obj)), obj.dtype, tuple(obj.shape))
 
