@@ -29,6 +29,7 @@ import torch
 from commgraph import ambient
 from commgraph.carriers import CARRIERS, QUANTIZED
 from commgraph.errors import CommGraphError
+from commgraph.strided import pack, unpack
 
 __all__ = ["WireError", "decode", "encode"]
 
@@ -57,7 +58,8 @@ def encode(obj: Any, *, key: bytes | None, context: bytes) -> bytes:
 
     Without a key an object is None, bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset,
     ``torch.dtype``, ``torch.Size``, ``torch.device`` or a strided ``torch.Tensor`` on the host, of exactly these types (no subclass,
-    no enum), nested up to 200 deep. An object that occurs twice arrives as two, and a tensor without its history of gradients.
+    no enum), nested up to 200 deep. An object that occurs twice arrives as two, and a tensor with its strides and the attributes
+    that were set on it (plain data, too), without its history of gradients.
 
     Args:
         obj: what to send.
@@ -129,9 +131,10 @@ class _Pickler(pickle.Pickler):
         if type(obj) is not torch.Tensor or obj.requires_grad:
             return NotImplemented
         try:
-            return _unpack_tensor, tuple(_pack_tensor(obj)[1:])
+            made = tuple(_pack_tensor(obj)[1:])
         except _RefusedError:
             return NotImplemented
+        return (_unpack_tensor, made, obj.__dict__, None, None, _set_attributes) if obj.__dict__ else (_unpack_tensor, made)
 
 
 def _mac(key: bytes, context: bytes, payload: bytes | memoryview) -> bytes:
@@ -181,7 +184,7 @@ def _pack(value: Any, depth: int) -> Any:
             raise _RefusedError(ValueError, _TOO_DEEP)
         return _pack_dict(value, depth - 1) if kind is dict else _pack_sequence(value, _SEQUENCES[kind], depth - 1)
     if kind is torch.Tensor:
-        return _pack_tensor(value)
+        return _pack_attributes(value, _pack_tensor(value), depth)
     if kind is complex:
         return _ext(_COMPLEX, struct.pack(">dd", value.real, value.imag))
     if kind is bytearray:
@@ -225,10 +228,22 @@ def _pack_tensor(value: torch.Tensor) -> list[Any]:
         raise _not_plain(f"a tensor on {value.device} (move it to the host first)")
     if value.layout is not torch.strided or value.is_nested or value.is_quantized or value.dtype in QUANTIZED:
         raise _not_plain(f"a tensor of layout {value.layout}, nested or quantized")
-    resolved = value.detach().resolve_conj().resolve_neg()
-    bits = resolved.view(CARRIERS[value.dtype.itemsize]).contiguous()
+    bits, strides = pack(value)
     data = bytes((ctypes.c_ubyte * bits.nbytes).from_address(bits.data_ptr())) if bits.nbytes else b""
-    return [_TENSOR, _name(value.dtype), list(value.shape), data]
+    return [_TENSOR, _name(value.dtype), list(value.shape), data, *(() if strides is None else (list(strides),))]
+
+
+def _pack_attributes(value: torch.Tensor, packed: list[Any], depth: int) -> list[Any]:
+    """Add the attributes that its user gave to a tensor, if any."""
+    if not value.__dict__:
+        return packed
+    if not depth:
+        raise _RefusedError(ValueError, _TOO_DEEP)
+    try:
+        return [*packed, *[None] * (5 - len(packed)), _pack_dict(value.__dict__, depth - 1)]
+    except _RefusedError as refused:
+        refused.steps.append(".__dict__")
+        raise
 
 
 def _ext(code: int, data: bytes) -> msgspec.msgpack.Ext:
@@ -271,7 +286,13 @@ def _unpack(node: Any, depth: int) -> Any:
         raise WireError(f"malformed frame: nested deeper than {_MAX_DEPTH} levels")
     number = node[0]
     if number == _TENSOR:
-        return _unpack_tensor(*node[1:])
+        made = _unpack_tensor(*node[1:5])
+        for attributes in node[5:]:
+            found = _unpack(attributes, depth - 1)
+            if type(found) is not dict or not all(type(name) is str for name in found):
+                raise WireError("malformed frame: attributes of a tensor are a dict of names")
+            _set_attributes(made, found)
+        return made
     items = [_unpack(item, depth - 1) for item in node[1:]]
     if number == _DICT:
         return dict(zip(items[::2], items[1::2], strict=True))
@@ -301,17 +322,26 @@ def _unpack_ext(code: int, data: bytes) -> Any:
 
 
 @ambient.sheltered
-def _unpack_tensor(name: Any, shape: Any, data: Any) -> torch.Tensor:
-    sizes = shape if type(shape) is list and all(type(size) is int and size >= 0 for size in shape) else None
-    if type(name) is not str or sizes is None or type(data) is not bytes:
-        raise WireError("malformed frame: a tensor is a dtype, sizes and bytes")
+def _unpack_tensor(name: Any, shape: Any, data: Any, strides: Any = None) -> torch.Tensor:
+    sizes = shape if _are_sizes(shape) else None
+    if type(name) is not str or sizes is None or type(data) is not bytes or not (strides is None or _are_sizes(strides)):
+        raise WireError("malformed frame: a tensor is a dtype, sizes, bytes and strides")
     dtype = _dtype(name)
     # Checked before anything is allocated. Quantized dtypes are refused: their tensors have a scale, too.
-    if math.prod(sizes) * dtype.itemsize != len(data) or name.startswith("q"):
+    fits = math.prod(sizes) * dtype.itemsize == len(data) if strides is None else len(data) % dtype.itemsize == 0
+    if not fits or dtype in QUANTIZED:
         raise WireError(f"malformed frame: {len(data)} bytes are no {name} tensor of shape {reprlib.repr(sizes)}")
-    bits = ambient.empty(sizes, CARRIERS[dtype.itemsize])
+    bits = ambient.empty(sizes if strides is None else len(data) // dtype.itemsize, CARRIERS[dtype.itemsize])
     ctypes.memmove(bits.data_ptr(), data, len(data))
-    return bits.view(dtype)
+    return bits.view(dtype) if strides is None else unpack(bits, sizes, strides).view(dtype)
+
+
+def _are_sizes(value: Any) -> bool:
+    return type(value) is list and all(type(size) is int and size >= 0 for size in value)
+
+
+def _set_attributes(x: torch.Tensor, attributes: dict[str, Any]) -> None:
+    x.__dict__.update(attributes)
 
 
 def _dtype(name: str) -> torch.dtype:

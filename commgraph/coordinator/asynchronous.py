@@ -35,6 +35,7 @@ from commgraph.coordinator.operation import (
     run_generally,
 )
 from commgraph.coordinator.pending import LaneKey
+from commgraph.coordinator.spans import span
 from commgraph.deadline import Timeout
 from commgraph.work import Finished, Job, Work
 
@@ -66,6 +67,15 @@ def begin_collective(operation: type[Operation], group: Group, args: tuple[Any, 
     except Exception:
         count_in_turn(group, name)
         raise
+    with span(group, name):
+        return _begun(operation, group, name, args, checked, timeout)
+
+
+def _begun(
+    operation: type[Operation], group: Group, name: str, args: tuple[Any, ...], checked: tuple[Any, ...], timeout: Timeout
+) -> Work[Any]:
+    """Begin a collective whose arguments were checked."""
+    state = group._state
     call = Call(group.name, name, state.members, state.sequence)
 
     def work() -> Any:

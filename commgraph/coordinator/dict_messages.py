@@ -20,7 +20,7 @@ from commgraph.coordinator.checks import BadArgument
 from commgraph.coordinator.failures import Call
 from commgraph.coordinator.gathers import AllGather, BroadcastPart
 from commgraph.coordinator.messages import begin_message, exchange
-from commgraph.coordinator.objects import Objects, checked_peer
+from commgraph.coordinator.objects import Objects, UnreadableDictError, checked_peer
 from commgraph.coordinator.operation import Group, explain, perform, run, run_generally, wait_pending, whole
 from commgraph.coordinator.pending import DICTS
 from commgraph.coordinator.tensor_dict import Entry, Plan, join_dict, result_tensors, split_dict
@@ -41,7 +41,12 @@ def broadcast_dict(group: Group, objects: Objects, tree: Any, src: int, timeout:
     src = checked_peer(group, operation, src, "src", group._state.sequence)
     if group.rank_in_group != src:
         with whole(group, operation, timeout):
-            received = objects.broadcast_dict(group, operation, None, (), src, timeout)
+            try:
+                received = objects.broadcast_dict(group, operation, None, (), src, timeout)
+            except UnreadableDictError as failed:
+                for x in failed.tensors(group.device):
+                    run_generally(BroadcastPart, group, (x, src), timeout)
+                raise failed.error from failed.error.__cause__
             if isinstance(received, dict):
                 return received
             entries, carried = received
@@ -175,7 +180,12 @@ def _receive_parts(
     turn: Turn | None,
 ) -> Received:
     state = group._state
-    entries, carried = objects.recv_dict(group, operation, src, deadline)
+    try:
+        entries, carried = objects.recv_dict(group, operation, src, deadline)
+    except UnreadableDictError as failed:
+        rest = failed.tensors(group.device)
+        exchange(group, operation, rest, src, False, Deadline.after(deadline.seconds), limited=limited, turn=turn)
+        raise failed.error from failed.error.__cause__
     plan, sliced = _sliced(group, operation, entries, slicing, override)
     if not _fits(entries, carried, sliced, plan):
 

@@ -7,7 +7,7 @@ from typing import Any
 from commgraph.communicators.base import PeerLate
 from commgraph.coordinator.asynchronous import submit
 from commgraph.coordinator.failures import Call
-from commgraph.coordinator.objects import Objects, checked_peer, nothing_yet, refuse_object
+from commgraph.coordinator.objects import Objects, checked_peer, nothing_yet, refuse_object, unreadable
 from commgraph.coordinator.operation import Group, deadline_of, perform
 from commgraph.coordinator.pending import OBJECTS
 from commgraph.deadline import Deadline, Timeout
@@ -63,4 +63,7 @@ def _from_self(group: Group, operation: str, deadline: Deadline) -> Any:
     found = perform(group, operation, state.sequence, f"{operation}(...)", deadline, act)
     if found is None:
         raise nothing_yet(group, operation, state.sequence, group.rank_in_group, deadline.seconds)
-    return loads(found[0], found[1:])
+    try:
+        return loads(found[0], found[1:])
+    except Exception as error:
+        raise unreadable(group, operation, group.rank_in_group, error) from error

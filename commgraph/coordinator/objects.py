@@ -31,7 +31,18 @@ from commgraph.deadline import LONGEST, Deadline, Timeout
 from commgraph.errors import CollectiveTimeoutError, ConcurrentCallError, ContextClosedError
 from commgraph.waiting import Background
 
-__all__ = ["NetworkObjects", "Objects", "checked_objects", "checked_peer", "gather_frames", "nothing_yet", "refuse_object"]
+__all__ = [
+    "NetworkObjects",
+    "Objects",
+    "UnreadableDictError",
+    "checked_objects",
+    "checked_peer",
+    "gather_frames",
+    "nothing_yet",
+    "refuse_object",
+    "unreadable",
+]
+
 
 _BLOCK = 4096
 _LENGTH = struct.Struct("<Q")
@@ -42,6 +53,24 @@ _MAX_FRAME = 1 << 40
 
 # Streams of messages between two ranks: objects, and the descriptions of dicts.
 _STREAMS: Mapping[int, str] = MappingProxyType({OBJECTS: "message", DICTS: "dict"})
+
+
+class UnreadableDictError(Exception):
+    """A description does not unpickle, and tensors follow it, which have to be received all the same.
+
+    Attributes:
+        error: the public error.
+        follow: dtype, shape, and whether it is on the host, of each tensor.
+    """
+
+    def __init__(self, error: Exception, follow: Sequence[tuple[torch.dtype, tuple[int, ...], bool]]) -> None:
+        super().__init__(error)
+        self.error = error
+        self.follow = follow
+
+    def tensors(self, device: torch.device) -> list[torch.Tensor]:
+        """Return tensors to receive them with."""
+        return [ambient.empty(shape, dtype, ambient.HOST if on_host else device) for dtype, shape, on_host in self.follow]
 
 
 class Objects(abc.ABC):
@@ -170,7 +199,7 @@ class NetworkObjects(Objects):
             state.count(key)
         finally:
             state.turns.release(key, turn)
-        return self._decode(frame, f"{_STREAMS[kind]} {src} {group.rank_in_group} {number}")
+        return self._decode(group, operation, src, frame, f"{_STREAMS[kind]} {src} {group.rank_in_group} {number}")
 
     def broadcast(self, group: Group, operation: str, obj: object, src: Any, timeout: Timeout) -> Any:
         with collective(group, operation, timeout) as (sequence, deadline):
@@ -185,7 +214,7 @@ class NetworkObjects(Objects):
             if self._give(group, operation, src, sequence, deadline, frames):
                 return obj
             frame = self._get(group, operation, src, sequence, deadline)
-        return self._decode(frame, context)
+        return self._decode(group, operation, src, frame, context)
 
     def scatter(self, group: Group, operation: str, objs: Any, src: Any, timeout: Timeout) -> Any:
         with collective(group, operation, timeout) as (sequence, deadline):
@@ -199,7 +228,7 @@ class NetworkObjects(Objects):
             if self._give(group, operation, src, sequence, deadline, frames):
                 return given[me]
             frame = self._get(group, operation, src, sequence, deadline)
-        return self._decode(frame, f"scatter {src} {me} {sequence}")
+        return self._decode(group, operation, src, frame, f"scatter {src} {me} {sequence}")
 
     def _give(
         self, group: Group, operation: str, src: int, sequence: int, deadline: Deadline, frames: Callable[[], Mapping[int, bytes]]
@@ -258,7 +287,7 @@ class NetworkObjects(Objects):
                 return [obj]
             frame = self._encode(group, operation, obj, f"gather {group.rank_in_group} {sequence}")
             frames = self._all_gather(group, operation, frame, sequence, deadline)
-        return self._decoded(frames, obj, group, sequence)
+        return self._decoded(group, operation, frames, obj, sequence)
 
     def _all_gather(self, group: Group, operation: str, frame: bytes, sequence: int, deadline: Deadline) -> list[memoryview]:
         """Return every rank's frame."""
@@ -280,10 +309,10 @@ class NetworkObjects(Objects):
 
         return perform(group, operation, sequence, what, deadline, act)
 
-    def _decoded(self, frames: Sequence[memoryview], obj: object, group: Group, sequence: int) -> list[Any]:
+    def _decoded(self, group: Group, operation: str, frames: Sequence[memoryview], obj: object, sequence: int) -> list[Any]:
         """Return the objects of all ranks, this rank's own one itself."""
         me = group.rank_in_group
-        return [obj if i == me else self._decode(frame, f"gather {i} {sequence}") for i, frame in enumerate(frames)]
+        return [obj if i == me else self._decode(group, operation, i, frame, f"gather {i} {sequence}") for i, frame in enumerate(frames)]
 
     def gather(self, group: Group, operation: str, obj: object, dst: Any, timeout: Timeout) -> list[Any] | None:
         n = group.world_size
@@ -294,17 +323,17 @@ class NetworkObjects(Objects):
             frame = self._encode(group, operation, obj, f"gather {group.rank_in_group} {sequence}")
             route = self._state.strategies.route("gather", (n, 1), torch.uint8, torch.device("cpu"))
             frames = gather_frames(group, operation, sequence, route, frame, dst, deadline)
-        return None if frames is None else self._decoded(frames, obj, group, sequence)
+        return None if frames is None else self._decoded(group, operation, frames, obj, sequence)
 
     # Dicts: only the description is an object here, and the tensors go as tensors.
 
     def pack_dict(
         self, group: Group, operation: str, entries: Sequence[Entry], tensors: Sequence[torch.Tensor], dst: int
     ) -> tuple[frozenset[int], Callable[[Deadline], None]]:
-        return frozenset(), self._pack(group, operation, list(entries), (dst, True, DICTS))
+        return frozenset(), self._pack(group, operation, self._describe(group, operation, entries, tensors), (dst, True, DICTS))
 
     def recv_dict(self, group: Group, operation: str, src: int, deadline: Deadline) -> tuple[list[Entry], dict[int, torch.Tensor]]:
-        return self._recv(group, operation, (src, False, DICTS), deadline), {}
+        return self._described(group, operation, src, self._recv(group, operation, (src, False, DICTS), deadline)), {}
 
     def broadcast_dict(
         self,
@@ -315,7 +344,24 @@ class NetworkObjects(Objects):
         src: int,
         timeout: Timeout,
     ) -> tuple[list[Entry], Mapping[int, torch.Tensor]]:
-        return self.broadcast(group, operation, None if entries is None else list(entries), src, timeout), {}
+        if entries is not None:
+            self.broadcast(group, operation, self._describe(group, operation, entries, tensors), src, timeout)
+            return list(entries), {}
+        return self._described(group, operation, src, self.broadcast(group, operation, None, src, timeout)), {}
+
+    def _describe(self, group: Group, operation: str, entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> tuple[Any, bytes]:
+        """Return the tensors that follow as plain data, and the description as a frame of its own."""
+        follow = [(x.dtype, tuple(x.shape), x.is_cpu) for x in tensors]
+        return follow, self._encode(group, operation, list(entries), f"description {group.rank_in_group}")
+
+    def _described(self, group: Group, operation: str, src: int, received: tuple[Any, bytes]) -> list[Entry]:
+        """Return the description in what `_describe` made."""
+        follow, frame = received
+        try:
+            entries: list[Entry] = self._decode(group, operation, src, memoryview(frame), f"description {src}")
+        except Exception as error:
+            raise UnreadableDictError(error, follow) from None
+        return entries
 
     def _encode(self, group: Group, operation: str, obj: object, context: str) -> bytes:
         try:
@@ -327,8 +373,11 @@ class NetworkObjects(Objects):
         except Exception as error:
             raise refuse_object(group, operation, obj, error) from error
 
-    def _decode(self, frame: memoryview, context: str) -> Any:
-        return wire.decode(frame, key=self._key, context=f"{self._state.members.uid} {context}".encode())
+    def _decode(self, group: Group, operation: str, src: int, frame: memoryview, context: str) -> Any:
+        try:
+            return wire.decode(frame, key=self._key, context=f"{self._state.members.uid} {context}".encode())
+        except Exception as error:
+            raise unreadable(group, operation, src, error) from error
 
     def _send_frames(
         self,
@@ -472,6 +521,19 @@ def refuse_object(group: Group, operation: str, obj: object, error: Exception) -
     # TypeErrors are complete: our own of data that is not plain, or pickle's of an object that can never be pickled.
     what = f"{error}" if isinstance(error, TypeError) else f"cannot pickle a {type(obj).__name__}: {type(error).__name__}: {error}"
     return TypeError(f"{Call(group.name, operation, group._state.members, group._state.sequence).where}: {what}. Nothing was sent.")
+
+
+def unreadable(group: Group, operation: str, src: int, error: Exception) -> Exception:
+    """Return the error for an object from a rank in the group that does not unpickle: of its kind, and with a text that names them all."""
+    kind, where = type(error), Call(group.name, operation, group._state.members, group._state.sequence).where
+    text = (
+        f"{where}: the object from rank {group.ranks[src]} ({src} in the group) came and is used up, but does not unpickle here: "
+        f"{kind.__name__}: {error}. The group is unharmed"
+    )
+    named: Any = type(kind.__name__, (kind,), {"__str__": lambda _: text, "__module__": kind.__module__})
+    made: Exception = named.__new__(named)
+    made.args = error.args
+    return made
 
 
 def nothing_yet(group: Group, operation: str, sequence: int, src: int, seconds: float) -> CollectiveTimeoutError:

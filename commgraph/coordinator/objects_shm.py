@@ -27,9 +27,11 @@ from commgraph.coordinator.objects import (
     gather_frames,
     nothing_yet,
     refuse_object,
+    unreadable,
 )
 from commgraph.coordinator.operation import Group, begin, collective, deadline_of, explain, wait_pending
 from commgraph.coordinator.pending import DICTS, OBJECTS
+from commgraph.coordinator.spans import span, spanned
 from commgraph.coordinator.state import GroupState
 from commgraph.coordinator.tensor_dict import Entry, split_dict
 from commgraph.coordinator.turns import Turn
@@ -68,6 +70,7 @@ class ShmObjects(Objects):
 
     # Objects.
 
+    @spanned
     def send(self, group: Group, operation: str, obj: object, dst: Any, timeout: Timeout) -> None:
         mailbox = self._open(group)
         dst, timeout_ns = self._begin_message(group, operation, dst, "dst", timeout)
@@ -77,6 +80,7 @@ class ShmObjects(Objects):
         except BaseException as error:
             self._stop(group, operation, timeout_ns, error)
 
+    @spanned
     def recv(self, group: Group, operation: str, src: Any, timeout: Timeout) -> Any:
         mailbox = self._open(group)
         src, timeout_ns = self._begin_message(group, operation, src, "src", timeout)
@@ -88,8 +92,12 @@ class ShmObjects(Objects):
             self._stop(group, operation, timeout_ns, error, awaited=src)
         finally:
             self._state.turns.release(key, turn)
-        return loads(parts[0], parts[1:])
+        try:
+            return loads(parts[0], parts[1:])
+        except Exception as error:
+            raise unreadable(group, operation, src, error) from error
 
+    @spanned
     def broadcast(self, group: Group, operation: str, obj: object, src: Any, timeout: Timeout) -> Any:
         mailbox, turn = self._open(group), Turn()
         try:
@@ -102,8 +110,12 @@ class ShmObjects(Objects):
             parts = self._get(group, operation, mailbox, src, OBJECT, sequence, timeout_ns)
         finally:
             self._state.turns.release(None, turn)
-        return loads(parts[0], parts[1:])
+        try:
+            return loads(parts[0], parts[1:])
+        except Exception as error:
+            raise unreadable(group, operation, src, error) from error
 
+    @spanned
     def all_gather(self, group: Group, operation: str, obj: object, timeout: Timeout) -> list[Any]:
         # Each rank puts its record for all, then reads those of all. As nobody reads before it has put its own, a record that does not fit
         # into its ring is replaced by its sizes, and follows as a tensor.
@@ -113,7 +125,7 @@ class ShmObjects(Objects):
         finally:
             self._state.turns.release(None, turn)
         me = group.rank_in_group
-        return [obj if rank == me else loads(found[rank][0], found[rank][1:]) for rank in range(group.world_size)]
+        return [obj if rank == me else _read(group, operation, rank, found[rank]) for rank in range(group.world_size)]
 
     def _all_gather(self, group: Group, operation: str, obj: object, timeout: Timeout, turn: Turn) -> dict[int, list[Any]]:
         """Return the parts of the other ranks' records."""
@@ -170,13 +182,14 @@ class ShmObjects(Objects):
 
         return send
 
+    @spanned
     def scatter(self, group: Group, operation: str, objs: Any, src: Any, timeout: Timeout) -> Any:
         turn = Turn()
         try:
             mine, given = self._scatter(group, operation, objs, src, timeout, turn)
         finally:
             self._state.turns.release(None, turn)
-        return given if mine is None else loads(mine[0], mine[1:])
+        return given if mine is None else _read(group, operation, src, mine)
 
     def _scatter(self, group: Group, operation: str, objs: Any, src: Any, timeout: Timeout, turn: Turn) -> tuple[list[Any] | None, Any]:
         """Return the parts of this rank's object; on `src` None, and the object itself."""
@@ -253,7 +266,7 @@ class ShmObjects(Objects):
         for rank, got in enumerate(frames):
             end = 8 + int.from_bytes(got[:8], "little")
             mine = _cut(got[_padded(end) :], msgspec.msgpack.decode(got[8:end], type=list[int]))
-            found.append(obj if rank == group.rank_in_group else loads(mine[0], mine[1:]))
+            found.append(obj if rank == group.rank_in_group else _read(group, operation, rank, mine))
         return found
 
     @ambient.sheltered
@@ -330,12 +343,14 @@ class ShmObjects(Objects):
         def send(deadline: Deadline, kept: Sequence[torch.Tensor] = tensors) -> None:
             mailbox, timeout_ns = self._open(group), deadline.left_ns()
             try:
-                mailbox.send(dst, DICT, 0, parts, timeout_ns)
+                with span(group, operation):
+                    mailbox.send(dst, DICT, 0, parts, timeout_ns)
             except BaseException as error:
                 self._stop(group, operation, timeout_ns, error)
 
         return frozenset(carried), send
 
+    @spanned
     def recv_dict(self, group: Group, operation: str, src: int, deadline: Deadline) -> tuple[list[Entry], dict[int, torch.Tensor]]:
         mailbox, timeout_ns = self._open(group), deadline.left_ns()
         try:
@@ -344,10 +359,11 @@ class ShmObjects(Objects):
             self._stop(group, operation, int(deadline.seconds * 1e9), error, awaited=src)
         tree = mailbox.unpack(parts)
         if tree is None:
-            return _joined(parts)
+            return _joined(group, operation, src, parts)
         entries, tensors = split_dict(tree)
         return entries, {i: x.view(-1) for i, x in enumerate(tensors)}
 
+    @spanned
     def broadcast_dict(
         self,
         group: Group,
@@ -368,7 +384,7 @@ class ShmObjects(Objects):
         finally:
             self._state.turns.release(None, turn)
         tree = mailbox.unpack(parts)
-        return _joined(parts) if tree is None else tree
+        return _joined(group, operation, src, parts) if tree is None else tree
 
     def _dict_parts(
         self, group: Group, operation: str, entries: Sequence[Entry], tensors: Sequence[torch.Tensor]
@@ -539,9 +555,20 @@ def _padded(nbytes: int) -> int:
     return -(-nbytes // 64) * 64
 
 
-def _joined(parts: list[Any]) -> tuple[list[Entry], dict[int, torch.Tensor]]:
+def _read(group: Group, operation: str, src: int, parts: Sequence[Any]) -> Any:
+    """Return the object of a record from a rank in the group."""
+    try:
+        return loads(parts[0], parts[1:])
+    except Exception as error:
+        raise unreadable(group, operation, src, error) from error
+
+
+def _joined(group: Group, operation: str, src: int, parts: list[Any]) -> tuple[list[Entry], dict[int, torch.Tensor]]:
     """Return the description and the tensors of a record, which are 1-D."""
     rest = iter(parts[1:])
-    entries, carried = loads(parts[0], rest)
+    try:
+        entries, carried = loads(parts[0], rest)
+    except Exception as error:
+        raise unreadable(group, operation, src, error) from error
     kinds = [what[1] for _, what in entries if what[0] == "t"]
     return entries, {i: tensor_over(buffer, kinds[i], (len(buffer) // kinds[i].itemsize,)) for i, buffer in zip(carried, rest, strict=True)}

@@ -23,6 +23,7 @@ from commgraph.communicators.tags import COLLECTIVE, digest, make_tag
 from commgraph.coordinator import checks
 from commgraph.coordinator.checks import BadArgument, Place
 from commgraph.coordinator.failures import EXPECTED, Call, call_site, concurrent
+from commgraph.coordinator.spans import span
 from commgraph.coordinator.state import GroupState
 from commgraph.coordinator.turns import Turn
 from commgraph.deadline import Deadline, Timeout
@@ -395,7 +396,7 @@ def perform(group: Group, operation: str, sequence: int, what: str, deadline: De
         act: does it.
     """
     try:
-        with ambient.shelter():
+        with ambient.shelter(), span(group, operation):
             return act()
     except EXPECTED as error:
         group._state.failures.end(Call(group.name, operation, group._state.members, sequence), what, deadline.seconds, error)

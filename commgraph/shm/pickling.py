@@ -15,6 +15,7 @@ import torch
 
 from commgraph import ambient
 from commgraph.carriers import CARRIERS, QUANTIZED
+from commgraph.strided import pack, unpack
 
 __all__ = ["Pickler", "buffer_of", "loads", "tensor_over"]
 
@@ -88,13 +89,29 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         if obj.device.type != "cpu" or obj.layout is not torch.strided or obj.is_nested or obj.is_quantized or obj.dtype in QUANTIZED:
             return NotImplemented
-        return tensor_over, (pickle.PickleBuffer(buffer_of(obj)), obj.dtype, tuple(obj.shape))
+        return reduce_tensor(obj)
+
+
+@ambient.sheltered
+def reduce_tensor(x: torch.Tensor) -> Any:
+    """Return how a tensor is pickled: by its elements and strides, and with the attributes that its user gave it."""
+    elements, strides = pack(x)
+    made = (pickle.PickleBuffer(_memory_of(elements)), x.dtype, tuple(x.shape), *(() if strides is None else (strides,)))
+    return (tensor_over, made, x.__dict__, None, None, set_attributes) if x.__dict__ else (tensor_over, made)
+
+
+def set_attributes(x: torch.Tensor, attributes: dict[str, Any]) -> None:
+    """Give an unpickled tensor its attributes."""
+    x.__dict__.update(attributes)
 
 
 @ambient.sheltered
 def buffer_of(x: torch.Tensor) -> Any:
     """Return the bytes of a strided host tensor as a buffer, which keeps them alive: its own memory, or that of a contiguous copy."""
-    bits = x.detach().resolve_conj().resolve_neg().view(CARRIERS[x.dtype.itemsize]).contiguous()
+    return _memory_of(x.detach().resolve_conj().resolve_neg().view(CARRIERS[x.dtype.itemsize]).contiguous())
+
+
+def _memory_of(bits: torch.Tensor) -> Any:
     if not bits.nbytes:
         return bytearray()
     buffer = (ctypes.c_ubyte * bits.nbytes).from_address(bits.data_ptr())
@@ -103,12 +120,11 @@ def buffer_of(x: torch.Tensor) -> Any:
 
 
 @ambient.sheltered
-def tensor_over(buffer: Any, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
-    """Return a tensor over a writable buffer, which it keeps alive."""
+def tensor_over(buffer: Any, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int] | None = None) -> torch.Tensor:
+    """Return a tensor over a writable buffer, which it keeps alive; with strides it may have memory of its own."""
     if not len(buffer):
         return ambient.empty(tuple(shape), dtype)
-    flat = ambient.over(buffer, dtype)
-    return flat if flat.shape == shape else flat.view(tuple(shape))
+    return unpack(ambient.over(buffer, dtype), shape, strides)
 
 
 def loads(pickled: bytes | memoryview, buffers: Iterable[Any]) -> Any:

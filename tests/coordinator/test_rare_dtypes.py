@@ -1,4 +1,4 @@
-"""Dtypes that torch itself hardly serves: moved as bytes by operations that only move data, refused by all others before anything is sent."""
+"""Dtypes that torch hardly serves: moved as bytes by operations that only move data, refused by all others before anything is sent."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_tensors_of_every_dtype(dtype: torch.dtype) -> None:
         tensor = shaped.view(dtype)
         out = decode(encode({"t": tensor}, key=None, context=b""), key=None, context=b"")["t"]
         assert same(out, tensor)
-        assert out.is_contiguous()
+        assert out.stride() == tensor.stride() or not out.numel()
         assert not out.requires_grad
 
 
