@@ -25,7 +25,9 @@ class Named(Protocol):
     """A coordinator, as spans know it."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """As the layout calls the group."""
+
     @property
     def _state(self) -> Any: ...
 

@@ -14,6 +14,8 @@ from commgraph.coordinator import GroupCoordinator
 from commgraph.shm.pickling import Pickler, loads
 from tests.helpers import on, same
 
+INT4: torch.dtype = vars(torch)["int4"]
+
 
 def cut(*shape: int) -> torch.Tensor:
     return torch.arange(float(torch.Size(shape).numel())).reshape(shape)
@@ -33,7 +35,7 @@ TENSORS: MappingProxyType[str, torch.Tensor] = MappingProxyType(
         "windows": cut(8).unfold(0, 3, 1),
         "large": cut(300, 200).t(),
         "half": cut(40, 6).to(torch.bfloat16).t(),
-        "bytes": torch.arange(24, dtype=torch.uint8).reshape(4, 6).view(torch.int4).t(),
+        "bytes": torch.arange(24, dtype=torch.uint8).reshape(4, 6).view(INT4).t(),
     }
 )
 
