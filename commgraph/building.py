@@ -301,7 +301,7 @@ class Builder:
     def _check_descriptors(self, uid: str, size: int) -> None:
         """Raise if too few descriptors are left: gloo ends the process when its listener runs out of them."""
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        used = len(os.listdir("/dev/fd"))
+        used = _open_files(limit)
         needed = size + _SPARE_DESCRIPTORS
         if limit != resource.RLIM_INFINITY and limit - used < needed:
             raise BuildError(
@@ -328,3 +328,17 @@ def _only_by_kind(one: Communicator | Refused) -> Communicator | Refused:
         return one
     one.close()
     return Refused(one.name, "options.deterministic=True, and it serves some sizes only")
+
+
+def _open_files(limit: int) -> int:
+    """Return how many descriptors are open; without ``/dev/fd``, as without ``/proc``, the lowest free one: no more are open below it."""
+    try:
+        return len(os.listdir("/dev/fd"))
+    except OSError:
+        pass
+    try:
+        free = os.open("/", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # there is none
+        return limit
+    os.close(free)
+    return free

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import mmap
 import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:  # needs torch, and this module does not
     from commgraph.meeting import Meeting
 
 __all__ = ["Hosts", "Identity", "Probe", "alone", "discover", "group_by_verdicts"]
+
+logger = logging.getLogger("commgraph")
 
 _SECRET_BYTES = 32
 # How the descriptor of a probe looks in /proc.
@@ -69,8 +72,9 @@ class Identity:
 class Probe:
     """A page of memory with a secret in it; closes its descriptor on leaving the ``with`` statement.
 
-    Without memfds (another system than Linux, an old C library) the page is in a nameless temporary file, which only the threads of
-    this process can read: each process is then a node of its own.
+    Without memfds (another system than Linux, an old C library), and where none can be made (a limit on descriptors or file sizes, a full
+    cgroup, a sandbox), the page is in a nameless temporary file, which only the threads of this process can read: the process is then a
+    node of its own. Where there is no such file either, the rank is one.
 
     Attributes:
         secret: the 32 random bytes in it.
@@ -78,13 +82,9 @@ class Probe:
 
     def __init__(self) -> None:
         self.secret = secrets.token_bytes(_SECRET_BYTES)
-        self._reachable = hasattr(os, "memfd_create")
-        self._fd = _memfd() if self._reachable else _nameless_file()
-        try:
-            os.pwrite(self._fd, self.secret, 0)
-        except BaseException:
-            os.close(self._fd)
-            raise
+        self._reachable, self._fd = True, _written(_memfd, self.secret)
+        if self._fd < 0:
+            self._reachable, self._fd = False, _written(_nameless_file, self.secret)
 
     def identity(self, label: str = "") -> Identity:
         """Says where this process is and how to read the segment; holds while the probe is open.
@@ -108,7 +108,8 @@ class Probe:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
 
 
 @attrs.frozen
@@ -231,6 +232,25 @@ def _decode(value: bytes, type_: type[_T], rank: int) -> _T:
         return msgspec.msgpack.decode(value, type=type_)
     except (msgspec.MsgspecError, ValueError) as error:
         raise BuildError(f"what the store holds for rank {rank} is not commgraph's, or another version's: {error}") from error
+
+
+def _written(make: Callable[[], int], secret: bytes) -> int:
+    """Return a descriptor that `make` gives, of memory with the secret in it; -1 where that cannot be had."""
+    fd = -1
+    try:
+        fd = make()
+        os.pwrite(fd, secret, 0)
+    except (OSError, AttributeError) as error:  # AttributeError: this C library has no memfds
+        if fd >= 0:
+            os.close(fd)
+        if hasattr(os, "memfd_create"):
+            logger.warning(
+                "process %d shares no memory with other processes, and is a node of its own: no shared memory could be made (%s)",
+                os.getpid(),
+                error,
+            )
+        return -1
+    return fd
 
 
 def _memfd() -> int:

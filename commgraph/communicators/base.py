@@ -14,7 +14,18 @@ from commgraph.communicators.memory import copy_back, dense, staging_for
 from commgraph.communicators.reduction import reduce_pieces
 from commgraph.deadline import Deadline
 
-__all__ = ["COLLECTIVES", "OPERATIONS", "CallsDiffer", "Communicator", "FastPath", "Limits", "PeerClosed", "PeerLate", "Refused"]
+__all__ = [
+    "COLLECTIVES",
+    "OPERATIONS",
+    "AccessRefused",
+    "CallsDiffer",
+    "Communicator",
+    "FastPath",
+    "Limits",
+    "PeerClosed",
+    "PeerLate",
+    "Refused",
+]
 
 COLLECTIVES = ("all_reduce", "reduce", "all_gather", "reduce_scatter", "all_to_all", "gather", "scatter", "broadcast", "barrier")
 OPERATIONS = (*COLLECTIVES, "send", "recv")
@@ -35,6 +46,14 @@ class PeerClosed(Exception):  # noqa: N818 - as above
         super().__init__(peer, reason)
         self.peer = peer
         self.reason = reason
+
+
+class AccessRefused(Exception):  # noqa: N818 - as above
+    """The kernel does not let this rank access the memory of `peer` (a rank in the group), which it did when the group was built."""
+
+    def __init__(self, peer: int) -> None:
+        super().__init__(peer)
+        self.peer = peer
 
 
 class CallsDiffer(Exception):  # noqa: N818 - as above

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from commgraph.communicators.base import CallsDiffer, Communicator, Limits, PeerClosed, PeerLate, Refused
+from commgraph.communicators.base import AccessRefused, CallsDiffer, Communicator, Limits, PeerClosed, PeerLate, Refused
 from commgraph.communicators.gloo import GlooCommunicator, Transport
 from commgraph.communicators.reduction import REDUCE_OPS, accumulator
 from commgraph.communicators.shm import ShmCommunicator, exchange_bytes
@@ -108,6 +108,8 @@ class HierarchicalCommunicator(Communicator):
             raise PeerClosed(self._neighbours[error.peer], error.reason) from None
         except CallsDiffer as error:
             raise CallsDiffer(self._neighbours[error.peer]) from None
+        except AccessRefused as error:
+            raise AccessRefused(self._neighbours[error.peer]) from None
 
     def warmup(self, model: torch.nn.Module | None = None) -> None:
         if self._local is not None:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from commgraph import compat
-from commgraph.communicators.base import CallsDiffer, PeerClosed, PeerLate
+from commgraph.communicators.base import AccessRefused, CallsDiffer, PeerClosed, PeerLate
 from commgraph.communicators.memory import dense
 from commgraph.forks import keep_for_ever
 from commgraph.shm.host_memory import HostMemory
 from commgraph.shm.mailbox import Mailbox, tensors_with
-from commgraph.shm.stopped import GONE, LOST, MISMATCH, TIMEOUT, Stopped
+from commgraph.shm.stopped import GONE, LOST, MISMATCH, REFUSED, TIMEOUT, Stopped
 
 __all__ = ["ShmFastPath", "by_peer", "native_calls"]
 
@@ -56,6 +56,8 @@ class ShmFastPath:
             return PeerLate(error.member)
         if error.code == MISMATCH:
             return CallsDiffer(error.member)
+        if error.code == REFUSED:
+            return AccessRefused(error.member)
         reason = {LOST: "its process ended", GONE: "it closed its side"}.get(error.code, "this rank closed the group")
         return PeerClosed(error.member if error.code in (LOST, GONE) else self._rank_in_group, reason)
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import attrs
 import torch.distributed as dist
 
-from commgraph.communicators.base import CallsDiffer, FastPath, PeerClosed, PeerLate
+from commgraph.communicators.base import AccessRefused, CallsDiffer, FastPath, PeerClosed, PeerLate
 from commgraph.deadline import Deadline
 from commgraph.errors import (
     CollectiveError,
@@ -30,7 +30,7 @@ from commgraph.meeting import STORE_ERRORS, attend
 __all__ = ["CLOSE", "EXPECTED", "Call", "Failures", "Members", "call_site", "concurrent"]
 
 # Failures of a strategy, which end a call.
-EXPECTED = (PeerLate, PeerClosed, CallsDiffer, CollectiveError)
+EXPECTED = (PeerLate, PeerClosed, CallsDiffer, AccessRefused, CollectiveError)
 
 # Seconds that a store may take, at most, to take or give what a rank says of a failure.
 _PUBLISH_SECONDS = 0.5
@@ -174,6 +174,14 @@ class Failures:
                 self._lost(call, what, error)
             if isinstance(error, CallsDiffer):
                 self._differ(call, what)
+            if isinstance(error, AccessRefused):
+                error = CollectiveError(
+                    f"{call.where}: {what}: the kernel refuses this process the memory of rank {self._members.ranks[error.peer]} "
+                    "(process_vm_readv), which it gave when the group was built. That process has changed (PR_SET_DUMPABLE, setuid), "
+                    "or a rule of the system (kernel.yama.ptrace_scope, a seccomp filter). Both ranks are alive: build the context again, "
+                    "which then copies large tensors through shared memory",
+                    **call.facts,
+                )
             assert isinstance(error, CollectiveError)
             self._break(call, error, what)
 
@@ -226,7 +234,9 @@ class Failures:
         if fault is None:
             message = f"{call.where}: rank {lost} is gone (died, or closed its side) during {during}: {error.reason}"
         else:
-            kind = {"timeout": CollectiveTimeoutError, "mismatch": CollectiveMismatchError}.get(fault.kind, PeerLostError)
+            kind = {"timeout": CollectiveTimeoutError, "mismatch": CollectiveMismatchError, "other": CollectiveError}.get(
+                fault.kind, PeerLostError
+            )
             lost = fault.lost
             gone = f"rank {lost} is gone (a peer reported it in its call #{fault.sequence})"
             if lost == ranks[error.peer]:
@@ -263,9 +273,8 @@ class Failures:
         )
 
     def _break(self, call: Call, error: CollectiveError, what: str) -> NoReturn:
-        kind = (
-            "mismatch" if isinstance(error, CollectiveMismatchError) else "timeout" if isinstance(error, CollectiveTimeoutError) else "lost"
-        )
+        kinds = {CollectiveMismatchError: "mismatch", CollectiveTimeoutError: "timeout", CollectiveError: "other"}
+        kind = kinds.get(type(error), "lost")
         lost = error.rank if isinstance(error, PeerLostError) else None
         self._publish(_Fault(kind, f"{call.sequence} {what}", lost, call.sequence, f"{what}: {error}"))
         self._abort()

@@ -127,7 +127,7 @@ def join(exchange: Callable[[bytes], list[bytes]], sizes: Sizes, rank_in_group: 
                 nonce = secrets.token_bytes(_NONCE_BYTES)
                 os.pwrite(fd, nonce, 0)
                 word = _Word("", os.getpid(), fd, nbytes, nonce)
-        except BuildError as error:
+        except (BuildError, OSError) as error:
             word = _Word(problem=str(error))
         words = _exchange_words(exchange, word)
         problem = _problem_of(words)

@@ -24,16 +24,19 @@ def create(nbytes: int) -> int:
     Raises:
         BuildError: there is no memory for it, saying how much is needed.
     """
-    fd = os.memfd_create("commgraph", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = -1
     try:
+        fd = os.memfd_create("commgraph", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.fchmod(fd, 0o600)  # a memfd is open to every user at first
         os.posix_fallocate(fd, 0, nbytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
     except OSError as error:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
         raise BuildError(
             f"{nbytes} bytes of shared memory are needed and could not be reserved ({error}). They count as memory of this process: make "
-            "room (the cgroup's limit, RLIMIT_FSIZE), or ask for less by CommunicatorOptions(shm_bytes=..., queue_bytes=...) or shm=False"
+            "room (the cgroup's limit, RLIMIT_FSIZE, RLIMIT_NOFILE), or ask for less by CommunicatorOptions(shm_bytes=..., "
+            "queue_bytes=...) or shm=False"
         ) from error
     return fd
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["GONE", "LOST", "MISMATCH", "SELF", "TIMEOUT", "Busy", "Stopped"]
+__all__ = ["GONE", "LOST", "MISMATCH", "REFUSED", "SELF", "TIMEOUT", "Busy", "Stopped"]
 
 # As in native/team.h.
 TIMEOUT, LOST, GONE, SELF, _SIGNAL, MISMATCH = range(1, 7)
+REFUSED = 9
 
 
 class Stopped(Exception):  # noqa: N818 - internal; the coordinator turns it into the public error
@@ -13,7 +14,7 @@ class Stopped(Exception):  # noqa: N818 - internal; the coordinator turns it int
 
     Attributes:
         code: TIMEOUT (the deadline passed), LOST (a process died), GONE (one closed its side), SELF (this side was closed by another
-            thread), MISMATCH (the ranks called different things).
+            thread), MISMATCH (the ranks called different things), REFUSED (the kernel refuses this process the memory of another).
         member: number of the participant that it is about.
     """
 

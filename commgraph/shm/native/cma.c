@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "cma.h"
 
+#include <errno.h>
 #include <sys/uio.h>
 
 enum {
@@ -30,6 +31,8 @@ int cg_cma_copy(const cg_team *team, int member, const cg_block *block, uint64_t
     }
     return 1;
 }
+
+int cg_cma_why(void) { return errno == EPERM || errno == EACCES || errno == ENOSYS ? CG_REFUSED : CG_GONE; }
 
 int cg_cma_can_access(const cg_team *team, const void *data) {
     char byte;

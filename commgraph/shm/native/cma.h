@@ -10,6 +10,9 @@
 #include "team.h"
 
 enum { CG_CMA_READ, CG_CMA_WRITE };
+/* Result of a copy that failed while the member's process was there: CG_REFUSED if the kernel did not allow it, else CG_GONE: the member has
+ * freed its tensor. To be called before anything else sets errno. */
+int cg_cma_why(void);
 /* Fills the block from `address` in the process of that member (CG_CMA_READ), or writes it there (CG_CMA_WRITE). 0 if not all of it was
  * copied. */
 int cg_cma_copy(const cg_team *team, int member, const cg_block *block, uint64_t address, int direction);

@@ -28,10 +28,10 @@ static uint64_t find_readable(cg_group *g, const void *data, size_t bytes) {
 
 static int cma_copy_from_rank(cg_group *g, int rank, const cg_block *block, uint64_t where, int direction, int *who) {
     if (cg_cma_copy(g->team, rank, block, where & ~CG_WHERE_ADDRESS, direction)) return CG_OK;
-    /* The rank has died, or has given up on the call and freed its tensor. */
-    int result = cg_team_lost(g->team, who);
+    /* The rank has died, or has given up on the call and freed its tensor, or its memory is no longer accessible. */
+    int why = cg_cma_why(), result = cg_team_lost(g->team, who);
     if (result == CG_OK) *who = rank;
-    return result == CG_OK ? CG_GONE : result;
+    return result == CG_OK ? why : result;
 }
 
 /* Reads all of a piece that its rank has not staged. */

@@ -28,6 +28,7 @@ enum {
     CG_SIGNAL = 5,      /* a signal handler raised */
     CG_MISMATCH = 6,    /* the calls of the members do not fit together */
     CG_NOMEM = 7,
+    CG_REFUSED = 9,     /* the kernel does not let this process access the memory of that of `who`, though it did when it was probed */
     CG_RESTART = 8,     /* the writer of a ring gave up on the record that was being read, and began another */
 };
 

@@ -63,7 +63,7 @@ static int copy_chunks(progress *p, char *here, uint64_t there, size_t bytes, in
         size_t at = chunk * side->chunk, some = bytes - at < side->chunk ? bytes - at : side->chunk;
         cg_block block = {here + at, 1, some, some};
         p->mine++; /* also if the copy fails: then neither side copies it */
-        if (!cg_cma_copy(side->team, side->peer, &block, there + at, direction)) result = CG_GONE;
+        if (!cg_cma_copy(side->team, side->peer, &block, there + at, direction)) result = cg_cma_why();
         else if (direction == CG_CMA_WRITE) atomic_store_explicit(&side->shared->pushed, p->number << SHIFT | p->mine, memory_order_release);
         if (result == CG_OK && cg_team_left(side->team)) result = CG_SELF;
     }
