@@ -339,13 +339,17 @@ class ShmCommunicator(Communicator):
                     segment = self._map(pid, there, nbytes)
                 except OSError as error:
                     problem = error
-            fine = ambient.integers([int(segment is not None)])
-            self.all_reduce_(fine, "min", tag=tag, deadline=deadline)
+            # 1 + the rank that could not.
+            failed = ambient.integers([0 if segment is not None else 1 + self.rank_in_group])
+            self.all_reduce_(failed, "max", tag=tag, deadline=deadline)
         finally:
             if fd >= 0:
                 os.close(fd)
-        if not int(fine):
-            raise problem if problem is not None else RuntimeError("a peer could not make or map the memory of the tensor")
+        if int(failed):
+            # All ranks raise it: the group goes on.
+            what = f"{nbytes} bytes of shared memory for a tensor of each of {self.world_size} ranks"
+            who = "rank 0 in the group could not make" if not made else f"rank {int(failed) - 1} in the group could not map"
+            raise BuildError(f"{who} {what}" + (f": {problem}" if problem is not None else "; its own error says why"))
         return segment
 
     def _map(self, pid: int, fd: int, nbytes: int) -> Any:

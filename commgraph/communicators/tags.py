@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 __all__ = [
     "CHECK",
@@ -25,9 +26,9 @@ COLLECTIVE, MESSAGE, OBJECT, OBJECT_REST, CHECK, SETUP = range(6)
 _MASK = (1 << 28) - 1
 
 
-def message_text(dtype: object, numel: int) -> str:
-    """Return the text of a message; its two sides may give the tensor different shapes."""
-    return f"{dtype} {numel}"
+def message_text(dtype: object, shape: Sequence[int]) -> str:
+    """Return the text of a message. With its shape: elements that arrive in another one would be taken for others without a word."""
+    return f"{dtype} {tuple(shape)}"
 
 
 def tagged_text(text: str, tag: int) -> str:

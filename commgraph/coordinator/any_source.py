@@ -38,7 +38,7 @@ def receive_any(group: Group, operation: str, x: torch.Tensor, tag: int, deadlin
         CollectiveTimeoutError: none came; the group is unharmed.
     """
     state, me = group._state, group.rank_in_group
-    text = tagged_text(message_text(x.dtype, x.numel()), tag)
+    text = tagged_text(message_text(x.dtype, x.shape), tag)
     if group.world_size == 1:
         from_self(group, operation, x, tag, deadline)
         return me
@@ -97,14 +97,14 @@ def to_self(group: Group, x: torch.Tensor, tag: int) -> None:
 def from_self(group: Group, operation: str, x: torch.Tensor, tag: int, deadline: Deadline) -> None:
     """Fill x with the next message of this rank to itself."""
     state = group._state
-    text = tagged_text(message_text(x.dtype, x.numel()), tag)
+    text = tagged_text(message_text(x.dtype, x.shape), tag)
     what = f"recv({text}, {group.rank_in_group})"
     perform(group, operation, state.sequence, what, deadline, lambda: _fill(group, x, state.own_messages.take(tag, deadline)))
 
 
 def _fill(group: Group, x: torch.Tensor, message: tuple[torch.Tensor, Any]) -> None:
     copy, event = message
-    if message_text(copy.dtype, copy.numel()) != message_text(x.dtype, x.numel()):
+    if message_text(copy.dtype, copy.shape) != message_text(x.dtype, x.shape):
         raise CallsDiffer(group.rank_in_group)
     streams = group._state.streams(copy.device)
     if event is not None and streams is not None:

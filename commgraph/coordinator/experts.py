@@ -150,7 +150,7 @@ def dispatch(
         begin_message(group, "dispatch", timeout)
     try:
         given = _given(group, hidden_states, routing, extra_tensors, traced)
-        counts = _sizes(group, sizes, hidden_states.shape[0], traced)
+        counts = _sizes(group, sizes, given[0].shape[0], traced)
     except BadArgument as error:
         raise explain(error, group, "dispatch", group._state.sequence) from None
     if group.world_size == 1:
@@ -254,7 +254,9 @@ def _given(
             f"{where}: the routing is ({kinds}); call dispatch(hidden_states, router_logits) or dispatch(hidden_states, topk_weights, "
             "topk_ids), with tensors. Nothing was sent."
         )
-    given = (hidden_states, *routing, *extra_tensors)
+    if not isinstance(hidden_states, torch.Tensor):
+        raise BadArgument(f"hidden_states is a {type(hidden_states).__name__}, a torch.Tensor is needed", unsupported=True)
+    given = (hidden_states, *routing, *checks.several(extra_tensors, "extra_tensors"))
     if traced:
         return given
     names = ("hidden_states", *(("router_logits",) if len(routing) == 1 else ("topk_weights", "topk_ids")))

@@ -28,6 +28,7 @@ from commgraph.coordinator.coalesced import (
 )
 from commgraph.coordinator.exchanges import AllToAll, Barrier, CloseBarrier, Scatter
 from commgraph.coordinator.experts import Dispatched, Sizes
+from commgraph.coordinator.failures import Call
 from commgraph.coordinator.gathers import AllGather, AllGatherList, AllGatherV, Broadcast, Gather
 from commgraph.coordinator.native_messages import NativeMessages
 from commgraph.coordinator.objects import Objects
@@ -37,7 +38,7 @@ from commgraph.coordinator.operators import OPERATIONS
 from commgraph.coordinator.reductions import AllReduce, AllReduceInPlace, Reduce, ReduceScatter, ReduceScatterV
 from commgraph.coordinator.state import GroupState
 from commgraph.deadline import Deadline, Timeout
-from commgraph.errors import BackendUnavailableError
+from commgraph.errors import BackendUnavailableError, BuildError
 from commgraph.shm import native_module
 from commgraph.work import AnySource, Recv, Send, Work
 
@@ -659,7 +660,8 @@ class GroupCoordinator(compat.OpaqueBase):
         """Receives a tensor of a known shape and dtype.
 
         Args:
-            size: its shape.
+            size: its shape, which is that of the tensor sent: another one of as many elements is a CollectiveMismatchError (over gloo
+                a CollectiveTimeoutError).
             dtype: its dtype.
             src: rank in the group, by default `prev_in_group`; not this rank itself, which `irecv` serves. `commgraph.ANY`: the rank that
                 has sent first; where several have, they are served in turn. The next message with that tag of every rank must have this
@@ -1241,6 +1243,9 @@ class GroupCoordinator(compat.OpaqueBase):
 
         Returns:
             An uninitialised tensor of this rank's own on the group's device.
+
+        Raises:
+            BuildError: a rank could not make or map the memory; on every rank, and the group goes on.
         """
         with collective(self, "empty", timeout) as (sequence, deadline):
             try:
@@ -1252,9 +1257,18 @@ class GroupCoordinator(compat.OpaqueBase):
             strategy = self._state.strategies.route("all_reduce", extents, dtype, self.device)
             what = f"empty({dtype} {extents})"
             tag = make_tag(COLLECTIVE, sequence, what)
-            return perform(
-                self, "empty", sequence, what, deadline, lambda: strategy.empty(extents, one.dtype, one.device, tag=tag, deadline=deadline)
-            )
+            try:
+                return perform(
+                    self,
+                    "empty",
+                    sequence,
+                    what,
+                    deadline,
+                    lambda: strategy.empty(extents, one.dtype, one.device, tag=tag, deadline=deadline),
+                )
+            except BuildError as error:
+                where = Call(self.name, "empty", self._state.members, sequence).where
+                raise BuildError(f"{where}: {what}: {error}. No rank has got the tensor, and the group goes on") from error
 
     def _flush(self, deadline: Deadline) -> bool:
         """Waits for pending collectives and sends, which the peers need, here and on siblings.

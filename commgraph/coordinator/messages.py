@@ -382,7 +382,7 @@ def _exchange(group: Group, operation: str, tensors: Sequence[torch.Tensor], key
         by_strategy.setdefault(strategy, []).append((x, peer))
     how = {"label": tag} if tag else {}
     for strategy, pairs in by_strategy.items():
-        text = tagged_text(" ".join([message_text(x.dtype, x.numel()) for x, _ in pairs]), tag)
+        text = tagged_text(" ".join([message_text(x.dtype, x.shape) for x, _ in pairs]), tag)
         number = make_tag(MESSAGE, state.count(key), text)
         left = deadline if limited or not strategy.stream_ordered else Deadline.after(state.timeouts.device)
         moved = [(carried(x), peer) for x, peer in pairs]
@@ -527,8 +527,8 @@ def _enqueue(
     def run() -> None:
         state.ensure_open(group.name)
         for strategy, (sends, receives) in by_strategy.items():
-            going = [f"to {peer}: {message_text(x.dtype, x.numel())}" for x, peer in sends]
-            coming = [f"from {peer}: {message_text(x.dtype, x.numel())}" for x, peer in receives]
+            going = [f"to {peer}: {message_text(x.dtype, x.shape)}" for x, peer in sends]
+            coming = [f"from {peer}: {message_text(x.dtype, x.shape)}" for x, peer in receives]
             left = Deadline.after(seconds if limited else state.timeouts.device)
             # Stream-ordered strategies match messages by call order and ignore the tag.
             act = partial(strategy.exchange, sends, receives, tag=make_tag(MESSAGE, 0), deadline=left)
@@ -555,7 +555,7 @@ def _offer(group: Group, operation: str, x: torch.Tensor, dst: int, label: int, 
         return False
     if state.strategies.route("send", x.shape, x.dtype, x.device).fast is not fast:
         return False
-    text = tagged_text(message_text(x.dtype, x.numel()), label)
+    text = tagged_text(message_text(x.dtype, x.shape), label)
     key, turn, taken = (dst, True, label), Turn(), False
 
     def act() -> bool:
@@ -580,6 +580,6 @@ def _offer(group: Group, operation: str, x: torch.Tensor, dst: int, label: int, 
 _DTYPES: Final = MappingProxyType({kind: dtype for dtype, kind in KINDS.items()})
 
 
-def message_digest(kind: int, numel: int) -> int:
+def message_digest(kind: int, shape: tuple[int, ...]) -> int:
     """Return the digest of a message's text, for the native module."""
-    return digest(message_text(_DTYPES[kind], numel))
+    return digest(message_text(_DTYPES[kind], shape))

@@ -52,7 +52,7 @@ class NativeMessages:
         try:
             return bool(self._calls.send(ring, x, (dst, True, 0), timeout))
         except BaseException as error:
-            self._end(group, "send", message_text(x.dtype, x.numel()), dst, timeout, error)
+            self._end(group, "send", message_text(x.dtype, x.shape), dst, timeout, error)
         finally:
             access.give_back()
 
@@ -75,8 +75,8 @@ class NativeMessages:
             # None: another kind of message is asked for, or is next in the ring. The general path handles it.
             return self._calls.recv(ring, size, kind, out, (src, False, 0), timeout)  # type: ignore[no-any-return]  # native/module_messages.c
         except BaseException as error:
-            numel = torch.Size([size] if type(size) is int else size).numel()
-            self._end(group, "recv", message_text(dtype, numel), src, timeout, error)
+            shape = (size,) if type(size) is int else size
+            self._end(group, "recv", message_text(dtype, shape), src, timeout, error)
         finally:
             inbox.pass_turn()
 

@@ -176,7 +176,7 @@ class Mailbox:
     def open_native(
         self,
         tensors_of: Callable[[Any], Any],
-        digest: Callable[[int, int], int],
+        digest: Callable[[int, tuple[int, ...]], int],
         timeout_ns: int,
         counts: dict[Any, int],
         claims: dict[Any, object],

@@ -32,8 +32,6 @@ def on_two_ranks(lack: str) -> list[dict[str, Any]]:
     ("lack", "nodes", "first"),
     [
         ("memfd", [0, 1], "gloo"),
-        ("descriptors", [0, 1], "gloo"),
-        ("space", [0, 1], "gloo"),
         ("file sizes", [0, 1], "gloo"),
         ("proc", [0, 1], "gloo"),
         ("large files", [0, 0], "gloo"),

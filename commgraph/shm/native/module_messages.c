@@ -22,14 +22,14 @@ enum { VALUE_NONE, VALUE_FALSE, VALUE_TRUE, VALUE_INT, VALUE_FLOAT, VALUE_STR };
 
 typedef struct {
     int kind;
-    int64_t count;
+    uint64_t shape; /* hash_shape */
     uint32_t digest;
 } known_kind;
 
 typedef struct {
     PyObject_HEAD
     Tensors *tensors;
-    PyObject *digest; /* (kind, count) -> int: commgraph.communicators.tags.digest */
+    PyObject *digest; /* (kind, shape) -> int: commgraph.communicators.tags.digest */
     int64_t timeout_ns; /* of calls without a timeout of their own */
     PyObject *counts;   /* a dict: how many messages there were, by lane */
     PyObject *claims;   /* a dict: the lanes in which a call is under way (commgraph/coordinator/turns.py) */
@@ -47,19 +47,40 @@ static Ring *ring_of(PyObject *self, PyObject *ring) {
 
 static int code_of(dl_dtype kind) { return kind.code << 8 | kind.bits; }
 
-/* The digest of a message. 0 with an error set. */
-static int digest_of(Messages *messages, dl_dtype kind, int64_t count, uint32_t *digest) {
-    int code = code_of(kind);
-    known_kind *cell = &messages->known[((uint64_t)count ^ (uint64_t)code << 32) * 0x9E3779B97F4A7C15ull >> 58];
-    if (cell->kind == code && cell->count == count) {
+/* 64 bits of a shape. */
+static uint64_t hash_shape(const view *v) {
+    uint64_t hash = 1 + (uint64_t)v->ndim;
+    for (int i = 0; i < v->ndim; i++) {
+        hash = (hash ^ (uint64_t)v->shape[i]) * 0x9E3779B97F4A7C15ull;
+        hash ^= hash >> 32;
+    }
+    return hash;
+}
+
+static PyObject *shape_of(const view *v) {
+    PyObject *shape = PyTuple_New(v->ndim);
+    for (int i = 0; shape != NULL && i < v->ndim; i++) {
+        PyObject *extent = PyLong_FromLongLong(v->shape[i]);
+        if (extent == NULL || PyTuple_SetItem(shape, i, extent) != 0) Py_CLEAR(shape);
+    }
+    return shape;
+}
+
+/* The digest of a message, of a tensor like v. 0 with an error set. */
+static int digest_of(Messages *messages, const view *v, uint32_t *digest) {
+    int code = code_of(v->kind);
+    uint64_t hash = hash_shape(v);
+    known_kind *cell = &messages->known[(hash ^ (uint64_t)code << 32) * 0x9E3779B97F4A7C15ull >> 58];
+    if (cell->kind == code && cell->shape == hash) {
         *digest = cell->digest;
         return 1;
     }
-    PyObject *answer = PyObject_CallFunction(messages->digest, "iL", code, (long long)count);
+    PyObject *shape = shape_of(v), *answer = shape == NULL ? NULL : PyObject_CallFunction(messages->digest, "iO", code, shape);
+    Py_XDECREF(shape);
     *digest = answer == NULL ? 0 : (uint32_t)PyLong_AsUnsignedLong(answer);
     Py_XDECREF(answer);
     if (PyErr_Occurred()) return 0;
-    *cell = (known_kind){code, count, *digest};
+    *cell = (known_kind){code, hash, *digest};
     return 1;
 }
 
@@ -103,7 +124,7 @@ static PyObject *messages_send(PyObject *self, PyObject *const *args, Py_ssize_t
         return not_handled();
     uint32_t digest;
     uint64_t number;
-    if (!digest_of(messages, v.kind, (int64_t)(v.bytes / v.size), &digest) || !claim_lane(messages, args[2], &number)) return NULL;
+    if (!digest_of(messages, &v, &digest) || !claim_lane(messages, args[2], &number)) return NULL;
     int who = 0, result = -1;
     if (enter_for(ring->team, v.bytes)) {
         cg_part part = {v.data, v.bytes};
@@ -181,7 +202,7 @@ static PyObject *messages_recv(PyObject *self, PyObject *const *args, Py_ssize_t
         return not_handled();
     uint32_t digest;
     uint64_t number;
-    if (!digest_of(messages, v.kind, (int64_t)(v.bytes / v.size), &digest)) return NULL;
+    if (!digest_of(messages, &v, &digest)) return NULL;
     void *memory = given != NULL ? out.data : cg_pool_take(ring->pool->pool, v.bytes);
     if (memory == NULL) Py_RETURN_NONE; /* the general path raises, and the group stays usable */
     int kept = 0, came = -1;
