@@ -140,7 +140,7 @@ HARNESS = (
     "-lpthread",
     "-lm",
 )
-PARTS = ("guards", "cores", "kernels", "collectives", "rings", "zero_copies", "pool", "endings", "withdrawals")
+PARTS = ("guards", "cores", "kernels", "collectives", "rings", "zero_copies", "pool", "endings", "withdrawals", "nets")
 
 
 @nox.session(venv_backend="none", default=False)

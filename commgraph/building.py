@@ -21,7 +21,11 @@ from commgraph.accelerators.custom_all_reduce import PeerAccessCache
 from commgraph.accelerators.device_order import DeviceOrder
 from commgraph.agreement import agree
 from commgraph.communicators.base import Communicator, Limits, PeerClosed, PeerLate, Refused
+from commgraph.communicators.endpoint import Endpoint
 from commgraph.communicators.gloo_transport import GlooTransport
+from commgraph.communicators.tags import SETUP, make_tag
+from commgraph.communicators.tcp_transport import TcpTransport
+from commgraph.communicators.transport import Transport
 from commgraph.coordinator.state import GroupState, Members, Network, Strategies, Timeouts
 from commgraph.deadline import Deadline
 from commgraph.errors import BackendUnavailableError, BuildError
@@ -32,11 +36,14 @@ from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import GroupFacts, Platform
 from commgraph.platforms.detection import Plugins
 from commgraph.processes import Process
+from commgraph.reach import Reach
 
 __all__ = ["CONNECTING", "Builder", "Connection", "States"]
 
 # Prefix of the keys with which gloo connects a group. It has two parts, where names of the user's have one.
 CONNECTING = "gloo/connect"
+
+_LOOPBACK = "127.0.0.1"
 
 # Descriptors of a gloo device and its listener, beside one for each peer.
 _SPARE_DESCRIPTORS = 8
@@ -88,7 +95,7 @@ class Connection:
     """
 
     store: dist.Store
-    transport: GlooTransport
+    transport: Transport
 
 
 @attrs.frozen
@@ -105,6 +112,8 @@ class Builder:
         states: of live groups.
         me: this process.
         processes: of all ranks.
+        reach: where the ranks listen, if they are on several hosts and all have the native module; else None.
+        address: of this host, at which gloo listens for other hosts.
         proofs: results of probes of device memory between ranks.
         order: in which checked calls on the device are compared.
     """
@@ -118,11 +127,18 @@ class Builder:
     states: States
     me: Process
     processes: Sequence[Process]
+    reach: Reach | None = None
+    address: str = _LOOPBACK
     proofs: PeerAccessCache = attrs.field(factory=PeerAccessCache)
     order: DeviceOrder = attrs.field(factory=DeviceOrder)
 
     # Whether what it makes has to be closed.
     holds_something: ClassVar[bool] = True
+
+    @property
+    def owned_endpoint(self) -> Endpoint | None:
+        """Where this rank listens, if this is not a part of a world, which shares it."""
+        return None if self.reach is None or self.reach.name else self.reach.endpoint
 
     def meeting(self, store: dist.Store, what: str) -> Meeting:
         """Return the meeting of all ranks of the world in which something is built now.
@@ -149,14 +165,14 @@ class Builder:
         """
         if len(ranks) == 1:
             return None
-        if not compat.gloo_available():
-            raise BackendUnavailableError("this torch was built without gloo, which carries host tensors and objects between ranks")
         store = dist.PrefixStore(f"group/{hashlib.sha256(uid.encode()).hexdigest()[:32]}", self.store)
-        self._check_descriptors(uid, len(ranks))
         part = meeting.among(ranks, store, f"group {uid}")
+        if self.reach is not None and len({self.hosts.nodes[rank] for rank in ranks}) > 1:
+            return Connection(store, self._link(uid, part, self.reach))
+        self._check_descriptors(uid, len(ranks))
         # gloo would wait for the ranks as well, but its error names no missing one.
         part.exchange("here", b"")
-        return Connection(store, self._connect(uid, part))
+        return Connection(store, self.connect_gloo(uid, part))
 
     @ambient.lasting()
     def keep_order(self, meeting: Meeting) -> None:
@@ -233,7 +249,7 @@ class Builder:
             chain = self._chain(uid, platform, facts, connection, plugins)
             live = [one for one in chain if isinstance(one, Communicator)]
             strategies = Strategies(members, live, [one for one in chain if isinstance(one, Refused)])
-            network = Network(connection.transport, connection.store, self._key(ranks))
+            network = Network(connection.transport, connection.store, self._key(ranks), functools.partial(self._own_gloo, uid, ranks))
             check, experts = options.check, options.experts
             state = GroupState(members, strategies, network, timeouts, check=check, experts=experts, rebuild=rebuild, **on_device)
         except BaseException:
@@ -241,6 +257,12 @@ class Builder:
             raise
         self.states.add(state)
         return state
+
+    def _own_gloo(self, uid: str, ranks: tuple[int, ...]) -> GlooTransport:
+        """Connect gloo beside a transport of another kind, for torch's process group. Collective over the ranks."""
+        store = dist.PrefixStore(f"group/{hashlib.sha256(uid.encode()).hexdigest()[:32]}/torch", self.store)
+        self._check_descriptors(uid, len(ranks))
+        return self.connect_gloo(uid, self.meeting(store, f"torch's group of {uid}").among(ranks, store, f"torch's group of {uid}"))
 
     def _sibling(self, of: GroupState, name: str, *, platform: Platform, options: CommunicatorOptions, **kind: Any) -> GroupState:
         """Make a state of the same ranks with communicators of their own. Collective: whole, or an error on every rank."""
@@ -275,9 +297,40 @@ class Builder:
                 f"rank {self.rank}: group {uid}: rank {facts.ranks[error.peer]} did not take part in making its strategies {why}"
             ) from error
 
-    def _connect(self, uid: str, part: Meeting) -> GlooTransport:
+    def _link(self, uid: str, part: Meeting, reach: Reach) -> TcpTransport:
+        """Return a transport whose links are made at their first use, but for one to the nearest rank of another host on either side.
+
+        These are made now, so that a host that cannot be reached is named now.
+        """
+        n, me = len(part.ranks), part.rank
+        transport = reach.transport(uid, part.ranks, me)
+        nodes = [self.hosts.nodes[rank] for rank in part.ranks]
+        ahead = next((me + i) % n for i in range(1, n) if nodes[(me + i) % n] != nodes[me])
+        behind = next((me - i) % n for i in range(1, n) if nodes[(me - i) % n] != nodes[me])
+        # The nearest rank ahead may have another nearest one behind it: whoever has this rank as its nearest links to it, too.
+        near = {ahead, behind} | {i for i in range(n) if nodes[i] != nodes[me] and _is_nearest(nodes, i, me)}
+        try:
+            part.attend(lambda is_left: transport.net_for(make_tag(SETUP, 0), sorted(near), part.deadline))
+        except (PeerLate, PeerClosed, TimeoutError) as error:
+            transport.close()
+            peer = error.peer if isinstance(error, PeerLate | PeerClosed) else ahead
+            host, port = reach.addresses[part.ranks[peer]]
+            why = error.reason if isinstance(error, PeerClosed) else f"it did not answer within {part.waited()}"
+            raise BuildError(
+                f"rank {self.rank}: group {uid}: no connection to rank {part.ranks[peer]}, which listens at {host} port {port}: {why}. "
+                "Where that is the wrong address of its host, name another there by address=, COMMGRAPH_ADDRESS or GLOO_SOCKET_IFNAME"
+            ) from None
+        except BaseException:
+            transport.close()
+            raise
+        return transport
+
+    def connect_gloo(self, uid: str, part: Meeting) -> GlooTransport:
+        """Connect a gloo group. Collective over the ranks of `part`."""
+        if not compat.gloo_available():
+            raise BackendUnavailableError("this torch was built without gloo, which carries host tensors and objects between ranks")
         n = len(part.ranks)
-        device = compat.gloo_device(loopback=self._share_loopback(part.ranks))
+        device = compat.gloo_device(_LOOPBACK if self._share_loopback(part.ranks) else self.address)
         store = dist.PrefixStore(CONNECTING, part.store)
         part.leavings.append((store, f"0/{part.rank}"))  # gloo's key, of its only device
 
@@ -320,6 +373,12 @@ class Builder:
         if self.authkey is not None:
             return self.authkey
         return self.hosts.node_key if all(self.hosts.nodes[rank] == self.hosts.node_rank for rank in ranks) else None
+
+
+def _is_nearest(nodes: Sequence[int], rank: int, other: int) -> bool:
+    """Whether `other` is the nearest rank on another host of `rank`, ahead or behind."""
+    n = len(nodes)
+    return any(next((rank + i * step) % n for i in range(1, n) if nodes[(rank + i * step) % n] != nodes[rank]) == other for step in (1, -1))
 
 
 def _only_by_kind(one: Communicator | Refused) -> Communicator | Refused:

@@ -109,20 +109,17 @@ def gloo_available() -> bool:
     return dist.is_available() and dist.is_gloo_available()
 
 
-def gloo_device(*, loopback: bool) -> GlooDevice:
+def gloo_device(address: str) -> GlooDevice:
     """Make a network device for gloo groups; groups that are given the same one share its event loop thread.
 
     Args:
-        loopback: bind to 127.0.0.1, right where all ranks are known to share a network namespace. Otherwise gloo resolves this host's
-            name, or takes GLOO_SOCKET_IFNAME.
+        address: of this host, at which it listens.
     """
     # ProcessGroupGloo and its two device factories: torch._C._distributed_c10d.
     from torch._C._distributed_c10d import ProcessGroupGloo
 
     # lazy_init=False: a lazily connected pair blocks its first receive until the peer sends, which deadlocks a ring of receivers.
-    if loopback:
-        return ProcessGroupGloo.create_device(hostname="127.0.0.1", lazy_init=False)
-    return ProcessGroupGloo.create_default_device()
+    return ProcessGroupGloo.create_device(hostname=address, lazy_init=False)
 
 
 def make_gloo(

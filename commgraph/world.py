@@ -26,6 +26,7 @@ from commgraph.accelerators.custom_all_reduce import PeerAccessCache
 from commgraph.accelerators.device_order import DeviceOrder
 from commgraph.agreement import agree
 from commgraph.building import Builder, States
+from commgraph.communicators.endpoint import Endpoint
 from commgraph.context import CLOSE_TIMEOUT, ParallelContext, build_context, build_coordinator, close_together
 from commgraph.coordinator import GroupCoordinator
 from commgraph.deadline import Deadline, timedelta_of
@@ -43,6 +44,7 @@ from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import Platform, check_platform
 from commgraph.platforms.detection import Plugins
 from commgraph.processes import Process
+from commgraph.reach import join
 from commgraph.rendezvous import PrivateFile, open_store
 from commgraph.sealed import SealedStore
 from commgraph.session import open_session
@@ -123,7 +125,7 @@ class World:
         with ambient.lasting():
             self.token = ambient.zeros((), torch.float32, torch.device("meta" if device.type == "meta" else "cpu"))
         # The finalizer must not refer to the World itself, which would never be collected.
-        self._finalizer = weakref.finalize(self, _release, builder.states, builder.order)
+        self._finalizer = weakref.finalize(self, _release, builder.states, builder.order, builder.owned_endpoint)
         if self.size > 1 and builder.holds_something:
             disown_in_children(self)
         try:
@@ -167,6 +169,7 @@ class World:
         device: torch.device | str | None = None,
         platform: Platform | None = None,
         authkey: bytes | None = None,
+        address: str | None = None,
     ) -> World:
         """Joins the job that a launcher started: torchrun, Open MPI, PMI (MPICH), Slurm, in this order, else one process alone.
 
@@ -182,6 +185,8 @@ class World:
             device: of this rank, in place of the platform's choice for `local_rank` (Ray masks devices).
             platform: in place of the one detected.
             authkey: secret of the job, which lets any picklable object travel between hosts; else COMMGRAPH_AUTHKEY.
+            address: address or interface of this host at which it listens for ranks of other hosts; else COMMGRAPH_ADDRESS, else
+                GLOO_SOCKET_IFNAME, else that of the way to the store.
 
         Raises:
             LaunchError: a launcher set only one of rank and size, or there are several nodes and no address.
@@ -195,13 +200,13 @@ class World:
             # The launcher of one engine does not know the other engines on this node.
             local_rank = facts.local_rank
         if size == 1:
-            return cls._make(None, 0, 1, local_rank, limit, device, platform, key)
+            return cls._make(None, 0, 1, local_rank, limit, device, platform, key, address)
         method = init_method or launch.meeting_point(facts, dp_size=dp_size)
         hosted = facts.agent_store and init_method is None
         # The file of a job that names none is commgraph's to remove.
         file = PrivateFile(Path(method.removeprefix("file://"))) if method.startswith("file://") and init_method is None else None
         try:
-            world = cls._meet(method, rank, size, local_rank, limit, device, platform, key, hosted_elsewhere=hosted)
+            world = cls._meet(method, rank, size, local_rank, limit, device, platform, key, address, hosted_elsewhere=hosted)
         except BaseException:
             if file is not None:
                 file.close()
@@ -223,6 +228,7 @@ class World:
         device: torch.device | str | None = None,
         platform: Platform | None = None,
         authkey: bytes | None = None,
+        address: str | None = None,
     ) -> World:
         """Meets the other ranks at ``tcp://host:port`` (rank 0 serves there) or ``file:///path``; the rest as for `from_env`.
 
@@ -233,8 +239,8 @@ class World:
         check_rank(rank, world_size)
         limit, key = timedelta_of(timeout), launch.check_authkey("World.connect", authkey) or launch.authkey(os.environ)
         if world_size == 1:
-            return cls._make(None, rank, world_size, local_rank, limit, device, platform, key)
-        return cls._meet(init_method, rank, world_size, local_rank, limit, device, platform, key)
+            return cls._make(None, rank, world_size, local_rank, limit, device, platform, key, address)
+        return cls._meet(init_method, rank, world_size, local_rank, limit, device, platform, key, address)
 
     @classmethod
     def from_store(
@@ -248,6 +254,7 @@ class World:
         device: torch.device | str | None = None,
         platform: Platform | None = None,
         authkey: bytes | None = None,
+        address: str | None = None,
     ) -> World:
         """Meets the other ranks in a store of the caller's; the rest as for `from_env`. The store stays the caller's to keep alive.
 
@@ -259,7 +266,7 @@ class World:
         if not isinstance(store, dist.Store):
             raise TypeError(f"World.from_store: store is a {type(store).__name__}; a torch.distributed.Store is needed")
         key = launch.check_authkey("World.from_store", authkey) or launch.authkey(os.environ)
-        return cls._make(store, rank, world_size, local_rank, timedelta_of(timeout), device, platform, key)
+        return cls._make(store, rank, world_size, local_rank, timedelta_of(timeout), device, platform, key, address)
 
     @classmethod
     def from_torch(
@@ -271,12 +278,13 @@ class World:
         device: torch.device | str | None = None,
         platform: Platform | None = None,
         authkey: bytes | None = None,
+        address: str | None = None,
     ) -> World:
         """Joins a job whose default process group somebody else made (Ray, verl, torchtitan), and leaves that group untouched.
 
         Args:
             group: a group of torch.distributed's whose ranks form the world; None: all of the default group.
-            local_rank, timeout, device, platform, authkey: as for `from_env`.
+            local_rank, timeout, device, platform, authkey, address: as for `from_env`.
 
         Raises:
             LaunchError: torch.distributed is not initialised, or this process is not in `group`.
@@ -290,7 +298,7 @@ class World:
         ranks = dist.get_process_group_ranks(group) if group is not None else range(size)
         store = dist.PrefixStore(f"commgraph/{_digest(ranks)}", compat.default_store())
         key = launch.check_authkey("World.from_torch", authkey) or launch.authkey(os.environ)
-        return cls._make(store, rank, size, local_rank, timedelta_of(timeout), device, platform, key)
+        return cls._make(store, rank, size, local_rank, timedelta_of(timeout), device, platform, key, address)
 
     @classmethod
     def _meet(cls, init_method: str, rank: int, size: int, *place: Any, hosted_elsewhere: bool = False) -> World:
@@ -317,6 +325,7 @@ class World:
         device: torch.device | str | None,
         platform: Platform | None,
         authkey: bytes | None,
+        address: str | None = None,
         *,
         label: str = "",
         deadline: Deadline | None = None,
@@ -352,7 +361,15 @@ class World:
                 meeting = attrs.evolve(meeting, store=sealed, root=sealed)
             found = hosts.discover(meeting, label=label)
             builder = Builder(meeting.store, rank, found, bool(label), timeout, authkey, States(), me, processes)
-            world = cls._of(builder, meeting, local_rank, device, platform, store)
+            if found.node_count > 1:
+                reach, here = join(meeting, found, store, simulated=bool(label), authkey=authkey, address=address)
+                builder = attrs.evolve(builder, reach=reach, address=here)
+            try:
+                world = cls._of(builder, meeting, local_rank, device, platform, store)
+            except BaseException:
+                if builder.reach is not None:
+                    builder.reach.endpoint.close()
+                raise
         meeting.clean()
         return world
 
@@ -466,6 +483,7 @@ class World:
             hosts=self._builder.hosts.restrict(chosen),
             states=States(),
             processes=[self._builder.processes[rank] for rank in chosen],
+            reach=None if self._builder.reach is None else self._builder.reach.restrict(chosen, f"split {chosen} {number}"),
             proofs=PeerAccessCache(),
             order=DeviceOrder(),
         )
@@ -566,6 +584,8 @@ class World:
         for context in state.contexts.values():
             context._disown()
         self._builder.states.disown()
+        if self._builder.reach is not None:
+            self._builder.reach.endpoint.disown()
 
     def _abort(self) -> None:
         """End the calls on all groups with an error, here and on the peers, from any thread; `close` is still to be called."""
@@ -629,10 +649,12 @@ def check_rank(rank: int, world_size: int) -> None:
         raise LaunchError(f"rank={rank} of world_size={world_size}: ranks are numbered 0 to world_size - 1, and there is at least one")
 
 
-def _release(states: States, order: DeviceOrder) -> None:
+def _release(states: States, order: DeviceOrder, endpoint: Endpoint | None) -> None:
     """Drop the connections and memory of a world on this rank; nothing is sent."""
     states.release()
     order.close()
+    if endpoint is not None:
+        endpoint.close()
     if not threading.main_thread().is_alive():
         wait_for_calls()
 

@@ -17,7 +17,7 @@ from commgraph.accelerators.custom_all_reduce import Kernels
 from commgraph.accelerators.platforms import DevicePlatform
 from commgraph.accelerators.streams import Streams
 from commgraph.communicators.base import Communicator, Refused
-from commgraph.communicators.gloo_transport import GlooTransport
+from commgraph.communicators.transport import Transport
 from commgraph.platforms import GroupFacts
 
 
@@ -216,9 +216,9 @@ class FakeDevice(DevicePlatform):
 
     def make_backend(self, facts: GroupFacts, timeout: timedelta) -> Any:
         self.backends += 1
-        return compat.make_gloo(facts.store, facts.rank_in_group, len(facts.ranks), timeout, compat.gloo_device(loopback=True))
+        return compat.make_gloo(facts.store, facts.rank_in_group, len(facts.ranks), timeout, compat.gloo_device("127.0.0.1"))
 
-    def communicators(self, facts: GroupFacts, transport: GlooTransport) -> Sequence[Communicator | Refused]:
+    def communicators(self, facts: GroupFacts, transport: Transport) -> Sequence[Communicator | Refused]:
         made = super().communicators(facts, transport)
         for one in made:
             if isinstance(one, Communicator) and one.name == self.backend():

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from commgraph.communicators.base import PeerClosed, PeerLate
-from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.communicators.tags import CHECK, make_tag
+from commgraph.communicators.transport import Transport
 from commgraph.deadline import Deadline
 
 __all__ = ["DeviceOrder"]
@@ -24,7 +24,7 @@ class DeviceOrder:
     """The order of one rank of a world. Has connections of its own to all others, made when a context first asks for it."""
 
     def __init__(self) -> None:
-        self._transport: GlooTransport | None = None
+        self._transport: Transport | None = None
         self._counts: dict[int, int] = {}
         self._broken = False
         self.connections = 0
@@ -35,7 +35,7 @@ class DeviceOrder:
         """Whether it is connected and, as far as this rank knows, the order was kept."""
         return self._transport is not None and not self._broken
 
-    def connect(self, transport: GlooTransport) -> None:
+    def connect(self, transport: Transport) -> None:
         """Set the connections to every rank of the world, and begin a new order."""
         self.close()
         self._transport, self._broken, self._counts = transport, False, {}

@@ -26,9 +26,9 @@ from commgraph.accelerators.together import together
 from commgraph.accelerators.torch_backend import TorchCommunicator
 from commgraph.accelerators.xla import XlaCommunicator
 from commgraph.communicators.base import Communicator, Refused
-from commgraph.communicators.gloo import GlooCommunicator
-from commgraph.communicators.gloo_transport import GlooTransport
+from commgraph.communicators.network import strategy_over
 from commgraph.communicators.shm import exchange_bytes
+from commgraph.communicators.transport import Transport
 from commgraph.deadline import Deadline
 from commgraph.errors import BackendUnavailableError, ConfigurationError
 from commgraph.platforms.base import GroupFacts, Platform
@@ -77,7 +77,7 @@ class DevicePlatform(Platform):
     def device(self, local_rank: int) -> torch.device:
         return torch.device(self.device_type, local_rank)
 
-    def communicators(self, facts: GroupFacts, transport: GlooTransport) -> Sequence[Communicator | Refused]:
+    def communicators(self, facts: GroupFacts, transport: Transport) -> Sequence[Communicator | Refused]:
         if facts.options.backend not in (None, "gloo", self.backend()):
             raise BackendUnavailableError(
                 f"options ask for backend {facts.options.backend!r}; on the {self.name} platform there are {self.backend()!r} and 'gloo'"
@@ -112,12 +112,12 @@ class DevicePlatform(Platform):
     def streams(self, device: torch.device) -> Streams | None:
         return TorchStreams(device) if device.type == self.device_type else None
 
-    def _over_backend(self, facts: GroupFacts, transport: GlooTransport, rest: Communicator) -> Communicator | Refused:
+    def _over_backend(self, facts: GroupFacts, transport: Transport, rest: Communicator) -> Communicator | Refused:
         """Return the backend's strategy on every rank, or on every rank the same `Refused`."""
         name = self.backend()
         if facts.options.backend == "gloo":
             return Refused(name, "options.backend='gloo'")
-        exchange = exchange_bytes(GlooCommunicator(transport), name, Deadline.after(facts.limits.build_timeout))
+        exchange = exchange_bytes(strategy_over(transport), name, Deadline.after(facts.limits.build_timeout))
         mine = _Word(self.problem(facts)[:500], facts.nodes[facts.rank_in_group], self.identity(facts.device))
         said = [msgspec.msgpack.decode(word, type=_Word) for word in exchange(msgspec.msgpack.encode(mine))]
         problems = [f"rank {rank}: {word.problem}" for rank, word in zip(facts.ranks, said, strict=True) if word.problem]
@@ -149,7 +149,7 @@ class DevicePlatform(Platform):
         """Make the buffers of a group, and the kernels on them. Called where the probe succeeded; collective; on a thread of its own."""
         return TorchKernels(name, dist.PrefixStore("symmetric", facts.store), facts.rank_in_group, len(facts.ranks), facts.device, room)
 
-    def _custom(self, facts: GroupFacts, transport: GlooTransport, rest: Communicator) -> list[Communicator | Refused]:
+    def _custom(self, facts: GroupFacts, transport: Transport, rest: Communicator) -> list[Communicator | Refused]:
         """Return the strategy on every rank, or on every rank the same `Refused`; an empty list on a platform without kernels."""
         if not self.capability(facts.device):
             return []
@@ -159,7 +159,7 @@ class DevicePlatform(Platform):
         if len(set(facts.nodes)) > 1:
             return [Refused(name, f"its {n} ranks are on {len(set(facts.nodes))} hosts")]
         table = options.custom_all_reduce if isinstance(options.custom_all_reduce, KernelTable) else KernelTable.shipped()
-        exchange = exchange_bytes(GlooCommunicator(transport), name, Deadline.after(facts.limits.build_timeout))
+        exchange = exchange_bytes(strategy_over(transport), name, Deadline.after(facts.limits.build_timeout))
         mine = _PeerWord(self.peer_problem()[:500], self.peer_process(), self.capability(facts.device), os.urandom(8).hex())
         said = [msgspec.msgpack.decode(word, type=_PeerWord) for word in exchange(msgspec.msgpack.encode(mine))]
         reason = _no_kernels(facts.ranks, said, table, self.kernel_ranks)

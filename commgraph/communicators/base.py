@@ -342,6 +342,9 @@ class Communicator(abc.ABC):
         """Whether `abort` was called, also by a call of this rank that a signal handler has ended halfway."""
         return False
 
+    def disown(self) -> None:  # noqa: B027 - most hold nothing whose copies would do harm
+        """Close the descriptors of a forked child, which are copies of its parent's, without a word to the peers. Takes no lock."""
+
     @abc.abstractmethod
     def close(self) -> None:
         """Release everything this rank holds, without communicating. Idempotent."""

@@ -4,47 +4,24 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from commgraph import ambient
 from commgraph.communicators.base import OPERATIONS, Communicator, PeerLate
 from commgraph.communicators.memory import copy_back, dense, staging_for
+from commgraph.communicators.part import Part
 from commgraph.communicators.reduction import REDUCE_OPS, reduce_pieces
+from commgraph.communicators.transport import Pending, Transport
 from commgraph.deadline import Deadline
-from commgraph.waiting import Background
 
-__all__ = ["GlooCommunicator", "Transport"]
+__all__ = ["GlooCommunicator"]
 
 # Bytes of a tensor up to which every rank sends it whole to the others and each reduces alone: one step in place of two.
 _ONE_SHOT_BYTES = 32 * 1024
 # Ranks up to which gathers send n-1 messages at once; of more ranks they take log2(n) steps of growing messages.
 _DIRECT_RANKS = 4
-
-
-class Transport(Protocol):
-    """The part of a `GlooTransport` that `GlooCommunicator` uses."""
-
-    rank_in_group: int
-    world_size: int
-
-    @property
-    def bytes_sent(self) -> int: ...
-
-    @property
-    def has_aborted(self) -> bool: ...
-
-    def exchange(
-        self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]], *, tag: int, deadline: Deadline
-    ) -> None: ...
-
-    def receive_later(self, tensor: torch.Tensor, peer: int, *, tag: int, then: Callable[[], None] | None = None) -> Background: ...
-
-    def abort(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class GlooCommunicator(Communicator):
@@ -65,8 +42,12 @@ class GlooCommunicator(Communicator):
         super().__init__(transport.rank_in_group, transport.world_size)
         self.transport = transport
         # Pending receives of `receive_any`, by rank, tag and bytes: gloo has no receive from any rank, and cancels none.
-        self._posted: dict[tuple[int, int, int], tuple[Background, torch.Tensor]] = {}
+        self._posted: dict[tuple[int, int, int], tuple[Pending, torch.Tensor]] = {}
         self._came = threading.Condition()
+
+    def among(self, members: Sequence[int]) -> GlooCommunicator:
+        """Return a strategy of some ranks, this one among them, which are numbered by their positions in `members`. Not collective."""
+        return GlooCommunicator(Part(self.transport, members))
 
     def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:
         """Every call on the host."""

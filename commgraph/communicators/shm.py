@@ -28,7 +28,7 @@ from commgraph.shm.mailbox import Mailbox, tensors_with
 from commgraph.shm.pickling import tensor_over
 from commgraph.shm.stopped import Busy
 
-__all__ = ["ShmCommunicator", "exchange_bytes"]
+__all__ = ["ShmCommunicator", "exchange_bytes", "kernel_of"]
 
 # Most bytes of a message between ranks while the memory is made.
 _WORD_BYTES = 1024
@@ -126,7 +126,7 @@ class ShmCommunicator(Communicator):
         return x.copy_(self._reduce(whole, whole, op, tag, deadline, in_place=True))
 
     def _reduce(self, x: torch.Tensor, out: torch.Tensor, op: str, tag: int, deadline: Deadline, *, in_place: bool) -> torch.Tensor:
-        kind, number, width = _kernel(x.dtype, op)
+        kind, number, width = kernel_of(x.dtype, op)
         if not x.numel():
             self.barrier(tag=tag, deadline=deadline)
         elif kind < 0:
@@ -147,7 +147,7 @@ class ShmCommunicator(Communicator):
         self, x: torch.Tensor, dim: int, sizes: Sequence[int], op: str, out: torch.Tensor, *, tag: int, deadline: Deadline
     ) -> None:
         x = dense(x)
-        kind, number, _ = _kernel(x.dtype, op)
+        kind, number, _ = kernel_of(x.dtype, op)
         if kind < 0:
             mine = list(ambient.empty((self.world_size, *out.shape), x.dtype))
             self.all_to_all(x.split(list(sizes), dim), mine, tag=tag, deadline=deadline)
@@ -459,7 +459,7 @@ def _signed(exchange: Callable[[bytes], list[bytes]], key: bytes, me: int) -> Ca
     return exchange_signed
 
 
-def _kernel(dtype: torch.dtype, op: str) -> tuple[int, int, int]:
+def kernel_of(dtype: torch.dtype, op: str) -> tuple[int, int, int]:
     """Return kind and op of the kernel, and how many of its elements one element is; a negative kind: there is no kernel."""
     if op not in _OPS:
         return -1, 0, 1

@@ -254,7 +254,10 @@ class GroupCoordinator(compat.OpaqueBase):
 
     @property
     def cpu_group(self) -> dist.ProcessGroup | None:
-        """The torch process group for host tensors, unknown to torch.distributed's tables; None for one rank and after close."""
+        """The torch process group for host tensors, unknown to torch.distributed's tables.
+
+        None for one rank, after close, and over several hosts until ``torch_group("cpu")`` was called.
+        """
         return self._state.torch_groups.cpu
 
     @property

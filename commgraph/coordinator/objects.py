@@ -19,6 +19,7 @@ import torch
 from commgraph import ambient, wire
 from commgraph.communicators.base import Communicator
 from commgraph.communicators.tags import COLLECTIVE, OBJECT, OBJECT_REST, make_tag
+from commgraph.communicators.transport import Pending
 from commgraph.coordinator import checks
 from commgraph.coordinator.checks import BadArgument
 from commgraph.coordinator.failures import Call, call_site
@@ -159,7 +160,7 @@ class NetworkObjects(Objects):
         self._state = state
         self._key = None if state.network is None else state.network.key
         # Receives pending after their caller's deadline, by tag and source.
-        self._late: dict[tuple[int, int], tuple[Background, bytearray]] = {}
+        self._late: dict[tuple[int, int], tuple[Pending, bytearray]] = {}
         # Comparisons of broadcasts pending after their caller's deadline, by tag.
         self._comparing: dict[int, Background] = {}
 
@@ -408,7 +409,7 @@ class NetworkObjects(Objects):
 
         def act() -> memoryview | None:
             transport = self._network(group).transport
-            waiting = self._late.pop((tag, src), None)
+            waiting: tuple[Pending, bytearray] | None = self._late.pop((tag, src), None)
             if waiting is None:
                 block, staging = _buffer(_BLOCK)
                 waiting = (transport.receive_later(staging, src, tag=tag), block)

@@ -9,8 +9,8 @@ import torch
 
 from commgraph import ambient
 from commgraph.accelerators.device_order import DeviceOrder
-from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.communicators.tags import CHECK, make_tag
+from commgraph.communicators.transport import Transport
 from commgraph.coordinator.failures import Call, Members, call_site
 from commgraph.deadline import Deadline
 from commgraph.errors import CollectiveMismatchError
@@ -28,7 +28,7 @@ _ONE_ORDER = (
 class Comparison:
     """Compares the calls of one group."""
 
-    def __init__(self, members: Members, transport: GlooTransport, order: DeviceOrder | None) -> None:
+    def __init__(self, members: Members, transport: Transport, order: DeviceOrder | None) -> None:
         """`order`: compares stream-ordered calls, in one order for all groups of the world."""
         self._members = members
         self._transport = transport

@@ -17,7 +17,7 @@ from commgraph.accelerators.device_order import DeviceOrder
 from commgraph.accelerators.side_streams import SideStreams
 from commgraph.accelerators.streams import Streams
 from commgraph.communicators.base import OPERATIONS, Communicator, FastPath, Refused
-from commgraph.communicators.gloo_transport import GlooTransport
+from commgraph.communicators.transport import Transport
 from commgraph.coordinator.failures import Call, Failures, Members, concurrent
 from commgraph.coordinator.order import Comparison
 from commgraph.coordinator.own_messages import OwnMessages
@@ -41,11 +41,13 @@ class Network:
         transport: carries objects and comparisons.
         store: holds this group's keys only.
         key: authenticates pickled objects; None: plain data only.
+        connect_gloo: connects the ranks by gloo as well, for torch's process group. Collective.
     """
 
-    transport: GlooTransport
+    transport: Transport
     store: dist.Store
     key: bytes | None = attrs.field(repr=False)
+    connect_gloo: Callable[[], Transport] | None = attrs.field(default=None, eq=False, repr=False)
 
 
 @attrs.frozen
@@ -299,6 +301,8 @@ class GroupState:
             return
         self.is_inherited = True
         keep_for_ever(self.strategies, self.network, self.counter, self.own_messages, self.pending, self.comparison)
+        for strategy in self.strategies.communicators:
+            strategy.disown()
         if self.detects is not None:
             keep_for_ever(self.detects)
             self.detects.disown()

@@ -36,11 +36,15 @@ class TorchGroups:
         self._communicators: tuple[Communicator, ...] = state.strategies.communicators
         self._host_timeout: float = state.timeouts.host
         self._entered: list[dist.ProcessGroup] = []
+        # Connected for torch's group only, where the ranks communicate by other means.
+        self._gloo: Any = None
 
     @property
     def cpu(self) -> dist.ProcessGroup | None:
-        """Of host tensors; None for one rank."""
-        group: dist.ProcessGroup | None = None if self._network is None else self._network.transport.process_group
+        """Of host tensors; None for one rank, and on several hosts before `enter`."""
+        if self._network is None:
+            return None
+        group: dist.ProcessGroup | None = getattr(self._gloo or self._network.transport, "process_group", None)
         return group
 
     @property
@@ -55,6 +59,8 @@ class TorchGroups:
             kind: "device" or "cpu".
             exchange: sends a rank's number to all ranks and returns those of all.
         """
+        if self._network is not None and self.cpu is None and (kind == "cpu" or self.device is None):
+            self._gloo = self._network.connect_gloo()
         group = self.cpu if kind == "cpu" else self.device
         if group is None:
             group = next(iter(self._entered), None)
@@ -62,7 +68,7 @@ class TorchGroups:
             ranks = exchange(dist.get_rank())
             store = dist.HashStore() if self._network is None else self._network.store
             if group is None:
-                backend = compat.make_gloo(store, 0, 1, timedelta(seconds=self._host_timeout), compat.gloo_device(loopback=True))
+                backend = compat.make_gloo(store, 0, 1, timedelta(seconds=self._host_timeout), compat.gloo_device("127.0.0.1"))
                 group = compat.wrap(store, 0, 1, backend, torch.device("cpu"))
             device = "" if group is self.cpu or self.cpu is None else " device"
             compat.enter_tables(group, f"commgraph {self._members.uid}{device}", ranks, store)
@@ -80,3 +86,5 @@ class TorchGroups:
             compat.leave_tables(group)
         self._entered = []
         self._network = None
+        if self._gloo is not None:
+            self._gloo.close()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from commgraph.accelerators.custom_all_reduce import PeerAccessCache
 from commgraph.accelerators.streams import Streams
 from commgraph.communicators.base import Communicator, Limits, Refused
-from commgraph.communicators.gloo_transport import GlooTransport
+from commgraph.communicators.transport import Transport
 from commgraph.options import CommunicatorOptions
 
 __all__ = ["GroupFacts", "Platform", "check_platform"]
@@ -66,7 +66,7 @@ class Platform(abc.ABC):
         """Return the device of the rank with that local rank."""
 
     @abc.abstractmethod
-    def communicators(self, facts: GroupFacts, transport: GlooTransport) -> Sequence[Communicator | Refused]:
+    def communicators(self, facts: GroupFacts, transport: Transport) -> Sequence[Communicator | Refused]:
         """Return live strategies for a group, first choice first; the last one that serves an operation must accept every call of it.
 
         Collective over the group. A strategy that was considered and cannot serve the group is in the list as `Refused`.

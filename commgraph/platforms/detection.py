@@ -10,8 +10,8 @@ import attrs
 
 from commgraph.accelerators.platforms import CudaPlatform, RocmPlatform, TpuPlatform, XpuPlatform
 from commgraph.communicators.base import Communicator, Refused
-from commgraph.communicators.gloo import GlooCommunicator
-from commgraph.communicators.gloo_transport import GlooTransport
+from commgraph.communicators.network import strategy_over
+from commgraph.communicators.transport import Transport
 from commgraph.errors import ConfigurationError
 from commgraph.platforms.base import GroupFacts, Platform
 from commgraph.platforms.cpu import CpuPlatform
@@ -52,11 +52,11 @@ class Plugins:
         """Return names and versions, which have to be equal on every rank."""
         return ", ".join(f"{point.name}={point.value} ({_package(point)})" for point in self.points)
 
-    def strategies(self, facts: GroupFacts, transport: GlooTransport) -> list[Communicator | Refused]:
+    def strategies(self, facts: GroupFacts, transport: Transport) -> list[Communicator | Refused]:
         """Return their strategies for a group. Collective over it."""
         made = []
         for point in self.points:
-            one = _load(point)(facts, GlooCommunicator(transport))
+            one = _load(point)(facts, strategy_over(transport))
             if not isinstance(one, Communicator | Refused):
                 raise ConfigurationError(
                     f"entry point {point.name!r} of {STRATEGIES} gave a {type(one).__name__}, no Communicator and no Refused"

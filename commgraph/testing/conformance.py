@@ -76,7 +76,7 @@ class _Check:
 
     def __init__(self, world: World, factory: Factory, device: torch.device, options: CommunicatorOptions, ends_waits: bool) -> None:
         self.world, self.n, self.me = world, world.size, world.rank
-        host = world.group.communicator("gloo")
+        host = world.group.communicator(world.group.communicators["send"][-1])
         assert isinstance(host, GlooCommunicator)
         facts = GroupFacts(tuple(range(self.n)), self.me, (0,) * self.n, options, True, Limits(60.0, 60.0, self.n), world.store)
         self.made = factory(facts, host)

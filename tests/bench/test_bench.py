@@ -28,7 +28,7 @@ from commgraph.bench.objects import lists, small
 from commgraph.bench.probe import Probe, placement
 from commgraph.cli import main
 from commgraph.communicators.base import Communicator, Refused
-from commgraph.communicators.gloo_transport import GlooTransport
+from commgraph.communicators.transport import Transport
 from commgraph.errors import ConfigurationError
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms import CpuPlatform, GroupFacts
@@ -409,7 +409,7 @@ def test_tuning_writes_a_table_that_options_load(tmp_path: Path, capsys: pytest.
     class Slow(FakeDevice):
         """Whose backend is slow, so that a kernel wins, and whose kernels but for one are slower still."""
 
-        def communicators(self, facts: GroupFacts, transport: GlooTransport) -> Sequence[Communicator | Refused]:
+        def communicators(self, facts: GroupFacts, transport: Transport) -> Sequence[Communicator | Refused]:
             made = super().communicators(facts, transport)
             for one in made:
                 if isinstance(one, Communicator) and one.name == "fakeccl":

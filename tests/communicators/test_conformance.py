@@ -15,11 +15,15 @@ from commgraph import compat
 from commgraph.accelerators.host_staged import HostStagedCommunicator
 from commgraph.accelerators.torch_backend import TorchCommunicator
 from commgraph.communicators.base import Communicator, Refused
+from commgraph.communicators.endpoint import Endpoint
 from commgraph.communicators.gloo import GlooCommunicator
 from commgraph.communicators.hierarchical import HierarchicalCommunicator
 from commgraph.communicators.shm import ShmCommunicator
+from commgraph.communicators.tcp import TcpCommunicator
+from commgraph.communicators.tcp_transport import TcpTransport
 from commgraph.deadline import Deadline
 from commgraph.platforms import GroupFacts
+from commgraph.shm import native_module
 from commgraph.testing import check_communicator
 
 
@@ -27,16 +31,53 @@ def torch_gloo(facts: GroupFacts, host: GlooCommunicator) -> Communicator:
     """The strategy of NCCL and XCCL, on the backend of torch's that needs no device."""
     n, me = len(facts.ranks), facts.rank_in_group
     store = dist.PrefixStore("own", facts.store)
-    backend = compat.make_gloo(store, me, n, timedelta(seconds=20), compat.gloo_device(loopback=True))
+    backend = compat.make_gloo(store, me, n, timedelta(seconds=20), compat.gloo_device("127.0.0.1"))
     return TorchCommunicator("torch gloo", backend, torch.device("cpu"), me, n, store)
+
+
+def tcp(facts: GroupFacts, host: GlooCommunicator) -> TcpCommunicator:
+    """Over links of an endpoint of its own."""
+    native = native_module.load()
+    assert native is not None
+    endpoint, store, me = Endpoint("127.0.0.1"), facts.store, facts.rank_in_group
+    endpoint.trust(b"secret")
+    store.set(f"port/{me}", str(endpoint.address[1]))
+    addresses = [("127.0.0.1", int(store.get(f"port/{peer}"))) for peer in range(len(facts.ranks))]
+
+    class Owner(TcpCommunicator):
+        def close(self) -> None:
+            super().close()
+            endpoint.close()
+
+    return Owner(TcpTransport(native, endpoint, bytes(16), addresses, me, spins=False))
+
+
+def over_tcp(facts: GroupFacts, host: GlooCommunicator) -> Communicator | Refused:
+    """Two hosts of two ranks."""
+    whole = tcp(facts, host)
+    made = HierarchicalCommunicator.build(whole, [rank // 2 for rank in range(len(facts.ranks))], facts.options, facts.limits)
+    assert isinstance(made, HierarchicalCommunicator)
+
+    class Owner(HierarchicalCommunicator):
+        def close(self) -> None:
+            super().close()
+            whole.close()
+
+    made.__class__ = Owner
+    return made
 
 
 STRATEGIES: dict[str, Callable[[GroupFacts, GlooCommunicator], Communicator | Refused]] = {
     "gloo": lambda facts, host: GlooCommunicator(host.transport),
+    "tcp": tcp,
     "shm": lambda facts, host: ShmCommunicator.build(host, facts.options, facts.limits),
     "hierarchical": lambda facts, host: HierarchicalCommunicator.build(
         host, (0, *[1] * (len(facts.ranks) - 1)), facts.options, facts.limits
     ),
+    "hierarchical, even": lambda facts, host: HierarchicalCommunicator.build(
+        host, [rank % 2 for rank in range(len(facts.ranks))], facts.options, facts.limits
+    ),
+    "hierarchical over tcp": over_tcp,
     "staged": lambda facts, host: HostStagedCommunicator(torch.device("cpu"), [host]),
     "torch": torch_gloo,
 }
@@ -45,7 +86,8 @@ STRATEGIES: dict[str, Callable[[GroupFacts, GlooCommunicator], Communicator | Re
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_of_ours_passes(name: str) -> None:
-    check_communicator(STRATEGIES[name], world_sizes=(2, 3) if name in ("shm", "torch") else (3,), ends_waits=name != "torch")
+    sizes = {"shm": (2, 3), "torch": (2, 3), "hierarchical, even": (4,), "hierarchical over tcp": (4,)}.get(name, (3,))
+    check_communicator(STRATEGIES[name], world_sizes=sizes, ends_waits=name != "torch")
 
 
 class Wrapped(GlooCommunicator):

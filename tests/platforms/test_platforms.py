@@ -22,7 +22,7 @@ import commgraph as cg
 from commgraph import compat
 from commgraph.accelerators.streams import Streams
 from commgraph.communicators.base import OPERATIONS, Communicator, Refused
-from commgraph.communicators.gloo_transport import GlooTransport
+from commgraph.communicators.transport import Transport
 from commgraph.deadline import Deadline
 from commgraph.platforms import GroupFacts, detection
 from commgraph.testing import spmd
@@ -44,7 +44,7 @@ class StandIn(cg.CudaPlatform):
         return str(device) if self.devices is None else self.devices[device.index or 0]
 
     def make_backend(self, facts: GroupFacts, timeout: timedelta) -> Any:
-        return compat.make_gloo(facts.store, facts.rank_in_group, len(facts.ranks), timeout, compat.gloo_device(loopback=True))
+        return compat.make_gloo(facts.store, facts.rank_in_group, len(facts.ranks), timeout, compat.gloo_device("127.0.0.1"))
 
     def capability(self, device: torch.device) -> str:
         return "9.0"
@@ -278,7 +278,7 @@ class BySize(cg.CpuPlatform):
     def __init__(self) -> None:
         self.made = []
 
-    def communicators(self, facts: GroupFacts, transport: GlooTransport) -> Sequence[Communicator | Refused]:
+    def communicators(self, facts: GroupFacts, transport: Transport) -> Sequence[Communicator | Refused]:
         host = list(super().communicators(facts, transport))
         self.made.append(Small(next(one for one in host if isinstance(one, Communicator) and one.name == "gloo")))
         return [self.made[-1], *host]

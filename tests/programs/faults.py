@@ -604,8 +604,8 @@ def namespaces() -> str:
             said = [ranks.find(rank, "nodes", 60) for rank in range(3)]
             ranks.finish()
         assert [line["nodes"] for line in said] == [[0, 0, 1]] * 3, f"{name}: {said}"
-        assert said[0]["strategies"] == [["hierarchical", "gloo"], ["shm", "gloo"], ["gloo"]], f"{name}: {said}"
-        assert said[2]["strategies"] == [["hierarchical", "gloo"], [], ["gloo"]], f"{name}: {said}"
+        assert said[0]["strategies"] == [["hierarchical", "tcp"], ["shm", "gloo"], ["tcp"]], f"{name}: {said}"
+        assert said[2]["strategies"] == [["hierarchical", "tcp"], [], ["tcp"]], f"{name}: {said}"
         assert "shm: not used, no two of the 2 ranks share a host" in said[0]["text"], f"{name}: {said}"
     return "another host"
 

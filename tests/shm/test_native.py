@@ -21,7 +21,7 @@ SOURCES = (
     HERE / "native" / "harness.c",
     *(path for path in sorted(CORE.glob("*.c")) if not path.stem.startswith(("module", "kernels"))),
 )
-PARTS = ("guards", "cores", "kernels", "collectives", "rings", "zero_copies", "pool", "endings", "withdrawals", "processes")
+PARTS = ("guards", "cores", "kernels", "collectives", "rings", "zero_copies", "pool", "endings", "withdrawals", "nets", "processes")
 
 
 @pytest.fixture(scope="module")

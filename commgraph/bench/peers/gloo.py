@@ -35,7 +35,7 @@ class Peer(Library):
     def _connect(self, name: str, size: int) -> Any:
         world = self.job.world
         store = dist.PrefixStore(f"bench/gloo/{name}", world.store)
-        return compat.make_gloo(store, world.rank, size, _TIMEOUT, compat.gloo_device(loopback=world.node_count == 1))
+        return compat.make_gloo(store, world.rank, size, _TIMEOUT, compat.gloo_device(world._builder.address))
 
     def call(self, operation: str, buffers: Buffers) -> Callable[[], object] | None:
         """Every operation."""

@@ -437,7 +437,8 @@ static int module_exec(PyObject *module) {
         add_type(module, &state->block, &block_spec) < 0 || add_type(module, &state->team, &team_spec) < 0 ||
         add_type(module, &state->group, &group_spec) < 0 || add_type(module, &state->ring, &ring_spec) < 0 ||
         add_type(module, &state->tensors, &tensors_spec) < 0 || add_type(module, &state->fast, &fast_spec) < 0 ||
-        add_type(module, &state->messages, &messages_spec) < 0)
+        add_type(module, &state->messages, &messages_spec) < 0 || add_type(module, &state->net, &net_spec) < 0 ||
+        add_type(module, &state->late, &late_spec) < 0)
         return -1;
     state->requires_grad = PyUnicode_InternFromString("requires_grad");
     state->is_neg = PyUnicode_InternFromString("is_neg");
@@ -472,6 +473,8 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg) {
     Py_VISIT(state->tensors);
     Py_VISIT(state->fast);
     Py_VISIT(state->messages);
+    Py_VISIT(state->net);
+    Py_VISIT(state->late);
     Py_VISIT(state->timedelta);
     return 0;
 }

@@ -18,7 +18,7 @@ typedef struct {
 
 typedef struct {
     PyObject *stopped, *busy; /* exceptions */
-    PyTypeObject *segment, *pool, *block, *team, *group, *ring, *tensors, *fast, *messages, *timedelta;
+    PyTypeObject *segment, *pool, *block, *team, *group, *ring, *tensors, *fast, *messages, *net, *late, *timedelta;
     PyObject *requires_grad, *is_neg, *version, *total_seconds; /* names, interned */
     turn turn;
 } module_state;
@@ -93,7 +93,7 @@ typedef struct {
 /* Whether this member writes, or reads, the ring; 0 with an error set. */
 int may_use(const Ring *ring, int writing);
 
-extern PyType_Spec group_spec, ring_spec, tensors_spec, fast_spec, messages_spec;
+extern PyType_Spec group_spec, ring_spec, tensors_spec, fast_spec, messages_spec, net_spec, late_spec;
 
 module_state *state_of(PyObject *self);
 /* One call at a time uses a team, from `claim` to `unclaim`; it may run Python code in between. 0, with Busy set, if another one is under way:

@@ -8,6 +8,7 @@
 #define _GNU_SOURCE
 #include "collective.h"
 #include "kernels.c" /* for the tables of every instruction set */
+#include "net_reduce.h"
 #include "pool.h"
 #include "ring.h"
 
@@ -20,7 +21,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -521,7 +524,7 @@ static void *run_session(void *arg) {
 }
 
 static void run_threads(int n, void *(*run)(void *), void *args, size_t stride) {
-    pthread_t threads[8];
+    pthread_t threads[32];
     for (int i = 0; i < n; i++) CHECK(pthread_create(&threads[i], NULL, run, (char *)args + (size_t)i * stride) == 0, "pthread_create");
     for (int i = 0; i < n; i++) pthread_join(threads[i], NULL);
 }
@@ -1244,6 +1247,139 @@ static void withdrawals(dice *d, int64_t until) {
     CHECK(failed > 0, "no rank failed in %d tries", tries);
 }
 
+/* Nets: ranks that are linked by sockets. Of each rank one thread makes all-reduces, and others exchange messages with tags of their own. */
+
+enum { TALKERS = 3 };
+
+typedef struct {
+    cg_net *collectives, *messages;
+    int me, n, thread, rounds;
+    int quitter, quits; /* the rank that breaks off, and in which round; -1 for none */
+    uint64_t seed;
+    int result;
+} net_side;
+
+static int attend_nothing(void *user, int why) {
+    (void)user;
+    (void)why;
+    return CG_OK;
+}
+
+static int ends_well(const net_side *s, int result) {
+    if (result == CG_OK) return 1;
+    CHECK(s->quits >= 0 && (result == CG_LOST || result == CG_SELF), "ended with %d", result);
+    return 0;
+}
+
+static int talk(net_side *s, dice *ours, dice *mine, int round) {
+    cg_message messages[8 * MOST];
+    char *memory[8 * MOST];
+    uint64_t seed = roll(ours);
+    size_t bytes[4];
+    uint32_t tags[4];
+    int count = 0, each = 1 + (int)below(ours, 4), who = 0;
+    for (int i = 0; i < each; i++) {
+        bytes[i] = below(ours, chance(ours, 20) ? 300000 : 3000);
+        tags[i] = 1u << 28 | (uint32_t)(round << 8) | (uint32_t)(s->thread << 4) | (uint32_t)i;
+    }
+    /* Receives are begun in another order than the sends of the peers. */
+    int first = (int)below(mine, (size_t)each);
+    for (int k = 0; k < each; k++) {
+        int i = (first + k) % each;
+        for (int p = 0; p < s->n; p++) {
+            if (p == s->me) continue;
+            memory[count] = malloc(bytes[i] + 1);
+            cg_net_receive(s->messages, &messages[count], p, tags[i], memory[count], bytes[i]);
+            count++;
+        }
+    }
+    int sends = count;
+    for (int i = 0; i < each; i++) {
+        for (int p = 0; p < s->n; p++) {
+            if (p == s->me) continue;
+            memory[count] = malloc(bytes[i] + 1);
+            fill_bytes(memory[count], seed + (uint64_t)i, s->me, 0, bytes[i]);
+            cg_net_send(s->messages, &messages[count], p, tags[i], memory[count], bytes[i]);
+            count++;
+        }
+    }
+    pause_a_little(mine);
+    cg_net_call call = {0, soon(), attend_nothing, NULL};
+    cg_messages all = {messages, count};
+    int result = cg_net_wait(s->messages, &call, cg_net_all, &all, &who);
+    if (result != CG_OK) cg_net_withdraw(s->messages, messages, count);
+    for (int k = 0, at = 0; k < each && result == CG_OK; k++) {
+        int i = (first + k) % each;
+        for (int p = 0; p < s->n; p++)
+            if (p != s->me) check_bytes(memory[at++], seed + (uint64_t)i, p, 0, bytes[i], "message");
+    }
+    CHECK(sends * 2 == count, "%d of %d", sends, count);
+    for (int i = 0; i < count; i++) free(memory[i]);
+    return ends_well(s, result);
+}
+
+static int reduce_over_net(net_side *s, dice *ours, dice *mine, int round) {
+    uint64_t seed = roll(ours);
+    int in_place = chance(ours, 50), who = 0;
+    size_t count = 1 + below(ours, chance(ours, 30) ? 400000 : 20000);
+    int dtype = chance(ours, 50) ? CG_I32 : CG_U8;
+    size_t bytes = count * cg_dtype_bytes(dtype);
+    char *from = malloc(bytes), *to = in_place ? from : malloc(bytes), *scratch = malloc(cg_net_scratch_bytes(s->n, count, cg_dtype_bytes(dtype)));
+    fill_elements(from, dtype, seed, s->me, 0, count);
+    pause_a_little(mine);
+    cg_net_call call = {(uint32_t)round, soon(), attend_nothing, NULL};
+    int result = cg_net_all_reduce(s->collectives, &call, from, to, count, dtype, CG_SUM, scratch, &who);
+    if (result == CG_OK) check_reduction(to, s->n, dtype, CG_SUM, seed, 0, count);
+    if (to != from) free(to);
+    free(from);
+    free(scratch);
+    return ends_well(s, result);
+}
+
+static void *run_net(void *arg) {
+    net_side *s = arg;
+    dice ours = {mix(s->seed + (uint64_t)s->thread * 977)}, mine = {mix(s->seed + 7919 * (uint64_t)(s->me * 8 + s->thread))};
+    for (int round = 0; round < s->rounds; round++) {
+        snprintf(doing, sizeof doing, "rank %d of %d, thread %d, round %d, seed %llu", s->me, s->n, s->thread, round, (unsigned long long)s->seed);
+        if (s->me == s->quitter && round == s->quits && s->thread == 0) {
+            cg_net_abort(s->collectives);
+            cg_net_abort(s->messages);
+        }
+        if (!(s->thread == 0 ? reduce_over_net(s, &ours, &mine, round) : talk(s, &ours, &mine, round))) {
+            /* As a group does that has failed. */
+            cg_net_abort(s->collectives);
+            cg_net_abort(s->messages);
+            return NULL;
+        }
+    }
+    return NULL;
+}
+
+static void nets(dice *d, int64_t until) {
+    do {
+        int n = 2 + (int)below(d, 3), quits = chance(d, 30) ? (int)below(d, 8) : -1, quitter = (int)below(d, (size_t)n);
+        static cg_net made[MOST][2];
+        uint64_t seed = roll(d);
+        for (int r = 0; r < n; r++)
+            for (int c = 0; c < 2; c++) CHECK(cg_net_begin(&made[r][c], n, r, c == 0, chance(d, 50) ? 20000 : 0) == 0, "cg_net_begin");
+        for (int a = 0; a < n; a++)
+            for (int b = a + 1; b < n; b++)
+                for (int c = 0; c < 2; c++) {
+                    int pair[2];
+                    CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, pair) == 0, "socketpair");
+                    CHECK(cg_net_attach(&made[a][c], b, pair[0]) == 0 && cg_net_attach(&made[b][c], a, pair[1]) == 0, "cg_net_attach");
+                    CHECK(cg_net_is_linked(&made[a][c], b) && cg_net_error(&made[a][c], b) == 0, "not linked");
+                }
+        net_side sides[MOST * (1 + TALKERS)];
+        for (int r = 0; r < n; r++)
+            for (int t = 0; t <= TALKERS; t++)
+                sides[r * (1 + TALKERS) + t] = (net_side){&made[r][0], &made[r][1], r, n, t, 12, quitter, quits, seed, 0};
+        run_threads(n * (1 + TALKERS), run_net, sides, sizeof *sides);
+        for (int r = 0; r < n; r++)
+            for (int c = 0; c < 2; c++) cg_net_end(&made[r][c]);
+    } while (cg_clock_ns() < until);
+}
+
 /* Cores: a thread moves to another core, and its affinity is restored. */
 
 static cpu_set_t affinity(void) {
@@ -1412,6 +1548,7 @@ int main(int argc, char **argv) {
     RUN("pool", pool(&d, until))
     RUN("endings", endings(&d, rounds))
     RUN("withdrawals", withdrawals(&d, until))
+    RUN("nets", nets(&d, until))
     if (!done) return fprintf(stderr, "harness: there is no part %s\n", part), 2;
     return 0;
 }

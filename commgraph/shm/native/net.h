@@ -1,0 +1,121 @@
+/* Messages between the ranks of a group over connected TCP sockets.
+ *
+ * The thread that waits does the work: it spins a few microseconds, then polls the sockets. If several threads wait, one of them polls for
+ * all (`polling`), and the others sleep on a condition variable. A frame is a header and its bytes. Frames of one link arrive in order;
+ * they pair with receives by tag. A link is read only while a receive of it is posted, so that a sender which is ahead fills the socket
+ * buffers and nothing else; a frame that no receive has asked for is kept in memory only if it stands before one that a receive waits for.
+ */
+#ifndef COMMGRAPH_NET_H
+#define COMMGRAPH_NET_H
+
+#include <pthread.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "team.h"
+
+/* Results beside those of team.h. */
+enum {
+    CG_PENDING = -1,
+    CG_INTERRUPTED = 16, /* a signal came, or might have come */
+    CG_KNOCK = 17,       /* the descriptor `knocks` is readable */
+};
+
+typedef struct {
+    uint32_t magic, tag;
+    uint64_t bytes;
+} cg_frame;
+
+typedef struct cg_message {
+    struct cg_message *next;
+    int peer, state; /* CG_PENDING, or the result */
+    int owned;       /* a frame that no receive had asked for: it and its data were allocated here */
+    cg_frame frame;
+    char *data;
+    uint64_t done; /* bytes that were moved, of a send those of the header included */
+} cg_message;
+
+typedef struct {
+    cg_message *first, *last;
+} cg_queue;
+
+enum { CG_HELD_BYTES = 16 * 1024 };
+
+typedef struct {
+    int fd;     /* -1: there is none */
+    int error;  /* errno of a link that ended; 0 of one that the peer closed */
+    int ended;  /* the peer sends no more */
+    int broken; /* nothing can be sent any more */
+    cg_queue sending, awaited, arrived;
+    cg_message *filling; /* the message whose bytes are being read: a member of `awaited` or `arrived` */
+    char *held;          /* bytes that were read and not yet taken, from `begin` to `end` */
+    size_t begin, end;
+} cg_link;
+
+typedef struct {
+    int n, me;
+    int ordered;     /* frames of one kind of tag arrive as they are waited for: another one is a mismatch */
+    int64_t spin_ns; /* how long a wait spins before it polls */
+    int knocks;      /* a descriptor whose readability ends a wait with CG_KNOCK; -1: none */
+    int poke;        /* an eventfd that wakes the thread that polls */
+    int polling, sleepers, closed;
+    cg_link *links;
+    struct pollfd *polled;
+    pthread_mutex_t lock;
+    pthread_cond_t moved;
+    uint64_t bytes_sent;
+} cg_net;
+
+/* 0, or an errno. */
+int cg_net_begin(cg_net *net, int n, int me, int ordered, int64_t spin_ns);
+/* Closes every socket. No thread may be in a call. */
+void cg_net_end(cg_net *net);
+/* Takes over a connected socket that does not block. EEXIST if the peer has one. */
+int cg_net_attach(cg_net *net, int peer, int fd);
+int cg_net_is_linked(cg_net *net, int peer);
+/* errno of a link that ended; 0 if the peer closed it, or if it has not ended. */
+int cg_net_error(cg_net *net, int peer);
+/* Ends every wait of this side with CG_SELF, and those of the peers with CG_LOST. From any thread. */
+void cg_net_abort(cg_net *net);
+
+/* Closes the copies of the sockets, in a forked child. Takes no lock, which a thread that is not there may hold. */
+void cg_net_disown(cg_net *net);
+
+/* Begin a message. It and its bytes stay until its state is not CG_PENDING, or cg_net_withdraw. */
+void cg_net_send(cg_net *net, cg_message *message, int peer, uint32_t tag, const void *data, uint64_t bytes);
+void cg_net_receive(cg_net *net, cg_message *message, int peer, uint32_t tag, void *data, uint64_t bytes);
+/* Takes back messages. One of which a part was moved ends its link: what follows could not be understood. */
+void cg_net_withdraw(cg_net *net, cg_message *messages, int count);
+
+/* A call: its tag, the end of its waits on cg_clock_ns, and what is done about CG_INTERRUPTED or CG_KNOCK in the midst of one, which goes on
+ * unless that returns another result than CG_OK. */
+typedef struct {
+    uint32_t tag;
+    int64_t deadline;
+    int (*attend)(void *user, int why);
+    void *user;
+} cg_net_call;
+
+/* Called with the lock held: CG_PENDING, or the result of the wait. */
+typedef int (*cg_net_ready)(void *arg, int *who);
+int cg_net_wait(cg_net *net, const cg_net_call *call, cg_net_ready ready, void *arg, int *who);
+
+/* Conditions. */
+typedef struct {
+    cg_message *messages;
+    int count;
+} cg_messages;
+int cg_net_all(void *messages, int *who);
+typedef struct {
+    cg_message *message;
+    uint64_t bytes;
+} cg_part_of;
+/* Whether so many bytes of a message have come. */
+int cg_net_part(void *part, int *who);
+typedef struct {
+    cg_message **messages;
+    int count, found;
+} cg_any_of;
+int cg_net_any(void *any, int *who);
+
+#endif

@@ -1,0 +1,108 @@
+"""Jobs over several hosts, which are namespaces of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hosts import Host, joined, why_impossible
+
+PROGRAM = str(Path(__file__).parent.parent / "programs" / "over_hosts.py")
+
+reason = why_impossible()
+pytestmark = [pytest.mark.skipif(reason is not None, reason=str(reason)), pytest.mark.timeout(240)]
+
+
+def finish(processes: Sequence[subprocess.Popen[str]], seconds: float = 120) -> list[str]:
+    """Return what they wrote."""
+    until = time.monotonic() + seconds
+    try:
+        return [process.communicate(timeout=max(1.0, until - time.monotonic()))[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def ranks_of(outputs: Sequence[str]) -> list[dict[str, Any]]:
+    lines = [line for output in outputs for line in output.splitlines() if line.startswith("{")]
+    return sorted((json.loads(line) for line in lines), key=lambda facts: facts["rank"])
+
+
+def torchrun(hosts: Sequence[Host], each: int, environ: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    processes = [
+        host.start(
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nnodes={len(hosts)}",
+            f"--nproc-per-node={each}",
+            f"--node-rank={number}",
+            f"--master-addr={hosts[0].address}",
+            "--master-port=29511",
+            PROGRAM,
+            environ=environ,
+        )
+        for number, host in enumerate(hosts)
+    ]
+    outputs = finish(processes)
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    return ranks_of(outputs)
+
+
+def alone(hosts: Sequence[Host], environ: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """One rank on each host, without a launcher's agents."""
+    processes = [
+        host.start(
+            sys.executable,
+            PROGRAM,
+            environ={
+                "RANK": str(rank),
+                "WORLD_SIZE": str(len(hosts)),
+                "MASTER_ADDR": hosts[0].address,
+                "MASTER_PORT": "29512",
+                **(environ or {}),
+            },
+        )
+        for rank, host in enumerate(hosts)
+    ]
+    outputs = finish(processes)
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    return ranks_of(outputs)
+
+
+@pytest.mark.parametrize(
+    "hosts_file",
+    ["127.0.0.1 localhost\n", "127.0.0.1 localhost\n127.0.1.1 {name}\n", "127.0.0.1 localhost\n10.99.0.1 {name}\n"],
+    ids=["name resolves to nothing", "name is 127.0.1.1", "name is an address that reaches nobody"],
+)
+def test_hosts_find_each_other_whatever_their_names_resolve_to(hosts_file: str) -> None:
+    with joined(2, hosts_file=hosts_file, also=("10.99.0.1", "10.99.0.1")) as hosts:
+        facts = alone(hosts)
+    assert [one["nodes"] for one in facts] == [[0, 1]] * 2
+
+
+def test_two_ranks_on_each_of_two_hosts_by_torchrun() -> None:
+    with joined(2) as hosts:
+        facts = torchrun(hosts, 2)
+    assert [one["nodes"] for one in facts] == [[0, 0, 1, 1]] * 4
+    assert all(one["serves"][0] == "hierarchical" for one in facts)
+
+
+def test_three_hosts() -> None:
+    with joined(3) as hosts:
+        facts = alone(hosts)
+    assert [one["nodes"] for one in facts] == [[0, 1, 2]] * 3
+
+
+def test_equal_host_names_are_different_hosts() -> None:
+    with joined(2, names="same") as hosts:
+        facts = alone(hosts, {"COMMGRAPH_AUTHKEY": os.urandom(8).hex()})
+    assert [one["nodes"] for one in facts] == [[0, 1]] * 2
