@@ -109,6 +109,13 @@ def compile(session: nox.Session) -> None:  # noqa: A001 - what the session does
 
 
 @nox.session(venv_backend="none", default=False)
+def hosts(session: nox.Session) -> None:
+    """Jobs over several hosts, which are network namespaces of this machine: needs root. Arguments after -- go to pytest."""
+    python = str(with_torch(session, "test") / "python")
+    session.run(python, "-m", "pytest", "-m", "hosts or not hosts", "tests/launch/test_over_hosts.py", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none", default=False)
 def dist(session: nox.Session) -> None:
     """Source distribution and wheel, in dist/: the Linux that the wheel needs, a program with it, tests of the source distribution."""
     python, place = str(with_torch(session, "dist", "test") / "python"), Path(session.create_tmp()).absolute()

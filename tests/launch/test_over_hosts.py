@@ -78,10 +78,17 @@ def alone(hosts: Sequence[Host], environ: Mapping[str, str] | None = None) -> li
     return ranks_of(outputs)
 
 
+# Of the cases of one kind the suite has one.
+more = pytest.mark.hosts
+
+
 @pytest.mark.parametrize(
     "hosts_file",
-    ["127.0.0.1 localhost\n", "127.0.0.1 localhost\n127.0.1.1 {name}\n", "127.0.0.1 localhost\n10.99.0.1 {name}\n"],
-    ids=["name resolves to nothing", "name is 127.0.1.1", "name is an address that reaches nobody"],
+    [
+        pytest.param("127.0.0.1 localhost\n", id="name resolves to nothing", marks=more),
+        pytest.param("127.0.0.1 localhost\n127.0.1.1 {name}\n", id="name is 127.0.1.1"),
+        pytest.param("127.0.0.1 localhost\n10.99.0.1 {name}\n", id="name is an address that reaches nobody", marks=more),
+    ],
 )
 def test_hosts_find_each_other_whatever_their_names_resolve_to(hosts_file: str) -> None:
     with joined(2, hosts_file=hosts_file, also=("10.99.0.1", "10.99.0.1")) as hosts:
@@ -96,13 +103,50 @@ def test_two_ranks_on_each_of_two_hosts_by_torchrun() -> None:
     assert all(one["serves"][0] == "hierarchical" for one in facts)
 
 
+@more
 def test_three_hosts() -> None:
     with joined(3) as hosts:
         facts = alone(hosts)
     assert [one["nodes"] for one in facts] == [[0, 1, 2]] * 3
 
 
+@more
 def test_equal_host_names_are_different_hosts() -> None:
     with joined(2, names="same") as hosts:
         facts = alone(hosts, {"COMMGRAPH_AUTHKEY": os.urandom(8).hex()})
     assert [one["nodes"] for one in facts] == [[0, 1]] * 2
+
+
+@more
+def test_an_address_is_given_by_its_interface() -> None:
+    with joined(2, also=("10.99.0.1", "10.99.0.1")) as hosts:
+        facts = alone(hosts, {"COMMGRAPH_ADDRESS": "eth0"})
+    assert [one["nodes"] for one in facts] == [[0, 1]] * 2
+
+
+@more
+def test_an_address_that_reaches_nobody_is_named() -> None:
+    with joined(2, also=("10.99.0.1", "10.99.0.2")) as hosts:
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29513", "SECONDS_TO_BUILD": "5"}
+        processes = [
+            host.start(sys.executable, PROGRAM, environ=common | {"RANK": str(rank), "COMMGRAPH_ADDRESS": "eth1"})
+            for rank, host in enumerate(hosts)
+        ]
+        begun = time.monotonic()
+        outputs = finish(processes)
+    assert time.monotonic() - begun < 60
+    assert all(process.returncode for process in processes)
+    assert all("no connection to rank" in output and "listens at 10.99.0." in output for output in outputs), "\n".join(outputs)
+
+
+def test_a_rank_that_dies_on_another_host_is_heard() -> None:
+    with joined(2) as hosts:
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29514"}
+        processes = [
+            host.start(sys.executable, PROGRAM, environ=common | {"RANK": str(rank), "DIES": "1"}) for rank, host in enumerate(hosts)
+        ]
+        first, second = finish(processes)
+    assert processes[1].returncode == -9, second
+    said = json.loads(next(line for line in first.splitlines() if line.startswith("{")))
+    assert said["lost"] == 1, first
+    assert said["seconds"] < 5, first

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 
@@ -21,6 +22,9 @@ def main() -> None:
         built = time.monotonic() - begun
         context = world.context(cg.Layout(world.size, tp=world.size), name="main")
         tp, n, me = context.tp, world.size, world.rank
+        if os.environ.get("DIES"):
+            die(tp)
+            return
         x = torch.arange(1000.0) + me
         assert torch.equal(tp.all_reduce(x), torch.arange(1000.0) * n + sum(range(n)))
         large = torch.full((1_000_000,), me + 1.0)
@@ -39,6 +43,20 @@ def main() -> None:
         facts = {"rank": me, "nodes": list(world.nodes.values()), "serves": tp.communicators["all_reduce"], "seconds": round(built, 2)}
         sys.stdout.write(json.dumps(facts) + "\n")
         sys.stdout.flush()
+
+
+def die(tp: cg.GroupCoordinator) -> None:
+    """Rank 1 kills itself after a first call; rank 0 says how it heard of that."""
+    tp.all_reduce(torch.ones(4))
+    if tp.rank_in_group == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begun = time.monotonic()
+    try:
+        tp.all_reduce(torch.ones(4), timeout=30)
+    except cg.PeerLostError as error:
+        sys.stdout.write(json.dumps({"lost": error.rank, "seconds": time.monotonic() - begun}) + "\n")
+        sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
