@@ -200,10 +200,17 @@ class Failures:
         head += f"it waited for rank {ranks[error.peer]}"
         self._publish(_Fault("timeout", f"{call.sequence} {what}", None, call.sequence, f"{what} at {at}"))
         self._abort()
-        raise self._remember(self._late(call, what, head)) from None
+        raise self._remember(self._late(call, head, what)) from None
 
-    def _late(self, call: Call, what: str, head: str) -> CollectiveError:
-        """Return the error of a call for which some rank waited in vain: who gave up, and who has said nothing."""
+    def _late(self, call: Call, head: str, what: str | None = None) -> CollectiveError:
+        """Return the error of a call for which some rank waited in vain: who gave up, and who has said nothing.
+
+        Args:
+            call: of this rank.
+            head: of the message.
+            what: the call with its arguments, to be compared with those of the ranks that gave up; None where this rank did not wait in
+                vain itself: a message that another one waited for differs from this call, and is no mismatch.
+        """
         ranks, me = self._members.ranks, self._members.rank_in_group
         faults = self._read_faults(range(len(ranks)), wait=1.0)
         lines = [f"  rank {ranks[peer]} gave up in call #{fault.sequence}, {fault.text}" for peer, fault in sorted(faults.items())]
@@ -211,7 +218,7 @@ class Failures:
         if silent:
             named = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
             lines.append(f"  no word from {named}: late, dead, or elsewhere in the program")
-        differs = any(fault.kind == "timeout" and fault.at != f"{call.sequence} {what}" for fault in faults.values())
+        differs = what is not None and any(fault.kind == "timeout" and fault.at != f"{call.sequence} {what}" for fault in faults.values())
         kind: type[CollectiveError] = CollectiveMismatchError if differs else CollectiveTimeoutError
         return kind(head + ":\n" + "\n".join(lines), **call.facts)
 
@@ -246,7 +253,7 @@ class Failures:
         self._publish(_Fault(fault.kind if fault else "lost", f"{call.sequence} {what}", lost, call.sequence, f"{what} at {at}"))
         self._abort()
         if kind is CollectiveTimeoutError:
-            raise self._remember(self._late(call, what, message)) from None
+            raise self._remember(self._late(call, message)) from None
         raise self._remember(kind(message, **call.facts | ({} if lost is None else {"rank": lost}))) from None
 
     def _differ(self, call: Call, what: str) -> NoReturn:

@@ -306,11 +306,11 @@ def test_large_pieces_are_read_where_they_lie(n: int) -> None:
 
 
 @pytest.mark.parametrize("deadline", [None, 0.1])
-@pytest.mark.parametrize(("entries", "stays"), [(1000, False), (300_000, True)])
-def test_a_tensor_that_a_late_sender_may_still_fill_stays(entries: int, stays: bool, deadline: float | None) -> None:
-    """A sender that was stopped on its way into the receiver's memory may go on at any time: so that is never anybody else's."""
+@pytest.mark.parametrize("entries", [1000, 300_000])
+def test_a_tensor_that_was_given_up_is_freed(entries: int, deadline: float | None) -> None:
+    """A sender that comes late finds that the receiver has taken its memory back."""
 
-    def run(world: cg.World) -> tuple[bool, bool] | None:
+    def run(world: cg.World) -> bool | None:
         options = cg.CommunicatorOptions(host_timeout=timedelta(seconds=0.3))
         with world.context(cg.Layout(2, tp=2), name="main", options=options) as ctx:
             if ctx.tp.is_first_rank:
@@ -318,19 +318,15 @@ def test_a_tensor_that_a_late_sender_may_still_fill_stays(entries: int, stays: b
                 with pytest.raises(cg.CollectiveError):
                     ctx.tp.broadcast(torch.ones(entries), 0)
                 return None
-            reaches: bool = ctx.tp.communicator("shm")._group.has_cma  # type: ignore[attr-defined]  # the native group
             x = torch.zeros(entries)
             ref = weakref.ref(x)
             with pytest.raises(cg.CollectiveTimeoutError):
                 ctx.tp.broadcast(x, 0, timeout=deadline)
             del x
         gc.collect()
-        return ref() is not None, reaches
+        return ref() is None
 
-    receiver = spmd(run, 2)[1]
-    assert receiver is not None
-    found, reaches = receiver
-    assert found == (stays and reaches)
+    assert spmd(run, 2)[1]
 
 
 @pytest.mark.parametrize("deadline", [None, 0.1])

@@ -126,9 +126,7 @@ for _op, _call in TENSOR.items():
         case(f"{_op}: {_kind}", NAMES.get(_op, _op), lambda g, call=_call, make=_make: call(g, make()), _named)  # type: ignore[misc]
 
 _TIMEOUTS: dict[str, Any] = {
-    "zero": 0,
     "negative": -1.5,
-    "no time": timedelta(0),
     "nan": math.nan,
     "infinite": math.inf,
     "bool": True,

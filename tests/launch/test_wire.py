@@ -149,7 +149,7 @@ def test_what_is_not_plain_is_named_with_its_place(obj: Any, what: str, place: s
         encode(obj, key=None, context=b"")
     assert what in str(caught.value)
     assert f" at {place}" in str(caught.value)
-    assert "set an authkey (World(..., authkey=...) or COMMGRAPH_AUTHKEY)" in str(caught.value)
+    assert "set an authkey (World.from_env(authkey=...) or COMMGRAPH_AUTHKEY)" in str(caught.value)
 
 
 def test_objects_that_are_too_deep() -> None:
