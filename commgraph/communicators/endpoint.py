@@ -122,6 +122,8 @@ class Endpoint:
         with self._lock:
             if self._closed:
                 raise PeerClosed(peer, "this rank closed its world")
+            if link.group in self._left:
+                raise PeerClosed(peer, "this rank closed the group")
             if not any(link in known for known in (self._calling, self._called, self._made)):
                 self._call(link, peer, address)
         self.serve()

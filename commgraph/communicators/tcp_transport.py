@@ -98,7 +98,13 @@ class TcpTransport:
     def _link(self, net: Any, channel: int, peer: int, deadline: Deadline) -> None:
         with self._linking:
             if not net.is_linked(peer):
-                self._attach(net, peer, self._endpoint.wait(*self._link_to(channel, peer), deadline))
+                try:
+                    connection = self._endpoint.wait(*self._link_to(channel, peer), deadline)
+                except PeerClosed as error:
+                    if self._aborted:
+                        raise PeerClosed(self.rank_in_group, "this rank closed the group") from None
+                    raise error from None
+                self._attach(net, peer, connection)
 
     def _link_to(self, channel: int, peer: int) -> tuple[Link, int, tuple[str, int]]:
         me = self.rank_in_group
@@ -214,6 +220,7 @@ class TcpTransport:
 
     def close(self) -> None:
         """Drop the links. What was sent before still arrives."""
+        self._aborted = True
         self.collectives.close()
         self.messages.close()
         self._endpoint.leave(self._group)

@@ -266,7 +266,11 @@ class Failures:
             while len(said) < n and time.monotonic() < patience:
                 said |= {peer: note for peer in range(n) if peer not in said and (note := self._notes.read_note(peer)) is not None}
                 time.sleep(0.001)
-        if call.operation != CLOSE and any(f", {CLOSE}(), at " in note for note in said.values()):
+        else:
+            text = said[me].partition(", ")[2]
+            self._publish(_Fault("mismatch", f"{call.sequence} {what}", None, call.sequence, text))
+            said |= {peer: f"call #{fault.sequence}, {fault.text}" for peer, fault in self._read_faults(range(n), wait=1.0).items()}
+        if call.operation != CLOSE and any(f", {CLOSE}()" in note for note in said.values()):
             # A rank closes the group while a thread of this one is in a call: if this rank closes it, too, that is no mismatch.
             patience = time.monotonic() + _CLOSING
             while not self.closing and not self.closed and time.monotonic() < patience:

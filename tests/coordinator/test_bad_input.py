@@ -289,12 +289,6 @@ case("scatter: uneven", "scatter", lambda g: g.scatter(torch.ones(3, 5), g.rank_
 case("scatter: a dim that is none, of nothing", "scatter", lambda g: g.scatter(None, g.next_in_group, 1.5), "dim=1.5")
 case("scatter: sizes that are none, of nothing", "scatter", lambda g: g.scatter(None, g.next_in_group, sizes=[1, 2, 3]), "sizes")
 case("scatter: 25 dims", "scatter", lambda g: g.scatter(torch.ones([1] * 24 + [2]), g.rank_in_group), "24 dims")
-case(
-    "scatter: no arithmetic",
-    "scatter",
-    lambda g: g.scatter(torch.zeros(4, 6, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), g.rank_in_group),
-    "float4",
-)
 case("all_to_all: uneven", "all_to_all", lambda g: g.all_to_all(torch.ones(3, 5), scatter_dim=1), "5 elements")
 case("all_to_all: no output_sizes", "all_to_all", lambda g: g.all_to_all(x46(), input_sizes=[1, 3]), "without output_sizes")
 case("all_gatherv: nothing", "all_gatherv", lambda g: g.all_gatherv(7), "int")
