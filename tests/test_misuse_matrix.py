@@ -19,8 +19,7 @@ from tests.programs.misuse_operations import OPERATIONS, RANKS, WRONG, Args
 def test_a_sample_of_the_misuse_matrix_ends_without_crash_hang_or_wrong_number() -> None:
     """A seed that failed is in the message, and gives these cells again."""
     seed = random.randrange(1 << 32)
-    # A message that is received in another shape of as many elements is a failure that is known, and is not drawn.
-    cells = ["--only", "^(?!.*/shape of as many/)", "--sample", "40", "--jobs", "4", "--seed", str(seed)]
+    cells = ["--sample", "40", "--jobs", "4", "--seed", str(seed)]
     command = [sys.executable, str(ROOT / "tests/programs/misuse.py"), *cells]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
