@@ -31,9 +31,9 @@ def on_two_ranks(lack: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("lack", "nodes", "first"),
     [
-        ("memfd", [0, 1], "gloo"),
-        ("file sizes", [0, 1], "gloo"),
-        ("proc", [0, 1], "gloo"),
+        ("memfd", [0, 1], "tcp"),
+        ("file sizes", [0, 1], "tcp"),
+        ("proc", [0, 1], "tcp"),
         ("large files", [0, 0], "gloo"),
         ("native module", [0, 0], "gloo"),
     ],
