@@ -305,15 +305,13 @@ class Builder:
         n, me = len(part.ranks), part.rank
         transport = reach.transport(uid, part.ranks, me)
         nodes = [self.hosts.nodes[rank] for rank in part.ranks]
-        ahead = next((me + i) % n for i in range(1, n) if nodes[(me + i) % n] != nodes[me])
-        behind = next((me - i) % n for i in range(1, n) if nodes[(me - i) % n] != nodes[me])
-        # The nearest rank ahead may have another nearest one behind it: whoever has this rank as its nearest links to it, too.
-        near = {ahead, behind} | {i for i in range(n) if nodes[i] != nodes[me] and _is_nearest(nodes, i, me)}
+        # The nearest rank may have other nearest ones: whoever has this rank as one links to it, too, and both sides wait for the link.
+        near = [i for i in range(n) if i in _nearest(nodes, me) or me in _nearest(nodes, i)]
         try:
-            part.attend(lambda is_left: transport.net_for(make_tag(SETUP, 0), sorted(near), part.deadline))
+            part.attend(lambda is_left: transport.net_for(make_tag(SETUP, 0), near, part.deadline))
         except (PeerLate, PeerClosed, TimeoutError) as error:
             transport.close()
-            peer = error.peer if isinstance(error, PeerLate | PeerClosed) else ahead
+            peer = error.peer if isinstance(error, PeerLate | PeerClosed) else near[0]
             host, port = reach.addresses[part.ranks[peer]]
             why = error.reason if isinstance(error, PeerClosed) else f"it did not answer within {part.waited()}"
             raise BuildError(
@@ -375,10 +373,10 @@ class Builder:
         return self.hosts.node_key if all(self.hosts.nodes[rank] == self.hosts.node_rank for rank in ranks) else None
 
 
-def _is_nearest(nodes: Sequence[int], rank: int, other: int) -> bool:
-    """Whether `other` is the nearest rank on another host of `rank`, ahead or behind."""
+def _nearest(nodes: Sequence[int], rank: int) -> set[int]:
+    """Return the nearest ranks on other hosts, ahead of a rank and behind it."""
     n = len(nodes)
-    return any(next((rank + i * step) % n for i in range(1, n) if nodes[(rank + i * step) % n] != nodes[rank]) == other for step in (1, -1))
+    return {next((rank + i * step) % n for i in range(1, n) if nodes[(rank + i * step) % n] != nodes[rank]) for step in (1, -1)}
 
 
 def _only_by_kind(one: Communicator | Refused) -> Communicator | Refused:

@@ -27,7 +27,7 @@ from commgraph.errors import BuildError
 if TYPE_CHECKING:  # needs torch, and this module does not
     from commgraph.meeting import Meeting
 
-__all__ = ["Hosts", "Identity", "Probe", "alone", "discover", "group_by_verdicts"]
+__all__ = ["Hosts", "Identity", "Probe", "alone", "decode", "discover", "group_by_verdicts"]
 
 logger = logging.getLogger("commgraph")
 
@@ -185,12 +185,12 @@ def discover(meeting: Meeting, *, label: str = "") -> Hosts:
     with Probe() as probe:
         mine = probe.identity(label)
         told = meeting.exchange("hosts/identity", msgspec.msgpack.encode(mine))
-        identities = [mine if peer == rank else _decode(value, Identity, peer) for peer, value in enumerate(told)]
+        identities = [mine if peer == rank else decode(value, Identity, peer) for peer, value in enumerate(told)]
         read = {peer: _read_secret(other) for peer, other in enumerate(identities) if peer != rank and mine.may_share_with(other)}
         secret_of = {peer: secret for peer, secret in read.items() if secret is not None} | {rank: probe.secret}
         # A rank that has the verdicts of all knows that all have read: the probe can be closed from here on.
         told = meeting.exchange("hosts/verdict", msgspec.msgpack.encode(sorted(secret_of)))
-    nodes = group_by_verdicts([_decode(value, list[int], peer) for peer, value in enumerate(told)])
+    nodes = group_by_verdicts([decode(value, list[int], peer) for peer, value in enumerate(told)])
     networks = _renumber([(other.boot_id, other.network) for other in identities])
     return Hosts(rank, nodes, secret_of[nodes.index(nodes[rank])], networks)
 
@@ -227,7 +227,12 @@ def _renumber(labels: Sequence[Hashable]) -> tuple[int, ...]:
     return tuple(numbers.setdefault(label, len(numbers)) for label in labels)
 
 
-def _decode(value: bytes, type_: type[_T], rank: int) -> _T:
+def decode(value: bytes, type_: type[_T], rank: int) -> _T:
+    """Return the message of a rank that was read from the store.
+
+    Raises:
+        BuildError: it is none of that type.
+    """
     try:
         return msgspec.msgpack.decode(value, type=type_)
     except (msgspec.MsgspecError, ValueError) as error:

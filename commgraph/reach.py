@@ -18,7 +18,7 @@ from commgraph.addresses import address_of, address_seen, store_host
 from commgraph.communicators.endpoint import Endpoint
 from commgraph.communicators.tcp_transport import TcpTransport
 from commgraph.errors import BuildError
-from commgraph.hosts import Hosts
+from commgraph.hosts import Hosts, decode
 from commgraph.meeting import Meeting
 from commgraph.shm import native_module
 
@@ -86,7 +86,10 @@ def join(
     one_network = simulated or len(set(hosts.networks)) == 1
     here, host = _LOOPBACK, store_host(store)
     if address or not one_network:
-        here = address_of(address, os.environ, host)
+        try:
+            here = address_of(address, os.environ, host)
+        except BuildError as error:
+            raise BuildError(f"rank {hosts.rank}: the world: {error}") from None
     # Of the store's own host the address towards the store may be loopback; the others see it under another one.
     hidden = not one_network and ipaddress.ip_address(here.partition("%")[0]).is_loopback
     native = native_module.load()
@@ -95,10 +98,13 @@ def join(
         try:
             endpoint = Endpoint("" if hidden else here)
         except OSError as error:
-            raise BuildError(f"rank {hosts.rank}: cannot listen at {here}: {error.strerror or error}") from error
+            raise BuildError(
+                f"rank {hosts.rank}: the world: cannot listen at {here}: {error.strerror or error}. Name another address of this host by "
+                "address= or COMMGRAPH_ADDRESS"
+            ) from error
     try:
         mine = _Said("" if hidden else here, endpoint.address[1] if endpoint is not None else 0, secrets.token_bytes(_NONCE_BYTES))
-        said = [_decode(value, rank) for rank, value in enumerate(meeting.exchange("reach", msgspec.msgpack.encode(mine)))]
+        said = [decode(value, _Said, rank) for rank, value in enumerate(meeting.exchange("reach", msgspec.msgpack.encode(mine)))]
         if endpoint is None or not all(one.port for one in said):
             if endpoint is not None:
                 endpoint.close()
@@ -112,10 +118,3 @@ def join(
             endpoint.close()
         raise
     return Reach(native, endpoint, addresses, hosts.local_size <= (os.cpu_count() or 1)), here
-
-
-def _decode(value: bytes, rank: int) -> _Said:
-    try:
-        return msgspec.msgpack.decode(value, type=_Said)
-    except msgspec.DecodeError as error:
-        raise BuildError(f"what the store holds for rank {rank} is not commgraph's, or another version's: {error}") from error

@@ -36,7 +36,7 @@ from commgraph.errors import (
     LaunchError,
     LayoutError,
 )
-from commgraph.forks import disown_in_children, explain_fork
+from commgraph.forks import disown_in_children, explain_fork, keep_for_ever
 from commgraph.layout import Layout
 from commgraph.layout.checks import whole
 from commgraph.meeting import Meeting
@@ -205,8 +205,11 @@ class World:
         hosted = facts.agent_store and init_method is None
         # The file of a job that names none is commgraph's to remove.
         file = PrivateFile(Path(method.removeprefix("file://"))) if method.startswith("file://") and init_method is None else None
+        private = file is not None
         try:
-            world = cls._meet(method, rank, size, local_rank, limit, device, platform, key, address, hosted_elsewhere=hosted)
+            world = cls._meet(
+                method, rank, size, local_rank, limit, device, platform, key, address, hosted_elsewhere=hosted, private=private
+            )
         except BaseException:
             if file is not None:
                 file.close()
@@ -301,14 +304,18 @@ class World:
         return cls._make(store, rank, size, local_rank, timedelta_of(timeout), device, platform, key, address)
 
     @classmethod
-    def _meet(cls, init_method: str, rank: int, size: int, *place: Any, hosted_elsewhere: bool = False) -> World:
-        """Open the store that `init_method` names, and build the World in it."""
+    def _meet(cls, init_method: str, rank: int, size: int, *place: Any, hosted_elsewhere: bool = False, private: bool = False) -> World:
+        """Open the store that `init_method` names, and build the World in it; `private`: a `PrivateFile` removes its file."""
         deadline = Deadline.after(place[1].total_seconds())
 
         def open_it() -> dist.Store:
-            return open_store(
+            store = open_store(
                 init_method, rank=rank, world_size=size, timeout=timedelta(seconds=deadline.left()), hosted_elsewhere=hosted_elsewhere
             )
+            if private:
+                # A FileStore that is freed writes to its file, and makes it again where the last rank has removed it.
+                keep_for_ever(store)
+            return store
 
         # Rank 0 serves the store itself, and would not be answered by another server in its place.
         reopen = open_it if rank or hosted_elsewhere else None

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from commgraph import ambient
 from commgraph.communicators.base import Communicator, Limits, Refused
 from commgraph.communicators.gloo import GlooCommunicator
 from commgraph.communicators.memory import as_bytes, dense
@@ -219,14 +220,14 @@ class HierarchicalCommunicator(Communicator):
             if x is not None:
                 pieces = x.split(list(sizes), dim)
                 whole = _joined([dense(pieces[rank]) for rank in self._by_host()])
-            row = torch.empty(lengths[self._host], dtype=out.dtype, device=out.device)
+            row = ambient.empty(lengths[self._host], out.dtype)
             with self._among_counterparts() as across:
                 across.scatter(whole, 0, lengths, row, host, tag=tag, deadline=deadline)
         if self._local is None:
             assert row is not None
             out.copy_(row.view(out.shape))
             return
-        mine = torch.empty(out.numel(), dtype=out.dtype, device=out.device)
+        mine = ambient.empty(out.numel(), out.dtype)
         with self._among_neighbours() as local:
             local.scatter(row, 0, [counts[rank] for rank in self._ranks[self._host]], mine, position, tag=tag, deadline=deadline)
         out.copy_(mine.view(out.shape))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from commgraph import ambient
+from commgraph.shm.pickling import tensor_over
 
-__all__ = ["are_slices_joined", "as_bytes", "copy_back", "dense", "is_dense", "staging_for"]
+__all__ = ["are_slices_joined", "as_bytes", "copy_back", "dense", "is_dense", "pooled", "staging_for"]
 
 
 def is_dense(x: torch.Tensor) -> bool:
@@ -37,6 +39,18 @@ def copy_back(staging: Sequence[torch.Tensor], views: Sequence[torch.Tensor]) ->
     for piece, view in zip(staging, views, strict=True):
         if piece is not view:
             view.copy_(piece)
+
+
+# Bytes of a tensor from which on its memory is taken from a pool.
+_POOLED_BYTES = 128 * 1024
+
+
+def pooled(pool: Any, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return an uninitialised host tensor, over memory of a native `Pool` where it is large."""
+    nbytes = torch.Size(shape).numel() * dtype.itemsize
+    if nbytes < _POOLED_BYTES:
+        return ambient.empty(tuple(shape), dtype)
+    return tensor_over(pool.take(nbytes), dtype, shape)
 
 
 def as_bytes(x: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from commgraph import ambient
 from commgraph.communicators.base import OPERATIONS, CallsDiffer, Communicator, Limits, Refused
 from commgraph.communicators.blocks import Block, Staging, block, cut, run
 from commgraph.communicators.gloo import GlooCommunicator
-from commgraph.communicators.memory import copy_back, dense, is_dense, staging_for
+from commgraph.communicators.memory import copy_back, dense, is_dense, pooled, staging_for
 from commgraph.communicators.reduction import REDUCE_OPS, reduce_pieces
 from commgraph.communicators.shm_fast import ShmFastPath, by_peer
 from commgraph.communicators.tags import SETUP, make_tag
@@ -303,10 +303,7 @@ class ShmCommunicator(Communicator):
     # Memory.
 
     def new(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        if nbytes < _POOLED_BYTES:
-            return ambient.empty(tuple(shape), dtype)
-        return tensor_over(self._memory.pool.take(nbytes), dtype, shape)
+        return pooled(self._memory.pool, shape, dtype)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, tag: int, deadline: Deadline) -> torch.Tensor:
         nbytes = torch.Size(shape).numel() * dtype.itemsize
@@ -470,8 +467,6 @@ def kernel_of(dtype: torch.dtype, op: str) -> tuple[int, int, int]:
     return _KERNELS.get(dtype, -1), _OPS[op], 1
 
 
-# Bytes of a result from which on its memory is taken from the pool.
-_POOLED_BYTES = 128 * 1024
 # Bytes of one tensor up to which a reduction to one rank is done by that rank alone.
 _ONE_RANK_BYTES = 256 * 1024
 

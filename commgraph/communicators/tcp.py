@@ -6,19 +6,17 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from commgraph import ambient
 from commgraph.communicators.gloo import GlooCommunicator
-from commgraph.communicators.memory import dense
+from commgraph.communicators.memory import dense, pooled
 from commgraph.communicators.shm import kernel_of
 from commgraph.communicators.tcp_transport import TcpTransport
 from commgraph.deadline import Deadline
-from commgraph.shm.pickling import tensor_over
 
 __all__ = ["TcpCommunicator"]
 
 # Bytes of unused memory that one group keeps for the next calls.
 _POOL_BYTES = 64 * 1024 * 1024
-# Bytes of a result from which on its memory is taken from the pool.
-_POOLED_BYTES = 128 * 1024
 
 
 class TcpCommunicator(GlooCommunicator):
@@ -54,10 +52,7 @@ class TcpCommunicator(GlooCommunicator):
         return out if into is out else out.copy_(into)
 
     def new(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        if nbytes < _POOLED_BYTES:
-            return torch.empty(tuple(shape), dtype=dtype, device="cpu")
-        return tensor_over(self._pool.take(nbytes), dtype, shape)
+        return pooled(self._pool, shape, dtype)
 
     def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
         return self._reduce(x, self.new(x.shape, x.dtype, x.device), op, tag, deadline)
@@ -67,7 +62,7 @@ class TcpCommunicator(GlooCommunicator):
         keys = {(peer, tag, x.nbytes): peer for peer, tag in tags.items()}
         for key, peer in keys.items():
             if key not in posted:
-                buffer = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+                buffer = ambient.empty(x.shape, x.dtype)
                 posted[key] = self.transport.receive_later(buffer, peer, tag=key[1]), buffer
         found = self.transport.first_of([posted[key][0] for key in keys], patience)  # type: ignore[misc]  # all from receive_later above
         for key, peer in keys.items():

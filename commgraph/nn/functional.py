@@ -228,10 +228,8 @@ class _Gather(Rule):
         return again(_Gather, tangent, node.group, node.dim, node.reduce_grad)
 
 
-class _Scatter(Rule):
-    @staticmethod
-    def compute(x: torch.Tensor, group: GroupCoordinator, dim: int) -> torch.Tensor:
-        return _own_piece(x, group, dim)
+class _Along(Rule):
+    # Of a group along a dim.
 
     @staticmethod
     def keep(node: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -240,6 +238,12 @@ class _Scatter(Rule):
     @staticmethod
     def batched(x: torch.Tensor, group: GroupCoordinator, dim: int) -> tuple[Any, ...]:
         return group, _from_the_front(x, dim)
+
+
+class _Scatter(_Along):
+    @staticmethod
+    def compute(x: torch.Tensor, group: GroupCoordinator, dim: int) -> torch.Tensor:
+        return _own_piece(x, group, dim)
 
     @staticmethod
     def forward(node: Any, x: torch.Tensor, group: GroupCoordinator, dim: int) -> Any:
@@ -254,18 +258,10 @@ class _Scatter(Rule):
         return again(_Scatter, tangent, node.group, node.dim)
 
 
-class _ReduceScatter(Rule):
+class _ReduceScatter(_Along):
     @staticmethod
     def compute(x: torch.Tensor, group: GroupCoordinator, dim: int) -> torch.Tensor:
         return group.reduce_scatter(x, dim)
-
-    @staticmethod
-    def keep(node: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, node.group, node.dim = inputs
-
-    @staticmethod
-    def batched(x: torch.Tensor, group: GroupCoordinator, dim: int) -> tuple[Any, ...]:
-        return group, _from_the_front(x, dim)
 
     @staticmethod
     def forward(node: Any, x: torch.Tensor, group: GroupCoordinator, dim: int) -> Any:

@@ -23,7 +23,14 @@ from commgraph.testing.spmd import ThreadStore
 from tests.helpers import on
 
 Call = Callable[[GroupCoordinator], Any]
-STRATEGIES = pytest.mark.parametrize("nodes", [1, 2], ids=["shm", "gloo"])
+STRATEGIES = pytest.mark.parametrize("strategy", ["shm", "gloo", "tcp"])
+
+
+def nodes_of(strategy: str) -> int:
+    """How many hosts to simulate so that a group has the strategy."""
+    return 2 if strategy == "tcp" else 1
+
+
 LARGE = 3000  # elements: the buffer of such a tensor is sent beside the pickle
 
 
@@ -99,7 +106,7 @@ def waiting(call: Callable[[], Any]) -> tuple[threading.Thread, list[BaseExcepti
 
 
 @STRATEGIES
-def test_a_second_collective_is_refused_and_leaves_no_trace(nodes: int) -> None:
+def test_a_second_collective_is_refused_and_leaves_no_trace(strategy: str) -> None:
     """Whichever call waits and whichever comes beside it: an error with all facts, the first one goes on, and the next ones match."""
 
     def body(group: GroupCoordinator) -> None:
@@ -124,13 +131,13 @@ def test_a_second_collective_is_refused_and_leaves_no_trace(nodes: int) -> None:
             assert group.all_reduce(torch.ones(1)).item() == 2
         group.barrier()
 
-    on(2, body, nodes=nodes)
+    on(2, body, nodes=nodes_of(strategy), shm=strategy != "gloo")
 
 
 @STRATEGIES
-def test_a_second_receive_is_refused_and_loses_nothing(nodes: int) -> None:
+def test_a_second_receive_is_refused_and_loses_nothing(strategy: str) -> None:
     """Messages of other kinds go on meanwhile. Over gloo the tensors of a dict are messages without a tag."""
-    alike = {"recv", "recv, any"} if nodes == 1 else {"recv", "recv, any", "recv_tensor_dict"}
+    alike = {"recv", "recv, any"} if strategy == "shm" else {"recv", "recv, any", "recv_tensor_dict"}
 
     def body(group: GroupCoordinator) -> None:
         for first, (refused, receive, send) in MESSAGES.items():
@@ -153,7 +160,7 @@ def test_a_second_receive_is_refused_and_loses_nothing(nodes: int) -> None:
                 send(group)
         group.barrier()
 
-    on(2, body, nodes=nodes)
+    on(2, body, nodes=nodes_of(strategy), shm=strategy != "gloo")
 
 
 RECEIVES: dict[str, tuple[Callable[[GroupCoordinator, int], Any], Call]] = {
@@ -213,7 +220,7 @@ class Receivers:
 
 
 @STRATEGIES
-def test_two_threads_that_receive_lose_no_message(nodes: int) -> None:
+def test_two_threads_that_receive_lose_no_message(strategy: str) -> None:
     count = 150
 
     def body(group: GroupCoordinator) -> None:
@@ -227,7 +234,7 @@ def test_two_threads_that_receive_lose_no_message(nodes: int) -> None:
                 assert sorted(receivers.got) == list(range(count))
             group.barrier()
 
-    on(2, body, nodes=nodes)
+    on(2, body, nodes=nodes_of(strategy), shm=strategy != "gloo")
 
 
 @pytest.mark.parametrize("local", [1, 0], ids=["memory", "socket"])
@@ -428,7 +435,7 @@ SIGNALS: tuple[tuple[Call, tuple[Call, ...], Call], ...] = (
 
 
 @STRATEGIES
-def test_a_signal_handler_that_calls_in_is_refused(nodes: int) -> None:
+def test_a_signal_handler_that_calls_in_is_refused(strategy: str) -> None:
     """The handler runs within a call of this very thread: its calls of the group raise, and the call around them goes on."""
     store, main = ThreadStore(), threading.get_ident()
     within: list[Callable[[], Any]] = []
@@ -442,9 +449,10 @@ def test_a_signal_handler_that_calls_in_is_refused(nodes: int) -> None:
                 errors.append(error)
 
     def run(rank: int) -> None:
-        label = f"node {rank}" if nodes > 1 else ""
+        label = f"node {rank}" if nodes_of(strategy) > 1 else ""
+        options = cg.CommunicatorOptions(shm=strategy != "gloo")
         with cg.World._make(store, rank, 2, None, timedelta(seconds=20), None, None, None, label=label) as world:
-            group = world.context(cg.Layout(2, tp=2), name="a").tp
+            group = world.context(cg.Layout(2, tp=2), name="a", options=options).tp
             for wait, calls, end in SIGNALS:
                 if rank == 0:
                     within[:] = [functools.partial(call, group) for call in calls]
@@ -521,13 +529,13 @@ BESIDE: dict[str, Call] = {
 
 
 @STRATEGIES
-def test_a_context_leaves_beside_calls(nodes: int) -> None:
+def test_a_context_leaves_beside_calls(strategy: str) -> None:
     """It is left by an exception while another thread calls in a loop: every call ends with its result or a public error.
 
     Over gloo a call that is posted in the very moment in which both sides leave may wait in torch until its deadline.
     """
-    ends = (cg.ContextClosedError, cg.PeerLostError, *(() if nodes == 1 else (cg.CollectiveTimeoutError,)))
-    options = cg.CommunicatorOptions(host_timeout=timedelta(seconds=5))
+    ends = (cg.ContextClosedError, cg.PeerLostError, *((cg.CollectiveTimeoutError,) if strategy == "gloo" else ()))
+    options = cg.CommunicatorOptions(host_timeout=timedelta(seconds=5), shm=strategy != "gloo")
 
     def body(world: cg.World) -> None:
         for number, (name, call) in enumerate(BESIDE.items()):
@@ -545,12 +553,12 @@ def test_a_context_leaves_beside_calls(nodes: int) -> None:
             thread.join()
             assert all(isinstance(error, ends) for error in errors), (name, errors)
 
-    spmd(body, 2, nodes=nodes)
+    spmd(body, 2, nodes=nodes_of(strategy))
 
 
 @STRATEGIES
 @pytest.mark.parametrize("first", [0, 1], ids=["where it waits", "elsewhere"])
-def test_close_ends_a_call_that_waits(nodes: int, first: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_close_ends_a_call_that_waits(strategy: str, first: int, caplog: pytest.LogCaptureFixture) -> None:
     """Whichever rank closes first: the call ends in ContextClosedError, and both close within seconds."""
     waits: dict[str, Call] = {
         "all_reduce": COLLECTIVES["all_reduce"][1],
@@ -563,7 +571,7 @@ def test_close_ends_a_call_that_waits(nodes: int, first: int, caplog: pytest.Log
 
     def body(world: cg.World) -> None:
         for name, wait in waits.items():
-            context = world.context(cg.Layout(2, tp=2), name=name)
+            context = world.context(cg.Layout(2, tp=2), name=name, options=cg.CommunicatorOptions(shm=strategy != "gloo"))
             thread, errors = waiting(lambda: wait(context.tp) if world.rank == 0 else None)  # noqa: B023 - it ends before the next one
             world.group.barrier()
             time.sleep(0.1 if world.rank != first else 0)
@@ -574,7 +582,7 @@ def test_close_ends_a_call_that_waits(nodes: int, first: int, caplog: pytest.Log
             thread.join()
             assert [type(error) for error in errors] == [cg.ContextClosedError] * (world.rank == 0), (name, errors)
 
-    spmd(body, 2, nodes=nodes)
+    spmd(body, 2, nodes=nodes_of(strategy))
 
 
 def test_two_threads_close() -> None:

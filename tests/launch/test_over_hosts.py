@@ -150,3 +150,22 @@ def test_a_rank_that_dies_on_another_host_is_heard() -> None:
     said = json.loads(next(line for line in first.splitlines() if line.startswith("{")))
     assert said["lost"] == 1, first
     assert said["seconds"] < 5, first
+
+
+@more
+def test_a_host_that_vanishes_is_noticed() -> None:
+    with joined(2) as hosts:
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29515"}
+        processes = [
+            host.start(sys.executable, PROGRAM, environ=common | {"RANK": str(rank), "DIES": "link"}) for rank, host in enumerate(hosts)
+        ]
+        for process in processes:
+            assert process.stdout is not None
+            while process.stdout.readline() not in ("ready\n", ""):
+                pass
+        hosts[1].run("ip", "link", "set", "eth0", "down")
+        outputs = finish(processes)
+    for rank, output in enumerate(outputs):
+        said = json.loads(next((line for line in output.splitlines() if line.startswith("{")), "{}"))
+        assert said.get("lost") == 1 - rank, output
+        assert said["seconds"] < 25, output

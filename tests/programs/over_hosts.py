@@ -46,13 +46,17 @@ def main() -> None:
 
 
 def die(tp: cg.GroupCoordinator) -> None:
-    """Rank 1 kills itself after a first call; rank 0 says how it heard of that."""
+    """Rank 1 kills itself after a first call, or the link is cut in the meantime; a rank says how it heard of that."""
     tp.all_reduce(torch.ones(4))
-    if tp.rank_in_group == 1:
+    if os.environ["DIES"] == "link":
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
+        time.sleep(2)
+    elif tp.rank_in_group == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     begun = time.monotonic()
     try:
-        tp.all_reduce(torch.ones(4), timeout=30)
+        tp.all_reduce(torch.ones(4), timeout=60)
     except cg.PeerLostError as error:
         sys.stdout.write(json.dumps({"lost": error.rank, "seconds": time.monotonic() - begun}) + "\n")
         sys.stdout.flush()
