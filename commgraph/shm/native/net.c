@@ -460,13 +460,6 @@ int cg_net_all(void *arg, int *who) {
     return pending ? CG_PENDING : CG_OK;
 }
 
-int cg_net_part(void *arg, int *who) {
-    cg_part_of *part = arg;
-    *who = part->message->peer;
-    if (part->message->state != CG_PENDING) return part->message->state;
-    return part->message->done >= part->bytes ? CG_OK : CG_PENDING;
-}
-
 int cg_net_any(void *arg, int *who) {
     cg_any_of *any = arg;
     for (int i = 0; i < any->count; i++) {

@@ -107,12 +107,6 @@ typedef struct {
 } cg_messages;
 int cg_net_all(void *messages, int *who);
 typedef struct {
-    cg_message *message;
-    uint64_t bytes;
-} cg_part_of;
-/* Whether so many bytes of a message have come. */
-int cg_net_part(void *part, int *who);
-typedef struct {
     cg_message **messages;
     int count, found;
 } cg_any_of;

@@ -3,32 +3,21 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "steps.h"
+
 enum {
     ONE_SHOT = 64 * 1024, /* bytes up to which every rank sends its whole tensor to all others */
-    CHUNK = 256 * 1024,   /* bytes of one message of a larger tensor */
-    LINE = 64
+    CHUNK = 256 * 1024    /* bytes of one message of a larger tensor */
 };
 
-/* Elements [*begin, *end) of `count` that rank r reduces: whole lines, as even as these allow. */
-static void share_of(size_t count, size_t size, int n, int r, size_t *begin, size_t *end) {
-    size_t lines = (count * size + LINE - 1) / LINE, unit = LINE / size;
-    *begin = lines * (size_t)r / (size_t)n * unit;
-    *end = r == n - 1 ? count : lines * ((size_t)r + 1) / (size_t)n * unit;
-    if (*begin > count) *begin = count;
-    if (*end > count) *end = count;
-}
-
-static size_t largest_share(int n, size_t count, size_t size) {
-    size_t largest = 0, begin, end;
-    for (int p = 0; p < n; p++) {
-        share_of(count, size, n, p, &begin, &end);
-        if (end - begin > largest) largest = end - begin;
-    }
-    return largest;
+static size_t largest_partition(int n, size_t count, size_t size) {
+    size_t begin, end;
+    cg_partition_of(count, size, n, 0, &begin, &end);
+    return end;
 }
 
 size_t cg_net_scratch_bytes(int n, size_t count, size_t size) {
-    return (count * size <= ONE_SHOT ? count : largest_share(n, count, size)) * size * (size_t)(n - 1);
+    return (count * size <= ONE_SHOT ? count : largest_partition(n, count, size)) * size * (size_t)(n - 1);
 }
 
 /* Each rank reduces all elements of all ranks. */
@@ -52,17 +41,17 @@ static int one_shot(cg_net *net, const cg_net_call *call, const void *from, void
     return result;
 }
 
-/* Each rank reduces its share, chunk by chunk as they come, and sends the result to all others. A chunk of the result takes the place of one
+/* Each rank reduces its partition, chunk by chunk as they come, and sends the result to all others. A chunk of the result takes the place of one
  * that was sent before, as its reduction needed that. */
 static int two_shot(cg_net *net, const cg_net_call *call, const char *from, char *to, size_t count, size_t size, cg_kernel kernel, char *scratch, int *who) {
     const int n = net->n, me = net->me;
-    const size_t chunk = CHUNK / size, most = largest_share(n, count, size), chunks = (most + chunk - 1) / chunk;
+    const size_t chunk = CHUNK / size, most = largest_partition(n, count, size), chunks = (most + chunk - 1) / chunk;
     cg_message *messages = malloc(sizeof *messages * 4 * (size_t)n * chunks);
     if (messages == NULL) return CG_NOMEM;
-    cg_message *coming = messages + 2 * (size_t)n * chunks; /* [chunk][rank - me]: parts of this rank's share */
+    cg_message *coming = messages + 2 * (size_t)n * chunks; /* [chunk][rank - me]: parts of this rank's partition */
     int used = 0, result = CG_OK;
     size_t own, own_end, begin, end;
-    share_of(count, size, n, me, &own, &own_end);
+    cg_partition_of(count, size, n, me, &own, &own_end);
     for (size_t c = 0; c < chunks; c++) {
         for (int i = 1; i < n; i++) {
             int p = (me + i) % n;
@@ -77,17 +66,17 @@ static int two_shot(cg_net *net, const cg_net_call *call, const char *from, char
     for (size_t c = 0; c < chunks; c++) {
         for (int i = 1; i < n; i++) {
             int p = (me + i) % n;
-            share_of(count, size, n, p, &begin, &end);
+            cg_partition_of(count, size, n, p, &begin, &end);
             size_t at = begin + c * chunk;
             if (at >= end) continue;
             size_t some = end - at < chunk ? end - at : chunk;
             cg_net_send(net, &messages[used++], p, call->tag, from + at * size, some * size);
         }
     }
-    /* The peers send results after all parts of shares, so these receives stand behind those. */
+    /* The peers send results after all parts of partitions, so these receives stand behind those. */
     for (int i = 1; i < n; i++) {
         int p = (me + i) % n;
-        share_of(count, size, n, p, &begin, &end);
+        cg_partition_of(count, size, n, p, &begin, &end);
         for (size_t at = begin; at < end; at += chunk) {
             size_t some = end - at < chunk ? end - at : chunk;
             cg_net_receive(net, &messages[used++], p, call->tag, to + at * size, some * size);

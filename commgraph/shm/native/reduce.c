@@ -33,13 +33,6 @@ static int one_shot(cg_group *g, const cg_call *call, const void *from, void *to
     return CG_OK;
 }
 
-/* Elements [begin, end) of `count` that rank r reduces: whole cache lines, as even as these allow. */
-static void partition_of(size_t count, size_t size, int n, int r, size_t *begin_, size_t *end) {
-    size_t unit = CG_LINE / size, each = cg_round_up((count + (size_t)n - 1) / (size_t)n, unit);
-    *begin_ = cg_smaller((size_t)r * each, count);
-    *end = cg_smaller(*begin_ + each, count);
-}
-
 /* Reduces, in place, tensors that all lie in shared memory: each rank reduces its partition in its own tensor, and then takes the partitions of the
  * others from theirs. No rank writes to another's tensor, which is its owner's again once a call has failed there. */
 static int reduce_in_shared(cg_group *g, const cg_call *call, size_t count, size_t size, cg_kernel kernel, int *who) {
@@ -47,7 +40,7 @@ static int reduce_in_shared(cg_group *g, const cg_call *call, size_t count, size
     const void *sources[g->n];
     for (int p = 0; p < g->n; p++) tensors[p] = cg_resolve(g, p, cg_line_of(g, p, g->step)->where);
     size_t at, end, block = REDUCE_BLOCK / size;
-    partition_of(count, size, g->n, g->me, &at, &end);
+    cg_partition_of(count, size, g->n, g->me, &at, &end);
     for (; at < end; at += block) {
         size_t length = cg_smaller(block, end - at);
         for (int p = 0; p < g->n; p++) sources[p] = tensors[p] + at * size;
@@ -56,7 +49,7 @@ static int reduce_in_shared(cg_group *g, const cg_call *call, size_t count, size
     int result = cg_leave_together(g, call, who);
     for (int i = 1; result == CG_OK && i < g->n; i++) {
         int p = (g->me + i) % g->n;
-        partition_of(count, size, g->n, p, &at, &end);
+        cg_partition_of(count, size, g->n, p, &at, &end);
         cg_copy(tensors[g->me] + at * size, tensors[p] + at * size, (end - at) * size, 0);
     }
     return result == CG_OK ? cg_leave_together(g, call, who) : result;
@@ -82,7 +75,7 @@ static int two_shot(cg_group *g, const cg_call *call, const void *from, void *to
     char *mine = cg_reduce_buffer_of(g, g->me), *before = NULL;
     for (size_t at = 0; at < count; at += chunk) {
         size_t length = cg_smaller(chunk, count - at), block = REDUCE_BLOCK / size;
-        partition_of(length, size, g->n, g->me, &own_begin, &own_end);
+        cg_partition_of(length, size, g->n, g->me, &own_begin, &own_end);
         int nontemporal = cg_choose_stores(g, length * size);
         if (at > 0) g->step++;
         if (where == 0) {
@@ -182,7 +175,7 @@ static int reduce_same_process(cg_group *g, const cg_call *call, const void *fro
         parts[p] = (const char *)(uintptr_t)cg_pair_row(g, p, CG_WHERE)[0];
         results[p] = (char *)(uintptr_t)cg_pair_row(g, p, CG_WHERE)[1];
     }
-    partition_of(count, size, g->n, g->me, &at, &end);
+    cg_partition_of(count, size, g->n, g->me, &at, &end);
     for (; result == CG_OK && at < end; at += block) {
         size_t length = cg_smaller(block, end - at), offset = at * size;
         result = reduce_block(g, parts, offset, (char *)to + offset, length, kernel, who);

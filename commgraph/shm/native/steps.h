@@ -11,6 +11,12 @@
 
 static inline size_t cg_round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 static inline size_t cg_smaller(size_t a, size_t b) { return a < b ? a : b; }
+/* Elements [begin, end) of `count` that rank r of n reduces: whole cache lines, as even as these allow; the first rank has most. */
+static inline void cg_partition_of(size_t count, size_t size, int n, int r, size_t *begin_, size_t *end) {
+    size_t unit = CG_LINE / size, each = cg_round_up((count + (size_t)n - 1) / (size_t)n, unit);
+    *begin_ = cg_smaller((size_t)r * each, count);
+    *end = cg_smaller(*begin_ + each, count);
+}
 
 /* Most bytes of a reduce buffer (reduce.c): the lines that the ranks touch in one chunk stay in their second-level caches. */
 #define CG_REDUCE_CHUNK (512 * 1024)
