@@ -9,11 +9,8 @@ from collections.abc import Sequence
 
 from commgraph import __version__
 from commgraph.commands import ended_well
-from commgraph.errors import LayoutError
 
 __all__ = ["main"]
-
-_AXES = ("dp", "pp", "pcp", "tp", "dcp")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,24 +28,16 @@ def _run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"commgraph {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    # `bench` and `demo` parse their own arguments: launchers start them without this command.
+    # Each command parses its own arguments: launchers start `bench` and `demo` without this one.
     commands.add_parser("demo", help="generate text on several processes of this machine", add_help=False)
     commands.add_parser("bench", help="measure what communication takes here, alone or beside other libraries", add_help=False)
-    layout = commands.add_parser(
-        "layout", help="print and draw where ranks sit", description="Prints and draws where the ranks of a layout sit."
-    )
-    layout.add_argument("world_size", type=int, help="ranks")
-    for axis in _AXES:
-        layout.add_argument(f"--{axis}", type=int, default=1, help=f"size of {axis} (default: 1)")
-    layout.add_argument("--rank", type=int, help="a rank to mark, with the groups that it is in")
-    given, rest = parser.parse_known_args(argv)
+    commands.add_parser("layout", help="print, draw and compare where ranks sit", add_help=False)
+    given, _ = parser.parse_known_args(argv)
     if given.command == "demo":
         return _demo(argv[argv.index("demo") + 1 :])
     if given.command == "bench":
         return _bench(argv[argv.index("bench") + 1 :])
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return _layout(given)
+    return _layout(argv[argv.index("layout") + 1 :])
 
 
 def _demo(argv: Sequence[str]) -> int:
@@ -66,16 +55,10 @@ def _bench(argv: Sequence[str]) -> int:
     return run_bench(argv)
 
 
-def _layout(given: argparse.Namespace) -> int:
-    from commgraph.layout import Layout, describe
+def _layout(argv: Sequence[str]) -> int:
+    from commgraph.layout.command import main as run_layout
 
-    try:
-        layout = Layout(given.world_size, **{axis: getattr(given, axis) for axis in _AXES})
-        print(describe(layout, rank=given.rank))
-    except LayoutError as error:
-        print(f"commgraph layout: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_layout(argv)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import doctest
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 import warnings
@@ -125,3 +126,19 @@ def test_the_reference_lists_every_member_of_a_coordinator() -> None:
         r"^\.\. auto(?:method|property):: GroupCoordinator\.(\w+)$", (ROOT / "docs/reference/coordinator.md").read_text(), re.MULTILINE
     )
     assert sorted(listed) == [name for name in dir(cg.GroupCoordinator) if not name.startswith("_")]
+
+
+def test_the_commands_of_the_page_on_layouts_answer_as_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    compared = 0
+    for _, text in blocks("docs/how-to/layouts.md"):
+        command, _, printed = text.partition("\n")
+        argv = shlex.split(command.replace("layout.svg", str(tmp_path / "layout.svg")))
+        assert argv[:3] == ["$", "commgraph", "layout"]
+        assert cli.main(argv[2:]) == 0
+        shown = capsys.readouterr().out
+        # The page folds long lines and leaves out pictures.
+        for part in printed.split("...\n"):
+            assert " ".join(part.split()) in " ".join(shown.split())
+            compared += bool(part)
+    assert compared == 2
+    assert (tmp_path / "layout.svg").read_text() == (ROOT / "docs/pictures/layout.svg").read_text()
