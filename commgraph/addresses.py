@@ -13,7 +13,7 @@ from typing import Any
 
 from commgraph.errors import BuildError
 
-__all__ = ["address_of", "address_seen", "store_host"]
+__all__ = ["address_of", "address_seen", "interface_addresses", "store_host"]
 
 # linux/sockios.h: the IPv4 address of an interface.
 _SIOCGIFADDR = 0x8915
@@ -45,7 +45,7 @@ def address_of(given: str | None, environ: Mapping[str, str], host: tuple[str, i
             return _resolve(what, name.strip())
     if host is not None and (towards := _ends(*host)[0]) is not None:
         return towards
-    known = [(name, address) for _, name in socket.if_nameindex() for address in _addresses(name)]
+    known = [(name, address) for _, name in socket.if_nameindex() for address in interface_addresses(name)]
     for _, address in known:
         one = ipaddress.ip_address(address)
         if not (one.is_loopback or one.is_link_local):
@@ -83,7 +83,7 @@ def _ends(host: str, port: int) -> tuple[str | None, str | None]:
 
 def _resolve(what: str, name: str) -> str:
     if name in {interface for _, interface in socket.if_nameindex()}:
-        if addresses := _addresses(name):
+        if addresses := interface_addresses(name):
             return addresses[0]
         raise BuildError(f"{what} names the interface {name!r}, which has no address")
     tried = []
@@ -102,7 +102,7 @@ def _resolve(what: str, name: str) -> str:
     )
 
 
-def _addresses(interface: str) -> list[str]:
+def interface_addresses(interface: str) -> list[str]:
     """Return the addresses of an interface, IPv4 first."""
     found = []
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asks:

@@ -28,15 +28,18 @@ def _run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"commgraph {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    # Each command parses its own arguments: launchers start `bench` and `demo` without this one.
+    # Each command parses its own arguments: launchers start `bench`, `demo` and `doctor` without this one.
     commands.add_parser("demo", help="generate text on several processes of this machine", add_help=False)
     commands.add_parser("bench", help="measure what communication takes here, alone or beside other libraries", add_help=False)
+    commands.add_parser("doctor", help="say what this machine offers, and what a job on it is doing", add_help=False)
     commands.add_parser("layout", help="print, draw and compare where ranks sit", add_help=False)
     given, _ = parser.parse_known_args(argv)
     if given.command == "demo":
         return _demo(argv[argv.index("demo") + 1 :])
     if given.command == "bench":
         return _bench(argv[argv.index("bench") + 1 :])
+    if given.command == "doctor":
+        return _doctor(argv[argv.index("doctor") + 1 :])
     return _layout(argv[argv.index("layout") + 1 :])
 
 
@@ -53,6 +56,12 @@ def _bench(argv: Sequence[str]) -> int:
     from commgraph.bench.main import main as run_bench
 
     return run_bench(argv)
+
+
+def _doctor(argv: Sequence[str]) -> int:
+    from commgraph.doctor.main import main as run_doctor
+
+    return run_doctor(argv)
 
 
 def _layout(argv: Sequence[str]) -> int:

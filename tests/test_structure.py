@@ -36,7 +36,7 @@ LAYERS = (
     ("nn", "testing", "trace"),
     ("integrations",),
     ("commands",),
-    ("demo", "bench"),
+    ("demo", "bench", "doctor", "selftest"),
     ("cli", "__main__"),
 )
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units}
