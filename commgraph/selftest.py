@@ -196,7 +196,7 @@ def _dicts(g: cg.GroupCoordinator) -> None:
 
 def _dispatch_combine(g: cg.GroupCoordinator) -> None:
     rows = _mine(g)
-    given = g.dispatch(rows, torch.ones(_ROWS, 2, device=g.device))
+    given = g.dispatch(rows, torch.ones(_ROWS, 2, dtype=torch.float32, device=g.device))
     _same(given.tensors[0], torch.cat(_all(g)))
     _same(g.combine(given.tensors[0], given), rows * g.world_size)
 
