@@ -116,6 +116,7 @@ class Builder:
         address: of this host, at which gloo listens for other hosts.
         proofs: results of probes of device memory between ranks.
         order: in which checked calls on the device are compared.
+        options: of the world's own group.
     """
 
     store: dist.Store
@@ -131,6 +132,7 @@ class Builder:
     address: str = _LOOPBACK
     proofs: PeerAccessCache = attrs.field(factory=PeerAccessCache)
     order: DeviceOrder = attrs.field(factory=DeviceOrder)
+    options: CommunicatorOptions = attrs.field(factory=CommunicatorOptions)
 
     # Whether what it makes has to be closed.
     holds_something: ClassVar[bool] = True

@@ -90,6 +90,7 @@ __all__ = [
     "make_xccl",
     "nccl_available",
     "opaque",
+    "operation_options",
     "real_object",
     "symmetric_kernels_available",
     "symmetric_memory",
@@ -142,14 +143,19 @@ def make_gloo(
     return group
 
 
+def operation_options(kind: str) -> Any:
+    """Return options of a process group's operation with torch's defaults: `torch._C._distributed_c10d.<kind>Options`."""
+    from torch._C import _distributed_c10d
+
+    return getattr(_distributed_c10d, f"{kind}Options")()
+
+
 def backend_options(kind: str, timeout: timedelta, *, coalesced: bool = False, **fields: Any) -> Any:
-    """Return options of a backend's operation: `torch._C._distributed_c10d.<kind>Options`, e.g. for ``"Allreduce"`` with ``reduceOp=op``.
+    """Return options of a backend's operation with a deadline, e.g. for ``"Allreduce"`` with ``reduceOp=op``.
 
     `coalesced`: it is one of several in one launch. Of such NCCL keeps the deadline only where they run on a stream of its own.
     """
-    from torch._C import _distributed_c10d
-
-    options = getattr(_distributed_c10d, f"{kind}Options")()
+    options = operation_options(kind)
     for name, value in {"timeout": timeout, **fields}.items():
         setattr(options, name, value)
     # With this NCCL enqueues on the current stream itself, and not on one of its own with an event before and after.

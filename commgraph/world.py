@@ -137,7 +137,7 @@ class World:
                 everyone,
                 connection,
                 platform,
-                CommunicatorOptions(),
+                builder.options,
                 wants_device=False,
                 device=device,
                 plugins=Plugins(),
@@ -145,7 +145,11 @@ class World:
                 deadline=meeting.deadline,
             )
             try:
-                agree(meeting.at("end"), {"the strategies of the world": repr(dict(state.strategies.table))})
+                facts = {
+                    "the options of the world": builder.options.describe(),
+                    "the strategies of the world": repr(dict(state.strategies.table)),
+                }
+                agree(meeting.at("end"), facts)
             except BaseException:
                 state.close()
                 raise
@@ -258,8 +262,15 @@ class World:
         platform: Platform | None = None,
         authkey: bytes | None = None,
         address: str | None = None,
+        options: CommunicatorOptions | None = None,
     ) -> World:
         """Meets the other ranks in a store of the caller's; the rest as for `from_env`. The store stays the caller's to keep alive.
+
+        Args:
+            store: of the ranks.
+            rank, world_size: of this one.
+            local_rank, timeout, device, platform, authkey, address: as for `from_env`.
+            options: of `group`; contexts have their own.
 
         Raises:
             LaunchError: a rank out of range.
@@ -269,7 +280,7 @@ class World:
         if not isinstance(store, dist.Store):
             raise TypeError(f"World.from_store: store is a {type(store).__name__}; a torch.distributed.Store is needed")
         key = launch.check_authkey("World.from_store", authkey) or launch.authkey(os.environ)
-        return cls._make(store, rank, world_size, local_rank, timedelta_of(timeout), device, platform, key, address)
+        return cls._make(store, rank, world_size, local_rank, timedelta_of(timeout), device, platform, key, address, options=options)
 
     @classmethod
     def from_torch(
@@ -282,12 +293,14 @@ class World:
         platform: Platform | None = None,
         authkey: bytes | None = None,
         address: str | None = None,
+        options: CommunicatorOptions | None = None,
     ) -> World:
         """Joins a job whose default process group somebody else made (Ray, verl, torchtitan), and leaves that group untouched.
 
         Args:
             group: a group of torch.distributed's whose ranks form the world; None: all of the default group.
             local_rank, timeout, device, platform, authkey, address: as for `from_env`.
+            options: of `World.group`, the coordinator over these ranks; contexts have their own.
 
         Raises:
             LaunchError: torch.distributed is not initialised, or this process is not in `group`.
@@ -301,7 +314,7 @@ class World:
         ranks = dist.get_process_group_ranks(group) if group is not None else range(size)
         store = dist.PrefixStore(f"commgraph/{_digest(ranks)}", compat.default_store())
         key = launch.check_authkey("World.from_torch", authkey) or launch.authkey(os.environ)
-        return cls._make(store, rank, size, local_rank, timedelta_of(timeout), device, platform, key, address)
+        return cls._make(store, rank, size, local_rank, timedelta_of(timeout), device, platform, key, address, options=options)
 
     @classmethod
     def _meet(cls, init_method: str, rank: int, size: int, *place: Any, hosted_elsewhere: bool = False, private: bool = False) -> World:
@@ -337,16 +350,18 @@ class World:
         label: str = "",
         deadline: Deadline | None = None,
         reopen: Callable[[], dist.Store] | None = None,
+        options: CommunicatorOptions | None = None,
     ) -> World:
         """Find the other ranks, discover which share a node, and build the World. `label`: a simulated node, for tests."""
         platform = Platform.detect() if platform is None else check_platform(platform)
+        chosen = CommunicatorOptions() if options is None else check_options(options)
         deadline = Deadline.after(timeout.total_seconds()) if deadline is None else deadline
         if store is None or size == 1:
             store = dist.HashStore() if store is None else store
             me = Process.own()
             mine: dist.Store = dist.PrefixStore("commgraph", store)
             meeting = Meeting(mine, mine, (rank,), 0, "the world", deadline, me, (me,))
-            builder = Builder(mine, rank, hosts.alone(), bool(label), timeout, authkey, States(), me, (me,))
+            builder = Builder(mine, rank, hosts.alone(), bool(label), timeout, authkey, States(), me, (me,), options=chosen)
             return cls._of(builder, meeting, local_rank, device, platform, store)
         session = open_session(store, rank, size, deadline, reopen)
         store, me, processes = session.store, session.me, session.processes
@@ -367,7 +382,7 @@ class World:
                 sealed = SealedStore(mine, hmac.digest(authkey, f"store {session.name}".encode(), "sha256"))
                 meeting = attrs.evolve(meeting, store=sealed, root=sealed)
             found = hosts.discover(meeting, label=label)
-            builder = Builder(meeting.store, rank, found, bool(label), timeout, authkey, States(), me, processes)
+            builder = Builder(meeting.store, rank, found, bool(label), timeout, authkey, States(), me, processes, options=chosen)
             if found.node_count > 1:
                 reach, here = join(meeting, found, store, simulated=bool(label), authkey=authkey, address=address)
                 builder = attrs.evolve(builder, reach=reach, address=here)
@@ -465,11 +480,12 @@ class World:
             self._state.contexts[name] = context
         return context
 
-    def split(self, ranks: Sequence[int]) -> World:
+    def split(self, ranks: Sequence[int], *, options: CommunicatorOptions | None = None) -> World:
         """A smaller World of some of these ranks, numbered in the order given. Collective over `ranks` only; closed with this one.
 
         Args:
             ranks: global ranks of this world, this one among them.
+            options: of the smaller world's `group`; None: as this one's.
 
         Raises:
             LayoutError: a rank out of range or repeated, or this one is not among them.
@@ -493,6 +509,7 @@ class World:
             reach=None if self._builder.reach is None else self._builder.reach.restrict(chosen, f"split {chosen} {number}"),
             proofs=PeerAccessCache(),
             order=DeviceOrder(),
+            options=self._builder.options if options is None else check_options(options),
         )
         place = None if self.size > len(chosen) else self.local_rank
         meeting = builder.meeting(store, f"split({list(chosen)})")
@@ -645,6 +662,13 @@ class World:
 
     def __repr__(self) -> str:
         return f"<World: rank {self.rank} of {self.size} on {self.device}{', closed' if self.closed else ''}>"
+
+
+def check_options(options: CommunicatorOptions) -> CommunicatorOptions:
+    """Return the options of a world's group, or raise if they are none."""
+    if not isinstance(options, CommunicatorOptions):
+        raise ConfigurationError(f"options are a {type(options).__name__}; commgraph.CommunicatorOptions are needed")
+    return options
 
 
 def check_rank(rank: int, world_size: int) -> None:

@@ -196,7 +196,7 @@ class Failures:
     def _timed_out(self, call: Call, what: str, seconds: float, error: PeerLate) -> NoReturn:
         ranks = self._members.ranks
         at = call_site()
-        head = f"{call.where}: call #{call.sequence}, {what}, at {at}, did not end within {seconds:g} s; "
+        head = f"{call.where}: call #{call.sequence}, {what}, at {at}, did not end within a timeout of {seconds:g} s; "
         head += f"it waited for rank {ranks[error.peer]}"
         self._publish(_Fault("timeout", f"{call.sequence} {what}", None, call.sequence, f"{what} at {at}"))
         self._abort()
