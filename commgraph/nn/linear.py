@@ -22,7 +22,7 @@ from commgraph.nn.functional import copy_to, gather_from, reduce_from, scatter_t
 from commgraph.nn.layer import ParallelLayer
 from commgraph.nn.shards import Piece, Shard
 
-__all__ = ["ColumnParallelLinear", "MergedColumnParallelLinear", "QKVParallelLinear", "RowParallelLinear"]
+__all__ = ["ColumnParallelLinear", "Holders", "MergedColumnParallelLinear", "QKVParallelLinear", "RowParallelLinear"]
 
 
 class _Linear(ParallelLayer):
@@ -49,13 +49,14 @@ class _Linear(ParallelLayer):
 
 
 @attrs.frozen
-class _Holders:
+class Holders:
     """The ranks of `group` that hold the same block: `world_size` neighbours. Sums over them go through the whole group."""
 
     group: GroupCoordinator
     world_size: int
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the sum over these ranks. Collective over the whole group."""
         first = self.group.rank_in_group // self.world_size * self.world_size
         return self.group.all_gather(x, 0).view(-1, *x.shape)[first : first + self.world_size].sum(0)
 
@@ -125,7 +126,7 @@ class ColumnLinear(_Linear):
         """The parameter; of a block that several ranks hold, each sees its own use only: its gradient is summed over the holders."""
         parts = parameter.split([size for _, size in self._holders])
         shared = [
-            part if holders == 1 else copy_to(part, _Holders(self.group, holders))
+            part if holders == 1 else copy_to(part, Holders(self.group, holders))
             for part, (holders, _) in zip(parts, self._holders, strict=True)
         ]
         return shared[0] if len(shared) == 1 else torch.cat(shared)
