@@ -45,7 +45,7 @@ def overhead(library: Tensors, buffers: Buffers) -> list[Contender]:
 
     calls: dict[str, Callable[[], object]] = {f"ctx.tp, {name}": lambda: group.all_reduce(x), f"{name}'s method": method}
     if strategy.fast is not None:
-        native = strategy.fast.open(lambda operation, args: 0)
+        native = strategy.fast.open(lambda operation, args: 0, _SECONDS)
         calls[f"{name}'s fast path"] = lambda: native.all_reduce(x, "sum", None)
     calls |= _uneven(group, x) | _objects(group, x) | _gradients(group, x)
     calls["all_reduce_async, waited for"] = lambda: group.all_reduce_async(x).wait()

@@ -97,7 +97,7 @@ class Limits:
 
 
 class FastPath(Protocol):
-    """Calls of a strategy whose ranks share memory, beside its operations: they bypass the coordinator's general path.
+    """Native calls of a strategy, beside its operations: they bypass the coordinator's general path.
 
     Its collectives carry a header by which every rank finds out that the ranks called different things (`CallsDiffer`).
     """
@@ -109,8 +109,16 @@ class FastPath(Protocol):
     mailbox: Any
     """A `commgraph.shm.mailbox.Mailbox` for messages and objects, None where there is none."""
 
-    def open(self, describe: Callable[[str, tuple[Any, ...]], int]) -> Any:
-        """Return the native calls of one coordinator (native/module_fast.c); `describe` gives the digest of a call's text."""
+    has_notes: bool
+    """Whether ranks can show each other texts that describe their calls."""
+
+    def open(self, describe: Callable[[str, tuple[Any, ...]], int], timeout: float) -> Any:
+        """Return the native calls of one coordinator (native/module_fast.c).
+
+        Args:
+            describe: gives the digest of a call's text.
+            timeout: default deadline of a call, in seconds.
+        """
 
     def pause(self, paused: bool) -> None:
         """Refuse native calls (True) while another thread runs calls that were begun before, or accept them again (False)."""
@@ -172,7 +180,7 @@ class Communicator(abc.ABC):
     """torch's process group of its backend, where it has one for device tensors."""
 
     fast: FastPath | None = None
-    """Calls past the general path, where the ranks share memory."""
+    """Native calls past the general path, where it has any."""
 
     def __init__(self, rank_in_group: int, world_size: int) -> None:
         self.rank_in_group = rank_in_group

@@ -11,10 +11,12 @@ import torch
 from commgraph import ambient
 from commgraph.communicators.base import Communicator, Limits, Refused
 from commgraph.communicators.gloo import GlooCommunicator
+from commgraph.communicators.link_fast import LinkFastPath
 from commgraph.communicators.memory import as_bytes, dense
 from commgraph.communicators.part import renumbered
 from commgraph.communicators.reduction import REDUCE_OPS, accumulator
 from commgraph.communicators.shm import ShmCommunicator, exchange_bytes
+from commgraph.communicators.tcp import TcpCommunicator
 from commgraph.deadline import Deadline
 from commgraph.options import CommunicatorOptions
 
@@ -36,6 +38,7 @@ class HierarchicalCommunicator(Communicator):
     """
 
     name = "hierarchical"
+    fast: LinkFastPath | None = None
     reductions = frozenset(REDUCE_OPS)
 
     def __init__(
@@ -64,6 +67,8 @@ class HierarchicalCommunicator(Communicator):
         self._local = local
         self._across = across
         self._even = even
+        if even and local is not None and isinstance(across, TcpCommunicator):
+            self.fast = LinkFastPath(across.transport, across.pool, local=local.fast, hosts=self._ranks, me=group.rank_in_group)
 
     @classmethod
     def build(
@@ -284,6 +289,8 @@ class HierarchicalCommunicator(Communicator):
         return 0 if self._local is None else self._local.memory()
 
     def abort(self) -> None:
+        if self.fast is not None:
+            self.fast.break_off()
         if self._local is not None:
             self._local.abort()
         if self._across is not None:
@@ -294,6 +301,8 @@ class HierarchicalCommunicator(Communicator):
             self._across.disown()
 
     def close(self) -> None:
+        if self.fast is not None:
+            self.fast.close()
         if self._local is not None:
             self._local.close()
         if self._across is not None:

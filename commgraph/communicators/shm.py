@@ -82,7 +82,7 @@ class ShmCommunicator(Communicator):
         self._mailbox = Mailbox(memory) if memory.sizes.pair_bytes else None
         if self._mailbox is None:  # without rings there are no messages
             self.operations = self.operations - {"send", "recv"}
-        self.fast = ShmFastPath(self._group, memory, self._mailbox, timeout)
+        self.fast = ShmFastPath(self._group, memory, self._mailbox)
 
     @classmethod
     def build(cls, gloo: GlooCommunicator, options: CommunicatorOptions, limits: Limits) -> ShmCommunicator | Refused:

@@ -16,30 +16,33 @@ from commgraph.shm.host_memory import HostMemory
 from commgraph.shm.mailbox import Mailbox, tensors_with
 from commgraph.shm.stopped import GONE, LOST, MISMATCH, REFUSED, TIMEOUT, Stopped
 
-__all__ = ["ShmFastPath", "by_peer", "native_calls"]
+__all__ = ["PROCESS_ENDED", "Closed", "ShmFastPath", "by_peer", "native_calls", "tensors_of", "translated"]
+
+# Why a rank of this host is lost.
+PROCESS_ENDED = "its process ended"
 
 
 class ShmFastPath:
     """`commgraph.communicators.base.FastPath` of one group in shared memory."""
 
-    def __init__(self, group: Any, memory: HostMemory, mailbox: Mailbox | None, timeout: float) -> None:
+    has_notes = True
+
+    def __init__(self, group: Any, memory: HostMemory, mailbox: Mailbox | None) -> None:
         """Over a native group.
 
         Args:
             group: native object that runs and counts collectives (native/module_group.c).
             memory: shared by the ranks.
             mailbox: carries messages and objects; None where there are no rings.
-            timeout: default deadline of a call, in seconds.
         """
         self.counter = group
         self.mailbox = mailbox
         self._memory: HostMemory | None = memory
         self._rank_in_group = memory.rank_in_group
-        self._timeout_ns = int(timeout * 1e9)
 
-    def open(self, describe: Callable[[str, tuple[Any, ...]], int]) -> Any:
+    def open(self, describe: Callable[[str, tuple[Any, ...]], int], timeout: float) -> Any:
         assert self._memory is not None
-        return native_calls(self._memory.native, self.counter, describe, self._timeout_ns)
+        return native_calls(self._memory.native, self.counter, describe, int(timeout * 1e9))
 
     def pause(self, paused: bool) -> None:
         self.counter.paused = int(paused)
@@ -50,16 +53,7 @@ class ShmFastPath:
         return self.mailbox.offer(dst, tensors_with(label), tag, ((whole.data_ptr(), whole.nbytes),))
 
     def translate(self, error: BaseException) -> Exception | None:
-        if not isinstance(error, Stopped):
-            return None
-        if error.code == TIMEOUT:
-            return PeerLate(error.member)
-        if error.code == MISMATCH:
-            return CallsDiffer(error.member)
-        if error.code == REFUSED:
-            return AccessRefused(error.member)
-        reason = {LOST: "its process ended", GONE: "it closed its side"}.get(error.code, "this rank closed the group")
-        return PeerClosed(error.member if error.code in (LOST, GONE) else self._rank_in_group, reason)
+        return translated(error, self._rank_in_group, lambda _: PROCESS_ENDED)
 
     @property
     def interrupted(self) -> bool:
@@ -113,6 +107,21 @@ class Closed:
 
     def read_note(self, rank: int) -> None:
         """Return None: there are no notes."""
+
+
+def translated(error: BaseException, me: int, why_lost: Callable[[int], str]) -> Exception | None:
+    """Return `PeerLate`, `PeerClosed` or `CallsDiffer` for what ended a native call of rank `me`; None for any other exception."""
+    if not isinstance(error, Stopped):
+        return None
+    if error.code == TIMEOUT:
+        return PeerLate(error.member)
+    if error.code == MISMATCH:
+        return CallsDiffer(error.member)
+    if error.code == REFUSED:
+        return AccessRefused(error.member)
+    if error.code == LOST:
+        return PeerClosed(error.member, why_lost(error.member))
+    return PeerClosed(error.member, "it closed its side") if error.code == GONE else PeerClosed(me, "this rank closed the group")
 
 
 def native_calls(native: Any, group: Any, describe: Callable[[str, tuple[Any, ...]], int] | None, timeout_ns: int) -> Any:

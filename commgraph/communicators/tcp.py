@@ -8,6 +8,7 @@ import torch
 
 from commgraph import ambient
 from commgraph.communicators.gloo import GlooCommunicator
+from commgraph.communicators.link_fast import LinkFastPath
 from commgraph.communicators.memory import dense, pooled
 from commgraph.communicators.shm import kernel_of
 from commgraph.communicators.tcp_transport import TcpTransport
@@ -29,10 +30,12 @@ class TcpCommunicator(GlooCommunicator):
 
     name = "tcp"
     transport: TcpTransport
+    fast: LinkFastPath
 
     def __init__(self, transport: TcpTransport) -> None:
         super().__init__(transport)
-        self._pool = transport.native.Pool(_POOL_BYTES)
+        self.pool = transport.native.Pool(_POOL_BYTES)
+        self.fast = LinkFastPath(transport, self.pool)
 
     def among(self, members: Sequence[int]) -> TcpCommunicator:
         return TcpCommunicator(self.transport.among(members))
@@ -46,13 +49,13 @@ class TcpCommunicator(GlooCommunicator):
         transport = self.transport
         net = transport.net_for(tag, self._others(), deadline)
         try:
-            net.all_reduce(tag, deadline.left_ns(), given.data_ptr(), into.data_ptr(), given.numel() * width, kind, number, self._pool)
+            net.all_reduce(tag, deadline.left_ns(), given.data_ptr(), into.data_ptr(), given.numel() * width, kind, number, self.pool)
         except BaseException as error:
             transport.fail(net, error)
         return out if into is out else out.copy_(into)
 
     def new(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return pooled(self._pool, shape, dtype)
+        return pooled(self.pool, shape, dtype)
 
     def all_reduce(self, x: torch.Tensor, op: str, *, tag: int, deadline: Deadline) -> torch.Tensor:
         return self._reduce(x, self.new(x.shape, x.dtype, x.device), op, tag, deadline)
@@ -73,8 +76,16 @@ class TcpCommunicator(GlooCommunicator):
                 return peer
         return None
 
+    def abort(self) -> None:
+        self.fast.break_off()
+        super().abort()
+
     def disown(self) -> None:
         self.transport.disown()
+
+    def close(self) -> None:
+        self.fast.close()
+        super().close()
 
     def describe(self) -> str:
         return "host tensors of every dtype, over TCP links that are made when they are first used"

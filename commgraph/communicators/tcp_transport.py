@@ -7,16 +7,17 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 
-from commgraph.communicators.base import CallsDiffer, PeerClosed, PeerLate
+from commgraph.communicators.base import CallsDiffer, PeerClosed
 from commgraph.communicators.endpoint import Endpoint, Link
+from commgraph.communicators.shm_fast import translated
 from commgraph.communicators.tags import CHECK, COLLECTIVE, SETUP
 from commgraph.deadline import Deadline
-from commgraph.shm.stopped import MISMATCH, SELF, TIMEOUT, Stopped
+from commgraph.shm.stopped import Stopped
 
 __all__ = ["Late", "TcpTransport"]
 
@@ -86,12 +87,12 @@ class TcpTransport:
         """Bytes sent so far."""
         return int(self.collectives.bytes_sent + self.messages.bytes_sent)
 
-    def net_for(self, tag: int, peers: Collection[int], deadline: Deadline) -> Any:
+    def net_for(self, tag: int, peers: Sequence[int], deadline: Deadline) -> Any:
         """Return the native links for messages of that tag, after linking all of `peers`."""
         channel = int(tag >> _KIND_SHIFT not in _ORDERED)
         net = self.messages if channel else self.collectives
-        for peer in peers:
-            if not net.is_linked(peer):
+        if not net.are_linked(peers):
+            for peer in peers:
                 self._link(net, channel, peer, deadline)
         return net
 
@@ -153,7 +154,7 @@ class TcpTransport:
         if not given and not wanted:
             return
         tags = tag if isinstance(tag, Mapping) else dict.fromkeys([peer for _, peer in (*given, *wanted)], tag)
-        net = self.net_for(next(iter(tags.values())), dict.fromkeys([peer for _, peer in (*given, *wanted)]), deadline)
+        net = self.net_for(next(iter(tags.values())), [peer for _, peer in (*given, *wanted)], deadline)
         try:
             net.exchange(
                 [(peer, tags[peer], x.data_ptr(), x.nbytes) for x, peer in given],
@@ -194,17 +195,16 @@ class TcpTransport:
             if not isinstance(error, Stopped):
                 self.abort()  # a signal's handler has raised: messages may be half sent, and the others must not wait for this rank
                 raise error
-            if error.code == TIMEOUT:
-                raise PeerLate(error.member) from None
-            if error.code == MISMATCH:
-                raise CallsDiffer(error.member) from None
-            if error.code == SELF:
-                raise PeerClosed(self.rank_in_group, "this rank closed the group") from None
-            number = net.error(error.member)
-            why = os.strerror(number) if number else "it closed the connection"
-            raise PeerClosed(error.member, f"its connection ended: {why}") from None
+            found = translated(error, self.rank_in_group, lambda peer: self.why_lost(net, peer))
+            assert found is not None
+            raise found from None
         finally:
             del error  # whose traceback holds this frame
+
+    def why_lost(self, net: Any, peer: int) -> str:
+        """Return why the link to a peer has ended."""
+        number = net.error(peer)
+        return f"its connection ended: {os.strerror(number) if number else 'it closed the connection'}"
 
     def abort(self) -> None:
         """Close every link at once: all waits end with an error, here and on the peers. Never raises."""

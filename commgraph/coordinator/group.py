@@ -178,7 +178,7 @@ class GroupCoordinator(compat.OpaqueBase):
     def _open_fast(self) -> Any:
         if self.world_size > 1:
             fast = self._state.fast
-            return None if fast is None else fast.open(Describe(OPERATIONS, self))
+            return None if fast is None else fast.open(Describe(OPERATIONS, self), self._state.timeouts.host)
         native = native_module.load()
         return None if native is None else native_calls(native, None, None, 0)
 

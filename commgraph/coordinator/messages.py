@@ -175,7 +175,7 @@ def send(group: Group, x: torch.Tensor, dst: int | None, tag: int, timeout: Time
         strategy = _tagged(group, x, True, tag)
     except BadArgument as error:
         raise explain(error, group, "send", group._state.sequence) from None
-    if strategy is not None and x.is_cpu and strategy.fast is None and x.nbytes <= _BUFFERED:
+    if strategy is not None and x.is_cpu and (strategy.fast is None or strategy.fast.mailbox is None) and x.nbytes <= _BUFFERED:
         # As through a ring: a receiver may ask for messages of several tags in another order than that in which they are sent.
         seconds = group._state.timeouts.host
         with ambient.shelter():

@@ -105,7 +105,7 @@ class Strategies:
         return None if first is None else first.fast
 
     def by_fast_path(self) -> tuple[Communicator | None, FastPath | None]:
-        """Return the strategy that detects mismatched calls itself, and its fast path."""
+        """Return the first strategy that has native calls, and its fast path."""
         found = next((c for c in self.communicators if c.fast is not None), None)
         return found, None if found is None else found.fast
 
@@ -186,7 +186,8 @@ class GroupState:
         self.own_messages = OwnMessages(members.rank_in_group)
         # Source of the last message that was received from any rank.
         self.served = members.rank_in_group
-        self.failures = Failures(members, None if network is None else network.store, self._abort, self.detects)
+        notes = self.detects if self.detects is not None and self.detects.has_notes else None
+        self.failures = Failures(members, None if network is None else network.store, self._abort, notes)
         self.torch_groups = TorchGroups(self)
         # A `commgraph.coordinator.native_messages.NativeMessages`, or None.
         self.native_messages: Any = None

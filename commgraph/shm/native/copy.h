@@ -21,6 +21,8 @@ typedef struct {
 } cg_block;
 
 static inline size_t cg_block_bytes(const cg_block *block) { return block->rows * block->row; }
+/* Whether its bytes lie one after the other. */
+static inline int cg_is_dense(const cg_block *block) { return block->rows <= 1 || block->pitch == block->row || block->row == 0; }
 
 /* Two interleaved copies, `from` to `to` and `next` to `put`: while the processor waits for lines that another core wrote it writes those
  * of the second copy. No two of the four overlap, but `put` may be `from`. `nontemporal`: the stores into `to`. */

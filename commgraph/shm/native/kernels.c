@@ -109,6 +109,7 @@ TARGET static inline void f16_store_avx512(uint16_t *to, lanes low, lanes high) 
 
 #else
 #define table_avx512 table_avx2
+#define conversion_avx512 conversion_avx2
 #endif
 
 static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
@@ -119,14 +120,19 @@ static int has_avx512(void) {
 cg_kernel cg_find_kernel(int dtype, int op) {
     return has_avx512() ? table_avx512[dtype][op] : has_avx2() ? table_avx2[dtype][op] : table_base[dtype][op];
 }
+static const cg_conversion *conversions(void) { return has_avx512() ? conversion_avx512 : has_avx2() ? conversion_avx2 : conversion_base; }
 const char *cg_kernel_isa(void) { return has_avx512() ? "avx512" : has_avx2() ? "avx2" : "sse2"; }
 #elif defined(__aarch64__)
 cg_kernel cg_find_kernel(int dtype, int op) { return table_neon[dtype][op]; }
+static const cg_conversion *conversions(void) { return conversion_neon; }
 const char *cg_kernel_isa(void) { return "neon"; }
 #else
 cg_kernel cg_find_kernel(int dtype, int op) { return table_base[dtype][op]; }
+static const cg_conversion *conversions(void) { return conversion_base; }
 const char *cg_kernel_isa(void) { return "plain C"; }
 #endif
+
+const cg_conversion *cg_find_conversion(int dtype) { return dtype == CG_BF16 ? &conversions()[0] : dtype == CG_F16 ? &conversions()[1] : NULL; }
 
 int cg_kernel_weight(int dtype) {
     if (dtype != CG_BF16 && dtype != CG_F16) return 1;

@@ -233,6 +233,7 @@ static const cg_kernel NAME(table)[CG_DTYPES][CG_OPS] = {
     [CG_I8] = ALL_SIGNED(8), [CG_I16] = ALL_SIGNED(16), [CG_I32] = ALL_SIGNED(32), [CG_I64] = ALL_SIGNED(64),
     [CG_U8] = ALL_UNSIGNED(8), [CG_U16] = ALL_UNSIGNED(16), [CG_U32] = ALL_UNSIGNED(32), [CG_U64] = ALL_UNSIGNED(64),
 };
+static const cg_conversion NAME(conversion)[2] = {{NAME(bf16_widen), NAME(bf16_narrow)}, {NAME(f16_widen), NAME(f16_narrow)}};
 
 #undef INDEPENDENT
 #undef DIRECT

@@ -20,7 +20,7 @@ int64_t deadline_after(int64_t timeout_ns) {
     return timeout_ns > INT64_MAX - now ? INT64_MAX : now + timeout_ns;
 }
 
-uint64_t call_word(const Group *group, int operation) { return group->sequence ? (group->sequence - 1) << 8 | (uint64_t)operation : 0; }
+uint64_t call_word(const Calls *calls, int operation) { return calls->sequence ? (calls->sequence - 1) << 8 | (uint64_t)operation : 0; }
 
 int parse_timeout(PyObject *self, PyObject *value, int64_t standard_ns, int64_t *ns) {
     if (value == Py_None) {
@@ -438,7 +438,7 @@ static int module_exec(PyObject *module) {
         add_type(module, &state->group, &group_spec) < 0 || add_type(module, &state->ring, &ring_spec) < 0 ||
         add_type(module, &state->tensors, &tensors_spec) < 0 || add_type(module, &state->fast, &fast_spec) < 0 ||
         add_type(module, &state->messages, &messages_spec) < 0 || add_type(module, &state->net, &net_spec) < 0 ||
-        add_type(module, &state->late, &late_spec) < 0)
+        add_type(module, &state->late, &late_spec) < 0 || add_type(module, &state->link_group, &link_group_spec) < 0)
         return -1;
     state->requires_grad = PyUnicode_InternFromString("requires_grad");
     state->is_neg = PyUnicode_InternFromString("is_neg");
@@ -475,6 +475,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg) {
     Py_VISIT(state->messages);
     Py_VISIT(state->net);
     Py_VISIT(state->late);
+    Py_VISIT(state->link_group);
     Py_VISIT(state->timedelta);
     return 0;
 }

@@ -18,7 +18,7 @@ typedef struct {
 
 typedef struct {
     PyObject *stopped, *busy; /* exceptions */
-    PyTypeObject *segment, *pool, *block, *team, *group, *ring, *tensors, *fast, *messages, *net, *late, *timedelta;
+    PyTypeObject *segment, *pool, *block, *team, *group, *ring, *tensors, *fast, *messages, *net, *late, *link_group, *timedelta;
     PyObject *requires_grad, *is_neg, *version, *total_seconds; /* names, interned */
     turn turn;
 } module_state;
@@ -55,7 +55,7 @@ typedef struct Team {
 
 /* Operations: the low byte of a member's `posted`. */
 enum {
-    OP_BARRIER = 1, OP_ALL_REDUCE, OP_ALL_REDUCE_, OP_ALL_GATHER, OP_REDUCE_SCATTER, OP_ALL_TO_ALL, OP_GATHER, OP_BROADCAST
+    OP_BARRIER = 1, OP_ALL_REDUCE, OP_ALL_REDUCE_, OP_ALL_GATHER, OP_REDUCE_SCATTER, OP_ALL_TO_ALL, OP_GATHER, OP_BROADCAST, OP_SCATTER, OP_REDUCE, OP_ALL_REDUCE_BEGUN
 };
 
 enum { CACHED = 64, KEY_DIMS = 4 };
@@ -66,19 +66,62 @@ typedef struct {
     uint32_t digest;
 } cached_call;
 
+typedef struct Calls Calls;
+/* How the native calls of a group are carried: through shared memory (module_group.c), or over links (module_links.c). */
 typedef struct {
+    unsigned serves;       /* bits 1 << OP_*: which operations */
+    size_t one_rank_bytes; /* bytes of a tensor of three ranks and more up to which a reduction to one rank is done by that rank alone */
+    int (*is_ready)(Calls *, int root); /* whether a call would make no link; `root`: -1 where there is none */
+    int (*claim)(Calls *);              /* begins a call; 0 with an error set */
+    void (*unclaim)(Calls *);
+    int (*keeps)(Calls *, size_t bytes); /* whether a call of so many bytes keeps the interpreter except while it waits */
+    void (*begin_work)(Calls *, int keep);
+    void (*end_work)(Calls *);
+    int (*exposes)(const Calls *); /* after a failure: whether other ranks may still access the tensors of the call */
+    int (*barrier)(Calls *, const cg_call *, int *who);
+    int (*all_reduce)(Calls *, const cg_call *, const void *from, void *to, size_t count, int dtype, int op, int in_place, int *who);
+    int (*reduce_scatter)(Calls *, const cg_call *, const cg_block *out, void *to, int dtype, int op, int *who);
+    int (*gatherv)(Calls *, const cg_call *, const char *mine, const size_t *bytes, const cg_block *into, int root, int *who); /* root -1: all */
+    int (*all_to_allv)(Calls *, const cg_call *, const cg_block *out, const cg_block *into, int *who);
+    int (*broadcast)(Calls *, const cg_call *, void *data, size_t bytes, int root, int *who);
+} cg_carrier;
+
+/* The calls of one group, one at a time: the first member of Group and of LinkGroup. */
+struct Calls {
     PyObject_HEAD
-    cg_group group;
-    Team *team;
+    const cg_carrier *carrier;
+    int n, me;
     Pool *pool;
-    PyObject *regions; /* segments that this group keeps mapped */
-    PyObject *claims;  /* a dict: None is in it while a call by the general path is under way (commgraph/coordinator/turns.py) */
+    PyObject *claims; /* a dict: None is in it while a call by the general path is under way (commgraph/coordinator/turns.py) */
     uint64_t sequence;
     int enabled;
     int paused; /* earlier calls are pending on another thread: native calls may not overtake them */
     int begun;  /* an all_reduce was begun and has not been ended: no other call may come between */
     cached_call cache[CACHED];
+};
+
+/* In shared memory. */
+typedef struct {
+    Calls calls;
+    cg_group group;
+    Team *team;
+    PyObject *regions; /* segments that this group keeps mapped */
 } Group;
+
+/* Initializes the first member; `claims` is made. 0 with an error set. */
+int begin_calls(Calls *calls, const cg_carrier *carrier, int n, int me, Pool *pool);
+void end_calls(Calls *calls);
+PyObject *get_claims(PyObject *self, void *closure);
+PyObject *get_number(PyObject *self, void *field);
+int set_number(PyObject *self, PyObject *value, void *field);
+/* The attributes of their types. */
+#define CALLS_GETSET                                                                                                                    \
+    {"claims", get_claims, NULL, "a dict: None is in it while a call by the general path is under way", NULL},                           \
+    {"sequence", get_number, set_number, "calls begun", "sequence"},                                                                     \
+    {"enabled", get_number, set_number, "whether native calls are handled", "enabled"},                                                  \
+    {"paused", get_number, set_number, "whether native calls are not handled because earlier calls are pending", "paused"}
+/* The group in shared memory; NULL if these calls are carried otherwise. */
+Group *in_shared_memory(Calls *calls);
 
 typedef struct {
     PyObject_HEAD
@@ -93,7 +136,7 @@ typedef struct {
 /* Whether this member writes, or reads, the ring; 0 with an error set. */
 int may_use(const Ring *ring, int writing);
 
-extern PyType_Spec group_spec, ring_spec, tensors_spec, fast_spec, messages_spec, net_spec, late_spec;
+extern PyType_Spec group_spec, ring_spec, tensors_spec, fast_spec, messages_spec, net_spec, late_spec, link_group_spec;
 
 module_state *state_of(PyObject *self);
 /* One call at a time uses a team, from `claim` to `unclaim`; it may run Python code in between. 0, with Busy set, if another one is under way:
@@ -120,7 +163,7 @@ Block *take_block(PyObject *self, Pool *pool, size_t bytes);
 /* A further view of a member, for a private ring. */
 Team *new_view(module_state *state, Team *of, cg_bell *bell, cg_bell *theirs);
 /* `call` of a cg_call: the number of the coordinator's call and an operation. 0 while the group is built: a step of that is no call. */
-uint64_t call_word(const Group *group, int operation);
+uint64_t call_word(const Calls *calls, int operation);
 /* Publishes the call that this member begins (cg_member). */
 void publish_posted(Ring *ring, uint64_t posted);
 PyObject *module_any_ring(PyObject *module, PyObject *args);

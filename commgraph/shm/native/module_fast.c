@@ -31,7 +31,7 @@ typedef struct {
 
 typedef struct {
     PyObject_HEAD
-    Group *group; /* NULL: a group of one rank */
+    Calls *group; /* NULL: a group of one rank */
     Tensors *tensors;
     PyObject *describe; /* (name, arguments) -> int: the digest of the text that the general path has for a call */
     int64_t timeout_ns; /* of calls without a timeout of their own */
@@ -61,7 +61,7 @@ static int reduces(const view *v, int *dtype, int *op) {
 
 /* Sets the digest of a call's text. `args`: the arguments of the coordinator's method that its text depends on; `extra`: distinguishes, in
  * the cache, calls with equal tensors and different arguments. 0 with an error set. */
-static int prepare(FastCalls *fast, Group *group, const char *name, int operation, const view *v, int64_t extra, PyObject *const *args, int n_args,
+static int prepare(FastCalls *fast, Calls *group, const char *name, int operation, const view *v, int64_t extra, PyObject *const *args, int n_args,
                    native_call *call) {
     int kind = v->kind.code << 8 | v->kind.bits;
     uint64_t hash = ((uint64_t)operation << 32 ^ (uint64_t)kind << 16 ^ (uint64_t)extra) * 0x9E3779B97F4A7C15ull;
@@ -86,7 +86,7 @@ static int prepare(FastCalls *fast, Group *group, const char *name, int operatio
 }
 
 /* The result tensor: `given` if it fits and does not overlap x, a new one if `given` is None; NULL, with or without an error. */
-static PyObject *result_for(FastCalls *fast, Group *group, PyObject *given, const view *x, const int64_t *shape, char **data) {
+static PyObject *result_for(FastCalls *fast, Calls *group, PyObject *given, const view *x, const int64_t *shape, char **data) {
     size_t bytes = x->size;
     for (int i = 0; i < x->ndim; i++)
         if (__builtin_mul_overflow(bytes, (size_t)shape[i], &bytes)) return NULL; /* the general path says what is wrong with the sizes */
@@ -101,10 +101,10 @@ static PyObject *result_for(FastCalls *fast, Group *group, PyObject *given, cons
 }
 
 /* The return value of a call with x, or NULL with the exception set. */
-static PyObject *finish_call(Group *group, int result, int who, PyObject *x, PyObject *value) {
+static PyObject *finish_call(Calls *group, int result, int who, PyObject *x, PyObject *value) {
     if (result == CG_OK) return value;
     /* If other ranks may still access x and the result, both stay for ever. */
-    if (group->group.exposed) Py_INCREF(x);
+    if (group->carrier->exposes(group)) Py_INCREF(x);
     else Py_DECREF(value);
     group->enabled = 0;
     return raise_stopped((PyObject *)group, result, who);
@@ -115,14 +115,25 @@ static void mark_filled(void *of) {
     if (!mark_as_written(call->tensors, call->filled)) PyErr_WriteUnraisable(call->filled);
 }
 
-static int is_usable(const FastCalls *fast, const Group *group) {
+static int is_usable(const FastCalls *fast, const Calls *group) {
     return fast->open && (group == NULL || (group->enabled && !group->paused));
 }
 
-static int is_open(const FastCalls *fast, const Group *group) { return is_usable(fast, group) && is_unwatched(fast->tensors) > 0; }
+/* Whether native calls of an operation are handled now. Of one with a root `is_near` says so as well. */
+static int is_open(const FastCalls *fast, Calls *group, int operation) {
+    if (!is_usable(fast, group)) return 0;
+    if (group != NULL) {
+        const cg_carrier *carrier = group->carrier;
+        int rooted = operation == OP_BROADCAST || operation == OP_GATHER || operation == OP_REDUCE;
+        if (!(carrier->serves & 1u << operation) || (!rooted && !carrier->is_ready(group, -1))) return 0;
+    }
+    return is_unwatched(fast->tensors) > 0;
+}
+
+static int is_near(Calls *group, int root) { return root >= 0 && group->carrier->is_ready(group, root); }
 
 /* Whether a call by the general path is under way. One of several parts holds the number of its thread, whose further calls are the parts. */
-static int is_claimed(const Group *group) {
+static int is_claimed(const Calls *group) {
     if (PyDict_Size(group->claims) == 0) return 0;
     PyObject *held = PyDict_GetItemWithError(group->claims, Py_None); /* borrowed */
     return held != NULL && !(PyLong_CheckExact(held) && PyLong_AsUnsignedLong(held) == PyThread_get_thread_ident());
@@ -131,17 +142,17 @@ static int is_claimed(const Group *group) {
 /* Claims the group and begins a call, which is numbered now: one that is refused leaves no trace. `filled` is marked as written while the
  * other ranks arrive, if this thread keeps the interpreter, else now. 0 if it was not begun, with or without an error: Python code that ran
  * since `is_open` may have closed the group, or another thread may be in a call. */
-static int begin(FastCalls *fast, Group *group, native_call *call, int operation, int64_t timeout_ns, PyObject *filled, size_t bytes) {
-    Team *team = group->team;
-    int keep = keeps_interpreter(team, bytes);
+static int begin(FastCalls *fast, Calls *group, native_call *call, int operation, int64_t timeout_ns, PyObject *filled, size_t bytes) {
+    const cg_carrier *carrier = group->carrier;
+    int keep = carrier->keeps(group, bytes);
     if (!is_usable(fast, group)) return 0;
     if (group->begun || is_claimed(group)) {
         PyErr_SetString(state_of((PyObject *)fast)->busy, "another call of this very group is under way: one thread at a time may use it");
         return 0;
     }
-    if (!claim(team)) return 0;
+    if (!carrier->claim(group)) return 0;
     if (filled != NULL && !keep && !mark_as_written(fast->tensors, filled)) {
-        unclaim(team);
+        carrier->unclaim(group);
         return 0;
     }
     *call = (native_call){.tensors = fast->tensors, .filled = filled, .digest = call->digest, .timeout_ns = timeout_ns};
@@ -150,8 +161,13 @@ static int begin(FastCalls *fast, Group *group, native_call *call, int operation
     if (filled != NULL && keep) call->call.meanwhile = mark_filled, call->call.of = call;
     /* A call of a single step waits once: a relative deadline saves reading the clock. */
     call->call.deadline = bytes <= BRIEF ? -timeout_ns : deadline_after(timeout_ns);
-    begin_work(team, keep);
+    carrier->begin_work(group, keep);
     return 1;
+}
+
+static void end_call(Calls *group) {
+    group->carrier->end_work(group);
+    group->carrier->unclaim(group);
 }
 
 /* A dimension, counted from the front; -1 if it is none. */
@@ -172,29 +188,29 @@ static void cut(cg_block *blocks, int n, char *data, const view *v, int dim, int
     for (int p = 0; p < n; p++) blocks[p] = (cg_block){data + (size_t)p * row, rows, row, row * (size_t)n};
 }
 
-static PyObject *do_all_reduce_(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
+static PyObject *do_all_reduce_(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 3) return PyErr_Format(PyExc_TypeError, "all_reduce_(x, op, timeout)");
     view v;
     int64_t timeout;
     int dtype, op = parse_op(args[1]), given = op, who = 0;
-    if (!is_open(fast, group) || view_tensor(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) || may_fill(fast->tensors, args[0]) <= 0 ||
+    if (!is_open(fast, group, OP_ALL_REDUCE_) || view_tensor(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) || may_fill(fast->tensors, args[0]) <= 0 ||
         parse_timeout((PyObject *)fast, args[2], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
     if (group == NULL) return Py_NewRef(Py_True);
     native_call call;
     if (!prepare(fast, group, "all_reduce_", OP_ALL_REDUCE_, &v, given, args, 2, &call) || !begin(fast, group, &call, OP_ALL_REDUCE_, timeout, args[0], v.bytes))
         return not_handled();
-    int result = cg_all_reduce(&group->group, &call.call, v.data, v.data, v.bytes / v.size, dtype, op, 1, &who);
-    leave(group->team);
+    int result = group->carrier->all_reduce(group, &call.call, v.data, v.data, v.bytes / v.size, dtype, op, 1, &who);
+    end_call(group);
     return finish_call(group, result, who, args[0], Py_NewRef(Py_True));
 }
 
-static PyObject *do_all_reduce(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
+static PyObject *do_all_reduce(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 3) return PyErr_Format(PyExc_TypeError, "all_reduce(x, op, timeout)");
     view v;
     int64_t timeout;
     int dtype, op = parse_op(args[1]), given = op, who = 0;
-    if (!is_open(fast, group) || view_tensor(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) || parse_timeout((PyObject *)fast, args[2], fast->timeout_ns, &timeout) <= 0)
+    if (!is_open(fast, group, OP_ALL_REDUCE) || view_tensor(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) || parse_timeout((PyObject *)fast, args[2], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
     if (group == NULL) return Py_NewRef(args[0]);
     char *out;
@@ -205,19 +221,20 @@ static PyObject *do_all_reduce(FastCalls *fast, Group *group, PyObject *const *a
         Py_DECREF(tensor);
         return not_handled();
     }
-    int result = cg_all_reduce(&group->group, &call.call, v.data, out, v.bytes / v.size, dtype, op, 0, &who);
-    leave(group->team);
+    int result = group->carrier->all_reduce(group, &call.call, v.data, out, v.bytes / v.size, dtype, op, 0, &who);
+    end_call(group);
     return finish_call(group, result, who, args[0], tensor);
 }
 
 /* Begins an all_reduce. Native calls of the group are refused until `end_all_reduce`; the caller of this module orders all others after it. */
-static PyObject *do_begin_all_reduce(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
+static PyObject *do_begin_all_reduce(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 3) return PyErr_Format(PyExc_TypeError, "begin_all_reduce(x, op, timeout)");
     view v;
     int64_t timeout;
     int dtype, op = parse_op(args[1]), given = op;
-    if (!is_open(fast, group) || group == NULL || fast->begun.group != NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) ||
-        !cg_can_halve_all_reduce(&group->group, v.bytes / v.size, dtype) || parse_timeout((PyObject *)fast, args[2], fast->timeout_ns, &timeout) <= 0)
+    Group *shared = group == NULL ? NULL : in_shared_memory(group);
+    if (!is_open(fast, group, OP_ALL_REDUCE_BEGUN) || shared == NULL || fast->begun.group != NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) ||
+        !cg_can_halve_all_reduce(&shared->group, v.bytes / v.size, dtype) || parse_timeout((PyObject *)fast, args[2], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
     half_done half = {.from = v.data, .count = v.bytes / v.size, .dtype = dtype, .op = op};
     half.result = new_tensor(fast->tensors, group->pool, v.kind, v.ndim, v.shape, v.bytes, &half.to);
@@ -229,13 +246,13 @@ static PyObject *do_begin_all_reduce(FastCalls *fast, Group *group, PyObject *co
     }
     half.call = call.call;
     half.call.deadline = deadline_after(timeout);
-    cg_all_reduce_begin(&group->group, &half.call, half.from, half.count, dtype);
-    end_work(group->team);
+    cg_all_reduce_begin(&shared->group, &half.call, half.from, half.count, dtype);
+    end_work(shared->team);
     half.group = (Group *)Py_NewRef((PyObject *)group);
     half.x = Py_NewRef(args[0]);
     group->paused = group->begun = 1;
     fast->begun = half;
-    unclaim(group->team);
+    unclaim(shared->team);
     Py_RETURN_TRUE;
 }
 
@@ -243,7 +260,7 @@ static PyObject *fast_has_arrived(PyObject *self, PyObject *unused) {
     (void)unused;
     FastCalls *fast = (FastCalls *)self;
     Group *group = fast->begun.group;
-    return PyBool_FromLong(group == NULL || !group->enabled || cg_all_reduce_has_arrived(&group->group));
+    return PyBool_FromLong(group == NULL || !group->calls.enabled || cg_all_reduce_has_arrived(&group->group));
 }
 
 static PyObject *fast_end_all_reduce(PyObject *self, PyObject *unused) {
@@ -254,13 +271,13 @@ static PyObject *fast_end_all_reduce(PyObject *self, PyObject *unused) {
     int result = CG_SELF, who = 0;
     if (group == NULL) return PyErr_Format(PyExc_RuntimeError, "no all_reduce was begun");
     fast->begun = (half_done){0};
-    if (group->enabled && enter_for(group->team, half.count * cg_dtype_bytes(half.dtype))) {
+    if (group->calls.enabled && enter_for(group->team, half.count * cg_dtype_bytes(half.dtype))) {
         result = cg_all_reduce_end(&group->group, &half.call, half.from, half.to, half.count, half.dtype, half.op, &who);
         leave(group->team);
     }
-    group->begun = 0;
+    group->calls.begun = 0;
     if (result != CG_OK) {
-        group->enabled = 0;
+        group->calls.enabled = 0;
         if (!PyErr_Occurred()) raise_stopped(self, result, who);
     }
     Py_DECREF(half.x);
@@ -270,15 +287,15 @@ static PyObject *fast_end_all_reduce(PyObject *self, PyObject *unused) {
     return NULL;
 }
 
-static PyObject *do_all_gather(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
+static PyObject *do_all_gather(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 4) return PyErr_Format(PyExc_TypeError, "all_gather(x, dim, out, timeout)");
     view v;
     int64_t timeout;
     int dim, who = 0;
-    if (!is_open(fast, group) || group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
+    if (!is_open(fast, group, OP_ALL_GATHER) || group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
         parse_timeout((PyObject *)fast, args[3], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
-    int n = group->group.n;
+    int n = group->n;
     int64_t shape[MAX_DIMS];
     memcpy(shape, v.shape, sizeof shape);
     shape[dim] *= n;
@@ -294,20 +311,20 @@ static PyObject *do_all_gather(FastCalls *fast, Group *group, PyObject *const *a
         Py_DECREF(out);
         return not_handled();
     }
-    int result = cg_all_gatherv(&group->group, &call.call, v.data, bytes, into, 1, &who);
-    leave(group->team);
+    int result = group->carrier->gatherv(group, &call.call, v.data, bytes, into, -1, &who);
+    end_call(group);
     return finish_call(group, result, who, args[0], out);
 }
 
-static PyObject *do_reduce_scatter(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
+static PyObject *do_reduce_scatter(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 5) return PyErr_Format(PyExc_TypeError, "reduce_scatter(x, dim, op, out, timeout)");
     view v;
     int64_t timeout;
     int dim, dtype, op = parse_op(args[2]), given = op, who = 0;
-    if (!is_open(fast, group) || group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 || !reduces(&v, &dtype, &op) ||
+    if (!is_open(fast, group, OP_REDUCE_SCATTER) || group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 || !reduces(&v, &dtype, &op) ||
         parse_timeout((PyObject *)fast, args[4], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
-    int n = group->group.n;
+    int n = group->n;
     if (v.shape[dim] % n) return not_handled();
     int64_t shape[MAX_DIMS];
     memcpy(shape, v.shape, sizeof shape);
@@ -322,23 +339,23 @@ static PyObject *do_reduce_scatter(FastCalls *fast, Group *group, PyObject *cons
         Py_DECREF(out);
         return not_handled();
     }
-    int result = cg_reduce_scatter(&group->group, &call.call, pieces, data, dtype, op, &who);
-    leave(group->team);
+    int result = group->carrier->reduce_scatter(group, &call.call, pieces, data, dtype, op, &who);
+    end_call(group);
     return finish_call(group, result, who, args[0], out);
 }
 
-static PyObject *all_to_all_by_sizes(FastCalls *fast, Group *group, PyObject *const *args, const view *v, int dim, int64_t timeout);
+static PyObject *all_to_all_by_sizes(FastCalls *fast, Calls *group, PyObject *const *args, const view *v, int dim, int64_t timeout);
 
-static PyObject *do_all_to_all(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
+static PyObject *do_all_to_all(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 7) return PyErr_Format(PyExc_TypeError, "all_to_all(x, scatter_dim, gather_dim, input_sizes, output_sizes, out, timeout)");
     view v;
     int64_t timeout;
     int dim, who = 0;
-    if (!is_open(fast, group) || group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
+    if (!is_open(fast, group, OP_ALL_TO_ALL) || group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
         dim_of(args[2], &v) != dim || parse_timeout((PyObject *)fast, args[6], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
     if (args[3] != Py_None || args[4] != Py_None) return all_to_all_by_sizes(fast, group, args, &v, dim, timeout);
-    int n = group->group.n;
+    int n = group->n;
     if (v.shape[dim] % n) return not_handled();
     char *data;
     PyObject *out = result_for(fast, group, args[5], &v, v.shape, &data);
@@ -352,48 +369,42 @@ static PyObject *do_all_to_all(FastCalls *fast, Group *group, PyObject *const *a
         Py_DECREF(out);
         return not_handled();
     }
-    int result = cg_all_to_allv(&group->group, &call.call, sends, receives, &who);
-    leave(group->team);
+    int result = group->carrier->all_to_allv(group, &call.call, sends, receives, &who);
+    end_call(group);
     return finish_call(group, result, who, args[0], out);
 }
 
-static PyObject *do_broadcast(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
+static PyObject *do_broadcast(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 3) return PyErr_Format(PyExc_TypeError, "broadcast(x, src, timeout)");
     view v;
     int64_t timeout;
     int who = 0;
-    if (!is_open(fast, group) || group == NULL || !PyLong_CheckExact(args[1]) || view_tensor(fast->tensors, args[0], &v) <= 0 ||
+    if (!is_open(fast, group, OP_BROADCAST) || group == NULL || !PyLong_CheckExact(args[1]) || view_tensor(fast->tensors, args[0], &v) <= 0 ||
         parse_timeout((PyObject *)fast, args[2], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
-    int n = group->group.n, overflow;
+    int n = group->n, overflow;
     long src = PyLong_AsLongAndOverflow(args[1], &overflow);
-    if (overflow || src < 0 || src >= n || may_fill(fast->tensors, args[0]) <= 0) return not_handled();
-    cg_block into[n];
-    size_t bytes[n];
-    memset(into, 0, sizeof into);
-    memset(bytes, 0, sizeof bytes);
-    bytes[src] = v.bytes;
-    into[src] = (cg_block){v.data, 1, v.bytes, v.bytes};
+    if (overflow || src >= n || !is_near(group, (int)(src < 0 ? -1 : src)) || may_fill(fast->tensors, args[0]) <= 0) return not_handled();
     native_call call;
     if (!prepare(fast, group, "broadcast", OP_BROADCAST, &v, src, args, 2, &call) || !begin(fast, group, &call, OP_BROADCAST, timeout, args[0], v.bytes))
         return not_handled();
-    int result = cg_all_gatherv(&group->group, &call.call, v.data, bytes, into, 0, &who);
-    leave(group->team);
+    int result = group->carrier->broadcast(group, &call.call, v.data, v.bytes, (int)src, &who);
+    end_call(group);
     return finish_call(group, result, who, args[0], Py_NewRef(Py_True));
 }
 
-static PyObject *do_barrier(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
+static PyObject *do_barrier(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 1) return PyErr_Format(PyExc_TypeError, "barrier(timeout)");
     int64_t timeout;
-    if (!is_open(fast, group) || parse_timeout((PyObject *)fast, args[0], fast->timeout_ns, &timeout) <= 0) return not_handled();
+    if (!is_open(fast, group, OP_BARRIER) || parse_timeout((PyObject *)fast, args[0], fast->timeout_ns, &timeout) <= 0) return not_handled();
     if (group == NULL) return Py_NewRef(Py_True);
     view nothing = {.ndim = 0, .bytes = 0};
     native_call call;
     int who = 0;
     if (!prepare(fast, group, "barrier", OP_BARRIER, &nothing, 0, NULL, 0, &call) || !begin(fast, group, &call, OP_BARRIER, timeout, NULL, 0))
         return not_handled();
-    int result = cg_barrier(&group->group, &call.call, &who);
-    leave(group->team);
+    int result = group->carrier->barrier(group, &call.call, &who);
+    end_call(group);
     return finish_call(group, result, who, Py_None, Py_NewRef(Py_True));
 }
 
@@ -456,15 +467,15 @@ static void limit(cg_call *call, size_t bytes, int64_t timeout_ns) {
     if (bytes > BRIEF && call->deadline < 0) call->deadline = deadline_after(timeout_ns);
 }
 
-static PyObject *do_all_gatherv(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
+static PyObject *do_all_gatherv(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 4) return PyErr_Format(PyExc_TypeError, "all_gatherv(x, dim, sizes, timeout)");
     view v;
     int64_t timeout;
     int dim, who = 0;
-    if (!is_open(fast, group) || group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
+    if (!is_open(fast, group, OP_ALL_GATHER) || group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
         parse_timeout((PyObject *)fast, args[3], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
-    int n = group->group.n, me = group->group.me;
+    int n = group->n, me = group->me;
     int64_t sizes[n], shape[MAX_DIMS];
     int given = parse_sizes(args[2], n, sizes);
     if (given == 2)
@@ -483,25 +494,25 @@ static PyObject *do_all_gatherv(FastCalls *fast, Group *group, PyObject *const *
     if (!prepare(fast, group, "all_gatherv", OP_ALL_GATHER, &v, hash_of(dim, sizes, n), args, 3, &call) || !begin(fast, group, &call, OP_ALL_GATHER, timeout, NULL, v.bytes))
         return Py_DECREF(out), not_handled();
     limit(&call.call, row * (size_t)shape[dim], timeout);
-    int result = cg_all_gatherv(&group->group, &call.call, v.data, bytes, into, 1, &who);
-    leave(group->team);
+    int result = group->carrier->gatherv(group, &call.call, v.data, bytes, into, -1, &who);
+    end_call(group);
     return finish_call(group, result, who, args[0], out);
 }
 
-static PyObject *do_gather(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
+static PyObject *do_gather(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 5) return PyErr_Format(PyExc_TypeError, "gather(x, dst, dim, sizes, timeout)");
     view v;
     int64_t timeout;
     int dim, who = 0;
-    if (!is_open(fast, group) || group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[2], &v)) < 0 ||
+    if (!is_open(fast, group, OP_GATHER) || group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[2], &v)) < 0 ||
         parse_timeout((PyObject *)fast, args[4], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
-    int n = group->group.n, me = group->group.me, dst = rank_of(args[1], n);
+    int n = group->n, me = group->me, dst = rank_of(args[1], n);
     int64_t sizes[n], shape[MAX_DIMS];
     int given = parse_sizes(args[3], n, sizes);
     if (given == 2)
         for (int p = 0; p < n; p++) sizes[p] = v.shape[dim];
-    if (dst < 0 || !given || sizes[me] != v.shape[dim]) return not_handled();
+    if (!is_near(group, dst) || !given || sizes[me] != v.shape[dim]) return not_handled();
     memcpy(shape, v.shape, sizeof shape);
     shape[dim] = sum_of(sizes, n);
     char *data = NULL;
@@ -516,20 +527,20 @@ static PyObject *do_gather(FastCalls *fast, Group *group, PyObject *const *args,
     if (!prepare(fast, group, "gather", OP_GATHER, &v, hash_of(dst * MAX_DIMS + dim, sizes, n), args, 4, &call) || !begin(fast, group, &call, OP_GATHER, timeout, NULL, v.bytes))
         return Py_DECREF(out), not_handled();
     limit(&call.call, row * (size_t)shape[dim], timeout);
-    int result = cg_all_gatherv(&group->group, &call.call, v.data, bytes, into, 0, &who);
-    leave(group->team);
+    int result = group->carrier->gatherv(group, &call.call, v.data, bytes, into, dst, &who);
+    end_call(group);
     return finish_call(group, result, who, args[0], out);
 }
 
-static PyObject *do_reduce_scatterv(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
+static PyObject *do_reduce_scatterv(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 5) return PyErr_Format(PyExc_TypeError, "reduce_scatterv(x, dim, sizes, op, timeout)");
     view v;
     int64_t timeout;
     int dim, dtype, op = parse_op(args[3]), given = op, who = 0;
-    if (!is_open(fast, group) || group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
+    if (!is_open(fast, group, OP_REDUCE_SCATTER) || group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || (dim = dim_of(args[1], &v)) < 0 ||
         !reduces(&v, &dtype, &op) || parse_timeout((PyObject *)fast, args[4], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
-    int n = group->group.n, me = group->group.me;
+    int n = group->n, me = group->me;
     int64_t sizes[n], shape[MAX_DIMS];
     if (parse_sizes(args[2], n, sizes) != 1 || sum_of(sizes, n) != v.shape[dim] || sizes[me] == 0) return not_handled();
     memcpy(shape, v.shape, sizeof shape);
@@ -543,24 +554,21 @@ static PyObject *do_reduce_scatterv(FastCalls *fast, Group *group, PyObject *con
     int64_t extra = hash_of(dim * CG_OPS + given, sizes, n);
     if (!prepare(fast, group, "reduce_scatterv", OP_REDUCE_SCATTER, &v, extra, args, 4, &call) || !begin(fast, group, &call, OP_REDUCE_SCATTER, timeout, NULL, v.bytes))
         return Py_DECREF(out), not_handled();
-    int result = cg_reduce_scatter(&group->group, &call.call, pieces, data, dtype, op, &who);
-    leave(group->team);
+    int result = group->carrier->reduce_scatter(group, &call.call, pieces, data, dtype, op, &who);
+    end_call(group);
     return finish_call(group, result, who, args[0], out);
 }
 
-/* Bytes up to which `dst` alone reduces; above, each rank reduces its partition (commgraph/communicators/shm.py). */
-enum { ONE_RANK_BYTES = 256 * 1024 };
-
-static PyObject *do_reduce(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
+static PyObject *do_reduce(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 4) return PyErr_Format(PyExc_TypeError, "reduce(x, dst, op, timeout)");
     view v;
     int64_t timeout;
     int dtype, op = parse_op(args[2]), given = op, who = 0;
-    if (!is_open(fast, group) || group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) ||
+    if (!is_open(fast, group, OP_REDUCE) || group == NULL || view_tensor(fast->tensors, args[0], &v) <= 0 || !reduces(&v, &dtype, &op) ||
         parse_timeout((PyObject *)fast, args[3], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
-    int n = group->group.n, me = group->group.me, dst = rank_of(args[1], n);
-    if (dst < 0 || (n > 2 && v.bytes > ONE_RANK_BYTES)) return not_handled();
+    int n = group->n, me = group->me, dst = rank_of(args[1], n);
+    if (!is_near(group, dst) || (n > 2 && v.bytes > group->carrier->one_rank_bytes)) return not_handled();
     char *data = NULL;
     PyObject *out = me == dst ? result_for(fast, group, Py_None, &v, v.shape, &data) : Py_NewRef(Py_False);
     if (out == NULL) return not_handled();
@@ -569,14 +577,14 @@ static PyObject *do_reduce(FastCalls *fast, Group *group, PyObject *const *args,
     native_call call;
     if (!prepare(fast, group, "reduce", OP_REDUCE_SCATTER, &v, -1 - (dst * CG_OPS + given), args, 3, &call) || !begin(fast, group, &call, OP_REDUCE_SCATTER, timeout, NULL, v.bytes))
         return Py_DECREF(out), not_handled();
-    int result = cg_reduce_scatter(&group->group, &call.call, pieces, data, dtype, op, &who);
-    leave(group->team);
+    int result = group->carrier->reduce_scatter(group, &call.call, pieces, data, dtype, op, &who);
+    end_call(group);
     return finish_call(group, result, who, args[0], out);
 }
 
 /* `all_to_all` along one dimension, by sizes. */
-static PyObject *all_to_all_by_sizes(FastCalls *fast, Group *group, PyObject *const *args, const view *v, int dim, int64_t timeout) {
-    int n = group->group.n, me = group->group.me, who = 0;
+static PyObject *all_to_all_by_sizes(FastCalls *fast, Calls *group, PyObject *const *args, const view *v, int dim, int64_t timeout) {
+    int n = group->n, me = group->me, who = 0;
     int64_t cut[n], joined[n], shape[MAX_DIMS];
     if (parse_sizes(args[3], n, cut) != 1 || parse_sizes(args[4], n, joined) != 1 || sum_of(cut, n) != v->shape[dim] || cut[me] != joined[me])
         return not_handled();
@@ -594,8 +602,8 @@ static PyObject *all_to_all_by_sizes(FastCalls *fast, Group *group, PyObject *co
     if (!prepare(fast, group, "all_to_all", OP_ALL_TO_ALL, v, MAX_DIMS + dim, args, 5, &call) || !begin(fast, group, &call, OP_ALL_TO_ALL, timeout, args[5] == Py_None ? NULL : out, v->bytes))
         return Py_DECREF(out), not_handled();
     limit(&call.call, v->bytes + row_bytes(v, dim) * (size_t)shape[dim], timeout);
-    int result = cg_all_to_allv(&group->group, &call.call, sends, receives, &who);
-    leave(group->team);
+    int result = group->carrier->all_to_allv(group, &call.call, sends, receives, &who);
+    end_call(group);
     return finish_call(group, result, who, args[0], out);
 }
 
@@ -603,12 +611,12 @@ static PyObject *all_to_all_by_sizes(FastCalls *fast, Group *group, PyObject *co
  * dims, whether the tensor is on the host, shape, sizes. */
 enum { HEADER_DIMS = 24, HEADER_FIXED = 4 };
 
-static PyObject *do_scatter(FastCalls *fast, Group *group, PyObject *const *args, Py_ssize_t nargs) {
+static PyObject *do_scatter(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 5) return PyErr_Format(PyExc_TypeError, "scatter(x, src, dim, sizes, timeout)");
     int64_t timeout;
-    if (!is_open(fast, group) || group == NULL || fast->tensors->exchange == NULL || parse_timeout((PyObject *)fast, args[4], fast->timeout_ns, &timeout) <= 0)
+    if (!is_open(fast, group, OP_SCATTER) || group == NULL || fast->tensors->exchange == NULL || parse_timeout((PyObject *)fast, args[4], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
-    int n = group->group.n, me = group->group.me, src = rank_of(args[1], n), dim = 0, who = 0;
+    int n = group->n, me = group->me, src = rank_of(args[1], n), dim = 0, who = 0;
     int64_t header[HEADER_FIXED + HEADER_DIMS + n], *sizes = header + HEADER_FIXED + HEADER_DIMS;
     view v = {.ndim = 0, .bytes = 0};
     memset(header, 0, sizeof header);
@@ -632,16 +640,11 @@ static PyObject *do_scatter(FastCalls *fast, Group *group, PyObject *const *args
     if (!prepare(fast, group, "scatter", OP_BROADCAST, &nothing, 1000 + src, args, 4, &call) || !begin(fast, group, &call, OP_BROADCAST, timeout, NULL, sizeof header))
         return not_handled();
     call.call.deadline = deadline_after(timeout);
-    cg_block into[n], sends[n], receives[n];
-    size_t bytes[n];
-    memset(into, 0, sizeof into);
-    memset(bytes, 0, sizeof bytes);
-    bytes[src] = sizeof header;
-    into[src] = (cg_block){(char *)header, 1, sizeof header, sizeof header};
-    int result = cg_all_gatherv(&group->group, &call.call, (char *)header, bytes, into, 0, &who);
-    end_work(group->team);
+    cg_block sends[n], receives[n];
+    int result = group->carrier->broadcast(group, &call.call, header, sizeof header, src, &who);
+    group->carrier->end_work(group);
     if (result != CG_OK) {
-        unclaim(group->team);
+        group->carrier->unclaim(group);
         return finish_call(group, result, who, args[0], Py_NewRef(Py_None));
     }
     /* Every rank knows from the header which pieces follow. A tensor that is not plain is left to the general path, which continues after
@@ -666,7 +669,7 @@ static PyObject *do_scatter(FastCalls *fast, Group *group, PyObject *const *args
         }
         /* The rest of the call is the general path's, which has to release this claim. */
         if (numbers != NULL && PyDict_SetItem(group->claims, Py_None, numbers) < 0) Py_CLEAR(numbers);
-        unclaim(group->team);
+        group->carrier->unclaim(group);
         return numbers;
     }
     int64_t shape[MAX_DIMS];
@@ -675,7 +678,7 @@ static PyObject *do_scatter(FastCalls *fast, Group *group, PyObject *const *args
     char *data;
     PyObject *out = new_tensor(fast->tensors, group->pool, v.kind, v.ndim, shape, v.bytes / (size_t)v.shape[dim] * (size_t)sizes[me], &data);
     if (out == NULL) {
-        unclaim(group->team);
+        group->carrier->unclaim(group);
         return NULL;
     }
     memset(sends, 0, sizeof sends);
@@ -684,9 +687,9 @@ static PyObject *do_scatter(FastCalls *fast, Group *group, PyObject *const *args
     size_t own = v.bytes / (size_t)v.shape[dim] * (size_t)sizes[me];
     receives[src] = (cg_block){data, 1, own, own};
     call.call.call = call_word(group, OP_ALL_TO_ALL);
-    begin_work(group->team, keeps_interpreter(group->team, v.bytes));
-    result = cg_all_to_allv(&group->group, &call.call, sends, receives, &who);
-    leave(group->team);
+    group->carrier->begin_work(group, group->carrier->keeps(group, v.bytes));
+    result = group->carrier->all_to_allv(group, &call.call, sends, receives, &who);
+    end_call(group);
     return finish_call(group, result, who, args[0], out);
 }
 
@@ -698,10 +701,50 @@ static PyObject *fast_close(PyObject *self, PyObject *unused) {
     Py_RETURN_NONE;
 }
 
+/* What the types of Calls share. */
+
+int begin_calls(Calls *calls, const cg_carrier *carrier, int n, int me, Pool *pool) {
+    calls->carrier = carrier;
+    calls->n = n;
+    calls->me = me;
+    calls->pool = (Pool *)Py_NewRef((PyObject *)pool);
+    calls->claims = PyDict_New();
+    calls->enabled = 1;
+    return calls->claims != NULL;
+}
+
+void end_calls(Calls *calls) {
+    Py_XDECREF((PyObject *)calls->pool);
+    Py_XDECREF(calls->claims);
+}
+
+PyObject *get_claims(PyObject *self, void *closure) {
+    (void)closure;
+    return Py_NewRef(((Calls *)self)->claims);
+}
+
+PyObject *get_number(PyObject *self, void *field) {
+    const Calls *calls = (Calls *)self;
+    const char *name = field;
+    if (*name == 's') return PyLong_FromUnsignedLongLong(calls->sequence);
+    return PyLong_FromLong(*name == 'e' ? calls->enabled : calls->paused);
+}
+
+int set_number(PyObject *self, PyObject *value, void *field) {
+    Calls *calls = (Calls *)self;
+    const char *name = field;
+    if (value == NULL) return PyErr_SetString(PyExc_AttributeError, name), -1;
+    unsigned long long number = PyLong_AsUnsignedLongLong(value);
+    if (PyErr_Occurred()) return -1;
+    if (*name == 's') calls->sequence = number;
+    else *(*name == 'e' ? &calls->enabled : &calls->paused) = (int)number;
+    return 0;
+}
+
 /* The methods hold the group: Python code that a call runs, and other threads while it waits, may close it. */
 #define CALL(name)                                                                                  \
     static PyObject *fast_##name(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {         \
-        Group *group = ((FastCalls *)self)->group;                                                  \
+        Calls *group = ((FastCalls *)self)->group;                                                  \
         Py_XINCREF((PyObject *)group);                                                              \
         PyObject *result = do_##name((FastCalls *)self, group, args, nargs);                        \
         Py_XDECREF((PyObject *)group);                                                              \
@@ -727,11 +770,11 @@ static PyObject *fast_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     long long timeout_ns;
     if (!PyArg_ParseTuple(args, "OOOL", &group, &tensors, &describe, &timeout_ns)) return NULL;
     module_state *state = PyType_GetModuleState(type);
-    if (state == NULL || (group != Py_None && !PyObject_TypeCheck(group, state->group)) || !PyObject_TypeCheck(tensors, state->tensors))
+    if (state == NULL || (group != Py_None && !PyObject_TypeCheck(group, state->group) && !PyObject_TypeCheck(group, state->link_group)) || !PyObject_TypeCheck(tensors, state->tensors))
         return PyErr_Format(PyExc_TypeError, "FastCalls(group, tensors, describe, timeout_ns)");
     FastCalls *self = (FastCalls *)allocate(type);
     if (self == NULL) return NULL;
-    self->group = group == Py_None ? NULL : (Group *)Py_NewRef(group);
+    self->group = group == Py_None ? NULL : (Calls *)Py_NewRef(group);
     self->tensors = (Tensors *)Py_NewRef(tensors);
     self->describe = Py_NewRef(describe);
     self->timeout_ns = timeout_ns;

@@ -4,6 +4,47 @@
 #include <errno.h>
 #include <string.h>
 
+/* The carrier of calls in shared memory. */
+
+static int ready(Calls *calls, int root) {
+    (void)calls, (void)root;
+    return 1;
+}
+static int claim_group(Calls *calls) { return claim(((Group *)calls)->team); }
+static void unclaim_group(Calls *calls) { unclaim(((Group *)calls)->team); }
+static int keeps(Calls *calls, size_t bytes) { return keeps_interpreter(((Group *)calls)->team, bytes); }
+static void begin_group(Calls *calls, int keep) { begin_work(((Group *)calls)->team, keep); }
+static void end_group(Calls *calls) { end_work(((Group *)calls)->team); }
+static int exposes(const Calls *calls) { return ((const Group *)calls)->group.exposed; }
+static int barrier(Calls *calls, const cg_call *call, int *who) { return cg_barrier(&((Group *)calls)->group, call, who); }
+static int all_reduce(Calls *calls, const cg_call *call, const void *from, void *to, size_t count, int dtype, int op, int in_place, int *who) {
+    return cg_all_reduce(&((Group *)calls)->group, call, from, to, count, dtype, op, in_place, who);
+}
+static int reduce_scatter(Calls *calls, const cg_call *call, const cg_block *out, void *to, int dtype, int op, int *who) {
+    return cg_reduce_scatter(&((Group *)calls)->group, call, out, to, dtype, op, who);
+}
+static int gatherv(Calls *calls, const cg_call *call, const char *mine, const size_t *bytes, const cg_block *into, int root, int *who) {
+    return cg_all_gatherv(&((Group *)calls)->group, call, mine, bytes, into, root < 0, who);
+}
+static int all_to_allv(Calls *calls, const cg_call *call, const cg_block *out, const cg_block *into, int *who) {
+    return cg_all_to_allv(&((Group *)calls)->group, call, out, into, who);
+}
+static int broadcast(Calls *calls, const cg_call *call, void *data, size_t bytes, int root, int *who) {
+    cg_block into[calls->n];
+    size_t sizes[calls->n];
+    memset(into, 0, sizeof into);
+    memset(sizes, 0, sizeof sizes);
+    sizes[root] = bytes;
+    into[root] = (cg_block){data, 1, bytes, bytes};
+    return cg_all_gatherv(&((Group *)calls)->group, call, data, sizes, into, 0, who);
+}
+
+static const cg_carrier shared_memory = {
+    ~0u, 256 * 1024 /* commgraph/communicators/shm.py */, ready, claim_group, unclaim_group, keeps, begin_group, end_group, exposes,
+    barrier, all_reduce, reduce_scatter, gatherv, all_to_allv, broadcast};
+
+Group *in_shared_memory(Calls *calls) { return calls->carrier == &shared_memory ? (Group *)calls : NULL; }
+
 static PyObject *group_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     (void)kwargs;
     PyObject *team, *pool;
@@ -19,12 +60,9 @@ static PyObject *group_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     Group *self = (Group *)allocate(type);
     if (self == NULL) return NULL;
     self->regions = PyList_New(0);
-    self->claims = PyDict_New();
     cg_group_join(&self->group, view, ((Team *)team)->segment->base + offset, (size_t)slot_bytes);
     self->team = (Team *)Py_NewRef(team);
-    self->pool = (Pool *)Py_NewRef(pool);
-    self->enabled = 1;
-    if (self->regions == NULL || self->claims == NULL) Py_CLEAR(self);
+    if (!begin_calls(&self->calls, &shared_memory, view->n, view->me, (Pool *)pool) || self->regions == NULL) Py_CLEAR(self);
     return (PyObject *)self;
 }
 
@@ -32,9 +70,8 @@ static void group_dealloc(PyObject *self) {
     Group *group = (Group *)self;
     cg_group_leave(&group->group);
     Py_XDECREF((PyObject *)group->team);
-    Py_XDECREF((PyObject *)group->pool);
     Py_XDECREF(group->regions);
-    Py_XDECREF(group->claims);
+    end_calls(&group->calls);
     free_object(self);
 }
 
@@ -42,7 +79,7 @@ static void group_dealloc(PyObject *self) {
 static PyObject *finished(Group *group, int result, int who, PyObject *owner) {
     if (result == CG_OK) return Py_NewRef(Py_None);
     if (group->group.exposed) Py_XINCREF(owner); /* for ever: other ranks may still access them */
-    group->enabled = 0;
+    group->calls.enabled = 0;
     return raise_stopped((PyObject *)group, result, who);
 }
 
@@ -51,7 +88,7 @@ static PyObject *group_barrier(PyObject *self, PyObject *args) {
     unsigned long tag;
     long long timeout;
     if (!PyArg_ParseTuple(args, "kL", &tag, &timeout)) return NULL;
-    cg_call call = {.tag = (uint32_t)tag, .call = call_word(group, OP_BARRIER), .deadline = deadline_after(timeout)};
+    cg_call call = {.tag = (uint32_t)tag, .call = call_word(&group->calls, OP_BARRIER), .deadline = deadline_after(timeout)};
     int who = 0;
     if (!enter(group->team)) return NULL;
     int result = cg_barrier(&group->group, &call, &who);
@@ -73,7 +110,7 @@ static PyObject *group_all_reduce(PyObject *self, PyObject *args) {
     if (count < 0 || count > MOST_BYTES || !is_memory((void *)(uintptr_t)from, (size_t)count * cg_dtype_bytes(dtype)) ||
         !is_memory((void *)(uintptr_t)to, (size_t)count * cg_dtype_bytes(dtype)))
         return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "%zd elements", count);
-    cg_call call = {.tag = (uint32_t)tag, .call = call_word(group, in_place ? OP_ALL_REDUCE_ : OP_ALL_REDUCE), .deadline = deadline_after(timeout)};
+    cg_call call = {.tag = (uint32_t)tag, .call = call_word(&group->calls, in_place ? OP_ALL_REDUCE_ : OP_ALL_REDUCE), .deadline = deadline_after(timeout)};
     int who = 0;
     if (!enter(group->team)) return NULL;
     int result = cg_all_reduce(&group->group, &call, (void *)(uintptr_t)from, (void *)(uintptr_t)to, (size_t)count, dtype, op, in_place, &who);
@@ -128,7 +165,7 @@ static PyObject *group_all_gatherv(PyObject *self, PyObject *args) {
             return PyErr_Format(PyExc_ValueError, "%zu bytes of rank %d", bytes[i], i);
     }
     if (!is_memory((void *)(uintptr_t)mine, bytes[group->group.me])) return NULL;
-    cg_call call = {.tag = (uint32_t)tag, .call = call_word(group, operation), .deadline = deadline_after(timeout)};
+    cg_call call = {.tag = (uint32_t)tag, .call = call_word(&group->calls, operation), .deadline = deadline_after(timeout)};
     int who = 0;
     if (!enter(group->team)) return NULL;
     int result = cg_all_gatherv(&group->group, &call, (char *)(uintptr_t)mine, bytes, into, operation == OP_ALL_GATHER, &who);
@@ -145,7 +182,7 @@ static PyObject *group_all_to_allv(PyObject *self, PyObject *args) {
     int n = group->group.n;
     cg_block out[n], into[n];
     if (!parse_blocks(sends, out, n) || !parse_blocks(receives, into, n)) return NULL;
-    cg_call call = {.tag = (uint32_t)tag, .call = call_word(group, OP_ALL_TO_ALL), .deadline = deadline_after(timeout)};
+    cg_call call = {.tag = (uint32_t)tag, .call = call_word(&group->calls, OP_ALL_TO_ALL), .deadline = deadline_after(timeout)};
     int who = 0;
     if (!enter(group->team)) return NULL;
     int result = cg_all_to_allv(&group->group, &call, out, into, &who);
@@ -165,7 +202,7 @@ static PyObject *group_reduce_scatter(PyObject *self, PyObject *args) {
         return PyErr_Format(PyExc_ValueError, "no kernel for dtype %d and op %d", dtype, op);
     cg_block out[group->group.n];
     if (!parse_blocks(sends, out, group->group.n) || !is_memory((void *)(uintptr_t)to, cg_block_bytes(&out[group->group.me]))) return NULL;
-    cg_call call = {.tag = (uint32_t)tag, .call = call_word(group, OP_REDUCE_SCATTER), .deadline = deadline_after(timeout)};
+    cg_call call = {.tag = (uint32_t)tag, .call = call_word(&group->calls, OP_REDUCE_SCATTER), .deadline = deadline_after(timeout)};
     int who = 0;
     if (!enter(group->team)) return NULL;
     int result = cg_reduce_scatter(&group->group, &call, out, (void *)(uintptr_t)to, dtype, op, &who);
@@ -179,7 +216,7 @@ static PyObject *group_ping_pong(PyObject *self, PyObject *args) {
     long long timeout;
     int rounds;
     if (!PyArg_ParseTuple(args, "kLi", &tag, &timeout, &rounds)) return NULL;
-    cg_call call = {.tag = (uint32_t)tag, .call = call_word(group, OP_BARRIER), .deadline = deadline_after(timeout)};
+    cg_call call = {.tag = (uint32_t)tag, .call = call_word(&group->calls, OP_BARRIER), .deadline = deadline_after(timeout)};
     int who = 0;
     double ns = 0;
     if (!enter(group->team)) return NULL;
@@ -194,7 +231,7 @@ static PyObject *group_probe_cma(PyObject *self, PyObject *args) {
     unsigned long tag;
     long long timeout;
     if (!PyArg_ParseTuple(args, "kL", &tag, &timeout)) return NULL;
-    cg_call call = {.tag = (uint32_t)tag, .call = call_word(group, OP_BARRIER), .deadline = deadline_after(timeout)};
+    cg_call call = {.tag = (uint32_t)tag, .call = call_word(&group->calls, OP_BARRIER), .deadline = deadline_after(timeout)};
     int who = 0;
     if (!enter(group->team)) return NULL;
     int result = cg_group_probe_cma(&group->group, &call, &who);
@@ -246,44 +283,19 @@ static PyObject *group_read_note(PyObject *self, PyObject *arg) {
     return PyBytes_FromStringAndSize(note + 4, (Py_ssize_t)length);
 }
 
-#define PROPERTY_UINT(name, field)                                                   \
-    static PyObject *get_##name(PyObject *self, void *closure) {                     \
-        (void)closure;                                                               \
-        return PyLong_FromUnsignedLongLong((unsigned long long)((Group *)self)->field); \
-    }                                                                                \
-    static int set_##name(PyObject *self, PyObject *value, void *closure) {          \
-        (void)closure;                                                               \
-        if (value == NULL) return PyErr_SetString(PyExc_AttributeError, #name), -1;  \
-        unsigned long long number = PyLong_AsUnsignedLongLong(value);                \
-        if (PyErr_Occurred()) return -1;                                             \
-        ((Group *)self)->field = number;                                             \
-        return 0;                                                                    \
-    }
-PROPERTY_UINT(sequence, sequence)
-PROPERTY_UINT(enabled, enabled)
-PROPERTY_UINT(paused, paused)
-
 static PyObject *get_bytes_sent(PyObject *self, void *closure) {
     (void)closure;
     return PyLong_FromUnsignedLongLong(((Group *)self)->group.bytes_sent);
 }
 
-static PyObject *get_claims(PyObject *self, void *closure) {
-    (void)closure;
-    return Py_NewRef(((Group *)self)->claims);
-}
-
 static PyObject *get_busy(PyObject *self, void *closure) {
     (void)closure;
-    return PyBool_FromLong(((Group *)self)->begun || ((Group *)self)->team->busy);
+    return PyBool_FromLong(((Calls *)self)->begun || ((Group *)self)->team->busy);
 }
 
 static PyGetSetDef group_getset[] = {
-    {"claims", get_claims, NULL, "a dict: None is in it while a call by the general path is under way", NULL},
+    CALLS_GETSET,
     {"busy", get_busy, NULL, "whether a native call is under way, or was begun and not ended", NULL},
-    {"sequence", get_sequence, set_sequence, "calls begun", NULL},
-    {"enabled", get_enabled, set_enabled, "whether native calls are handled", NULL},
-    {"paused", get_paused, set_paused, "whether native calls are not handled because earlier calls are pending", NULL},
     {"bytes_sent", get_bytes_sent, NULL, "bytes sent to other ranks", NULL},
     {"has_cma", get_has_cma, NULL, "whether the ranks access each other's memory (cross-memory attach)", NULL},
     {0}};

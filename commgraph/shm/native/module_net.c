@@ -1,17 +1,10 @@
 /* Net: the TCP links of one group. Late: a receive that may be waited for several times. */
-#include "module.h"
+#include "module_net.h"
 
 #include <errno.h>
+#include <stdlib.h>
 
 #include "net_reduce.h"
-
-typedef struct {
-    PyObject_HEAD
-    cg_net net;
-    PyObject *on_knock; /* called without arguments when the descriptor `knocks` is readable, and refers to no Net; NULL: nothing is watched */
-    int users;          /* threads in a call */
-    int closing;
-} Net;
 
 typedef struct {
     PyObject_HEAD
@@ -22,12 +15,12 @@ typedef struct {
 
 typedef struct {
     PyThreadState *saved;
-    Net *net;
-} user;
+    net_user user;
+} waiting;
 
-static int attend(void *of, int why) {
-    user *self = of;
-    PyEval_RestoreThread(self->saved);
+int attend_net(void *of, int why) {
+    net_user *self = of;
+    PyEval_RestoreThread(*self->saved);
     int raised;
     if (why == CG_KNOCK && self->net->on_knock != NULL) {
         PyObject *done = PyObject_CallNoArgs(self->net->on_knock);
@@ -36,32 +29,34 @@ static int attend(void *of, int why) {
     } else {
         raised = PyErr_CheckSignals() != 0;
     }
-    self->saved = PyEval_SaveThread();
+    *self->saved = PyEval_SaveThread();
     return raised ? CG_SIGNAL : CG_OK;
 }
 
-static void end_net(Net *self) {
-    if (self->users == 0 && self->closing) cg_net_end(&self->net);
-}
-
-static int enter_net(Net *self, user *me, cg_net_call *call, uint32_t tag, long long timeout_ns) {
-    if (self->closing) {
-        raise_stopped((PyObject *)self, CG_SELF, self->net.me);
-        return 0;
-    }
-    *call = (cg_net_call){tag, deadline_after(timeout_ns), attend, me};
-    *me = (user){NULL, self};
+int use_net(Net *self) {
+    if (self->closing) return raise_stopped((PyObject *)self, CG_SELF, self->net.me), 0;
     self->users++;
     Py_INCREF((PyObject *)self);
+    return 1;
+}
+
+void leave_net(Net *self) {
+    self->users--;
+    if (self->users == 0 && self->closing) cg_net_end(&self->net);
+    Py_DECREF((PyObject *)self);
+}
+
+static int begin_wait(Net *self, waiting *me, cg_net_call *call, long long timeout_ns) {
+    if (!use_net(self)) return 0;
+    me->user = (net_user){&me->saved, self};
+    *call = (cg_net_call){.deadline = deadline_after(timeout_ns), .attend = attend_net, .user = &me->user};
     me->saved = PyEval_SaveThread();
     return 1;
 }
 
-static void leave_net(Net *self, user *me) {
+static void end_wait(Net *self, waiting *me) {
     PyEval_RestoreThread(me->saved);
-    self->users--;
-    end_net(self);
-    Py_DECREF((PyObject *)self);
+    leave_net(self);
 }
 
 static PyObject *net_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
@@ -72,7 +67,8 @@ static PyObject *net_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     if (n < 2 || n > 1 << 20 || rank < 0 || rank >= n || spin_ns < 0) return PyErr_Format(PyExc_ValueError, "rank %d of %d, spin_ns=%lld", rank, n, spin_ns);
     Net *self = (Net *)allocate(type);
     if (self == NULL) return NULL;
-    int error = cg_net_begin(&self->net, n, rank, ordered, spin_ns);
+    self->linked = calloc((size_t)n, 1);
+    int error = self->linked == NULL ? ENOMEM : cg_net_begin(&self->net, n, rank, ordered, spin_ns);
     if (error) {
         Py_DECREF((PyObject *)self);
         errno = error;
@@ -84,6 +80,7 @@ static PyObject *net_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
 static void net_dealloc(PyObject *of) {
     Net *self = (Net *)of;
     if (self->net.links != NULL) cg_net_end(&self->net);
+    free(self->linked);
     Py_XDECREF(self->on_knock);
     free_object(of);
 }
@@ -100,9 +97,28 @@ static PyObject *net_attach(PyObject *of, PyObject *args) {
     if (!PyArg_ParseTuple(args, "ii", &peer, &fd) || !is_peer(self, peer)) return NULL;
     if (self->closing) return raise_stopped(of, CG_SELF, self->net.me);
     int error = cg_net_attach(&self->net, peer, fd);
-    if (!error) Py_RETURN_NONE;
+    if (!error) {
+        self->linked[peer] = 1;
+        self->n_linked++;
+        Py_RETURN_NONE;
+    }
     errno = error;
     return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+/* Whether all peers of a sequence of ranks have one. */
+static PyObject *net_are_linked(PyObject *of, PyObject *arg) {
+    Net *self = (Net *)of;
+    if (self->closing || self->n_linked == self->net.n - 1) Py_RETURN_TRUE;
+    Py_ssize_t count = PySequence_Size(arg);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *item = PySequence_GetItem(arg, i);
+        long peer = item == NULL ? -1 : PyLong_AsLong(item);
+        Py_XDECREF(item);
+        if (PyErr_Occurred() || !is_peer(self, (int)peer)) return NULL;
+        if (!self->linked[peer]) Py_RETURN_FALSE;
+    }
+    return count < 0 ? NULL : Py_NewRef(Py_True);
 }
 
 static PyObject *net_is_linked(PyObject *of, PyObject *arg) {
@@ -110,7 +126,7 @@ static PyObject *net_is_linked(PyObject *of, PyObject *arg) {
     long peer = PyLong_AsLong(arg);
     if (peer == -1 && PyErr_Occurred()) return NULL;
     if (!is_peer(self, (int)peer)) return NULL;
-    return PyBool_FromLong(self->closing || cg_net_is_linked(&self->net, (int)peer));
+    return PyBool_FromLong(self->closing || self->linked[peer]);
 }
 
 static PyObject *net_error(PyObject *of, PyObject *arg) {
@@ -144,7 +160,7 @@ static PyObject *net_close(PyObject *of, PyObject *unused) {
     Net *self = (Net *)of;
     PyObject *done = net_abort(of, unused);
     self->closing = 1;
-    end_net(self);
+    if (self->users == 0) cg_net_end(&self->net);
     Py_CLEAR(self->on_knock);
     return done;
 }
@@ -190,13 +206,13 @@ static PyObject *net_exchange(PyObject *of, PyObject *args) {
     Py_ssize_t begun = begin_all(self, receives, messages, 1);
     if (begun == n_receives) begun += begin_all(self, sends, messages + n_receives, 0);
     int result = CG_SIGNAL, who = self->net.me;
-    user me;
+    waiting me;
     cg_net_call call;
-    if (begun == count && enter_net(self, &me, &call, 0, timeout_ns)) {
+    if (begun == count && begin_wait(self, &me, &call, timeout_ns)) {
         cg_messages all = {messages, (int)count};
         result = cg_net_wait(&self->net, &call, cg_net_all, &all, &who);
         if (result != CG_OK) cg_net_withdraw(&self->net, messages, (int)begun);
-        leave_net(self, &me);
+        end_wait(self, &me);
     } else if (self->net.links != NULL) {
         cg_net_withdraw(&self->net, messages, (int)begun);
     }
@@ -215,17 +231,13 @@ static PyObject *net_all_reduce(PyObject *of, PyObject *args) {
     if (!PyArg_ParseTuple(args, "ILKKniiO!", &tag, &timeout_ns, &from, &to, &count, &dtype, &op, state_of(of)->pool, &pool)) return NULL;
     if (count < 0 || dtype < 0 || dtype >= CG_DTYPES || op < 0 || op >= CG_OPS || cg_find_kernel(dtype, op) == NULL)
         return PyErr_Format(PyExc_ValueError, "%zd elements of kind %d, op %d", count, dtype, op);
-    if (self->closing) return raise_stopped(of, CG_SELF, self->net.me);
-    void *scratch = cg_pool_take(((Pool *)pool)->pool, cg_net_scratch_bytes(self->net.n, (size_t)count, cg_dtype_bytes(dtype)));
-    if (scratch == NULL) return PyErr_NoMemory();
-    user me;
+    waiting me;
     cg_net_call call;
-    int result = CG_SIGNAL;
-    if (enter_net(self, &me, &call, tag, timeout_ns)) {
-        result = cg_net_all_reduce(&self->net, &call, (void *)(uintptr_t)from, (void *)(uintptr_t)to, (size_t)count, dtype, op, scratch, &who);
-        leave_net(self, &me);
-    }
-    cg_pool_give(scratch);
+    if (!begin_wait(self, &me, &call, timeout_ns)) return NULL;
+    call.tag = tag;
+    call.pool = ((Pool *)pool)->pool;
+    int result = cg_net_all_reduce(&self->net, &call, (void *)(uintptr_t)from, (void *)(uintptr_t)to, (size_t)count, dtype, op, &who);
+    end_wait(self, &me);
     return result == CG_OK ? Py_NewRef(Py_None) : raise_stopped(of, result, who);
 }
 
@@ -264,17 +276,17 @@ static PyObject *net_first_of(PyObject *of, PyObject *args) {
         }
         messages[i] = &((Late *)late)->message;
     }
-    user me;
+    waiting me;
     cg_net_call call;
     cg_any_of any = {messages, count, -1};
     PyObject *held = PyList_GetSlice(lates, 0, count); /* the caller's list may be changed meanwhile */
-    if (held == NULL || !enter_net(self, &me, &call, 0, timeout_ns)) {
+    if (held == NULL || !begin_wait(self, &me, &call, timeout_ns)) {
         Py_XDECREF(held);
         PyMem_Free(messages);
         return NULL;
     }
     int result = cg_net_wait(&self->net, &call, cg_net_any, &any, &who);
-    leave_net(self, &me);
+    end_wait(self, &me);
     Py_DECREF(held);
     PyMem_Free(messages);
     if (result == CG_OK) return PyLong_FromLong(any.found);
@@ -297,6 +309,7 @@ static void late_dealloc(PyObject *of) {
 static PyGetSetDef net_getset[] = {{"bytes_sent", net_bytes_sent, NULL, "bytes of the messages that were sent", NULL}, {0}};
 static PyMethodDef net_methods[] = {
     {"attach", net_attach, METH_VARARGS, "attach(peer, fd)\n--\n\nTakes over a connected socket that does not block."},
+    {"are_linked", net_are_linked, METH_O, "are_linked(peers)\n--\n\nWhether each of these peers has a link, or had one."},
     {"is_linked", net_is_linked, METH_O, "is_linked(peer)\n--\n\nWhether the peer has a link, or had one."},
     {"error", net_error, METH_O, "error(peer)\n--\n\nerrno with which the peer's link ended; 0 if it was closed, or lives."},
     {"watch", net_watch, METH_VARARGS, "watch(fd, on_knock)\n--\n\nEvery wait calls on_knock() while fd is readable."},

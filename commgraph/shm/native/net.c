@@ -16,6 +16,7 @@
 enum {
     MAGIC = 0x6D636731,          /* "1gcm" */
     KIND_SHIFT = 28,             /* of a tag: commgraph.communicators.tags */
+    LARGE = 64 * 1024,           /* bytes to be moved from which a wait does not spin: each look at the socket would delay what comes */
     SLICE_NS = 100 * 1000 * 1000 /* longest sleep between two checks for signals */
 };
 
@@ -266,11 +267,16 @@ static int pull(cg_net *net, cg_link *link) {
         }
         ssize_t got;
         if (rest >= CG_HELD_BYTES) {
-            got = recv(link->fd, m->data + m->done, rest, MSG_DONTWAIT);
+            /* What has come of the message, and the next header, behind which more bytes may follow that need no copy. */
+            struct iovec parts[2] = {{m->data + m->done, rest}, {link->held, sizeof(cg_frame)}};
+            struct msghdr into = {.msg_iov = parts, .msg_iovlen = 2};
+            link->begin = link->end = 0;
+            got = recvmsg(link->fd, &into, MSG_DONTWAIT);
         } else {
+            int only_header = m == NULL && link->awaited.first != NULL && link->awaited.first->frame.bytes >= CG_HELD_BYTES;
             memmove(link->held, link->held + link->begin, have);
             link->begin = 0, link->end = have;
-            got = recv(link->fd, link->held + have, CG_HELD_BYTES - have, MSG_DONTWAIT);
+            got = recv(link->fd, link->held + have, (only_header ? sizeof(cg_frame) : CG_HELD_BYTES) - have, MSG_DONTWAIT);
         }
         if (got > 0) {
             moved = 1;
@@ -278,7 +284,9 @@ static int pull(cg_net *net, cg_link *link) {
                 link->end += (size_t)got;
                 continue;
             }
-            m->done += (uint64_t)got;
+            uint64_t some = (uint64_t)got < rest ? (uint64_t)got : rest;
+            link->end = (size_t)((uint64_t)got - some);
+            m->done += some;
             if (m->done == m->frame.bytes) finish(link, m);
             continue;
         }
@@ -368,6 +376,16 @@ static int move(cg_net *net) {
     return moved;
 }
 
+/* Whether a message is under way that takes longer than a spin. */
+static int moves_much(const cg_net *net) {
+    for (int p = 0; p < net->n; p++) {
+        const cg_message *out = net->links[p].sending.first, *in = net->links[p].filling;
+        if (in == NULL) in = net->links[p].awaited.first;
+        if ((out != NULL && out->frame.bytes + sizeof out->frame - out->done > LARGE) || (in != NULL && in->frame.bytes - in->done > LARGE)) return 1;
+    }
+    return 0;
+}
+
 /* Sleeps until a socket is ready; the lock is released meanwhile. The result of the wait, or CG_PENDING. */
 static int sleep_on_sockets(cg_net *net, int64_t deadline) {
     int count = 0;
@@ -429,7 +447,7 @@ int cg_net_wait(cg_net *net, const cg_net_call *call, cg_net_ready ready, void *
         if (move(net)) {
             spin_until = 0;
         } else {
-            if (spin_until == 0) spin_until = now + net->spin_ns;
+            if (spin_until == 0) spin_until = net->spin_ns == 0 || moves_much(net) ? now : now + net->spin_ns;
             if (now < spin_until) {
                 pthread_mutex_unlock(&net->lock);
                 for (int i = 0; i < 20; i++) cg_pause();
@@ -470,4 +488,11 @@ int cg_net_any(void *arg, int *who) {
         return m->state;
     }
     return CG_PENDING;
+}
+
+int cg_net_finish(cg_net *net, const cg_net_call *call, cg_message *messages, int count, int *who) {
+    cg_messages all = {messages, count};
+    int result = cg_net_wait(net, call, cg_net_all, &all, who);
+    if (result != CG_OK) cg_net_withdraw(net, messages, count);
+    return result;
 }

@@ -12,6 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "pool.h"
 #include "team.h"
 
 /* Results beside those of team.h. */
@@ -88,12 +89,13 @@ void cg_net_receive(cg_net *net, cg_message *message, int peer, uint32_t tag, vo
 void cg_net_withdraw(cg_net *net, cg_message *messages, int count);
 
 /* A call: its tag, the end of its waits on cg_clock_ns, and what is done about CG_INTERRUPTED or CG_KNOCK in the midst of one, which goes on
- * unless that returns another result than CG_OK. */
+ * unless that returns another result than CG_OK. `pool`: for its scratch memory, where it needs any. */
 typedef struct {
     uint32_t tag;
     int64_t deadline;
     int (*attend)(void *user, int why);
     void *user;
+    cg_pool *pool;
 } cg_net_call;
 
 /* Called with the lock held: CG_PENDING, or the result of the wait. */
@@ -106,6 +108,8 @@ typedef struct {
     int count;
 } cg_messages;
 int cg_net_all(void *messages, int *who);
+/* Waits for all of these messages; withdraws them where that fails. */
+int cg_net_finish(cg_net *net, const cg_net_call *call, cg_message *messages, int count, int *who);
 typedef struct {
     cg_message **messages;
     int count, found;

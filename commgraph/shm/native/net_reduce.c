@@ -1,29 +1,21 @@
 #include "net_reduce.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 #include "steps.h"
 
 enum {
     ONE_SHOT = 64 * 1024, /* bytes up to which every rank sends its whole tensor to all others */
-    CHUNK = 256 * 1024    /* bytes of one message of a larger tensor */
+    CHUNK = 256 * 1024,   /* bytes of one message of a larger tensor */
+    DEPTH = 4             /* chunks that are received ahead of their reduction: they stay in a cache until then */
 };
 
-static size_t largest_partition(int n, size_t count, size_t size) {
-    size_t begin, end;
-    cg_partition_of(count, size, n, 0, &begin, &end);
-    return end;
-}
-
-size_t cg_net_scratch_bytes(int n, size_t count, size_t size) {
-    return (count * size <= ONE_SHOT ? count : largest_partition(n, count, size)) * size * (size_t)(n - 1);
-}
-
 /* Each rank reduces all elements of all ranks. */
-static int one_shot(cg_net *net, const cg_net_call *call, const void *from, void *to, size_t count, size_t size, cg_kernel kernel, char *scratch, int *who) {
+static int one_shot(cg_net *net, const cg_net_call *call, const void *from, void *to, size_t count, size_t size, cg_kernel kernel, int *who) {
     size_t bytes = count * size;
     int n = net->n, used = 0;
+    char *scratch = cg_pool_take(call->pool, bytes * (size_t)(n - 1));
+    if (scratch == NULL) return CG_NOMEM;
     cg_message messages[2 * n];
     const void *sources[n];
     sources[net->me] = from;
@@ -34,88 +26,134 @@ static int one_shot(cg_net *net, const cg_net_call *call, const void *from, void
         cg_net_send(net, &messages[used++], p, call->tag, from, bytes);
         cg_net_receive(net, &messages[used++], p, call->tag, there, bytes);
     }
-    cg_messages all = {messages, used};
-    int result = cg_net_wait(net, call, cg_net_all, &all, who);
-    if (result != CG_OK) cg_net_withdraw(net, messages, used);
-    else kernel(to, sources, n, count, NULL, NULL);
+    int result = cg_net_finish(net, call, messages, used, who);
+    if (result == CG_OK) kernel(to, sources, n, count, NULL, NULL);
+    cg_pool_give(scratch);
     return result;
 }
 
-/* Each rank reduces its partition, chunk by chunk as they come, and sends the result to all others. A chunk of the result takes the place of one
- * that was sent before, as its reduction needed that. */
-static int two_shot(cg_net *net, const cg_net_call *call, const char *from, char *to, size_t count, size_t size, cg_kernel kernel, char *scratch, int *who) {
-    const int n = net->n, me = net->me;
-    const size_t chunk = CHUNK / size, most = largest_partition(n, count, size), chunks = (most + chunk - 1) / chunk;
-    cg_message *messages = malloc(sizeof *messages * 4 * (size_t)n * chunks);
-    if (messages == NULL) return CG_NOMEM;
-    cg_message *coming = messages + 2 * (size_t)n * chunks; /* [chunk][rank - me]: parts of this rank's partition */
-    int used = 0, result = CG_OK;
-    size_t own, own_end, begin, end;
-    cg_partition_of(count, size, n, me, &own, &own_end);
-    for (size_t c = 0; c < chunks; c++) {
+/* One chunked all-reduce. */
+typedef struct {
+    cg_net *net;
+    const cg_net_call *call;
+    const char *from;
+    char *to, *scratch;
+    size_t count, size, chunk; /* chunk: elements */
+    size_t own, own_end, own_chunks;
+    cg_message *sends, *coming, *results; /* coming[chunk * (n - 1) + i - 1]: of rank me + i */
+    size_t n_sends, n_results;
+} chunked;
+
+static size_t at_most(size_t a, size_t b) { return a < b ? a : b; }
+
+/* Begins to receive the parts of one chunk of this rank's partition. */
+static void expect(chunked *c, size_t number) {
+    int n = c->net->n;
+    size_t at = c->own + number * c->chunk, bytes = at_most(c->own_end - at, c->chunk) * c->size, slot = number % DEPTH;
+    for (int i = 1; i < n; i++)
+        cg_net_receive(c->net, &c->coming[number * (size_t)(n - 1) + (size_t)i - 1], (c->net->me + i) % n, c->call->tag,
+                       c->scratch + (slot * (size_t)(n - 1) + (size_t)i - 1) * c->chunk * c->size, bytes);
+}
+
+/* Sends the parts of the others' partitions (`from`), or begins to receive their results (`to`), which they send after all parts. */
+static void begin_others(chunked *c, int receive) {
+    int n = c->net->n;
+    size_t begin, end;
+    for (size_t k = 0;; k++) {
+        int more = 0;
         for (int i = 1; i < n; i++) {
-            int p = (me + i) % n;
-            cg_message *m = &coming[c * (size_t)n + (size_t)i];
-            size_t at = own + c * chunk;
-            m->state = CG_OK;
-            if (at >= own_end) continue;
-            size_t some = own_end - at < chunk ? own_end - at : chunk;
-            cg_net_receive(net, m, p, call->tag, scratch + ((size_t)(i - 1) * most + c * chunk) * size, some * size);
-        }
-    }
-    for (size_t c = 0; c < chunks; c++) {
-        for (int i = 1; i < n; i++) {
-            int p = (me + i) % n;
-            cg_partition_of(count, size, n, p, &begin, &end);
-            size_t at = begin + c * chunk;
+            int p = (c->net->me + i) % n;
+            cg_partition_of(c->count, c->size, n, p, &begin, &end);
+            size_t at = begin + k * c->chunk;
             if (at >= end) continue;
-            size_t some = end - at < chunk ? end - at : chunk;
-            cg_net_send(net, &messages[used++], p, call->tag, from + at * size, some * size);
+            more = 1;
+            size_t bytes = at_most(end - at, c->chunk) * c->size;
+            if (receive) cg_net_receive(c->net, &c->results[c->n_results++], p, c->call->tag, c->to + at * c->size, bytes);
+            else cg_net_send(c->net, &c->sends[c->n_sends++], p, c->call->tag, c->from + at * c->size, bytes);
         }
+        if (!more) return;
     }
-    /* The peers send results after all parts of partitions, so these receives stand behind those. */
-    for (int i = 1; i < n; i++) {
-        int p = (me + i) % n;
-        cg_partition_of(count, size, n, p, &begin, &end);
-        for (size_t at = begin; at < end; at += chunk) {
-            size_t some = end - at < chunk ? end - at : chunk;
-            cg_net_receive(net, &messages[used++], p, call->tag, to + at * size, some * size);
-        }
-    }
-    int parts = used;
-    for (size_t c = 0; result == CG_OK && c < chunks; c++) {
-        size_t at = own + c * chunk;
-        if (at >= own_end) break;
-        size_t some = own_end - at < chunk ? own_end - at : chunk;
+}
+
+static int reduce_chunks(chunked *c, cg_kernel kernel, int *who) {
+    const int n = c->net->n, me = c->net->me;
+    size_t ahead = at_most(c->own_chunks, DEPTH);
+    for (size_t k = 0; k < ahead; k++) expect(c, k);
+    begin_others(c, 0);
+    if (ahead == c->own_chunks) begin_others(c, 1);
+    for (size_t k = 0; k < c->own_chunks; k++) {
+        size_t at = c->own + k * c->chunk, some = at_most(c->own_end - at, c->chunk);
         const void *sources[n];
-        sources[me] = from + at * size;
-        for (int i = 1; i < n; i++) sources[(me + i) % n] = scratch + ((size_t)(i - 1) * most + c * chunk) * size;
-        cg_messages wanted = {&coming[c * (size_t)n + 1], n - 1};
-        result = cg_net_wait(net, call, cg_net_all, &wanted, who);
-        if (result != CG_OK) break;
-        kernel(to + at * size, sources, n, some, NULL, NULL);
-        /* Their memory is that of the parts that have come. */
-        for (int i = 1; i < n; i++) cg_net_send(net, &coming[c * (size_t)n + (size_t)i], (me + i) % n, call->tag, to + at * size, some * size);
+        sources[me] = c->from + at * c->size;
+        for (int i = 1; i < n; i++) sources[(me + i) % n] = c->scratch + (k % DEPTH * (size_t)(n - 1) + (size_t)i - 1) * c->chunk * c->size;
+        cg_messages parts = {&c->coming[k * (size_t)(n - 1)], n - 1};
+        int result = cg_net_wait(c->net, c->call, cg_net_all, &parts, who);
+        if (result != CG_OK) return result;
+        kernel(c->to + at * c->size, sources, n, some, NULL, NULL);
+        /* The messages of the parts have ended, and are those of the results now. The result takes the place of bytes of `from` that only
+         * this rank needs. */
+        for (int i = 1; i < n; i++) cg_net_send(c->net, &parts.messages[i - 1], (me + i) % n, c->call->tag, c->to + at * c->size, some * c->size);
+        if (ahead < c->own_chunks) {
+            expect(c, ahead++);
+            if (ahead == c->own_chunks) begin_others(c, 1);
+        }
     }
-    if (result == CG_OK) {
-        cg_messages rest = {messages, parts};
-        result = cg_net_wait(net, call, cg_net_all, &rest, who);
+    cg_messages all[] = {{c->results, (int)c->n_results}, {c->sends, (int)c->n_sends}, {c->coming, (int)c->own_chunks * (n - 1)}};
+    for (int i = 0; i < 3; i++) {
+        int result = cg_net_wait(c->net, c->call, cg_net_all, &all[i], who);
+        if (result != CG_OK) return result;
     }
-    for (size_t c = 0; result == CG_OK && c < chunks; c++) {
-        cg_messages sent = {&coming[c * (size_t)n + 1], n - 1};
-        result = cg_net_wait(net, call, cg_net_all, &sent, who);
+    return CG_OK;
+}
+
+/* Each rank reduces its partition, chunk by chunk as they come, and sends the result to all others. */
+static int two_shot(cg_net *net, const cg_net_call *call, const void *from, void *to, size_t count, size_t size, cg_kernel kernel, int *who) {
+    const size_t others = (size_t)net->n - 1, chunk = CHUNK / size;
+    chunked c = {.net = net, .call = call, .from = from, .to = to, .count = count, .size = size, .chunk = chunk};
+    size_t first, first_end;
+    cg_partition_of(count, size, net->n, 0, &first, &first_end); /* the largest */
+    cg_partition_of(count, size, net->n, net->me, &c.own, &c.own_end);
+    c.own_chunks = (c.own_end - c.own + chunk - 1) / chunk;
+    const size_t chunks = (first_end + chunk - 1) / chunk, all = 3 * chunks * others;
+    cg_message *messages = cg_pool_take(call->pool, all * sizeof *messages);
+    c.scratch = messages == NULL ? NULL : cg_pool_take(call->pool, at_most(chunks, DEPTH) * others * chunk * size);
+    int result = CG_NOMEM;
+    if (c.scratch != NULL) {
+        for (size_t i = 0; i < all; i++) messages[i].state = CG_OK;
+        c.sends = messages, c.coming = messages + chunks * others, c.results = messages + 2 * chunks * others;
+        result = reduce_chunks(&c, kernel, who);
+        if (result != CG_OK) cg_net_withdraw(net, messages, (int)all);
+        cg_pool_give(c.scratch);
     }
-    if (result != CG_OK) {
-        cg_net_withdraw(net, messages, parts);
-        for (size_t c = 0; c < chunks; c++) cg_net_withdraw(net, &coming[c * (size_t)n + 1], n - 1);
-    }
-    free(messages);
+    if (messages != NULL) cg_pool_give(messages);
     return result;
 }
 
-int cg_net_all_reduce(cg_net *net, const cg_net_call *call, const void *from, void *to, size_t count, int dtype, int op, void *scratch, int *who) {
+int cg_net_all_reduce(cg_net *net, const cg_net_call *call, const void *from, void *to, size_t count, int dtype, int op, int *who) {
     cg_kernel kernel = cg_find_kernel(dtype, op);
     size_t size = cg_dtype_bytes(dtype);
-    if (count * size <= ONE_SHOT) return one_shot(net, call, from, to, count, size, kernel, scratch, who);
-    return two_shot(net, call, from, to, count, size, kernel, scratch, who);
+    if (count == 0) return CG_OK;
+    if (count * size <= ONE_SHOT) return one_shot(net, call, from, to, count, size, kernel, who);
+    return two_shot(net, call, from, to, count, size, kernel, who);
+}
+
+int cg_net_reduce_scatter(cg_net *net, const cg_net_call *call, const cg_block *out, void *to, int dtype, int op, int *who) {
+    const int n = net->n, me = net->me;
+    const size_t bytes = cg_block_bytes(&out[me]);
+    char *scratch = cg_pool_take(call->pool, bytes * (size_t)n);
+    if (scratch == NULL) return CG_NOMEM;
+    const void *sources[n];
+    cg_block into[n];
+    for (int p = 0; p < n; p++) {
+        sources[p] = scratch + (size_t)p * bytes;
+        into[p] = (cg_block){scratch + (size_t)p * bytes, 1, bytes, bytes};
+    }
+    if (cg_is_dense(&out[me])) {
+        sources[me] = out[me].base;
+        into[me] = out[me];
+    }
+    int result = cg_net_all_to_allv(net, call, out, into, who);
+    if (result == CG_OK && bytes > 0) cg_find_kernel(dtype, op)(to, sources, n, bytes / cg_dtype_bytes(dtype), NULL, NULL);
+    cg_pool_give(scratch);
+    return result;
 }

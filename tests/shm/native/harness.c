@@ -1304,7 +1304,7 @@ static int talk(net_side *s, dice *ours, dice *mine, int round) {
         }
     }
     pause_a_little(mine);
-    cg_net_call call = {0, soon(), attend_nothing, NULL};
+    cg_net_call call = {0, soon(), attend_nothing, NULL, NULL};
     cg_messages all = {messages, count};
     int result = cg_net_wait(s->messages, &call, cg_net_all, &all, &who);
     if (result != CG_OK) cg_net_withdraw(s->messages, messages, count);
@@ -1324,15 +1324,14 @@ static int reduce_over_net(net_side *s, dice *ours, dice *mine, int round) {
     size_t count = 1 + below(ours, chance(ours, 30) ? 400000 : 20000);
     int dtype = chance(ours, 50) ? CG_I32 : CG_U8;
     size_t bytes = count * cg_dtype_bytes(dtype);
-    char *from = malloc(bytes), *to = in_place ? from : malloc(bytes), *scratch = malloc(cg_net_scratch_bytes(s->n, count, cg_dtype_bytes(dtype)));
+    char *from = malloc(bytes), *to = in_place ? from : malloc(bytes);
     fill_elements(from, dtype, seed, s->me, 0, count);
     pause_a_little(mine);
-    cg_net_call call = {(uint32_t)round, soon(), attend_nothing, NULL};
-    int result = cg_net_all_reduce(s->collectives, &call, from, to, count, dtype, CG_SUM, scratch, &who);
+    cg_net_call call = {(uint32_t)round, soon(), attend_nothing, NULL, s->pool};
+    int result = cg_net_all_reduce(s->collectives, &call, from, to, count, dtype, CG_SUM, &who);
     if (result == CG_OK) check_reduction(to, s->n, dtype, CG_SUM, seed, 0, count);
     if (to != from) free(to);
     free(from);
-    free(scratch);
     return ends_well(s, result);
 }
 

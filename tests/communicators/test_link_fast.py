@@ -1,0 +1,143 @@
+"""Native calls of groups over several hosts: the results of the general path, whichever way each rank takes."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import commgraph as cg
+from commgraph.communicators.reduction import reduce_pieces
+from commgraph.errors import CollectiveMismatchError, CollectiveTimeoutError, ConcurrentCallError, ContextClosedError, PeerLostError
+from commgraph.shm import native_module
+from tests.helpers import on
+
+pytestmark = pytest.mark.skipif(native_module.load() is None, reason="no native module")
+
+# Ranks and hosts: links alone, with gathers in one step and in several; with counterparts; hosts of different sizes are served by links.
+SHAPES = [(2, 2), (4, 2), (5, 5)]
+
+
+def values(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return numbers whose sums are exact in every dtype."""
+    whole = torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(rank * 1000 + len(shape) + shape[0])).float()
+    return whole > 0 if dtype == torch.bool else whole.to(dtype)
+
+
+class Ways:
+    """Calls the methods of a group natively and generally in turn, each rank in another order."""
+
+    def __init__(self, group: cg.GroupCoordinator) -> None:
+        self.group = group
+        self.turn = itertools.count(group.rank_in_group)
+
+    def __call__(self, method: str, *args: Any, **options: Any) -> Any:
+        fast = self.group._state.detects
+        assert fast is not None
+        fast.pause(next(self.turn) % 3 == 0)
+        try:
+            return getattr(self.group, method)(*args, **options)
+        finally:
+            fast.pause(False)
+
+
+@pytest.mark.parametrize(("n", "nodes"), SHAPES)
+def test_each_rank_may_take_either_way(n: int, nodes: int) -> None:
+    def body(group: cg.GroupCoordinator) -> None:
+        me, call = group.rank_in_group, Ways(group)
+        for dtype, length in itertools.product((torch.float32, torch.bfloat16, torch.int32, torch.bool), (1, 700, 20_011)):
+            shape = (n, length)
+            given = [values(rank, shape, dtype) for rank in range(n)]
+            for op in ("sum", "avg", "max"):
+                if op == "avg" and not dtype.is_floating_point:
+                    continue
+                total = torch.empty_like(given[0])
+                reduce_pieces(given, op, total)
+                assert torch.equal(call("all_reduce", given[me], op=op), total)
+                x = given[me].clone()
+                call("all_reduce_", x, op=op)
+                assert torch.equal(x, total)
+                assert torch.equal(call("reduce_scatter", given[me], 0, op=op), total[me : me + 1])
+            for dim in (0, 1):
+                assert torch.equal(call("all_gather", given[me], dim), torch.cat(given, dim))
+            src = length % n
+            x = given[me].clone()
+            call("broadcast", x, src)
+            assert torch.equal(x, given[src])
+            got = call("gather", given[me], src, 0)
+            assert got is None if me != src else torch.equal(got, torch.cat(given))
+            assert torch.equal(call("all_to_all", torch.cat(given)), torch.cat([given[me]] * n))
+            call("barrier")
+
+    on(n, body, nodes=nodes)
+
+
+@pytest.mark.parametrize(("n", "nodes"), SHAPES)
+def test_plain_calls_are_native_once_there_are_links(n: int, nodes: int) -> None:
+    def body(group: cg.GroupCoordinator) -> list[bool]:
+        x, fast = torch.ones(n, 3), group._fast
+        calls: list[Callable[[], Any]] = [
+            lambda: fast.all_reduce(x, "sum", None),
+            lambda: fast.all_reduce_(x.clone(), "max", 5.0),
+            lambda: fast.all_gather(x, -1, None, None),
+            lambda: fast.reduce_scatter(x, 0, "sum", None, None),
+            lambda: fast.broadcast(x.clone(), 0, None),
+            lambda: fast.barrier(None),
+        ]
+        group.all_reduce(x)
+        group.barrier()
+        return [call() is not None for call in calls] + [fast.all_reduce(x.to_sparse(), "sum", None) is None]
+
+    assert on(n, body, nodes=nodes) == [[True] * 7] * n
+
+
+@pytest.mark.parametrize(("n", "nodes"), SHAPES[:2])
+def test_native_calls_end_in_the_errors_of_the_general_path(n: int, nodes: int) -> None:
+    def begun(group: cg.GroupCoordinator) -> None:
+        group.all_reduce(torch.ones(4))
+        group.barrier()
+
+    def late(group: cg.GroupCoordinator) -> str:
+        begun(group)
+        if group.rank_in_group == n - 1:
+            time.sleep(1.5)
+            return ""
+        with pytest.raises((CollectiveTimeoutError, PeerLostError)) as caught:
+            group.all_reduce(torch.ones(4), timeout=0.5)
+        with pytest.raises((CollectiveTimeoutError, PeerLostError)):
+            group.barrier()
+        return str(caught.value)
+
+    assert f"rank {n - 1}" in "".join(on(n, late, nodes=nodes))
+
+    def different(group: cg.GroupCoordinator) -> None:
+        begun(group)
+        with pytest.raises((CollectiveMismatchError, PeerLostError)) as caught:
+            group.all_reduce(torch.ones(4 if group.rank_in_group else 8))
+        assert "all_reduce" in str(caught.value)
+
+    on(n, different, nodes=nodes)
+
+    def closed(group: cg.GroupCoordinator) -> None:
+        begun(group)
+        group._state.close()
+        with pytest.raises(ContextClosedError):
+            group.all_reduce(torch.ones(4))
+
+    on(n, closed, nodes=nodes)
+
+    def twice(group: cg.GroupCoordinator) -> None:
+        begun(group)
+        held = group._state.turns.claim_whole()
+        group._state.turns.claims[None] = 0  # another thread's
+        with pytest.raises(ConcurrentCallError):
+            group.all_reduce(torch.ones(4))
+        group._state.turns.claims[None] = held
+        group._state.turns.release_held(held)
+        group.barrier()
+
+    on(n, twice, nodes=nodes)
