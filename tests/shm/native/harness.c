@@ -1256,6 +1256,7 @@ typedef struct {
     int me, n, thread, rounds;
     int quitter, quits; /* the rank that breaks off, and in which round; -1 for none */
     uint64_t seed;
+    cg_pool *pool;
     int result;
 } net_side;
 
@@ -1335,6 +1336,80 @@ static int reduce_over_net(net_side *s, dice *ours, dice *mine, int round) {
     return ends_well(s, result);
 }
 
+/* A strided block with memory of its own, and where it begins. */
+static cg_block block_with_memory(dice *mine, size_t bytes) {
+    size_t span;
+    cg_block block = block_of(mine, bytes, 1, &span);
+    block.base = malloc(span + 1);
+    return block;
+}
+
+/* Every other collective over links. Rank a has bytes[a][b] bytes for rank b. */
+static int collect_over_net(net_side *s, dice *ours, dice *mine, int round) {
+    const int n = s->n, me = s->me, kind = (int)below(ours, 5), root = (int)below(ours, (size_t)n + 1) - 1;
+    const uint64_t seed = roll(ours);
+    size_t bytes[MOST][MOST], most = chance(ours, 20) ? 300000 : 3000, sizes[MOST];
+    for (int a = 0; a < n; a++)
+        for (int b = 0; b < n; b++) bytes[a][b] = chance(ours, 20) ? 0 : below(ours, most);
+    int result, who = 0;
+    cg_block out[MOST], into[MOST];
+    cg_net_call call = {(uint32_t)round, soon(), attend_nothing, NULL, s->pool};
+    pause_a_little(mine);
+    if (kind == 0) {
+        result = cg_net_barrier(s->collectives, &call, &who);
+    } else if (kind == 1) {
+        size_t length = bytes[0][0], from = root < 0 ? 0 : (size_t)root;
+        char *data = malloc(length + 1);
+        fill_bytes(data, seed, me, 0, length);
+        result = cg_net_broadcast(s->collectives, &call, data, length, (int)from, &who);
+        if (result == CG_OK) check_bytes(data, seed, (int)from, 0, length, "broadcast");
+        free(data);
+    } else if (kind == 2) {
+        for (int p = 0; p < n; p++) {
+            sizes[p] = bytes[p][0];
+            into[p] = block_with_memory(mine, sizes[p]);
+        }
+        char *own = malloc(sizes[me] + 1);
+        fill_bytes(own, seed, me, 0, sizes[me]);
+        result = cg_net_gatherv(s->collectives, &call, own, sizes, into, root, &who);
+        for (int p = 0; p < n; p++) {
+            if (result == CG_OK && (root < 0 || root == me)) block_bytes(&into[p], seed, p, 0, 1, "gathered piece");
+            free(into[p].base);
+        }
+        free(own);
+    } else if (kind == 3) {
+        for (int p = 0; p < n; p++) {
+            out[p] = block_with_memory(mine, bytes[me][p]);
+            block_bytes(&out[p], seed + (uint64_t)p, me, 0, 0, "");
+            into[p] = p == me ? (cg_block){malloc(bytes[me][me] + 1), 1, bytes[me][me], bytes[me][me]} : block_with_memory(mine, bytes[p][me]);
+        }
+        result = cg_net_all_to_allv(s->collectives, &call, out, into, &who);
+        for (int p = 0; p < n; p++) {
+            if (result == CG_OK) block_bytes(&into[p], seed + (uint64_t)me, p, 0, 1, "exchanged piece");
+            free(out[p].base);
+            free(into[p].base);
+        }
+    } else {
+        size_t count = 0, begin = 0;
+        for (int p = 0; p < n; p++) count += bytes[p][0];
+        char *whole = malloc(count + 1), *to = malloc(bytes[me][0] + 1);
+        fill_elements(whole, CG_U8, seed, me, 0, count);
+        for (int p = 0, at = 0; p < n; at += (int)bytes[p][0], p++) {
+            if (p == me) begin = (size_t)at;
+            out[p] = (cg_block){whole + at, 1, bytes[p][0], bytes[p][0]};
+        }
+        result = cg_net_reduce_scatter(s->collectives, &call, out, to, CG_U8, CG_SUM, &who);
+        if (result == CG_OK) check_reduction(to, n, CG_U8, CG_SUM, seed, begin, bytes[me][0]);
+        free(whole);
+        free(to);
+    }
+    return ends_well(s, result);
+}
+
+static int collective_over_net(net_side *s, dice *ours, dice *mine, int round) {
+    return chance(ours, 40) ? reduce_over_net(s, ours, mine, round) : collect_over_net(s, ours, mine, round);
+}
+
 static void *run_net(void *arg) {
     net_side *s = arg;
     dice ours = {mix(s->seed + (uint64_t)s->thread * 977)}, mine = {mix(s->seed + 7919 * (uint64_t)(s->me * 8 + s->thread))};
@@ -1344,7 +1419,7 @@ static void *run_net(void *arg) {
             cg_net_abort(s->collectives);
             cg_net_abort(s->messages);
         }
-        if (!(s->thread == 0 ? reduce_over_net(s, &ours, &mine, round) : talk(s, &ours, &mine, round))) {
+        if (!(s->thread == 0 ? collective_over_net(s, &ours, &mine, round) : talk(s, &ours, &mine, round))) {
             /* As a group does that has failed. */
             cg_net_abort(s->collectives);
             cg_net_abort(s->messages);
@@ -1356,9 +1431,11 @@ static void *run_net(void *arg) {
 
 static void nets(dice *d, int64_t until) {
     do {
-        int n = 2 + (int)below(d, 3), quits = chance(d, 30) ? (int)below(d, 8) : -1, quitter = (int)below(d, (size_t)n);
+        int n = 2 + (int)below(d, MOST - 1), quits = chance(d, 30) ? (int)below(d, 8) : -1, quitter = (int)below(d, (size_t)n);
         static cg_net made[MOST][2];
+        cg_pool *pools[MOST];
         uint64_t seed = roll(d);
+        for (int r = 0; r < n; r++) pools[r] = cg_pool_new((size_t)64 << 20);
         for (int r = 0; r < n; r++)
             for (int c = 0; c < 2; c++) CHECK(cg_net_begin(&made[r][c], n, r, c == 0, chance(d, 50) ? 20000 : 0) == 0, "cg_net_begin");
         for (int a = 0; a < n; a++)
@@ -1372,10 +1449,11 @@ static void nets(dice *d, int64_t until) {
         net_side sides[MOST * (1 + TALKERS)];
         for (int r = 0; r < n; r++)
             for (int t = 0; t <= TALKERS; t++)
-                sides[r * (1 + TALKERS) + t] = (net_side){&made[r][0], &made[r][1], r, n, t, 12, quitter, quits, seed, 0};
+                sides[r * (1 + TALKERS) + t] = (net_side){&made[r][0], &made[r][1], r, n, t, 12, quitter, quits, seed, pools[r], 0};
         run_threads(n * (1 + TALKERS), run_net, sides, sizeof *sides);
         for (int r = 0; r < n; r++)
             for (int c = 0; c < 2; c++) cg_net_end(&made[r][c]);
+        for (int r = 0; r < n; r++) cg_pool_drop(pools[r]);
     } while (cg_clock_ns() < until);
 }
 
