@@ -222,6 +222,13 @@ def faults(session: nox.Session) -> None:
     session.run(python, "tests/programs/misuse.py", external=True)
 
 
+@nox.session(venv_backend="none", default=False)
+def plan(session: nox.Session) -> None:
+    """Predicted over measured communication of two models, on four ranks of one host and of two simulated ones: needs a quiet machine."""
+    session.env["PYTHONPATH"] = str(HERE)
+    session.run(str(with_torch(session, "test") / "python"), "tests/programs/planned.py", *session.posargs, external=True)
+
+
 @nox.session(venv_backend="none")
 def types(session: nox.Session) -> None:
     """Strict static types, and a user's file under mypy and pyright. Arguments after -- go to mypy."""

@@ -33,6 +33,7 @@ def _run(argv: Sequence[str]) -> int:
     commands.add_parser("bench", help="measure what communication takes here, alone or beside other libraries", add_help=False)
     commands.add_parser("doctor", help="say what this machine offers, and what a job on it is doing", add_help=False)
     commands.add_parser("layout", help="print, draw and compare where ranks sit", add_help=False)
+    commands.add_parser("plan", help="predict what a model communicates on each layout, and rank the layouts", add_help=False)
     given, _ = parser.parse_known_args(argv)
     if given.command == "demo":
         return _demo(argv[argv.index("demo") + 1 :])
@@ -40,6 +41,8 @@ def _run(argv: Sequence[str]) -> int:
         return _bench(argv[argv.index("bench") + 1 :])
     if given.command == "doctor":
         return _doctor(argv[argv.index("doctor") + 1 :])
+    if given.command == "plan":
+        return _plan(argv[argv.index("plan") + 1 :])
     return _layout(argv[argv.index("layout") + 1 :])
 
 
@@ -62,6 +65,12 @@ def _doctor(argv: Sequence[str]) -> int:
     from commgraph.doctor.main import main as run_doctor
 
     return run_doctor(argv)
+
+
+def _plan(argv: Sequence[str]) -> int:
+    from commgraph.plan.main import main as run_plan
+
+    return run_plan(argv)
 
 
 def _layout(argv: Sequence[str]) -> int:

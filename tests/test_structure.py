@@ -35,7 +35,8 @@ LAYERS = (
     ("world",),
     ("nn", "testing", "trace", "torch_backend"),
     ("integrations", "autoload"),
-    ("commands",),
+    ("commands", "progress"),
+    ("plan",),
     ("demo", "bench", "doctor", "selftest"),
     ("cli", "__main__"),
 )

@@ -40,6 +40,7 @@ class Plan:
         json, markdown, plot: files to write.
         read: files of earlier runs, to be shown in place of a new one.
         tune: where to write a table of the kernels that are fastest here; None: measure the operations.
+        fit: where to write the figures of the links, for ``commgraph plan``; None likewise.
     """
 
     operations: tuple[str, ...]
@@ -57,6 +58,7 @@ class Plan:
     plot: Path | None
     read: tuple[Path, ...]
     tune: Path | None = None
+    fit: Path | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,7 +83,7 @@ def parse(argv: Sequence[str]) -> Plan:
     for name in ("seconds", "idle"):
         if not 0 < getattr(given, name) <= 3600:
             raise ConfigurationError(f"--{name} {getattr(given, name)}: a time above 0, up to an hour")
-    for file in (given.json, given.markdown, given.plot, given.tune):
+    for file in (given.json, given.markdown, given.plot, given.tune, given.fit):
         if file is not None and not file.parent.is_dir():
             raise ConfigurationError(f"{file} cannot be written: there is no folder {file.parent}")
     return Plan(
@@ -100,6 +102,7 @@ def parse(argv: Sequence[str]) -> Plan:
         plot=given.plot,
         read=tuple(given.read),
         tune=given.tune,
+        fit=given.fit,
     )
 
 
@@ -134,6 +137,9 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="find the fastest kernel for each size on this machine's accelerators, and write the table",
+    )
+    parser.add_argument(
+        "--fit", type=Path, metavar="FILE", help="measure the links between these ranks, and write their figures for commgraph plan --links"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write a page there, too")

@@ -11,6 +11,7 @@ import torch
 
 from commgraph.bench import machine, objects, peers, probe, tensors
 from commgraph.bench.figures import Row
+from commgraph.bench.fit import fit
 from commgraph.bench.library import Job, Library
 from commgraph.bench.ours import OBJECT_METHODS, DeviceTensors, Objects, SharedTensors, Tensors, build_context
 from commgraph.bench.plan import Plan
@@ -32,7 +33,7 @@ def run(job: Job, plan: Plan, gifts: Mapping[str, Any]) -> Run:
         plan: equal on all of them.
         gifts: by peer, what it wanted every rank to inherit.
 
-    With `Plan.tune` the kernels of accelerators are measured and nothing else, and a table is written.
+    With `Plan.tune` the kernels of accelerators are measured and nothing else, and a table is written; likewise the links with `Plan.fit`.
 
     Returns:
         On rank 0 everything that was measured, elsewhere nothing of it.
@@ -60,6 +61,9 @@ def run(job: Job, plan: Plan, gifts: Mapping[str, Any]) -> Run:
     with contextlib.ExitStack() as stack:
         if plan.tune is not None:
             tune(job, plan, found, say, report)
+            return found
+        if plan.fit is not None:
+            fit(job, plan, found, say)
             return found
         contexts = {name: stack.enter_context(build_context(world, name)) for name in plan.strategies}
         for text in introduction(found):
