@@ -98,7 +98,7 @@ def crossing(pattern: Pattern, hosts: Hosts) -> Crossing:
         times = hosts.world_size // period
         inner = strided(period, regular.digits)
         whole = inner if isinstance(pattern, Strided) else Chosen(period, inner, pattern.offsets)
-        outside = [first for first, last in _ends(whole, span) if first // size != last // size]
+        outside = [first for first, low in _lowest(whole) if low // size != (low + span) // size]
     else:
         outside = [first for first in pattern.shared() if len({rank // size for rank in pattern.ranks(first)}) > 1]
     shared = whole.count - whole.alone
@@ -113,10 +113,10 @@ def _span(pattern: Strided | Chosen) -> int:
     return sum((size - 1) * stride for size, stride in pattern.digits)
 
 
-def _ends(pattern: Strided | Chosen, span: int) -> Iterator[tuple[int, int]]:
-    """The lowest and the highest rank of each group of several ranks."""
+def _lowest(pattern: Strided | Chosen) -> Iterator[tuple[int, int]]:
+    """The first and the lowest rank of each group of several ranks."""
     shift = min(pattern.offsets) - pattern.offsets[0] if isinstance(pattern, Chosen) else 0
-    return ((first + shift, first + shift + span) for first in pattern.shared())
+    return ((first, first + shift) for first in pattern.shared())
 
 
 def _cut(groups: Iterable[tuple[int, ...]], size: int) -> int | None:
