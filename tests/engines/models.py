@@ -26,7 +26,7 @@ def main(folder: Path) -> None:
     moe = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2}
     torch.manual_seed(0)
-    models = {
+    models: dict[str, Any] = {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**words, **llama)),
         "moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**words, **moe, **heads)),
         "middle": lambda: LlamaForCausalLM(LlamaConfig(**words, **middle)),
@@ -34,7 +34,7 @@ def main(folder: Path) -> None:
     for name, make in models.items():
         model = make()
         for weight in model.parameters():
-            torch.nn.init.normal_(weight, std=0.08) if weight.dim() > 1 else torch.nn.init.ones_(weight)
+            weight.data.normal_(std=0.08) if weight.dim() > 1 else weight.data.fill_(1)
         model.to(torch.bfloat16).save_pretrained(folder / name)
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>")
         tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
