@@ -112,7 +112,7 @@ class Builder:
         states: of live groups.
         me: this process.
         processes: of all ranks.
-        reach: where the ranks listen, if they are on several hosts and all have the native module; else None.
+        reach: where the ranks listen, if all have the native module; else None.
         address: of this host, at which gloo listens for other hosts.
         proofs: results of probes of device memory between ranks.
         order: in which checked calls on the device are compared.
@@ -153,13 +153,14 @@ class Builder:
         return Meeting(store, store, everyone, self.rank, what, Deadline.after(self.timeout.total_seconds()), self.me, self.processes)
 
     @ambient.lasting()
-    def connect(self, uid: str, ranks: tuple[int, ...], meeting: Meeting) -> Connection | None:
+    def connect(self, uid: str, ranks: tuple[int, ...], meeting: Meeting, options: CommunicatorOptions) -> Connection | None:
         """Connect the ranks of one group. Collective over them; return None for one rank, which needs no connection.
 
         Args:
             uid: unique among the groups that this world has built; equal on the ranks of the group.
             ranks: global ranks in group order, this one among them.
             meeting: of the build.
+            options: of the group.
 
         Raises:
             BackendUnavailableError: torch has no gloo.
@@ -169,7 +170,10 @@ class Builder:
             return None
         store = dist.PrefixStore(f"group/{hashlib.sha256(uid.encode()).hexdigest()[:32]}", self.store)
         part = meeting.among(ranks, store, f"group {uid}")
-        if self.reach is not None and len({self.hosts.nodes[rank] for rank in ranks}) > 1:
+        is_whole_in_memory = options.shm and options.message_queue
+        # A link is made while both ranks wait for it, which nobody does who waits in shared memory: on one host links are for groups whose
+        # calls all go through that, and carry the messages of the build.
+        if self.reach is not None and (is_whole_in_memory or len({self.hosts.nodes[rank] for rank in ranks}) > 1):
             return Connection(store, self._link(uid, part, self.reach))
         self._check_descriptors(uid, len(ranks))
         # gloo would wait for the ranks as well, but its error names no missing one.
@@ -185,7 +189,7 @@ class Builder:
         """
         if all(said == b"1" for said in meeting.exchange("order", b"1" if self.order.is_fine else b"0")):
             return
-        connection = self.connect(f"device order {self.order.connections}", tuple(meeting.ranks), meeting)
+        connection = self.connect(f"device order {self.order.connections}", tuple(meeting.ranks), meeting, CommunicatorOptions())
         if connection is not None:
             self.order.connect(connection.transport)
 
@@ -251,7 +255,9 @@ class Builder:
             chain = self._chain(uid, platform, facts, connection, plugins)
             live = [one for one in chain if isinstance(one, Communicator)]
             strategies = Strategies(members, live, [one for one in chain if isinstance(one, Refused)])
-            network = Network(connection.transport, connection.store, self._key(ranks), functools.partial(self._own_gloo, uid, ranks))
+            gloo = functools.partial(self._own_gloo, uid, ranks)
+            lazy = functools.partial(self._lazy_gloo, connection.store, ranks, timeouts.host)
+            network = Network(connection.transport, connection.store, self._key(ranks), gloo, lazy)
             check, experts = options.check, options.experts
             state = GroupState(members, strategies, network, timeouts, check=check, experts=experts, rebuild=rebuild, **on_device)
         except BaseException:
@@ -266,6 +272,14 @@ class Builder:
         self._check_descriptors(uid, len(ranks))
         return self.connect_gloo(uid, self.meeting(store, f"torch's group of {uid}").among(ranks, store, f"torch's group of {uid}"))
 
+    def _lazy_gloo(self, store: dist.Store, ranks: tuple[int, ...], timeout: float) -> dist.ProcessGroup:
+        """Return torch's process group over gloo whose connections are made as torch uses them. Not collective."""
+        device = compat.gloo_device(_LOOPBACK if self._share_loopback(ranks) else self.address, is_lazy=True)
+        apart = dist.PrefixStore("torch/lazy", store)
+        n, me = len(ranks), ranks.index(self.rank)
+        backend = compat.make_gloo(apart, me, n, timedelta(seconds=timeout), device)
+        return compat.wrap(apart, me, n, backend, torch.device("cpu"))
+
     def _sibling(self, of: GroupState, name: str, *, platform: Platform, options: CommunicatorOptions, **kind: Any) -> GroupState:
         """Make a state of the same ranks with communicators of their own. Collective: whole, or an error on every rank."""
         members = of.members
@@ -277,7 +291,7 @@ class Builder:
             if not isinstance(name, str) or not name:
                 raise ValueError(f"{what} (rank {members.rank}): name={name!r}: a non-empty string is needed")
             agree(meeting.at("begin"), {"its name": name})
-            connection = self.connect(uid, members.ranks, meeting)
+            connection = self.connect(uid, members.ranks, meeting, options)
             state = self.state(uid, members.ranks, connection, platform, options, deadline=meeting.deadline, **kind)
             try:
                 agree(meeting.at("end"), {"its strategies": repr(dict(state.strategies.table))})
@@ -306,9 +320,12 @@ class Builder:
         """
         n, me = len(part.ranks), part.rank
         transport = reach.transport(uid, part.ranks, me)
+        part.ends.append(transport.abort)
         nodes = [self.hosts.nodes[rank] for rank in part.ranks]
         # The nearest rank may have other nearest ones: whoever has this rank as one links to it, too, and both sides wait for the link.
         near = [i for i in range(n) if i in _nearest(nodes, me) or me in _nearest(nodes, i)]
+        if not near:
+            return transport
         try:
             part.attend(lambda is_left: transport.net_for(make_tag(SETUP, 0), near, part.deadline))
         except (PeerLate, PeerClosed, TimeoutError) as error:
@@ -376,8 +393,10 @@ class Builder:
 
 
 def _nearest(nodes: Sequence[int], rank: int) -> set[int]:
-    """Return the nearest ranks on other hosts, ahead of a rank and behind it."""
+    """Return the nearest ranks on other hosts, ahead of a rank and behind it; none on one host."""
     n = len(nodes)
+    if len(set(nodes)) == 1:
+        return set()
     return {next((rank + i * step) % n for i in range(1, n) if nodes[(rank + i * step) % n] != nodes[rank]) for step in (1, -1)}
 
 

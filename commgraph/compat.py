@@ -110,17 +110,18 @@ def gloo_available() -> bool:
     return dist.is_available() and dist.is_gloo_available()
 
 
-def gloo_device(address: str) -> GlooDevice:
+def gloo_device(address: str, *, is_lazy: bool = False) -> GlooDevice:
     """Make a network device for gloo groups; groups that are given the same one share its event loop thread.
 
     Args:
         address: of this host, at which it listens.
+        is_lazy: connections are made when they are first used. A first receive from a peer then blocks until the peer sends, so that ranks
+            which all begin with a receive wait for ever.
     """
     # ProcessGroupGloo and its two device factories: torch._C._distributed_c10d.
     from torch._C._distributed_c10d import ProcessGroupGloo
 
-    # lazy_init=False: a lazily connected pair blocks its first receive until the peer sends, which deadlocks a ring of receivers.
-    return ProcessGroupGloo.create_device(hostname=address, lazy_init=False)
+    return ProcessGroupGloo.create_device(hostname=address, lazy_init=is_lazy)
 
 
 def make_gloo(

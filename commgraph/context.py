@@ -439,7 +439,7 @@ def _build_groups(
             builder.keep_order(meeting)
         # All connections first, then the strategies: a rank whose strategies fail leaves no peer waiting for a connection.
         for first, name in uids.items():
-            connections[first] = builder.connect(name, layout.ranks(first, rank), meeting)
+            connections[first] = builder.connect(name, layout.ranks(first, rank), meeting, plan[first][0])
         for first, *others in shared.values():
             given, device = plan[first]
             state = builder.state(

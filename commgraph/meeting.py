@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -120,6 +121,7 @@ class Meeting:
         me: this process.
         processes: of all ranks of the world.
         leavings: keys that this rank has written and nobody reads once all ranks are done.
+        ends: called, on another thread, once another rank has reported an error: they end waits of this rank that the store does not.
     """
 
     store: dist.Store
@@ -131,6 +133,7 @@ class Meeting:
     me: Process
     processes: Sequence[Process]
     leavings: list[tuple[dist.Store, str]] = attrs.field(factory=list)
+    ends: list[Callable[[], None]] = attrs.field(factory=list)
 
     def at(self, prefix: str) -> Meeting:
         """Return the same meeting with keys of its own."""
@@ -220,8 +223,11 @@ class Meeting:
 
         A `PeerLeftError` follows from what another rank is about to report, and is replaced by that.
         """
+        is_over = threading.Event()
+        watcher = Background(lambda: self._watch(is_over))
         try:
             yield
+            is_over.set()
         except LayoutMismatchError:  # every rank has the same
             raise
         except PeerLeftError as error:
@@ -229,9 +235,24 @@ class Meeting:
             self._report(str(error))
             raise BuildError(str(reported)) from reported
         except BaseException as error:
+            is_over.set()
             # At Ctrl-C rank 0 does not wait until the others have read that.
             self._report(f"{type(error).__name__}: {error}", linger=isinstance(error, Exception))
             raise
+        finally:
+            is_over.set()
+            watcher.join(_WATCH)
+
+    def _watch(self, is_over: threading.Event) -> None:
+        while not is_over.wait(_WATCH):
+            try:
+                if not self.ends or self._failure() is None:
+                    continue
+            except STORE_ERRORS:  # whoever reads the store for the build says so
+                return
+            for end in self.ends:
+                end()
+            return
 
     def _report(self, why: str, *, linger: bool = True) -> None:
         """Write why this rank cannot go on, unless another has done so before. Never raises, waits little."""

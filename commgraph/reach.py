@@ -67,7 +67,7 @@ class Reach:
 def join(
     meeting: Meeting, hosts: Hosts, store: dist.Store, *, simulated: bool, authkey: bytes | None, address: str | None
 ) -> tuple[Reach | None, str]:
-    """Listen, and learn where the others do. Collective over the world; its ranks are on several hosts.
+    """Listen, and learn where the others do. Collective over the world.
 
     Args:
         meeting: of the build.
@@ -75,7 +75,7 @@ def join(
         store: in which the ranks meet.
         simulated: whether all ranks are on this machine, whatever the node map says.
         authkey: secret of the job, or None.
-        address: an address or the name of an interface, in place of the one found.
+        address: an address or the name of an interface, in place of the one found; not used on one host, where all reach loopback.
 
     Returns:
         Where the ranks listen, None where one of them has no native module; and this host's address.
@@ -85,7 +85,7 @@ def join(
     """
     one_network = simulated or len(set(hosts.networks)) == 1
     here, host = _LOOPBACK, store_host(store)
-    if address or not one_network:
+    if not one_network or (address and hosts.node_count > 1):
         try:
             here = address_of(address, os.environ, host)
         except BuildError as error:

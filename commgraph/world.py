@@ -130,7 +130,7 @@ class World:
             disown_in_children(self)
         try:
             everyone = tuple(range(self.size))
-            connection = builder.connect("world", everyone, meeting)
+            connection = builder.connect("world", everyone, meeting, CommunicatorOptions())
             # Host tensors and objects, by strategies of commgraph only: made before plugins are loaded.
             state = builder.state(
                 "world",
@@ -383,9 +383,8 @@ class World:
                 meeting = attrs.evolve(meeting, store=sealed, root=sealed)
             found = hosts.discover(meeting, label=label)
             builder = Builder(meeting.store, rank, found, bool(label), timeout, authkey, States(), me, processes, options=chosen)
-            if found.node_count > 1:
-                reach, here = join(meeting, found, store, simulated=bool(label), authkey=authkey, address=address)
-                builder = attrs.evolve(builder, reach=reach, address=here)
+            reach, here = join(meeting, found, store, simulated=bool(label), authkey=authkey, address=address)
+            builder = attrs.evolve(builder, reach=reach, address=here)
             try:
                 world = cls._of(builder, meeting, local_rank, device, platform, store)
             except BaseException:
@@ -514,6 +513,7 @@ class World:
         place = None if self.size > len(chosen) else self.local_rank
         meeting = builder.meeting(store, f"split({list(chosen)})")
         with meeting.reporting():
+            meeting.exchange("here", b"")  # the error of the store names who did not come
             world = World._of(builder, meeting, place, self.device, self.platform, self._caller_store)
         meeting.clean()
         with self._state.lock:

@@ -313,10 +313,12 @@ class Endpoint:
                 self._end(handshake)
 
     def disown(self) -> None:
-        """Close the copies of a forked child, which are the parent's."""
+        """Close the copies of a forked child, which are the parent's. Idempotent: its own children call it again."""
+        if self._closed:
+            return
         self._closed = True
         self._lock = threading.Lock()
-        os.close(self._selector.fileno())  # and not its `close`, which would take the parent's sockets out of it
+        self._selector.close()
         for connection in (self._listener, *self._pending, *self._made.values()):
             if isinstance(connection, socket.socket):
                 connection.close()

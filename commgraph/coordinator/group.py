@@ -256,7 +256,9 @@ class GroupCoordinator(compat.OpaqueBase):
     def cpu_group(self) -> dist.ProcessGroup | None:
         """The torch process group for host tensors, unknown to torch.distributed's tables.
 
-        None for one rank, after close, and over several hosts until ``torch_group("cpu")`` was called.
+        None for one rank and after close. Ranks that communicate by other means than gloo make it when it is first asked for, each by
+        itself, and its connections as torch uses them: ranks which all begin with a receive wait for ever. ``torch_group("cpu")`` connects
+        at once.
         """
         return self._state.torch_groups.cpu
 

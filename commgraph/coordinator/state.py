@@ -42,12 +42,14 @@ class Network:
         store: holds this group's keys only.
         key: authenticates pickled objects; None: plain data only.
         connect_gloo: connects the ranks by gloo as well, for torch's process group. Collective.
+        lazy_gloo: returns such a group that connects as torch uses it. Not collective.
     """
 
     transport: Transport
     store: dist.Store
     key: bytes | None = attrs.field(repr=False)
     connect_gloo: Callable[[], Transport] | None = attrs.field(default=None, eq=False, repr=False)
+    lazy_gloo: Callable[[], dist.ProcessGroup] | None = attrs.field(default=None, eq=False, repr=False)
 
 
 @attrs.frozen

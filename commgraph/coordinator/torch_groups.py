@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
@@ -38,19 +39,32 @@ class TorchGroups:
         self._entered: list[dist.ProcessGroup] = []
         # Connected for torch's group only, where the ranks communicate by other means.
         self._gloo: Any = None
+        self._lazy: dist.ProcessGroup | None = None
+        self._lock = threading.Lock()
 
     @property
     def cpu(self) -> dist.ProcessGroup | None:
-        """Of host tensors; None for one rank, and on several hosts before `enter`."""
-        if self._network is None:
-            return None
-        group: dist.ProcessGroup | None = getattr(self._gloo or self._network.transport, "process_group", None)
-        return group
+        """Of host tensors; None for one rank. Made now where the ranks communicate by other means, and connected as torch uses it."""
+        if (connected := self._connected) is not None or self._network is None:
+            return connected
+        with self._lock:
+            if self._lazy is None and self._network.lazy_gloo is not None:
+                self._lazy = self._network.lazy_gloo()
+        return self._lazy
+
+    @property
+    def _connected(self) -> dist.ProcessGroup | None:
+        """The group of host tensors if every rank has connected it."""
+        return None if self._network is None else getattr(self._gloo or self._network.transport, "process_group", None)
 
     @property
     def device(self) -> dist.ProcessGroup | None:
         """Of device tensors, where a backend serves them; else that of host tensors."""
-        return next((c.process_group for c in self._communicators if c.process_group is not None), self.cpu)
+        return self._own_device or self.cpu
+
+    @property
+    def _own_device(self) -> dist.ProcessGroup | None:
+        return next((c.process_group for c in self._communicators if c.process_group is not None), None)
 
     def enter(self, kind: str, exchange: Callable[[int], Sequence[int]]) -> dist.ProcessGroup:
         """Return `cpu` or `device`, listed with torch.distributed until closed. Collective the first time.
@@ -59,9 +73,11 @@ class TorchGroups:
             kind: "device" or "cpu".
             exchange: sends a rank's number to all ranks and returns those of all.
         """
-        if self._network is not None and self.cpu is None and (kind == "cpu" or self.device is None):
+        own = self._own_device
+        if self._network is not None and self._connected is None and (kind == "cpu" or own is None):
             self._gloo = self._network.connect_gloo()
-        group = self.cpu if kind == "cpu" else self.device
+        cpu = self._connected
+        group = cpu if kind == "cpu" else own or cpu
         if group is None:
             group = next(iter(self._entered), None)
         if group is None or group not in self._entered:
@@ -70,21 +86,21 @@ class TorchGroups:
             if group is None:
                 backend = compat.make_gloo(store, 0, 1, timedelta(seconds=self._host_timeout), compat.gloo_device("127.0.0.1"))
                 group = compat.wrap(store, 0, 1, backend, torch.device("cpu"))
-            device = "" if group is self.cpu or self.cpu is None else " device"
+            device = " device" if group is own and group is not cpu else ""
             compat.enter_tables(group, f"commgraph {self._members.uid}{device}", ranks, store)
             self._entered.append(group)
         return group
 
     def disown(self) -> None:
         """Give up the groups, in a forked child. The tables of torch.distributed are left as they are, as all of torch's."""
-        keep_for_ever(self._network, self._communicators, self._entered)
-        self._network, self._communicators, self._entered = None, (), []
+        keep_for_ever(self._network, self._communicators, self._entered, self._lazy)
+        self._network, self._communicators, self._entered, self._lazy = None, (), [], None
 
     def close(self) -> None:
         """Remove the groups from the tables of torch.distributed."""
         for group in self._entered:
             compat.leave_tables(group)
         self._entered = []
-        self._network = None
+        self._network = self._lazy = None
         if self._gloo is not None:
             self._gloo.close()

@@ -67,7 +67,7 @@ class _FakeBuilder(Builder):
         # Of this rank alone: there is nobody to agree with.
         return Meeting(store, store, (self.rank,), 0, what, Deadline.after(_NEVER_WAITED.total_seconds()), self.me, self.processes)
 
-    def connect(self, uid: str, ranks: tuple[int, ...], meeting: Meeting) -> Connection | None:
+    def connect(self, uid: str, ranks: tuple[int, ...], meeting: Meeting, options: CommunicatorOptions) -> Connection | None:
         return None if len(ranks) == 1 else Connection(self.store, _NoTransport(ranks.index(self.rank), len(ranks)))
 
     def state(
@@ -103,7 +103,7 @@ class _FakeBuilder(Builder):
     def _sibling(self, of: GroupState, name: str, *, platform: Platform, options: CommunicatorOptions, **kind: Any) -> GroupState:
         uid, ranks = f"{of.members.uid}/sibling {of.count('siblings')}", of.members.ranks
         meeting = self.meeting(self.store, uid)
-        return self.state(uid, ranks, self.connect(uid, ranks, meeting), platform, options, deadline=meeting.deadline, **kind)
+        return self.state(uid, ranks, self.connect(uid, ranks, meeting, options), platform, options, deadline=meeting.deadline, **kind)
 
 
 class _FakeStrategies(Strategies):

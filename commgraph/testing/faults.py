@@ -23,6 +23,9 @@ from commgraph.world import World
 __all__ = ["Fault", "RankKilled", "inject_faults"]
 
 KINDS = ("delay", "stop", "kill", "cut")
+# Seconds before a rank that is a thread drops its connections. A process's death is noticed a moment later as well, when its peers have
+# taken what it sent in earlier calls.
+_UNNOTICED = 0.05
 # Methods of a coordinator that are no calls to its peers.
 _NO_CALLS = frozenset({"communicator", "close", "graph_capture", "prepare_communication_buffer_for_model", "torch_group"})
 COUNTED = tuple(
@@ -183,10 +186,12 @@ class _Injector:
         if not self.threads:
             os.kill(os.getpid(), signal.SIGKILL)
         self.killed = True
+        time.sleep(_UNNOTICED)
         self.world._abort()
         raise RankKilled
 
     def cut(self, fault: Fault, name: str) -> None:
+        time.sleep(_UNNOTICED)
         for coordinator in self.watched:
             state = coordinator._state
             if state.members.world_size > 1 and not state.is_closed:

@@ -344,8 +344,8 @@ CustomAllReduce_alone = (CustomAllReduce(_NoKernels(), whole_table().plan("9.0",
 def test_it_comes_first_and_what_it_does_not_serve_goes_on() -> None:
     def body(ctx: cg.ParallelContext, platform: FakeDevice) -> None:
         tp = ctx.tp
-        assert tp.communicators["all_reduce"] == (NAME, "fakeccl", "shm", "gloo", "staged")
-        assert tp.communicators["all_to_all"] == ("fakeccl", "shm", "gloo", "staged")
+        assert tp.communicators["all_reduce"] == (NAME, "fakeccl", "shm", "tcp", "staged")
+        assert tp.communicators["all_to_all"] == ("fakeccl", "shm", "tcp", "staged")
         kernels = platform.kernels[0]
         ctx.warmup()
         assert kernels.calls

@@ -85,8 +85,8 @@ def fake_streams(group: cg.GroupCoordinator) -> FakeStreams:
 def test_device_tensors_go_to_the_backend_and_host_tensors_to_the_hosts_strategies() -> None:
     def body(ctx: cg.ParallelContext) -> None:
         tp = ctx.tp
-        assert tp.communicators["all_reduce"] == ("nccl", "shm", "gloo", "staged")
-        assert tp.communicators["barrier"] == ("shm", "gloo", "staged")
+        assert tp.communicators["all_reduce"] == ("nccl", "shm", "tcp", "staged")
+        assert tp.communicators["barrier"] == ("shm", "tcp", "staged")
         for operation in set(OPERATIONS) - {"barrier"}:
             assert chain(tp, operation, CUDA) == "nccl"
             assert chain(tp, operation, torch.device("cpu")) == "shm"
@@ -107,7 +107,7 @@ def test_a_missing_backend_is_missing_for_all_and_said_once_in_a_warning() -> No
     texts = []
 
     def body(ctx: cg.ParallelContext) -> None:
-        assert ctx.tp.communicators["all_reduce"] == ("shm", "gloo", "staged")
+        assert ctx.tp.communicators["all_reduce"] == ("shm", "tcp", "staged")
         assert chain(ctx.tp, "all_reduce", CUDA) == "staged"
         texts.append(next(line for line in ctx.explain().splitlines() if "nccl" in line).strip())
 

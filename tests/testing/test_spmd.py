@@ -160,10 +160,10 @@ def test_a_failure_before_a_world_is_complete(rank: int, monkeypatch: pytest.Mon
 
     connect = building.Builder.connect
 
-    def fail(self: building.Builder, uid: str, ranks: tuple[int, ...], meeting: Meeting) -> Any:
+    def fail(self: building.Builder, uid: str, ranks: tuple[int, ...], meeting: Meeting, options: cg.CommunicatorOptions) -> Any:
         if self.rank == rank:
             raise OSError("no network")
-        return connect(self, uid, ranks, meeting)
+        return connect(self, uid, ranks, meeting, options)
 
     monkeypatch.setattr(building.Builder, "connect", fail)
     begun = time.monotonic()

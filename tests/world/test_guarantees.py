@@ -115,7 +115,7 @@ def test_asking_for_a_group_that_a_context_lacks_raises() -> None:
     spmd(program, 2)
 
 
-def store_keys(layout: cg.Layout) -> list[int]:
+def store_keys(layout: cg.Layout, *, shm: bool = False) -> list[int]:
     """How many keys each rank touches while it builds a context of `layout`."""
     n = layout.world_size
     store = ThreadStore()
@@ -125,7 +125,7 @@ def store_keys(layout: cg.Layout) -> list[int]:
         counting = CountingStore(store)
         with cg.World.from_store(counting, rank=number, world_size=n, timeout=timedelta(seconds=30)) as world:
             before = counting.keys
-            with world.context(layout, name="main"):
+            with world.context(layout, name="main", options=cg.CommunicatorOptions(shm=shm)):
                 counts[number] = counting.keys - before
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(n)]
@@ -148,6 +148,7 @@ def test_building_touches_only_the_groups_of_this_rank() -> None:
     few, many = store_keys(around_a_pair(0)), store_keys(around_a_pair(5))
     assert few[:2] == many[:2]
     assert few[2] < many[2], "those who have more groups do pay for them"
+    assert store_keys(around_a_pair(0), shm=True) == store_keys(around_a_pair(5), shm=True), "in shared memory groups need no store"
     for layout in (cg.Layout(n, tp=2), cg.Layout(n, pp=2, tp=2), cg.Layout(n, tp=8), cg.Layout(n, dp=2, pp=2, tp=2)):
         counts = store_keys(layout)
         for rank, count in enumerate(counts):
@@ -210,12 +211,15 @@ def test_sixty_engines_in_a_process_and_a_default_group_untouched(tmp_path: Path
 
 
 def test_no_port_is_chosen_before_it_is_bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A port that is chosen and released may be bound by another; nothing in Python picks a port, and one node meets by a file."""
+    """A port that is chosen and released may be bound by another; nothing picks a port, and one node meets by a file."""
 
-    def refuse(*_: object) -> None:
-        raise AssertionError("a port was bound in Python, to be told to others")
+    bind = socket.socket.bind
 
-    monkeypatch.setattr(socket.socket, "bind", refuse)
+    def any_port(self: socket.socket, address: tuple[str, int]) -> None:
+        assert address[1] == 0, "a port was chosen before it was bound"
+        bind(self, address)
+
+    monkeypatch.setattr(socket.socket, "bind", any_port)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     results: dict[int, float] = {}
@@ -265,7 +269,8 @@ def test_every_port_is_bound_when_it_is_announced() -> None:
 
     def rank(number: int) -> None:
         with cg.World.from_store(store, rank=number, world_size=3, timeout=timedelta(seconds=30)) as world:
-            world.context(cg.Layout(3, tp=3), name="main").tp.barrier()
+            for i in range(2):
+                world.context(cg.Layout(3, tp=3), name=f"{i}", options=cg.CommunicatorOptions(shm=False)).tp.barrier()
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
     for thread in threads:

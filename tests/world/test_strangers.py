@@ -28,7 +28,9 @@ def ranks(store: Any, keys: Sequence[bytes | None], timeout: float = 20) -> list
     def run(rank: int) -> None:
         try:
             with cg.World.from_store(store, rank=rank, world_size=len(keys), authkey=keys[rank], timeout=timeout) as world:
-                results[rank] = world.group.all_gather_object(world.rank)
+                layout, options = cg.Layout(world.size, tp=world.size), cg.CommunicatorOptions(shm=False)
+                with world.context(layout, name="over gloo", options=options) as ctx:
+                    results[rank] = ctx.tp.all_gather_object(world.rank)
         except BaseException as error:
             results[rank] = error
 
@@ -75,7 +77,7 @@ class Garbling(ThreadStore):
 @pytest.mark.parametrize("key", [None, b"secret"])
 def test_garbage_in_the_store_is_a_build_error(key: bytes | None, garbage: bytes) -> None:
     """Of whatever step: what the store holds is parsed by the rank that reads it, and authenticated from the second step on."""
-    parts = ["here", "tokens", "begin/agree/said", "begin/agree/verdict", "hosts/identity", "hosts/verdict", "end/agree/said"]
+    parts = ["here", "tokens", "begin/agree/said", "begin/agree/verdict", "hosts/identity", "hosts/verdict", "reach", "end/agree/said"]
     for part in [*parts, "end/agree/verdict", *(["gloo/connect"] if key else [])]:
         store = Garbling(part, garbage)
         results = ranks(store, [key, key], timeout=0.7)

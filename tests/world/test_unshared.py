@@ -34,7 +34,7 @@ def on_two_ranks(lack: str) -> list[dict[str, Any]]:
         ("memfd", [0, 1], "tcp"),
         ("file sizes", [0, 1], "tcp"),
         ("proc", [0, 1], "tcp"),
-        ("large files", [0, 0], "gloo"),
+        ("large files", [0, 0], "tcp"),
         ("native module", [0, 0], "gloo"),
     ],
 )
