@@ -99,11 +99,12 @@ class CommunicatorOptions:
         check: compare (sequence, operation, shape, dtype) across the group before each collective, so that a skipped, reordered or
             differently shaped call raises `CollectiveMismatchError` on every rank at once. Costs one small message per call and peer.
             Without it such calls are still never matched: collectives of tensors in shared memory raise on every rank all the same, a rank
-            that only puts an object or sends raises in its next call, and over a network the calls end at the deadline.
+            that only puts an object or sends raises in its next call, strategy ``tcp`` compares each message, and over gloo the calls end
+            at the deadline.
         isolate: groups that share communicators with none, though their ranks equal another group's: True for every group that
             these options apply to, or the names of some.
-        shm: let the ranks of one host use shared memory.
-        message_queue: let their objects, messages and tensor dicts use it.
+        shm: let the ranks of one host use shared memory. False: gloo connects the ranks of a group on one host.
+        message_queue: let their objects, messages and tensor dicts use it. False: they go over gloo on one host.
         shm_bytes: what a rank can stage there at once (it has two such slots; ranks of large groups get less); larger tensors go through in
             pieces. In groups of two, pieces of 128 KiB at most.
         queue_bytes: of the ring from one rank to all others; that to a single one has half. Larger objects go through in pieces, or are

@@ -269,7 +269,7 @@ def test_values_bits_and_pieces(n: int, units: int, dtype: torch.dtype, op: str,
     memory = Memory()
 
     def run(world: cg.World) -> list[torch.Tensor]:
-        host = world.group.communicator("gloo")
+        host = world.group.communicator("tcp")
         kernels = HostKernels(memory, "a", world.rank, n, room)
         made = CustomAllReduce(kernels, whole_table(64 << 10).plan("9.0", n, multicast=True), host, CPU)
         x = inputs[world.rank]

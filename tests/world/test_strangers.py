@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +22,7 @@ from commgraph.hosts import Identity, Probe
 from commgraph.sealed import SealedStore
 from commgraph.shm import segments
 from commgraph.testing.spmd import ThreadStore
+from tests.helpers import ROOT
 
 
 def ranks(store: Any, keys: Sequence[bytes | None], timeout: float = 20) -> list[Any]:
@@ -169,3 +173,40 @@ def test_a_bad_report_is_a_build_error() -> None:
     assert results[0][0] is cg.LayoutError
     assert results[1][0] is cg.BuildError
     assert "where a rank reports an error" in results[1][1]
+
+
+JOB = """
+import resource, sys, torch
+import commgraph as cg
+from commgraph.testing import spmd
+from tests.world.test_guarantees import listening_ports
+
+def run(world):
+    ctx = world.context(cg.Layout(2, tp=2), name="a")
+    if world.rank == 0:
+        print(*listening_ports(), flush=True)
+        sys.stdin.readline()
+    ctx.tp.barrier()
+    total = ctx.tp.all_reduce(torch.ones(100)).sum().item()
+    with world.context(cg.Layout(2, pp=2), name="b") as late:
+        late.pp.all_gather_object(world.rank)
+    return total
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+print(spmd(run, 2), flush=True)
+"""
+
+
+def test_a_stranger_cannot_end_a_job_by_taking_its_descriptors() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    streams: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", JOB], text=True, env=environment, **streams) as job, contextlib.ExitStack() as held:
+        assert job.stdout is not None
+        ports = [int(port) for port in job.stdout.readline().split()]
+        assert ports, "else this test attacks nobody"
+        for i in range(500):
+            connection = held.enter_context(socket.socket())
+            connection.setblocking(False)  # beyond the backlog the kernel lets it wait
+            connection.connect_ex(("127.0.0.1", ports[i % len(ports)]))
+        told, complaints = job.communicate("go\n", timeout=60)
+    assert (job.returncode, told) == (0, "[200.0, 200.0]\n"), complaints
