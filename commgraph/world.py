@@ -130,7 +130,7 @@ class World:
             disown_in_children(self)
         try:
             everyone = tuple(range(self.size))
-            connection = builder.connect("world", everyone, meeting, CommunicatorOptions())
+            connection = builder.connect("world", everyone, meeting, builder.options)
             # Host tensors and objects, by strategies of commgraph only: made before plugins are loaded.
             state = builder.state(
                 "world",
