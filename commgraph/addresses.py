@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import ipaddress
+import os
 import socket
 import struct
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 from commgraph.errors import BuildError
 
-__all__ = ["address_of", "address_seen", "interface_addresses", "store_host"]
+__all__ = ["address_of", "address_seen", "interface_addresses", "store_host", "ticket_at"]
 
 # linux/sockios.h: the IPv4 address of an interface.
 _SIOCGIFADDR = 0x8915
@@ -54,6 +55,21 @@ def address_of(given: str | None, environ: Mapping[str, str], host: tuple[str, i
         f"this host has no address at which other hosts could reach it: its interfaces are {known or 'without addresses'}. Name one by "
         "address= or COMMGRAPH_ADDRESS"
     )
+
+
+def ticket_at(given: str | None, store: Any) -> str:
+    """Return the address at which new processes reach this one: as `address_of`, else loopback.
+
+    Args:
+        given: as for `address_of`.
+        store: in which the ranks of the world have met.
+    """
+    try:
+        return address_of(given, os.environ, store_host(store))
+    except BuildError:
+        if given:
+            raise
+        return "127.0.0.1"
 
 
 def store_host(store: Any) -> tuple[str, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import hmac
@@ -31,7 +32,7 @@ from commgraph.deadline import Deadline
 from commgraph.errors import BackendUnavailableError, BuildError
 from commgraph.forks import keep_for_ever
 from commgraph.hosts import Hosts
-from commgraph.meeting import Meeting, PeerLeftError
+from commgraph.meeting import STORE_ERRORS, Meeting, PeerLeftError, attend
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import GroupFacts, Platform
 from commgraph.platforms.detection import Plugins
@@ -44,6 +45,9 @@ __all__ = ["CONNECTING", "Builder", "Connection", "States"]
 CONNECTING = "gloo/connect"
 
 _LOOPBACK = "127.0.0.1"
+
+# Seconds that the store may take, at most, to take why this rank leaves its groups.
+_ANNOUNCE_SECONDS = 0.5
 
 # Descriptors of a gloo device and its listener, beside one for each peer.
 _SPARE_DESCRIPTORS = 8
@@ -65,6 +69,17 @@ class States:
         """Remove groups that were closed."""
         with self._lock:
             self._states = [state for state in self._states if not state.is_closed]
+
+    def announce(self, why: str) -> None:
+        """Write for the peers why this rank is about to leave all groups. Never raises, waits little."""
+
+        def job(is_left: Callable[[], bool]) -> None:
+            for state in tuple(self._states):
+                if not is_left():
+                    state.failures.announce(state.sequence, why)
+
+        with contextlib.suppress(TimeoutError, *STORE_ERRORS):
+            attend(job, Deadline.after(_ANNOUNCE_SECONDS), grace=0)
 
     def abort(self) -> None:
         """End the calls on all groups with an error, here and on the peers. From any thread."""
@@ -106,7 +121,7 @@ class Builder:
         store: the world's own prefix of the store.
         rank: this rank.
         hosts: the node map.
-        labelled: the nodes are simulated ones of a test: all ranks share this machine's loopback network.
+        label: simulated node of this rank, in a test: all ranks share this machine's loopback network; else empty.
         timeout: deadline of a build and default deadline of operations.
         authkey: secret of the job, or None.
         states: of live groups.
@@ -114,6 +129,7 @@ class Builder:
         processes: of all ranks.
         reach: where the ranks listen, if all have the native module; else None.
         address: of this host, at which gloo listens for other hosts.
+        given: the address or interface that the caller named, if any.
         proofs: results of probes of device memory between ranks.
         order: in which checked calls on the device are compared.
         options: of the world's own group.
@@ -122,7 +138,7 @@ class Builder:
     store: dist.Store
     rank: int
     hosts: Hosts
-    labelled: bool
+    label: str
     timeout: timedelta
     authkey: bytes | None = attrs.field(repr=False)
     states: States
@@ -130,6 +146,7 @@ class Builder:
     processes: Sequence[Process]
     reach: Reach | None = None
     address: str = _LOOPBACK
+    given: str | None = None
     proofs: PeerAccessCache = attrs.field(factory=PeerAccessCache)
     order: DeviceOrder = attrs.field(factory=DeviceOrder)
     options: CommunicatorOptions = attrs.field(factory=CommunicatorOptions)
@@ -149,8 +166,8 @@ class Builder:
             store: of this build.
             what: is built, for messages.
         """
-        everyone = range(len(self.hosts.nodes))
-        return Meeting(store, store, everyone, self.rank, what, Deadline.after(self.timeout.total_seconds()), self.me, self.processes)
+        everyone, deadline = range(len(self.hosts.nodes)), Deadline.after(self.timeout.total_seconds())
+        return Meeting(store, store, everyone, self.rank, what, deadline, self.me, self.processes, world=self.store)
 
     @ambient.lasting()
     def connect(self, uid: str, ranks: tuple[int, ...], meeting: Meeting, options: CommunicatorOptions) -> Connection | None:
@@ -175,7 +192,7 @@ class Builder:
         # calls all go through that, and carry the messages of the build.
         if self.reach is not None and (is_whole_in_memory or len({self.hosts.nodes[rank] for rank in ranks}) > 1):
             return Connection(store, self._link(uid, part, self.reach))
-        self._check_descriptors(uid, len(ranks))
+        self.check_descriptors(uid, len(ranks))
         # gloo would wait for the ranks as well, but its error names no missing one.
         part.exchange("here", b"")
         return Connection(store, self.connect_gloo(uid, part))
@@ -269,7 +286,7 @@ class Builder:
     def _own_gloo(self, uid: str, ranks: tuple[int, ...]) -> GlooTransport:
         """Connect gloo beside a transport of another kind, for torch's process group. Collective over the ranks."""
         store = dist.PrefixStore(f"group/{hashlib.sha256(uid.encode()).hexdigest()[:32]}/torch", self.store)
-        self._check_descriptors(uid, len(ranks))
+        self.check_descriptors(uid, len(ranks))
         return self.connect_gloo(uid, self.meeting(store, f"torch's group of {uid}").among(ranks, store, f"torch's group of {uid}"))
 
     def _lazy_gloo(self, store: dist.Store, ranks: tuple[int, ...], timeout: float) -> dist.ProcessGroup:
@@ -368,8 +385,8 @@ class Builder:
                 f"rank {self.rank}: group {uid} of {members} could not connect, {part.waited()} after this rank had begun: {error}"
             ) from error
 
-    def _check_descriptors(self, uid: str, size: int) -> None:
-        """Raise if too few descriptors are left: gloo ends the process when its listener runs out of them."""
+    def check_descriptors(self, uid: str, size: int) -> None:
+        """Raise if too few descriptors are left for so many ranks: gloo ends the process when its listener runs out of them."""
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         used = _open_files(limit)
         needed = size + _SPARE_DESCRIPTORS
@@ -383,7 +400,7 @@ class Builder:
         """Whether these ranks share 127.0.0.1; alike on all of them."""
         if len({self.hosts.networks[rank] for rank in ranks}) > 1:
             return False
-        return self.labelled or len({self.hosts.nodes[rank] for rank in ranks}) == 1
+        return bool(self.label) or len({self.hosts.nodes[rank] for rank in ranks}) == 1
 
     def _key(self, ranks: Sequence[int]) -> bytes | None:
         """Return the key that authenticates pickled objects in this group: the job's, else that of the node if all ranks are on it."""

@@ -22,7 +22,7 @@ from commgraph.errors import BuildError, LayoutMismatchError
 from commgraph.processes import Process
 from commgraph.waiting import Background
 
-__all__ = ["STORE_ERRORS", "Meeting", "PeerLeftError", "attend", "forget", "listing", "poll", "write"]
+__all__ = ["STORE_ERRORS", "Meeting", "PeerLeftError", "attend", "forget", "go_on", "listing", "poll", "write"]
 
 logger = logging.getLogger("commgraph")
 
@@ -44,6 +44,8 @@ _LONG = 10.0
 # Seconds that rank 0 stays, at most, until all others have read its answer: the store may end with its process.
 _LINGER = 2.0
 _FAILED, _HEARD = "failed", "failed/heard"
+# Key of a world's store: its ranks that are alive go on without the others.
+_GONE_ON = "survivors"
 
 
 class PeerLeftError(BuildError):
@@ -122,6 +124,8 @@ class Meeting:
         processes: of all ranks of the world.
         leavings: keys that this rank has written and nobody reads once all ranks are done.
         ends: called, on another thread, once another rank has reported an error: they end waits of this rank that the store does not.
+        world: holds the keys of the world; None while there is none.
+        guard: called several times a second, to raise where the build is in vain.
     """
 
     store: dist.Store
@@ -134,6 +138,8 @@ class Meeting:
     processes: Sequence[Process]
     leavings: list[tuple[dist.Store, str]] = attrs.field(factory=list)
     ends: list[Callable[[], None]] = attrs.field(factory=list)
+    world: dist.Store | None = None
+    guard: Callable[[], None] = lambda: None
 
     def at(self, prefix: str) -> Meeting:
         """Return the same meeting with keys of its own."""
@@ -198,6 +204,7 @@ class Meeting:
         """
 
         def watch() -> None:
+            self.guard()
             if dead := self._ended(range(len(self.ranks))):
                 raise self._lost(dead[0])
 
@@ -276,7 +283,7 @@ class Meeting:
 
     def _run(self, job: Callable[[Callable[[], bool]], T]) -> T:
         try:
-            return attend(job, self.deadline)
+            return attend(job, self.deadline, self.guard)
         except BuildError:
             raise
         except TimeoutError as error:
@@ -314,6 +321,8 @@ class Meeting:
                 raise error
             if time.monotonic() - looked >= _WATCH:
                 looked = time.monotonic()
+                if self.world is not None and self.world.check([_GONE_ON]):
+                    raise BuildError(f"{self._head}: {self.world.get(_GONE_ON).decode(errors='replace')}")
                 for peer in self._ended(watched):
                     if self.store.check([watched[peer]]):
                         del watched[peer]
@@ -372,6 +381,13 @@ class Meeting:
     @property
     def _head(self) -> str:
         return f"rank {self.ranks[self.rank]}: {self.what}"
+
+
+def go_on(world: dist.Store, ranks: Sequence[int]) -> None:
+    """Say, in the store of a world, that these ranks go on without the others. Never raises, waits little."""
+    why = f"ranks {listing(ranks)} go on without this rank (World.survivors): it was lost to them (stopped, cut off, or late)"
+    with contextlib.suppress(TimeoutError, *STORE_ERRORS):
+        attend(lambda _: world.set(_GONE_ON, why), Deadline.after(_GRACE / 2), grace=0)
 
 
 def write(store: dist.Store, key: str, value: bytes) -> None:

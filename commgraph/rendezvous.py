@@ -18,12 +18,14 @@ from commgraph.deadline import Deadline
 from commgraph.errors import BuildError, LaunchError
 from commgraph.waiting import interruptible
 
-__all__ = ["PrivateFile", "open_store"]
+__all__ = ["PrivateFile", "open_store", "serve_store", "visit_store"]
 
 # Seconds between two attempts to connect to the server of a store.
 _RETRY_SECONDS = 0.05
 # End of the name of the file whose lock says that a meeting file is in use.
 _MARK = ".used"
+# Of a store between ranks that are alive. commgraph's own waits in it have deadlines of their own.
+_STORE_TIMEOUT = timedelta(minutes=5)
 
 
 def open_store(init_method: str, *, rank: int, world_size: int, timeout: timedelta, hosted_elsewhere: bool = False) -> dist.Store:
@@ -73,6 +75,39 @@ def open_store(init_method: str, *, rank: int, world_size: int, timeout: timedel
             else f"rank 0 did not serve there within {timeout.total_seconds():.3g} s"
         )
         raise BuildError(f"rank {rank} of {world_size} could not meet its peers at {init_method}: {hint} ({error})") from error
+
+
+def serve_store(host: str) -> dist.Store:
+    """Return a store that this process serves, at a port that the system chooses.
+
+    Args:
+        host: an address of this host.
+
+    Raises:
+        BuildError: it is none, or there is no port left.
+    """
+    try:
+        return dist.TCPStore(host, 0, None, True, timeout=_STORE_TIMEOUT, wait_for_workers=False)
+    except (dist.DistError, OSError) as error:
+        raise BuildError(f"cannot serve a store at {host}: {error}") from error
+
+
+def visit_store(host: str, port: int, deadline: Deadline, is_left: Callable[[], bool]) -> dist.Store:
+    """Return a store that another rank serves already.
+
+    Args:
+        host, port: where.
+        deadline: until when to try.
+        is_left: as `commgraph.meeting.attend` gives it.
+
+    Raises:
+        BuildError: nobody answers.
+    """
+    try:
+        _await_server(host, port, timedelta(seconds=deadline.left()), is_left)
+        return dist.TCPStore(host, port, None, False, timeout=_STORE_TIMEOUT, wait_for_workers=False)
+    except (dist.DistError, OSError) as error:
+        raise BuildError(f"the store at {host} port {port} does not answer: {error}") from error
 
 
 class PrivateFile:

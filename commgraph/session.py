@@ -75,7 +75,12 @@ class Session:
 
 
 def open_session(
-    store: dist.Store, rank: int, world_size: int, deadline: Deadline, reopen: Callable[[], dist.Store] | None = None
+    store: dist.Store,
+    rank: int,
+    world_size: int,
+    deadline: Deadline,
+    reopen: Callable[[], dist.Store] | None = None,
+    guard: Callable[[], None] = lambda: None,
 ) -> Session:
     """Find the other ranks. Collective; the n-th World that a process builds with a store meets the n-th of the others.
 
@@ -85,13 +90,19 @@ def open_session(
         world_size: ranks in all, at least two.
         deadline: by which all have come.
         reopen: opens the store again after its server has ended, as that of the World before may do just now; None: it cannot.
+        guard: called several times a second, to raise where the search is in vain.
 
     Raises:
         BuildError: ranks did not come, a rank on this host died meanwhile, or the store failed.
     """
     search = _Search(store, rank, world_size, deadline, reopen)
+
+    def watch() -> None:
+        guard()
+        search.watch()
+
     try:
-        return attend(search.run, deadline, search.watch)
+        return attend(search.run, deadline, watch)
     except TimeoutError as error:
         raise BuildError(f"rank {rank} of {world_size}: the store that the ranks meet in gives {error}") from None
     except BaseException as error:

@@ -21,16 +21,18 @@ import torch
 import torch.distributed as dist
 
 import commgraph
-from commgraph import ambient, compat, hosts, launch
+from commgraph import admission, ambient, compat, hosts, launch
 from commgraph.accelerators.custom_all_reduce import PeerAccessCache
 from commgraph.accelerators.device_order import DeviceOrder
+from commgraph.addresses import ticket_at
 from commgraph.agreement import agree
 from commgraph.building import Builder, States
 from commgraph.communicators.endpoint import Endpoint
 from commgraph.context import CLOSE_TIMEOUT, ParallelContext, build_context, build_coordinator, close_together
 from commgraph.coordinator import GroupCoordinator
-from commgraph.deadline import Deadline, timedelta_of
+from commgraph.deadline import Deadline, seconds_of, timedelta_of
 from commgraph.errors import (
+    BackendUnavailableError,
     ConfigurationError,
     ContextClosedError,
     LaunchError,
@@ -39,13 +41,14 @@ from commgraph.errors import (
 from commgraph.forks import disown_in_children, explain_fork, keep_for_ever
 from commgraph.layout import Layout
 from commgraph.layout.checks import whole
-from commgraph.meeting import Meeting
+from commgraph.meeting import Meeting, go_on
+from commgraph.membership import Latecomers, Membership, View
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import Platform, check_platform
 from commgraph.platforms.detection import Plugins
 from commgraph.processes import Process
 from commgraph.reach import join
-from commgraph.rendezvous import PrivateFile, open_store
+from commgraph.rendezvous import PrivateFile, open_store, serve_store
 from commgraph.sealed import SealedStore
 from commgraph.session import open_session
 from commgraph.waiting import wait_for_calls
@@ -55,6 +58,8 @@ __all__ = ["World"]
 logger = logging.getLogger("commgraph")
 
 _TIMEOUT = timedelta(minutes=10)
+# How long `survivors` waits for ranks that seem to be alive and do not come.
+_LATE = timedelta(seconds=30)
 
 
 @attrs.define
@@ -72,6 +77,8 @@ class _State:
     is_inherited: bool = False
     # The meeting file that this World uses, where it is commgraph's to remove.
     file: PrivateFile | None = None
+    # For ranks of the worlds before that were counted out.
+    latecomers: list[Latecomers] = attrs.field(factory=list)
 
     def count(self, what: str) -> int:
         with self.lock:
@@ -317,6 +324,35 @@ class World:
         return cls._make(store, rank, size, local_rank, timedelta_of(timeout), device, platform, key, address, options=options)
 
     @classmethod
+    def join(
+        cls,
+        ticket: str,
+        *,
+        local_rank: int | None = None,
+        timeout: timedelta | float = _TIMEOUT,
+        device: torch.device | str | None = None,
+        platform: Platform | None = None,
+        authkey: bytes | None = None,
+        address: str | None = None,
+        options: CommunicatorOptions | None = None,
+    ) -> World:
+        """Joins a World that grows, as a new process, which gets its rank from it.
+
+        Args:
+            ticket: as its ranks have it: what `grow` announces, or its `at`.
+            local_rank, timeout, device, platform, authkey, address, options: as for `from_store`.
+
+        Raises:
+            LaunchError: a ticket of another form.
+            BuildError: the World did not grow in time, or not for as many processes as came.
+        """
+        limit, key = timedelta_of(timeout), launch.check_authkey("World.join", authkey) or launch.authkey(os.environ)
+        deadline = Deadline.after(limit.total_seconds())
+        store = open_store(ticket, rank=1, world_size=2, timeout=limit)
+        rank, size = admission.apply(store, deadline)
+        return cls._make(store, rank, size, local_rank, limit, device, platform, key, address, deadline=deadline, options=options)
+
+    @classmethod
     def _meet(cls, init_method: str, rank: int, size: int, *place: Any, hosted_elsewhere: bool = False, private: bool = False) -> World:
         """Open the store that `init_method` names, and build the World in it; `private`: a `PrivateFile` removes its file."""
         deadline = Deadline.after(place[1].total_seconds())
@@ -351,8 +387,18 @@ class World:
         deadline: Deadline | None = None,
         reopen: Callable[[], dist.Store] | None = None,
         options: CommunicatorOptions | None = None,
+        guard: Callable[[], None] = lambda: None,
     ) -> World:
-        """Find the other ranks, discover which share a node, and build the World. `label`: a simulated node, for tests."""
+        """Find the other ranks, discover which share a node, and build the World.
+
+        Args:
+            store: where they meet; None: there are no others.
+            rank, size, local_rank, timeout, device, platform, authkey, address, options: as for `from_store`.
+            label: a simulated node, for tests.
+            deadline: of the build, in place of `timeout`.
+            reopen: as for `open_session`.
+            guard: called several times a second, to raise where the build is in vain.
+        """
         platform = Platform.detect() if platform is None else check_platform(platform)
         chosen = CommunicatorOptions() if options is None else check_options(options)
         deadline = Deadline.after(timeout.total_seconds()) if deadline is None else deadline
@@ -361,12 +407,12 @@ class World:
             me = Process.own()
             mine: dist.Store = dist.PrefixStore("commgraph", store)
             meeting = Meeting(mine, mine, (rank,), 0, "the world", deadline, me, (me,))
-            builder = Builder(mine, rank, hosts.alone(), bool(label), timeout, authkey, States(), me, (me,), options=chosen)
+            builder = Builder(mine, rank, hosts.alone(), label, timeout, authkey, States(), me, (me,), given=address, options=chosen)
             return cls._of(builder, meeting, local_rank, device, platform, store)
-        session = open_session(store, rank, size, deadline, reopen)
+        session = open_session(store, rank, size, deadline, reopen, guard)
         store, me, processes = session.store, session.me, session.processes
         mine = dist.PrefixStore(f"commgraph/{session.name}", store)
-        meeting = Meeting(mine, mine, range(size), rank, "the world", deadline, me, processes)
+        meeting = Meeting(mine, mine, range(size), rank, "the world", deadline, me, processes, guard=guard)
         with meeting.reporting():
             # The name is fresh, so nobody has seen the digest before. From here on no rank believes a value written with another key.
             digest = hmac.digest(authkey or b"", session.name.encode(), "sha256").hex()[:16]
@@ -382,7 +428,7 @@ class World:
                 sealed = SealedStore(mine, hmac.digest(authkey, f"store {session.name}".encode(), "sha256"))
                 meeting = attrs.evolve(meeting, store=sealed, root=sealed)
             found = hosts.discover(meeting, label=label)
-            builder = Builder(meeting.store, rank, found, bool(label), timeout, authkey, States(), me, processes, options=chosen)
+            builder = Builder(meeting.store, rank, found, label, timeout, authkey, States(), me, processes, given=address, options=chosen)
             reach, here = join(meeting, found, store, simulated=bool(label), authkey=authkey, address=address)
             builder = attrs.evolve(builder, reach=reach, address=here)
             try:
@@ -567,6 +613,139 @@ class World:
         members = [(place, rank) for rank, (_, other, place) in enumerate(said) if other == mine]
         return self.split([rank for _, rank in sorted(members)])
 
+    def survivors(self, *, timeout: timedelta | float = _LATE) -> World:
+        """The World of the ranks that are still alive, numbered in their old order. Collective over them; all get the same, or all raise.
+
+        Leaves this World: its contexts and groups are closed, calls on them that are under way end with an error, and so do the calls of
+        ranks that wait for this one, which is how they come here, too. No store is needed: it may have died with rank 0. A rank that
+        dies meanwhile is left out, too. Ranks that do not come in time are counted out: whatever they call on this World raises, here
+        `BuildError`. The new World is independent, but for a ``with`` statement over this one, which closes both.
+
+        Where the network is cut in two, each half goes on with a World of its own: compare ``size`` with what the program needs.
+
+        Args:
+            timeout: how long to wait for ranks that seem to be alive and do not come, a timedelta or seconds. Those that have died are not
+                waited for. The longest of all ranks counts.
+
+        Raises:
+            BackendUnavailableError: a rank of this World has no native module.
+            BuildError: the others go on without this rank; or the new World could not be built, for another reason than a death.
+            ContextClosedError: this World was left or closed before.
+        """
+        self._ensure_open()
+        seconds, builder, reach = seconds_of(timeout), self._builder, self._builder.reach
+        if self.size == 1:
+            self._leave()
+            return self._successor(View((0,), 0, None, Deadline.after(builder.timeout.total_seconds()), lambda: None))
+        if reach is None:
+            raise BackendUnavailableError(f"survivors on {self!r}: a rank has no native module, without which nobody listens")
+        builder.check_descriptors("of the survivors", self.size)
+        builder.states.announce("it goes on with the ranks that are alive (World.survivors)")
+        self._leave()
+        membership = Membership[World](reach, self.rank, seconds)
+        try:
+            members, world = membership.settle(self._successor, World._drop)
+        except BaseException:
+            self._end_latecomers()
+            if builder.owned_endpoint is not None:
+                builder.owned_endpoint.close()
+            raise
+        late, self._state.latecomers = self._state.latecomers, []
+        if len(members) < self.size:
+            go_on(builder.store, members)
+            late.append(Latecomers(reach.endpoint, membership.group, members, owns=builder.owned_endpoint is not None))
+        elif builder.owned_endpoint is not None:
+            builder.owned_endpoint.close()
+        world._state.latecomers = late
+        weakref.finalize(world, _end_all, late)
+        self._state.splits.append(world)
+        logger.info("%r goes on with ranks %s of %d", world, members, self.size)
+        return world
+
+    def grow(
+        self,
+        extra: int,
+        *,
+        at: str | None = None,
+        announce: Callable[[str], object] | None = None,
+        timeout: timedelta | float | None = None,
+    ) -> World:
+        """A larger World: this one's ranks as they are, and `extra` new processes after them, which call `join`. Collective.
+
+        This World and its contexts are not touched: other threads may use them meanwhile, and they stay open until they are closed.
+
+        Args:
+            extra: new processes, at least one.
+            at: where they meet, known beforehand, as `connect` has it: ``tcp://host:port`` (rank 0 serves there) or ``file:///path``.
+            announce: without `at`: called on rank 0 with the ticket, a text, as soon as `join` can use it: it starts the new processes, or
+                hands the ticket to them.
+            timeout: how long to wait for them, a timedelta or seconds; None: as long as for any build.
+
+        Raises:
+            ConfigurationError: no new process, or neither `at` nor, on rank 0, `announce`.
+            BuildError: they did not come, or the World could not be built. This one goes on as it was.
+        """
+        self._ensure_open()
+        number, builder = self._state.count("grow"), self._builder
+        store: dist.Store = dist.PrefixStore(f"grow/{number}", builder.store)
+        deadline = Deadline.after(builder.timeout.total_seconds() if timeout is None else seconds_of(timeout))
+        meeting = attrs.evolve(builder.meeting(store, f"grow({extra})"), deadline=deadline)
+        with meeting.reporting():
+            if (count := whole(extra)) is None or count < 1:
+                raise ConfigurationError(f"grow({extra!r}) on rank {self.rank}: a number of new processes is needed, one or more")
+            if at is None and announce is None and self.rank == 0:
+                raise ConfigurationError(f"grow({extra}): either at= says where to meet, or announce= on rank 0 takes the ticket")
+            agree(meeting.at("begin"), {"the number of new processes": str(count), "at": str(at)})
+            size, ticket = self.size + count, at or ""
+            served: dist.Store | None = None
+            if self.rank == 0 and at is None:
+                host = ticket_at(builder.given, self._caller_store)
+                served = serve_store(host)
+                ticket = f"tcp://{f'[{host}]' if ':' in host else host}:{served.port}"  # type: ignore[attr-defined]  # of a TCPStore
+            if self.size > 1:
+                ticket = meeting.answer("ticket", ticket.encode(), lambda said: said[0]).decode()
+            if served is None:
+                served = open_store(ticket, rank=self.rank, world_size=size, timeout=timedelta(seconds=deadline.left()))
+            if self.rank == 0:
+                if announce is not None:
+                    announce(ticket)
+                admission.admit(served, self.size, count, deadline)
+            if self.size > 1:
+                meeting.answer("admitted", b"", lambda said: b"")
+        return World._make(
+            served,
+            self.rank,
+            size,
+            self.local_rank,
+            builder.timeout,
+            self.device,
+            self.platform,
+            builder.authkey,
+            builder.given,
+            label=builder.label,
+            deadline=deadline,
+            options=builder.options,
+        )
+
+    def _successor(self, view: View) -> World:
+        """Build the World of a view of this one's ranks."""
+        builder = self._builder
+        return World._make(
+            view.store,
+            view.rank,
+            len(view.ranks),
+            None if len(view.ranks) < self.size else self.local_rank,
+            builder.timeout,
+            self.device,
+            self.platform,
+            builder.authkey,
+            builder.given,
+            label=builder.label,
+            deadline=view.deadline,
+            guard=view.guard,
+            options=builder.options,
+        )
+
     # Lifetime.
 
     def close(self, *, empty_cache: bool = False, timeout: timedelta | float = CLOSE_TIMEOUT) -> None:
@@ -576,9 +755,9 @@ class World:
             empty_cache: collect garbage and give cached device memory back afterwards.
             timeout: how long to wait for the other ranks, in each context and in the world; a timedelta or seconds.
         """
+        for split in tuple(self._state.splits):
+            split.close(timeout=timeout)
         if not self.closed:
-            for split in tuple(self._state.splits):
-                split.close(timeout=timeout)
             for context in tuple(self._state.contexts.values()):
                 context.close(timeout)
             close_together((self.group,), self.group, timeout, f"{self!r} was closed")
@@ -589,15 +768,27 @@ class World:
 
     def _drop(self) -> None:
         """Close on this rank alone; peers that wait for it get `PeerLostError`."""
+        self._leave()
+        self._end_latecomers()
+        if self._builder.owned_endpoint is not None:
+            self._builder.owned_endpoint.close()
+
+    def _leave(self) -> None:
+        """As `_drop`, but for what the other ranks need to find this one."""
         self._state.closed = True
         for world in tuple(self._state.splits):
             world._drop()
         for context in tuple(self._state.contexts.values()):
             context._drop()
         self.group.close()
-        self._finalizer()
+        if self._finalizer.detach() is not None:
+            _release(self._builder.states, self._builder.order, None)
         if self._state.file is not None:
             self._state.file.close()
+
+    def _end_latecomers(self) -> None:
+        _end_all(self._state.latecomers)
+        self._state.latecomers = []
 
     def _disown(self) -> None:
         """Give up everything, in a forked child, which has no part in the job: `commgraph.forks.Owner`."""
@@ -607,6 +798,8 @@ class World:
         state.lock = threading.Lock()
         for context in state.contexts.values():
             context._disown()
+        for late in state.latecomers:
+            late.disown()
         self._builder.states.disown()
         if self._builder.reach is not None:
             self._builder.reach.endpoint.disown()
@@ -628,7 +821,7 @@ class World:
         if self._state.is_inherited:
             raise ContextClosedError(f"{self!r} is not this process's: {explain_fork(self._state.pid, 'a World')}")
         if self.closed or not self._finalizer.alive:  # which has run at the interpreter's exit
-            raise ContextClosedError(f"{self!r} cannot build anything any more")
+            raise ContextClosedError(f"{self!r} cannot build anything any more: it was closed, or left by survivors()")
 
     def __enter__(self) -> Self:
         return self
@@ -637,7 +830,7 @@ class World:
         # After an exception the peers may be in another call: dropped connections end it, a collective close would wait in vain.
         if error is None:
             self.close()
-        elif not self.closed:
+        else:
             self._drop()
 
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:  # at exit the module's names may be gone
@@ -688,6 +881,11 @@ def _release(states: States, order: DeviceOrder, endpoint: Endpoint | None) -> N
         endpoint.close()
     if not threading.main_thread().is_alive():
         wait_for_calls()
+
+
+def _end_all(latecomers: list[Latecomers]) -> None:
+    for one in latecomers:
+        one.close()
 
 
 def _plain(color: object) -> object:

@@ -55,6 +55,18 @@ def test_the_programs_of_the_tutorial_print_what_the_page_says() -> None:
     assert compared >= 3
 
 
+def test_the_programs_of_the_elastic_page_run(tmp_path: Path) -> None:
+    """Each in a world of one, which grows by two processes."""
+    lose, _, grow, newcomer = (code for kind, code in blocks("docs/how-to/elastic.md") if kind == "python")
+    (tmp_path / "newcomer.py").write_text(newcomer)
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for code, then in ((lose, "print(steps)"), (grow, "print(context.world_size)")):
+        done = subprocess.run(
+            [sys.executable, "-c", f"{code}\n{then}"], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=90, check=True
+        )
+        assert done.stdout.strip() in ("100", "3"), done.stderr
+
+
 def test_the_tests_of_the_spmd_page_pass() -> None:
     names: dict[str, Any] = {}
     for kind, code in blocks("docs/how-to/test-with-spmd.md"):

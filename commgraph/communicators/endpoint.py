@@ -150,6 +150,13 @@ class Endpoint:
                 raise PeerLate(peer)
             watched.poll(min(_SLICE, deadline.left()) * 1000)
 
+    def take(self, group: bytes) -> list[socket.socket]:
+        """Return the connections that other ranks have made for a group and that nobody has found; none of them is given again."""
+        with self._lock:
+            made = [link for link in self._made if link.group == group]
+            taken = [self._made.pop(link) for link in made]
+        return [connection for connection in taken if isinstance(connection, socket.socket)]
+
     def serve(self) -> None:
         """Accept, and advance handshakes, as far as that needs no wait. From any thread."""
         if not self._lock.acquire(blocking=False):

@@ -193,6 +193,12 @@ class Failures:
                 self._abort()
                 self._remember(PeerLostError(f"{call.where}: {why}", **call.facts))
 
+    def announce(self, sequence: int, why: str) -> None:
+        """Write for the peers why this rank is about to leave the group, after so many calls. Blocks as long as the store does."""
+        if self._store is not None and self.broken is None:
+            fault = _Fault("lost", f"{sequence} {why}", self._members.rank, sequence, why)
+            self._store.set(f"fault/{self._members.rank_in_group}", json.dumps(attrs.asdict(fault)))
+
     def _timed_out(self, call: Call, what: str, seconds: float, error: PeerLate) -> NoReturn:
         ranks = self._members.ranks
         at = call_site()

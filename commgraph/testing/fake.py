@@ -52,7 +52,7 @@ def fake_world(world_size: int, rank: int = 0, *, device: torch.device | str = "
     alike = (0,) * world_size
     store = dist.HashStore()
     me = Process.own()
-    builder = _FakeBuilder(store, rank, Hosts(rank, alike, b"", alike), False, _NEVER_WAITED, None, States(), me, (me,) * world_size)
+    builder = _FakeBuilder(store, rank, Hosts(rank, alike, b"", alike), "", _NEVER_WAITED, None, States(), me, (me,) * world_size)
     meeting = builder.meeting(store, "the world")
     return World(builder, meeting, local_rank=rank, device=torch.device(device), platform=CpuPlatform(), store=store)
 

@@ -211,15 +211,15 @@ def test_sixty_engines_in_a_process_and_a_default_group_untouched(tmp_path: Path
 
 
 def test_no_port_is_chosen_before_it_is_bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A port that is chosen and released may be bound by another; nothing picks a port, and one node meets by a file."""
+    """A port that is chosen and released may be bound by another: the system picks each, and it stays bound; one node meets by a file."""
+    bind, bound = socket.socket.bind, list[socket.socket]()
 
-    bind = socket.socket.bind
-
-    def any_port(self: socket.socket, address: tuple[str, int]) -> None:
-        assert address[1] == 0, "a port was chosen before it was bound"
+    def watch(self: socket.socket, address: Any) -> None:
+        assert address[1] == 0, "a port was chosen in Python"
+        bound.append(self)
         bind(self, address)
 
-    monkeypatch.setattr(socket.socket, "bind", any_port)
+    monkeypatch.setattr(socket.socket, "bind", watch)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     results: dict[int, float] = {}
@@ -228,6 +228,8 @@ def test_no_port_is_chosen_before_it_is_bound(monkeypatch: pytest.MonkeyPatch, t
         environ = {"PMI_RANK": str(number), "PMI_SIZE": "2", "MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": str(number), "PMI_JOBID": "no port"}
         with cg.World.from_env(environ, timeout=timedelta(seconds=30)) as world, world.context(cg.Layout(2, tp=2), name="main") as ctx:
             results[number] = ctx.tp.all_reduce(torch.ones(1)).item()
+            assert all(one.fileno() >= 0 for one in bound), "a port was released"
+            ctx.tp.barrier()
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
     for thread in threads:
@@ -235,6 +237,7 @@ def test_no_port_is_chosen_before_it_is_bound(monkeypatch: pytest.MonkeyPatch, t
     for thread in threads:
         thread.join()
     assert results == {0: 2.0, 1: 2.0}
+    assert all(one.fileno() < 0 for one in bound)
     # And where a port is asked for, "any" is refused: nobody could be told which one it became.
     with pytest.raises(cg.LaunchError, match="port"):
         cg.World.connect("tcp://127.0.0.1:0", rank=0, world_size=2)
