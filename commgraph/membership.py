@@ -445,7 +445,7 @@ class Latecomers:
                         pass
 
     def disown(self) -> None:
-        """Close the copies of a forked child."""
+        """Close the copies of a forked child. Idempotent."""
         self._endpoint.disown()
         self._stop.close()
         self._stopped.close()
