@@ -229,12 +229,19 @@ def plan(session: nox.Session) -> None:
     session.run(str(with_torch(session, "test") / "python"), "tests/programs/planned.py", *session.posargs, external=True)
 
 
+@nox.session(venv_backend="none", default=False)
+def long(session: nox.Session) -> None:
+    """Tests of which the suite has a short form. Arguments after -- go to pytest."""
+    python = str(with_torch(session, "types") / "python")
+    session.run(python, "-m", "pytest", "-m", "long", "-n", "2", "--dist", "loadfile", *session.posargs, external=True)
+
+
 @nox.session(venv_backend="none")
 def types(session: nox.Session) -> None:
     """Strict static types, and a user's file under mypy and pyright. Arguments after -- go to mypy."""
     tools = with_torch(session, "types")
     session.run(str(tools / "mypy"), *session.posargs, external=True)
-    session.run(str(tools / "python"), "-m", "pytest", "-q", "tests/test_types.py", external=True)
+    session.run(str(tools / "python"), "-m", "pytest", "-q", "-m", "long or not long", "tests/test_types.py", external=True)
 
 
 @nox.session(venv_backend="none")

@@ -76,7 +76,7 @@ def test_a_receive_that_was_given_up_halfway_loses_nothing(scenario: Scenario) -
 
 
 def test_large_messages_that_both_sides_copy(scenario: Scenario) -> None:
-    scenario("handed_over", 60, random.randrange(1 << 32))
+    scenario("handed_over", 30, random.randrange(1 << 32))
 
 
 def test_sixteen_contexts_of_two_jobs_never_meet(scenario: Scenario) -> None:
@@ -89,7 +89,7 @@ def test_other_namespaces_are_other_hosts(scenario: Scenario) -> None:
 
 
 def test_cycles_leave_no_descriptor_thread_or_mapping(scenario: Scenario) -> None:
-    scenario("nothing_grows", 20)
+    scenario("nothing_grows", 8)
 
 
 def test_waiting_leaves_the_core_alone(scenario: Scenario) -> None:

@@ -82,6 +82,7 @@ def test_the_source_distribution_is_the_repository(unpacked: Path) -> None:
     assert not missing
 
 
+@pytest.mark.long
 def test_the_source_distribution_runs_its_own_tests(unpacked: Path) -> None:
     environ = {**os.environ, "PYTHONPATH": str(unpacked)}
     command = [

@@ -13,6 +13,8 @@ import pytest
 import commgraph as cg
 from tests.helpers import ROOT
 
+pytestmark = pytest.mark.long  # `nox -s types` runs it
+
 # Lines that end in "# error" are those that a checker must report; all others are right.
 USER = """\
 from datetime import timedelta

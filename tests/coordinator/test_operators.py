@@ -399,6 +399,7 @@ def test_the_page_lists_the_operators() -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ on the host")
+@pytest.mark.matrix
 def test_processes_compile_the_same_code(tmp_path: Path) -> None:
     """The demo's blocks on two processes, twice: equal to eager, opcheck, target beside draft; and the code is the same text each time."""
     codes = set()

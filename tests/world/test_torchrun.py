@@ -173,7 +173,7 @@ def test_a_default_group_of_torchs_stays_as_it_was(launcher: Launcher) -> None:
     well(ends)
 
 
-@pytest.mark.parametrize(("says", "ranks"), [(open_mpi, 3), (pmi, 2), (slurm, 4)])
+@pytest.mark.parametrize(("says", "ranks"), [(open_mpi, 3), (pmi, 2), (slurm, 2)])
 def test_one_node_meets_by_a_private_file(launcher: Launcher, says: Callable[[int, int], dict[str, str]], ranks: int) -> None:
     for _ in range(2):  # the second job has the name of the first, and a file of the same name
         (ends,) = launcher.run((ranks, says, ("smoke.py", "close")))
@@ -182,7 +182,7 @@ def test_one_node_meets_by_a_private_file(launcher: Launcher, says: Callable[[in
     assert (launcher.tmp / f"commgraph-{os.getuid()}").stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.long) for ranks in (3, 4))])
 def test_interpreters_that_end_with_everything_open_end_well(launcher: Launcher, ranks: int) -> None:
     """Repeated, since a gloo group that lived until the end of the interpreter aborted 2 of 12 runs."""
     for attempt in range(2):
