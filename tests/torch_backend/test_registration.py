@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, free_port
 
 PROGRAM = str(ROOT / "tests" / "programs" / "torch_front_ends.py")
 # Prints which modules of commgraph `import torch` has imported, and what makes a group of the backend, if it is known.
@@ -66,3 +67,11 @@ def test_torch_finds_the_backend_by_its_entry_point_where_it_is_asked_for(tmp_pa
     """Without being asked the entry point registers nothing: a registration changes torch's groups "cpu:gloo" of the process."""
     done = run("-c", FOUND, COMMGRAPH_TORCH_BACKEND="1" if asked else "", PYTHONPATH=installed(tmp_path))
     assert done.stdout == ("True True\ncommgraph.torch_backend.group\n" if asked else "False False\n"), done.stderr
+
+
+def test_the_program_of_the_page_runs() -> None:
+    text = (ROOT / "docs/how-to/torch-backend.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    meeting = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = run("-c", f"{program}print(model.module.weight.grad.sum().item())", **meeting)
+    assert done.stdout == "128.0\n", done.stderr
