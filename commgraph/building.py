@@ -9,7 +9,7 @@ import hmac
 import os
 import resource
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -27,9 +27,10 @@ from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.communicators.tags import SETUP, make_tag
 from commgraph.communicators.tcp_transport import TcpTransport
 from commgraph.communicators.transport import Transport
+from commgraph.coordinator.recorded import GroupRecorder
 from commgraph.coordinator.state import GroupState, Members, Network, Strategies, Timeouts
 from commgraph.deadline import Deadline
-from commgraph.errors import BackendUnavailableError, BuildError
+from commgraph.errors import BackendUnavailableError, BuildError, ConfigurationError
 from commgraph.forks import keep_for_ever
 from commgraph.hosts import Hosts
 from commgraph.meeting import STORE_ERRORS, Meeting, PeerLeftError, attend
@@ -38,6 +39,7 @@ from commgraph.platforms.base import GroupFacts, Platform
 from commgraph.platforms.detection import Plugins
 from commgraph.processes import Process
 from commgraph.reach import Reach
+from commgraph.recording import Recording
 
 __all__ = ["CONNECTING", "Builder", "Connection", "States"]
 
@@ -133,6 +135,8 @@ class Builder:
         proofs: results of probes of device memory between ranks.
         order: in which checked calls on the device are compared.
         options: of the world's own group.
+        recording: of the calls of this rank.
+        name: of the world, which no other has.
     """
 
     store: dist.Store
@@ -150,6 +154,8 @@ class Builder:
     proofs: PeerAccessCache = attrs.field(factory=PeerAccessCache)
     order: DeviceOrder = attrs.field(factory=DeviceOrder)
     options: CommunicatorOptions = attrs.field(factory=CommunicatorOptions)
+    recording: Recording = attrs.field(factory=Recording)
+    name: str = ""
 
     # Whether what it makes has to be closed.
     holds_something: ClassVar[bool] = True
@@ -158,6 +164,26 @@ class Builder:
     def owned_endpoint(self) -> Endpoint | None:
         """Where this rank listens, if this is not a part of a world, which shares it."""
         return None if self.reach is None or self.reach.name else self.reach.endpoint
+
+    def start_record(self, asked: Iterable[CommunicatorOptions], local_rank: int, meeting: Meeting) -> None:
+        """Make the record of this rank's calls, if a group asks for it. Collective over the world, whose ranks ask alike.
+
+        Args:
+            asked: options of the groups.
+            local_rank: of this rank.
+            meeting: of the build.
+
+        Raises:
+            ConfigurationError: they ask for several places.
+            BackendUnavailableError, BuildError: the record cannot be made.
+        """
+        settings = {setting: options for options in asked if (setting := options.recorded(os.environ))}
+        if len(settings) > 1:
+            raise ConfigurationError(f"groups ask for records in several places, {sorted(map(str, settings))}: a world has one record")
+        for setting, options in settings.items():
+            self.recording.start(
+                setting, options.record_calls, world=self.name, rank=self.rank, hosts=self.hosts, local_rank=local_rank, meeting=meeting
+            )
 
     def meeting(self, store: dist.Store, what: str) -> Meeting:
         """Return the meeting of all ranks of the world in which something is built now.
@@ -280,6 +306,8 @@ class Builder:
         except BaseException:
             connection.transport.close()
             raise
+        if (recorder := self.recording.recorder) is not None and options.recorded(os.environ):
+            state.recorder = GroupRecorder(recorder, uid, ranks, rank_in_group)
         self.states.add(state)
         return state
 

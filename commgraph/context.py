@@ -390,12 +390,14 @@ def build_context(
             "the options": "; ".join(
                 f"{group}: {given.describe()}{' +device' if device else ''}" for group, (given, device) in plan.items()
             ),
+            "where calls are recorded": "; ".join(f"{group}: {given.recorded(os.environ)}" for group, (given, _) in plan.items()),
             "the platform": platform.name,
             "the strategies of other packages": plugins.describe(),
             "the versions": f"commgraph {commgraph.__version__}, torch {torch.__version__}",
         }
         agree(meeting.at("begin"), facts)
         coordinators = _build_groups(world, builder, meeting, layout, f"{name}/{build}", plan, platform, plugins)
+        builder.recording.align_clocks(coordinators["world"], builder.hosts.nodes)
     meeting.clean()
     context = ParallelContext(
         name=name,
@@ -437,6 +439,8 @@ def _build_groups(
     try:
         if platform.streams(world.device) is not None and any(given.check for given, _ in plan.values()):
             builder.keep_order(meeting)
+        if builder.holds_something and len(builder.hosts.nodes) > 1:
+            builder.start_record([given for given, _ in plan.values()], world.local_rank, meeting)
         # All connections first, then the strategies: a rank whose strategies fail leaves no peer waiting for a connection.
         for first, name in uids.items():
             connections[first] = builder.connect(name, layout.ranks(first, rank), meeting, plan[first][0])

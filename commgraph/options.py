@@ -79,6 +79,19 @@ def _at_least(least: int) -> Callable[[object, attrs.Attribute[int], int], None]
     return check
 
 
+def _record(value: bool | str | Path | None) -> bool | str | None:
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str | Path) and str(value):
+        return str(value)
+    raise ConfigurationError(f"CommunicatorOptions(record={value!r}): True, False, the path of a folder, or None is needed")
+
+
+def _calls(_: object, attribute: attrs.Attribute[int], value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 64 <= value <= 1 << 27:
+        raise ConfigurationError(f"CommunicatorOptions({attribute.name}={value!r}): a number of calls is needed, 64 to {1 << 27}")
+
+
 def _count(_: object, attribute: attrs.Attribute[int | None], value: int | None) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise ConfigurationError(f"CommunicatorOptions({attribute.name}={value!r}): a number of experts is needed, 1 or more, or None")
@@ -115,6 +128,10 @@ class CommunicatorOptions:
         deterministic: one strategy for each operation whatever the size, so that results do not change with the batch size.
         experts: how many experts there are in all, evenly and in order on the ranks of a group: then `dispatch` with top-k ids sends a row
             only to the ranks whose experts it needs. None: to all.
+        record: record every call of the groups, for `commgraph doctor` and `commgraph report`: in memory that other processes on the host
+            can read while the job runs (True), in a file for each rank in the folder of that path, which stays, or not (False).
+            None: as COMMGRAPH_RECORD says (1, or a folder). A world has one record, of all its contexts that ask for it.
+        record_calls: how many calls of a rank are kept, the latest ones; each takes 128 bytes.
     """
 
     timeout: timedelta | None = attrs.field(default=None, converter=_timeout)
@@ -133,6 +150,15 @@ class CommunicatorOptions:
     custom_all_reduce_bytes: int = attrs.field(default=8 << 20, validator=_at_least(16 * 1024))
     deterministic: bool = attrs.field(default=False, validator=_is_flag)
     experts: int | None = attrs.field(default=None, validator=_count)
+    record: bool | str | None = attrs.field(default=None, converter=_record)
+    record_calls: int = attrs.field(default=1 << 16, validator=_calls)
+
+    def recorded(self, environ: Mapping[str, str]) -> bool | str:
+        """Return where calls are recorded: False, True, or a folder; `environ`: says it where `record` is None."""
+        if self.record is not None:
+            return self.record
+        said = environ.get("COMMGRAPH_RECORD", "")
+        return said if said not in ("", "0", "1") else said == "1"
 
     def isolates(self, name: str) -> bool:
         """Whether the group called `name` must share its communicators with no other."""
@@ -145,5 +171,6 @@ class CommunicatorOptions:
             f"timeout={self.timeout} host_timeout={self.host_timeout} backend={self.backend} settings={self.backend_settings} "
             f"check={self.check} isolate={isolate} shm={self.shm} message_queue={self.message_queue} shm_bytes={self.shm_bytes} "
             f"queue_bytes={self.queue_bytes} custom_all_reduce={self.custom_all_reduce} "
-            f"custom_all_reduce_bytes={self.custom_all_reduce_bytes} deterministic={self.deterministic} experts={self.experts}"
+            f"custom_all_reduce_bytes={self.custom_all_reduce_bytes} deterministic={self.deterministic} experts={self.experts} "
+            f"record={self.record} record_calls={self.record_calls}"
         )

@@ -48,6 +48,7 @@ from commgraph.platforms.base import Platform, check_platform
 from commgraph.platforms.detection import Plugins
 from commgraph.processes import Process
 from commgraph.reach import join
+from commgraph.recording import Recording
 from commgraph.rendezvous import PrivateFile, open_store, serve_store
 from commgraph.sealed import SealedStore
 from commgraph.session import open_session
@@ -132,11 +133,13 @@ class World:
         with ambient.lasting():
             self.token = ambient.zeros((), torch.float32, torch.device("meta" if device.type == "meta" else "cpu"))
         # The finalizer must not refer to the World itself, which would never be collected.
-        self._finalizer = weakref.finalize(self, _release, builder.states, builder.order, builder.owned_endpoint)
+        self._finalizer = weakref.finalize(self, _release, builder.states, builder.order, builder.owned_endpoint, builder.recording)
         if self.size > 1 and builder.holds_something:
             disown_in_children(self)
         try:
             everyone = tuple(range(self.size))
+            if self.size > 1 and builder.holds_something:
+                builder.start_record([builder.options], local_rank, meeting)
             connection = builder.connect("world", everyone, meeting, builder.options)
             # Host tensors and objects, by strategies of commgraph only: made before plugins are loaded.
             state = builder.state(
@@ -161,6 +164,7 @@ class World:
                 state.close()
                 raise
             self.group: GroupCoordinator = build_coordinator(self, "world", state)
+            builder.recording.align_clocks(self.group, builder.hosts.nodes)
         except BaseException:
             self._state.closed = True  # nothing to close, and no warning if it is not closed
             raise
@@ -421,6 +425,7 @@ class World:
                 "whether there is an authkey (COMMGRAPH_AUTHKEY or authkey=), and which": which,
                 "the versions": f"commgraph {commgraph.__version__}, torch {torch.__version__}",
                 "the platform": platform.name,
+                "where calls are recorded (COMMGRAPH_RECORD)": f"{chosen.recorded(os.environ)}",
             }
             agree(meeting.at("begin"), facts)
             meeting.leavings.extend((store, key) for key in session.leavings)
@@ -428,7 +433,20 @@ class World:
                 sealed = SealedStore(mine, hmac.digest(authkey, f"store {session.name}".encode(), "sha256"))
                 meeting = attrs.evolve(meeting, store=sealed, root=sealed)
             found = hosts.discover(meeting, label=label)
-            builder = Builder(meeting.store, rank, found, label, timeout, authkey, States(), me, processes, given=address, options=chosen)
+            builder = Builder(
+                meeting.store,
+                rank,
+                found,
+                label,
+                timeout,
+                authkey,
+                States(),
+                me,
+                processes,
+                given=address,
+                options=chosen,
+                name=session.name,
+            )
             reach, here = join(meeting, found, store, simulated=bool(label), authkey=authkey, address=address)
             builder = attrs.evolve(builder, reach=reach, address=here)
             try:
@@ -555,6 +573,8 @@ class World:
             proofs=PeerAccessCache(),
             order=DeviceOrder(),
             options=self._builder.options if options is None else check_options(options),
+            recording=Recording(),
+            name=f"{_digest([*self._builder.name.encode(), *chosen, number])}",
         )
         place = None if self.size > len(chosen) else self.local_rank
         meeting = builder.meeting(store, f"split({list(chosen)})")
@@ -782,7 +802,7 @@ class World:
             context._drop()
         self.group.close()
         if self._finalizer.detach() is not None:
-            _release(self._builder.states, self._builder.order, None)
+            _release(self._builder.states, self._builder.order, None, self._builder.recording)
         if self._state.file is not None:
             self._state.file.close()
 
@@ -873,9 +893,10 @@ def check_rank(rank: int, world_size: int) -> None:
         raise LaunchError(f"rank={rank} of world_size={world_size}: ranks are numbered 0 to world_size - 1, and there is at least one")
 
 
-def _release(states: States, order: DeviceOrder, endpoint: Endpoint | None) -> None:
+def _release(states: States, order: DeviceOrder, endpoint: Endpoint | None, recording: Recording) -> None:
     """Drop the connections and memory of a world on this rank; nothing is sent."""
     states.release()
+    recording.close()
     order.close()
     if endpoint is not None:
         endpoint.close()

@@ -30,7 +30,7 @@ LAYERS = (
     ("platforms", "accelerators"),
     ("ops",),
     ("coordinator",),
-    ("building",),
+    ("building", "recording"),
     ("context",),
     ("world",),
     ("nn", "testing", "trace", "torch_backend"),

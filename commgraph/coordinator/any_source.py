@@ -14,9 +14,11 @@ from commgraph.communicators.tags import MESSAGE, make_tag, message_text, tagged
 from commgraph.coordinator.failures import Call
 from commgraph.coordinator.operation import Group, perform
 from commgraph.coordinator.pending import ANY_RANK
+from commgraph.coordinator.recorded import TENSORS
 from commgraph.coordinator.turns import Turn
 from commgraph.deadline import Deadline
 from commgraph.errors import CollectiveTimeoutError
+from commgraph.shm.recorder import INCOMING, OUTGOING
 from commgraph.work import LaneThread
 
 __all__ = ["from_self", "receive_any", "to_self"]
@@ -45,6 +47,12 @@ def receive_any(group: Group, operation: str, x: torch.Tensor, tag: int, deadlin
     strategy = state.strategies.route("recv", x.shape, x.dtype, x.device)
 
     def act() -> int | None:
+        src = wait()
+        if src is not None and state.recorder is not None:
+            state.recorder.came_from(group.name, src)
+        return src
+
+    def wait() -> int | None:
         # A blocking call has no thread beside it that could send to itself.
         look = _FIRST if isinstance(threading.current_thread(), LaneThread) else _MOST
         while True:
@@ -71,10 +79,12 @@ def receive_any(group: Group, operation: str, x: torch.Tensor, tag: int, deadlin
             if src is not None or deadline.has_passed:
                 return src
 
-    turn, lane = Turn(), (ANY_RANK, False, tag)
+    turn, lane, message = Turn(), (ANY_RANK, False, tag), (TENSORS, INCOMING, tag)
     try:
         state.begin_message(group.name, operation, lane, turn)
-        src = perform(group, operation, state.sequence, f"recv({text}, commgraph.ANY)", deadline, act)
+        src = perform(
+            group, operation, state.sequence, f"recv({text}, commgraph.ANY)", deadline, act, [x], message=message, is_made=_has_come
+        )
     finally:
         state.turns.release(lane, turn)
     if src is None:
@@ -86,9 +96,19 @@ def receive_any(group: Group, operation: str, x: torch.Tensor, tag: int, deadlin
     return src
 
 
-def to_self(group: Group, x: torch.Tensor, tag: int) -> None:
+def _has_come(src: int | None) -> bool:
+    return src is not None
+
+
+def to_self(group: Group, operation: str, x: torch.Tensor, tag: int) -> None:
     """Keep a copy of x as the next message of this rank to itself."""
     state = group._state
+    recorder = state.recorder
+    if recorder is not None and group.world_size > 1:
+        message = (TENSORS, OUTGOING, tag)
+        token = recorder.begin(group.name, operation, 0, [x], strategy="copy", peer=group.rank_in_group, message=message)
+        if token is not None:
+            recorder.end(token)
     copy = clone(x.detach())
     streams = state.streams(x.device)
     state.own_messages.put(tag, (copy, None if streams is None else streams.record_event()))
@@ -99,7 +119,9 @@ def from_self(group: Group, operation: str, x: torch.Tensor, tag: int, deadline:
     state = group._state
     text = tagged_text(message_text(x.dtype, x.shape), tag)
     what = f"recv({text}, {group.rank_in_group})"
-    perform(group, operation, state.sequence, what, deadline, lambda: _fill(group, x, state.own_messages.take(tag, deadline)))
+    act = lambda: _fill(group, x, state.own_messages.take(tag, deadline))  # noqa: E731 - one line of what `perform` takes
+    message = (TENSORS, INCOMING, tag)
+    perform(group, operation, state.sequence, what, deadline, act, [x], strategy="copy", peer=group.rank_in_group, message=message)
 
 
 def _fill(group: Group, x: torch.Tensor, message: tuple[torch.Tensor, Any]) -> None:

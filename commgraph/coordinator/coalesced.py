@@ -241,6 +241,7 @@ class CoalescedBroadcast(Coalesced):
 
     name = "broadcast"
     routed_as = "broadcast"
+    rooted: ClassVar[bool] = True
     single: ClassVar[type[Operation]] = Broadcast
 
     @classmethod

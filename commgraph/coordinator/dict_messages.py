@@ -23,9 +23,12 @@ from commgraph.coordinator.messages import begin_message, exchange
 from commgraph.coordinator.objects import Objects, UnreadableDictError, checked_peer
 from commgraph.coordinator.operation import Group, explain, perform, run, run_generally, wait_pending, whole
 from commgraph.coordinator.pending import DICTS
+from commgraph.coordinator.recorded import DICTS as DICT_FAMILY
+from commgraph.coordinator.recorded import entry
 from commgraph.coordinator.tensor_dict import Entry, Plan, join_dict, result_tensors, split_dict
 from commgraph.coordinator.turns import Turn
 from commgraph.deadline import Deadline, Timeout
+from commgraph.shm.recorder import INCOMING, OUTGOING
 from commgraph.work import Work
 
 __all__ = ["broadcast_dict", "irecv_dict", "isend_dict", "recv_dict", "send_dict"]
@@ -110,7 +113,8 @@ def _pack(
 
     def send(deadline: Deadline, limited: bool) -> None:
         group._state.ensure_open(group.name)
-        with _claimed(group, objects, operation, dst, True) as turn:
+        message = (DICT_FAMILY, OUTGOING, 0)
+        with entry(group, operation, peer=dst, message=message), _claimed(group, objects, operation, dst, True) as turn:
             send_description(deadline)
             exchange(group, operation, rest, dst, True, Deadline.after(deadline.seconds), limited=limited, turn=turn)
 
@@ -164,7 +168,8 @@ def _receive(
 ) -> Received:
     """Receive a dict from `src`, whose slices are not gathered yet."""
     group._state.ensure_open(group.name)
-    with _claimed(group, objects, operation, src, False) as turn:
+    message = (DICT_FAMILY, INCOMING, 0)
+    with entry(group, operation, peer=src, message=message), _claimed(group, objects, operation, src, False) as turn:
         return _receive_parts(group, objects, operation, src, slicing, override, deadline, limited, turn)
 
 

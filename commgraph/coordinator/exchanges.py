@@ -178,6 +178,7 @@ class Scatter(Operation):
 
     name = "scatter"
     routed_as = "scatter"
+    rooted: ClassVar[bool] = True
     schema = "scatter(Tensor x, Group group, int src, int dim, SymInt[]? sizes, Tensor(a!) token) -> Tensor"
     ordered = True
     differentiable: ClassVar[bool] = False
@@ -254,7 +255,8 @@ class Scatter(Operation):
             checked = cls.check(group, *args)
             what = f"{cls.name}({cls.text(group.world_size, *checked)})"
             tag = make_tag(COLLECTIVE, sequence, what)
-            return perform(group, cls.name, sequence, what, deadline, lambda: cls.pieces(group, tag, deadline, header, *checked))
+            act = lambda: cls.pieces(group, tag, deadline, header, *checked)  # noqa: E731 - one line of what `perform` takes
+            return perform(group, cls.name, sequence, what, deadline, act, checked[0], peer=checked[1])
         finally:
             state.turns.release_held(header)
 

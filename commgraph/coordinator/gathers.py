@@ -190,6 +190,7 @@ class Gather(Operation):
 
     name = "gather"
     routed_as = "gather"
+    rooted: ClassVar[bool] = True
     native: ClassVar[int | None] = 4
     schema = "gather(Tensor x, Group group, int dst, int dim, SymInt[]? sizes, Tensor(a!) token) -> Tensor"
     ordered = True
@@ -253,6 +254,7 @@ class BroadcastCopy(Operation):
 
     name = "broadcast"
     routed_as = "broadcast"
+    rooted: ClassVar[bool] = True
     schema = "broadcast(Tensor x, Group group, int src) -> Tensor"
 
     @classmethod

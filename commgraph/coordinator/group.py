@@ -170,15 +170,19 @@ class GroupCoordinator(compat.OpaqueBase):
 
     def _joined(self, name: str) -> Self:
         """Make a further coordinator on the communicators of this one."""
-        coordinator = attrs.evolve(self, name=name, fast=self._open_fast())
+        coordinator = attrs.evolve(self, name=name, fast=self._open_fast(name))
         self._family.coordinators.append(coordinator)
         self._state.enter(name)
         return coordinator
 
-    def _open_fast(self) -> Any:
+    def _open_fast(self, name: str) -> Any:
         if self.world_size > 1:
-            fast = self._state.fast
-            return None if fast is None else fast.open(Describe(OPERATIONS, self), self._state.timeouts.host)
+            fast, recorder = self._state.fast, self._state.recorder
+            calls = None if fast is None else fast.open(Describe(OPERATIONS, self), self._state.timeouts.host)
+            if calls is not None and recorder is not None:
+                strategy = next((one.name for one in self._state.strategies.communicators if one.serves_host), "")
+                calls.record(recorder.native, recorder.group(name), recorder.native.text(strategy))
+            return calls
         native = native_module.load()
         return None if native is None else native_calls(native, None, None, 0)
 

@@ -33,10 +33,12 @@ from commgraph.coordinator.operation import (
     wait_pending,
 )
 from commgraph.coordinator.pending import ANY_RANK, MessageKey
+from commgraph.coordinator.recorded import TENSORS
 from commgraph.coordinator.turns import Turn
 from commgraph.deadline import Deadline, Timeout
 from commgraph.errors import ConcurrentCallError
 from commgraph.shm.kinds import KINDS
+from commgraph.shm.recorder import EXCHANGE, INCOMING, OUTGOING
 from commgraph.work import AnySource, Job, Recv, Send, Work
 
 __all__ = [
@@ -388,7 +390,9 @@ def _exchange(group: Group, operation: str, tensors: Sequence[torch.Tensor], key
         moved = [(carried(x), peer) for x, peer in pairs]
         act = partial(strategy.exchange, moved if outgoing else [], [] if outgoing else moved, tag=number, deadline=left, **how)
         try:
-            perform(group, operation, state.sequence, f"{'send' if outgoing else 'recv'}({text}, {peer})", left, act)
+            given, message = [x for x, _ in pairs], (TENSORS, OUTGOING if outgoing else INCOMING, tag)
+            what = f"{'send' if outgoing else 'recv'}({text}, {peer})"
+            perform(group, operation, state.sequence, what, left, act, given, strategy=strategy.name, peer=peer, message=message)
         except ConcurrentCallError:
             state.uncount(key)
             raise
@@ -489,7 +493,7 @@ def _under_way(
         peer, outgoing, tag = key
         if outgoing and peer == group.rank_in_group:
             for x in rest:
-                to_self(group, x, tag)
+                to_self(group, operation, x, tag)
             continue
         while rest and outgoing and _offer(group, operation, rest[0], peer, tag, seconds):
             rest.pop(0)
@@ -532,7 +536,8 @@ def _enqueue(
             left = Deadline.after(seconds if limited else state.timeouts.device)
             # Stream-ordered strategies match messages by call order and ignore the tag.
             act = partial(strategy.exchange, sends, receives, tag=make_tag(MESSAGE, 0), deadline=left)
-            perform(group, operation, state.sequence, f"{operation}({'; '.join((*going, *coming))})", left, act)
+            given, what = [x for x, _ in (*sends, *receives)], f"{operation}({'; '.join((*going, *coming))})"
+            perform(group, operation, state.sequence, what, left, act, given, strategy=strategy.name, message=(TENSORS, EXCHANGE, 0))
 
     lane = next(key for key, tensors in lanes.items() if tensors)
     task = StreamTask(state.side_streams, lane, run, [x for tensors in lanes.values() for x in tensors])
@@ -569,7 +574,8 @@ def _offer(group: Group, operation: str, x: torch.Tensor, dst: int, label: int, 
         if not state.turns.claim(key, turn):
             return False
         tag = make_tag(MESSAGE, state.counted(key), text)
-        taken = perform(group, operation, state.sequence, f"send({text}, {dst})", Deadline.after(seconds), act)
+        left, what, message = Deadline.after(seconds), f"send({text}, {dst})", (TENSORS, OUTGOING, label)
+        taken = perform(group, operation, state.sequence, what, left, act, [x], strategy="shm", peer=dst, message=message, is_made=bool)
         if taken:
             state.count(key)
     finally:

@@ -17,10 +17,13 @@ from commgraph.coordinator.failures import Call
 from commgraph.coordinator.messages import message_digest
 from commgraph.coordinator.operation import Group, deadline_of, interrupted_by
 from commgraph.coordinator.pending import ANY_RANK
+from commgraph.coordinator.recorded import TENSORS
 from commgraph.coordinator.state import GroupState
 from commgraph.deadline import Timeout
 from commgraph.shm.kinds import KINDS
-from commgraph.shm.mailbox import TENSORS, Mailbox
+from commgraph.shm.mailbox import TENSORS as RECORDS
+from commgraph.shm.mailbox import Mailbox
+from commgraph.shm.recorder import INCOMING, OUTGOING
 from commgraph.shm.stopped import Busy
 
 __all__ = ["NativeMessages"]
@@ -49,9 +52,20 @@ class NativeMessages:
         access = self._mailbox.writing[dst]
         if not access.try_take():
             return False  # another call uses the ring: the general path waits for it, or refuses
+        recorder, token, message = state.recorder, None, (TENSORS, OUTGOING, 0)
         try:
-            return bool(self._calls.send(ring, x, (dst, True, 0), timeout))
+            if recorder is not None:
+                token = recorder.begin(group.name, "send", 0, x, strategy="shm", peer=dst, message=message)
+            sent = bool(self._calls.send(ring, x, (dst, True, 0), timeout))
+            if recorder is not None and token is not None:
+                if sent:
+                    recorder.end(token)
+                else:
+                    recorder.cancel(token)
+            return sent
         except BaseException as error:
+            if recorder is not None and token is not None:
+                recorder.end(token, failed=True)
             self._end(group, "send", message_text(x.dtype, x.shape), dst, timeout, error)
         finally:
             access.give_back()
@@ -69,12 +83,23 @@ class NativeMessages:
         inbox = self._mailbox.inboxes[src]
         if not inbox.access.try_take():
             return None  # another call uses the ring: the general path waits for it, or refuses
+        recorder, token, message = state.recorder, None, (TENSORS, INCOMING, 0)
         try:
-            if inbox.has(TENSORS):
+            if inbox.has(RECORDS):
                 return None
+            if recorder is not None:
+                token = recorder.begin(group.name, "recv", 0, None, strategy="shm", peer=src, message=message)
             # None: another kind of message is asked for, or is next in the ring. The general path handles it.
-            return self._calls.recv(ring, size, kind, out, (src, False, 0), timeout)  # type: ignore[no-any-return]  # native/module_messages.c
+            received: torch.Tensor | None = self._calls.recv(ring, size, kind, out, (src, False, 0), timeout)
+            if recorder is not None and token is not None:
+                if received is None:
+                    recorder.cancel(token)
+                else:
+                    recorder.end(token, received)
+            return received
         except BaseException as error:
+            if recorder is not None and token is not None:
+                recorder.end(token, failed=True)
             shape = (size,) if type(size) is int else size
             self._end(group, "recv", message_text(dtype, shape), src, timeout, error)
         finally:

@@ -10,8 +10,11 @@ from commgraph.coordinator.failures import Call
 from commgraph.coordinator.objects import Objects, checked_peer, nothing_yet, refuse_object, unreadable
 from commgraph.coordinator.operation import Group, deadline_of, perform
 from commgraph.coordinator.pending import OBJECTS
+from commgraph.coordinator.recorded import OBJECTS as OBJECT_FAMILY
+from commgraph.coordinator.recorded import entry
 from commgraph.deadline import Deadline, Timeout
 from commgraph.shm.pickling import loads
+from commgraph.shm.recorder import INCOMING, OUTGOING
 from commgraph.work import Work
 
 __all__ = ["irecv_object", "isend_object"]
@@ -27,7 +30,8 @@ def isend_object(group: Group, objects: Objects, obj: object, dst: Any, timeout:
     jobs = []
     if peer == group.rank_in_group:
         try:
-            state.own_messages.put_object(OBJECTS, obj)
+            with entry(group, operation, peer=peer, message=(OBJECT_FAMILY, OUTGOING, 0)):
+                state.own_messages.put_object(OBJECTS, obj)
         except Exception as error:
             raise refuse_object(group, operation, obj, error) from error
     elif (send := objects.pack(group, operation, obj, peer)) is not None:
@@ -60,7 +64,8 @@ def _from_self(group: Group, operation: str, deadline: Deadline) -> Any:
         except PeerLate:
             return None
 
-    found = perform(group, operation, state.sequence, f"{operation}(...)", deadline, act)
+    me, message = group.rank_in_group, (OBJECT_FAMILY, INCOMING, 0)
+    found = perform(group, operation, state.sequence, f"{operation}(...)", deadline, act, 0, peer=me, message=message, is_made=bool)
     if found is None:
         raise nothing_yet(group, operation, state.sequence, group.rank_in_group, deadline.seconds)
     try:

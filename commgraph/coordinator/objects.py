@@ -25,11 +25,15 @@ from commgraph.coordinator.checks import BadArgument
 from commgraph.coordinator.failures import Call, call_site
 from commgraph.coordinator.operation import Group, collective, deadline_of, explain, perform, wait_pending
 from commgraph.coordinator.pending import DICTS, OBJECTS, MessageKey
+from commgraph.coordinator.recorded import DICTS as DICT_FAMILY
+from commgraph.coordinator.recorded import OBJECTS as OBJECT_FAMILY
+from commgraph.coordinator.recorded import Message, recorded
 from commgraph.coordinator.state import GroupState, Network
 from commgraph.coordinator.tensor_dict import Entry
 from commgraph.coordinator.turns import Turn
 from commgraph.deadline import LONGEST, Deadline, Timeout
 from commgraph.errors import CollectiveTimeoutError, ConcurrentCallError, ContextClosedError
+from commgraph.shm.recorder import INCOMING, OUTGOING
 from commgraph.waiting import Background
 
 __all__ = [
@@ -182,7 +186,8 @@ class NetworkObjects(Objects):
         finally:
             state.turns.release(key, turn)
         tags = make_tag(OBJECT, number, _STREAMS[kind]), make_tag(OBJECT_REST, number, _STREAMS[kind])
-        return lambda deadline: self._send_frames(group, operation, {dst: frame}, *tags, deadline)
+        message = (OBJECT_FAMILY if kind == OBJECTS else DICT_FAMILY, OUTGOING, 0)
+        return lambda deadline: self._send_frames(group, operation, {dst: frame}, *tags, deadline, message=message)
 
     def recv(self, group: Group, operation: str, src: Any, timeout: Timeout) -> Any:
         deadline, src = _begin_message(group, operation, src, "src", timeout)
@@ -194,7 +199,8 @@ class NetworkObjects(Objects):
             state.begin_message(group.name, operation, key, turn)
             number = state.counted(key)
             tags = make_tag(OBJECT, number, _STREAMS[kind]), make_tag(OBJECT_REST, number, _STREAMS[kind])
-            frame = self._await(group, operation, src, *tags, deadline)
+            message = (OBJECT_FAMILY if kind == OBJECTS else DICT_FAMILY, INCOMING, 0)
+            frame = self._await(group, operation, src, *tags, deadline, message=message)
             if frame is None:
                 raise nothing_yet(group, operation, state.sequence, src, deadline.seconds)
             state.count(key)
@@ -202,6 +208,7 @@ class NetworkObjects(Objects):
             state.turns.release(key, turn)
         return self._decode(group, operation, src, frame, f"{_STREAMS[kind]} {src} {group.rank_in_group} {number}")
 
+    @recorded
     def broadcast(self, group: Group, operation: str, obj: object, src: Any, timeout: Timeout) -> Any:
         with collective(group, operation, timeout) as (sequence, deadline):
             src = checked_peer(group, operation, src, "src", sequence)
@@ -217,6 +224,7 @@ class NetworkObjects(Objects):
             frame = self._get(group, operation, src, sequence, deadline)
         return self._decode(group, operation, src, frame, context)
 
+    @recorded
     def scatter(self, group: Group, operation: str, objs: Any, src: Any, timeout: Timeout) -> Any:
         with collective(group, operation, timeout) as (sequence, deadline):
             src, me = checked_peer(group, operation, src, "src", sequence), group.rank_in_group
@@ -249,7 +257,7 @@ class NetworkObjects(Objects):
         what = f"{operation}(src={src})"
         if (comparison := state.comparison) is not None:
             call = Call(group.name, operation, state.members, sequence)
-            perform(group, operation, sequence, what, deadline, lambda: comparison.compare(call, what, deadline))
+            perform(group, operation, sequence, what, deadline, lambda: comparison.compare(call, what, deadline), 0)
         tag, rest = make_tag(COLLECTIVE, sequence, what), make_tag(OBJECT_REST, sequence, "broadcast")
         self._send_frames(group, operation, made, tag, rest, deadline, sequence)
         return True
@@ -280,8 +288,9 @@ class NetworkObjects(Objects):
                 self._comparing[tag] = Background(lambda: comparison.compare(call, what, Deadline.after(LONGEST), at=at))
             return self._comparing[tag].wait(deadline.left())
 
-        return perform(group, operation, sequence, what, deadline, act)
+        return perform(group, operation, sequence, what, deadline, act, 0)
 
+    @recorded
     def all_gather(self, group: Group, operation: str, obj: object, timeout: Timeout) -> list[Any]:
         with collective(group, operation, timeout) as (sequence, deadline):
             if group.world_size == 1:
@@ -308,13 +317,14 @@ class NetworkObjects(Objects):
             ends = list(itertools.accumulate(sizes, initial=0))
             return [memoryview(memory)[start:end] for start, end in itertools.pairwise(ends)]
 
-        return perform(group, operation, sequence, what, deadline, act)
+        return perform(group, operation, sequence, what, deadline, act, len(frame))
 
     def _decoded(self, group: Group, operation: str, frames: Sequence[memoryview], obj: object, sequence: int) -> list[Any]:
         """Return the objects of all ranks, this rank's own one itself."""
         me = group.rank_in_group
         return [obj if i == me else self._decode(group, operation, i, frame, f"gather {i} {sequence}") for i, frame in enumerate(frames)]
 
+    @recorded
     def gather(self, group: Group, operation: str, obj: object, dst: Any, timeout: Timeout) -> list[Any] | None:
         n = group.world_size
         with collective(group, operation, timeout) as (sequence, deadline):
@@ -389,6 +399,7 @@ class NetworkObjects(Objects):
         rest: int,
         deadline: Deadline,
         sequence: int | None = None,
+        message: Message | None = None,
     ) -> None:
         # A frame that goes to several ranks is copied once.
         parts = {id(frame): _split(frame) for frame in frames.values()}
@@ -400,10 +411,23 @@ class NetworkObjects(Objects):
             if tails:
                 transport.exchange(tails, [], tag=rest, deadline=deadline)
 
-        perform(group, operation, self._state.sequence if sequence is None else sequence, f"{operation}(...)", deadline, act)
+        number, size = (
+            self._state.sequence if sequence is None else sequence,
+            sum(map(len, {id(one): one for one in frames.values()}.values())),
+        )
+        peer = -1 if message is None else next(iter(frames))
+        perform(group, operation, number, f"{operation}(...)", deadline, act, size, peer=peer, message=message)
 
     def _await(
-        self, group: Group, operation: str, src: int, tag: int, rest: int, deadline: Deadline, sequence: int | None = None
+        self,
+        group: Group,
+        operation: str,
+        src: int,
+        tag: int,
+        rest: int,
+        deadline: Deadline,
+        sequence: int | None = None,
+        message: Message | None = None,
     ) -> memoryview | None:
         """Return the next frame from `src`, None if none began to arrive in time."""
 
@@ -430,7 +454,9 @@ class NetworkObjects(Objects):
             transport.exchange([], [(staging[_INLINE:], src)], tag=rest, deadline=left)
             return memoryview(whole)
 
-        return perform(group, operation, self._state.sequence if sequence is None else sequence, f"{operation}(...)", deadline, act)
+        number = self._state.sequence if sequence is None else sequence
+        peer = -1 if message is None else src
+        return perform(group, operation, number, f"{operation}(...)", deadline, act, peer=peer, message=message, is_made=_has_come)
 
     def _network(self, group: Group) -> Network:
         """Return the connections of a group that is open; another thread may close it at any moment."""
@@ -446,6 +472,10 @@ class NetworkObjects(Objects):
             comparing.join(timeout)
         self._late.clear()
         self._comparing.clear()
+
+
+def _has_come(frame: memoryview | None) -> bool:
+    return frame is not None
 
 
 def _others(group: Group) -> list[int]:
@@ -482,7 +512,7 @@ def gather_frames(
         ends = list(itertools.accumulate(sizes, initial=0))
         return [memoryview(memory)[start:end] for start, end in itertools.pairwise(ends)]
 
-    return perform(group, operation, sequence, what, deadline, act)
+    return perform(group, operation, sequence, what, deadline, act, len(frame))
 
 
 def checked_objects(group: Group, operation: str, objs: Any, sequence: int) -> list[Any]:

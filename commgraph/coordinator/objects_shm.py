@@ -31,6 +31,9 @@ from commgraph.coordinator.objects import (
 )
 from commgraph.coordinator.operation import Group, begin, collective, deadline_of, explain, wait_pending
 from commgraph.coordinator.pending import DICTS, OBJECTS
+from commgraph.coordinator.recorded import DICTS as DICT_FAMILY
+from commgraph.coordinator.recorded import OBJECTS as OBJECT_FAMILY
+from commgraph.coordinator.recorded import entry, recorded
 from commgraph.coordinator.spans import span, spanned
 from commgraph.coordinator.state import GroupState
 from commgraph.coordinator.tensor_dict import Entry, split_dict
@@ -39,6 +42,7 @@ from commgraph.deadline import Deadline, Timeout
 from commgraph.errors import ConcurrentCallError, ContextClosedError
 from commgraph.shm.mailbox import DICT, OBJECT, PIECES, SIZES, Mailbox
 from commgraph.shm.pickling import buffer_of, loads, tensor_over
+from commgraph.shm.recorder import INCOMING, OUTGOING, bytes_of
 from commgraph.shm.stopped import TIMEOUT, Busy, Stopped
 
 __all__ = ["ShmObjects", "objects_of"]
@@ -75,29 +79,34 @@ class ShmObjects(Objects):
         mailbox = self._open(group)
         dst, timeout_ns = self._begin_message(group, operation, dst, "dst", timeout)
         parts = self._dumps(group, operation, obj)
-        try:
-            mailbox.send(dst, OBJECT, 0, parts, timeout_ns)
-        except BaseException as error:
-            self._stop(group, operation, timeout_ns, error)
+        with entry(group, operation, peer=dst, message=(OBJECT_FAMILY, OUTGOING, 0)):
+            self._grow(group, parts)
+            try:
+                mailbox.send(dst, OBJECT, 0, parts, timeout_ns)
+            except BaseException as error:
+                self._stop(group, operation, timeout_ns, error)
 
     @spanned
     def recv(self, group: Group, operation: str, src: Any, timeout: Timeout) -> Any:
         mailbox = self._open(group)
         src, timeout_ns = self._begin_message(group, operation, src, "src", timeout)
         key, turn = (src, False, OBJECTS), Turn()
-        try:
-            self._state.begin_message(group.name, operation, key, turn)
-            _, parts = mailbox.receive(src, OBJECT, timeout_ns)
-        except BaseException as error:
-            self._stop(group, operation, timeout_ns, error, awaited=src)
-        finally:
-            self._state.turns.release(key, turn)
+        with entry(group, operation, peer=src, message=(OBJECT_FAMILY, INCOMING, 0)):
+            try:
+                self._state.begin_message(group.name, operation, key, turn)
+                _, parts = mailbox.receive(src, OBJECT, timeout_ns)
+            except BaseException as error:
+                self._stop(group, operation, timeout_ns, error, awaited=src)
+            finally:
+                self._state.turns.release(key, turn)
+            self._grow(group, parts)
         try:
             return loads(parts[0], parts[1:])
         except Exception as error:
             raise unreadable(group, operation, src, error) from error
 
     @spanned
+    @recorded
     def broadcast(self, group: Group, operation: str, obj: object, src: Any, timeout: Timeout) -> Any:
         mailbox, turn = self._open(group), Turn()
         try:
@@ -116,6 +125,7 @@ class ShmObjects(Objects):
             raise unreadable(group, operation, src, error) from error
 
     @spanned
+    @recorded
     def all_gather(self, group: Group, operation: str, obj: object, timeout: Timeout) -> list[Any]:
         # Each rank puts its record for all, then reads those of all. As nobody reads before it has put its own, a record that does not fit
         # into its ring is replaced by its sizes, and follows as a tensor.
@@ -134,6 +144,7 @@ class ShmObjects(Objects):
         sequence, timeout_ns = self._begin(group, operation, timeout, turn)
         meta, call_id = self._number(operation, sequence, None)
         parts = self._dumps(group, operation, obj)
+        self._grow(group, parts)
         # A small object is one part, of bytes.
         if len(parts) == 1 and type(parts[0]) is bytes and len(parts[0]) <= mailbox.room:
             fits, record, sizes = True, parts, []
@@ -165,8 +176,12 @@ class ShmObjects(Objects):
     def pack(self, group: Group, operation: str, obj: object, dst: int) -> Callable[[Deadline], None] | None:
         mailbox, state = self._open(group), self._state
         parts = self._dumps(group, operation, obj)
+        recorder, message = state.recorder, (OBJECT_FAMILY, OUTGOING, 0)
         try:
             if state.pending.is_idle((dst, True, OBJECTS)) and mailbox.offer(dst, OBJECT, 0, parts):
+                if recorder is not None:
+                    with entry(group, operation, peer=dst, message=message):
+                        self._grow(group, parts)
                 return None
         except BaseException as error:
             self._stop(group, operation, self._timeout_ns, error)
@@ -175,14 +190,17 @@ class ShmObjects(Objects):
 
         def send(deadline: Deadline) -> None:
             timeout_ns = deadline.left_ns()
-            try:
-                self._open(group).send(dst, OBJECT, 0, kept, timeout_ns)
-            except BaseException as error:
-                self._stop(group, operation, timeout_ns, error)
+            with entry(group, operation, peer=dst, message=message):
+                self._grow(group, kept)
+                try:
+                    self._open(group).send(dst, OBJECT, 0, kept, timeout_ns)
+                except BaseException as error:
+                    self._stop(group, operation, timeout_ns, error)
 
         return send
 
     @spanned
+    @recorded
     def scatter(self, group: Group, operation: str, objs: Any, src: Any, timeout: Timeout) -> Any:
         turn = Turn()
         try:
@@ -251,6 +269,7 @@ class ShmObjects(Objects):
             self._stop(group, operation, timeout_ns, error, sequence=sequence)
         return _cut(memoryview(memory), sizes[me])
 
+    @recorded
     def gather(self, group: Group, operation: str, obj: object, dst: Any, timeout: Timeout) -> list[Any] | None:
         self._open(group)
         with collective(group, operation, timeout) as (sequence, deadline):
@@ -292,9 +311,20 @@ class ShmObjects(Objects):
         access = mailbox.writing[dst]
         if not access.try_take():
             return False  # another call uses the ring: the general path waits for it, or refuses
+        recorder, token, message = self._state.recorder, None, (DICT_FAMILY, OUTGOING, 0)
         try:
-            return mailbox.native.put_dict(mailbox.outgoing[dst], tree, 0, self._timeout_ns, 0) is True
+            if recorder is not None:
+                token = recorder.begin(group.name, "send_tensor_dict", 0, _plain_bytes(tree), strategy="shm", peer=dst, message=message)
+            sent = mailbox.native.put_dict(mailbox.outgoing[dst], tree, 0, self._timeout_ns, 0) is True
+            if recorder is not None and token is not None:
+                if sent:
+                    recorder.end(token)
+                else:
+                    recorder.cancel(token)
+            return sent
         except BaseException as error:
+            if recorder is not None and token is not None:
+                recorder.end(token, failed=True)
             self._stop(group, "send_tensor_dict", self._timeout_ns, error)
         finally:
             access.give_back()
@@ -304,10 +334,24 @@ class ShmObjects(Objects):
         if timeout is not None or not self._is_free(mailbox, src, outgoing=False):
             return None
         key, turn = (src, False, DICTS), Turn()
+        recorder, token, message = self._state.recorder, None, (DICT_FAMILY, INCOMING, 0)
         try:
             self._state.begin_message(group.name, "recv_tensor_dict", key, turn)
-            return mailbox.receive_next(src, DICT, self._timeout_ns, mailbox.unpack)
+            if recorder is not None:
+                token = recorder.begin(group.name, "recv_tensor_dict", 0, None, strategy="shm", peer=src, message=message)
+            tree: dict[Any, Any] | None = mailbox.receive_next(src, DICT, self._timeout_ns, mailbox.unpack)
+            if recorder is not None and token is not None:
+                if tree is None:
+                    recorder.cancel(token)
+                else:
+                    recorder.end(token, _plain_bytes(tree))
+            return tree
         except BaseException as error:
+            if recorder is not None and token is not None:
+                if self._state.failures.broken is None and isinstance(error, Stopped) and error.code == TIMEOUT:
+                    recorder.cancel(token)  # nothing has come yet
+                else:
+                    recorder.end(token, failed=True)
             self._stop(group, "recv_tensor_dict", self._timeout_ns, error, awaited=src)
         finally:
             self._state.turns.release(key, turn)
@@ -322,10 +366,19 @@ class ShmObjects(Objects):
         try:
             sequence, timeout_ns = self._begin(group, "broadcast_tensor_dict", None, turn)
             meta, call_id = self._number("broadcast_tensor_dict", sequence, src)
+            recorder, token = state.recorder, None
             try:
+                if recorder is not None:
+                    token = recorder.begin(group.name, "broadcast_tensor_dict", sequence, _plain_bytes(tree), strategy="shm", peer=src)
                 if mailbox.native.put_dict(mailbox.mine, tree, meta, timeout_ns, call_id):
+                    if recorder is not None and token is not None:
+                        recorder.end(token)
                     return True
+                if recorder is not None and token is not None:
+                    recorder.cancel(token)
             except BaseException as error:
+                if recorder is not None and token is not None:
+                    recorder.end(token, failed=True)
                 self._stop(group, "broadcast_tensor_dict", timeout_ns, error, sequence=sequence, take_back=True)
             state.uncount_collective()
         finally:
@@ -342,6 +395,7 @@ class ShmObjects(Objects):
         # Tensors that are sent by their addresses live as long as this can be called.
         def send(deadline: Deadline, kept: Sequence[torch.Tensor] = tensors) -> None:
             mailbox, timeout_ns = self._open(group), deadline.left_ns()
+            self._grow(group, parts[1:])
             try:
                 with span(group, operation):
                     mailbox.send(dst, DICT, 0, parts, timeout_ns)
@@ -357,6 +411,7 @@ class ShmObjects(Objects):
             _, parts = mailbox.receive(src, DICT, timeout_ns)
         except BaseException as error:
             self._stop(group, operation, int(deadline.seconds * 1e9), error, awaited=src)
+        self._grow(group, parts[1:])
         tree = mailbox.unpack(parts)
         if tree is None:
             return _joined(group, operation, src, parts)
@@ -412,9 +467,18 @@ class ShmObjects(Objects):
         """Count a collective, as `begin` does; return its number and its deadline in nanoseconds."""
         pending = self._state.pending
         if timeout is None and not pending.lanes and pending.side_streams is None:
-            return self._state.begin(group.name, operation, turn), self._timeout_ns
-        sequence, deadline = begin(group, operation, timeout, turn)
-        return sequence, deadline.left_ns()
+            sequence, timeout_ns = self._state.begin(group.name, operation, turn), self._timeout_ns
+        else:
+            sequence, deadline = begin(group, operation, timeout, turn)
+            timeout_ns = deadline.left_ns()
+            if (recorder := self._state.recorder) is not None:
+                recorder.number(group.name, sequence)  # after those that were begun before it
+        return sequence, timeout_ns
+
+    def _grow(self, group: Group, parts: Sequence[Any]) -> None:
+        """Add the bytes of parts to the entry of the call under way; of a dict those behind its description."""
+        if (recorder := self._state.recorder) is not None:
+            recorder.add(group.name, bytes_of(parts))
 
     def _begin_message(self, group: Group, operation: str, peer: Any, name: str, timeout: Timeout) -> tuple[int, int]:
         """Wait for pending messages with that peer; return the peer and the deadline in nanoseconds."""
@@ -442,6 +506,7 @@ class ShmObjects(Objects):
             # The others wait for this call's record, and get that of the next call.
             self._state.uncount_collective()
             raise
+        self._grow(group, parts[1:] if kind == DICT else parts)
         try:
             mailbox.broadcast(kind, meta, parts, timeout_ns, call_id)
         except BaseException as error:
@@ -455,6 +520,7 @@ class ShmObjects(Objects):
                 raise CallsDiffer(src)
         except BaseException as error:
             self._stop(group, operation, timeout_ns, error, sequence=sequence, awaited=src, take_back=True)
+        self._grow(group, parts[1:] if kind == DICT else parts)
         return parts
 
     def _number(self, operation: str, sequence: int, src: int | None) -> tuple[int, int]:
@@ -527,6 +593,11 @@ class ShmObjects(Objects):
     def join(self, timeout: float) -> None:
         # There is no thread to wait for; the rings' memory is unmapped with their last reference.
         self._mailbox = None
+
+
+def _plain_bytes(tree: Any) -> int:
+    """Return the bytes of the tensors in a plain dict."""
+    return sum([value.nbytes for value in tree.values() if isinstance(value, torch.Tensor)]) if type(tree) is dict else 0
 
 
 def _to_line(part: Any) -> bytes:

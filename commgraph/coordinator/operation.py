@@ -23,6 +23,7 @@ from commgraph.communicators.tags import COLLECTIVE, digest, make_tag
 from commgraph.coordinator import checks
 from commgraph.coordinator.checks import BadArgument, Place
 from commgraph.coordinator.failures import EXPECTED, Call, call_site, concurrent
+from commgraph.coordinator.recorded import Message
 from commgraph.coordinator.spans import span
 from commgraph.coordinator.state import GroupState
 from commgraph.coordinator.turns import Turn
@@ -107,6 +108,9 @@ class Operation:
 
     carries: ClassVar[bool] = True
     """Whether `serve` gets tensors of dtypes that torch does not copy as their bytes; if not it takes care of them itself."""
+
+    rooted: ClassVar[bool] = False
+    """Whether the second argument is the rank that gives or gets everything."""
 
     dims: ClassVar[tuple[int, ...]] = ()
     """Which of the arguments behind x are dimensions of it."""
@@ -352,7 +356,8 @@ def _run_generally(operation: type[Operation], group: Group, args: tuple[Any, ..
         raise explain(error, group, operation.name, sequence) from None
     state = group._state
     moved = carry(checked) if operation.carries else checked
-    strategy = state.strategies.route(operation.routed_as, *operation.routed_by(*moved))
+    routed = operation.routed_by(*moved)
+    strategy = state.strategies.route(operation.routed_as, *routed)
     what = f"{operation.name}({operation.text(n, *checked)})"
     if timeout is None and strategy.stream_ordered:
         deadline = Deadline.after(state.timeouts.device)
@@ -365,7 +370,20 @@ def _run_generally(operation: type[Operation], group: Group, args: tuple[Any, ..
         result = operation.serve(group, strategy, make_tag(COLLECTIVE, sequence, what), deadline, *moved)
         return result if moved is checked else bring_back(result, moved, checked)
 
-    return perform(group, operation.name, sequence, what, deadline, act)
+    about = {} if state.recorder is None else _about(operation, strategy, checked, routed)
+    return perform(group, operation.name, sequence, what, deadline, act, **about)
+
+
+def _about(operation: type[Operation], strategy: Communicator, checked: tuple[Any, ...], routed: tuple[Any, ...]) -> dict[str, Any]:
+    """Return what the record of calls holds of a collective; of one with a list of tensors each has its arguments in `checked`."""
+    coalesced = bool(checked) and isinstance(checked[0], tuple)
+    first = checked[0] if coalesced else checked
+    return {
+        "moved": [part[0] for part in checked] if coalesced else first[0] if first else None,
+        "strategy": strategy.name,
+        "peer": first[1] if operation.rooted and first else -1,
+        "reduction": routed[3] if len(routed) > 3 else None,
+    }
 
 
 def carry(checked: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -384,7 +402,21 @@ def bring_back(result: Any, moved: Any, checked: Any) -> Any:
     return None if result is None else result.view(checked[0].dtype)
 
 
-def perform(group: Group, operation: str, sequence: int, what: str, deadline: Deadline, act: Callable[[], T]) -> T:
+def perform(
+    group: Group,
+    operation: str,
+    sequence: int,
+    what: str,
+    deadline: Deadline,
+    act: Callable[[], T],
+    moved: Any = None,
+    *,
+    strategy: str | None = None,
+    peer: int = -1,
+    message: Message | None = None,
+    reduction: str | None = None,
+    is_made: Callable[[T], bool] | None = None,
+) -> T:
     """Do what meets the peers, and turn a failure into the public error, which breaks the group and releases the peers.
 
     Args:
@@ -394,14 +426,31 @@ def perform(group: Group, operation: str, sequence: int, what: str, deadline: De
         what: the call with its arguments, as text.
         deadline: of the call.
         act: does it.
+        moved, strategy, peer, message, reduction: for the record of calls (`GroupRecorder.begin`).
+        is_made: whether such a result is that of a call that was made; None: every result is.
     """
+    recorder, token = group._state.recorder, None
     try:
         with ambient.shelter(), span(group, operation):
-            return act()
+            if recorder is not None:
+                token = recorder.begin(
+                    group.name, operation, sequence, moved, strategy=strategy, peer=peer, message=message, reduction=reduction
+                )
+            result = act()
+            if recorder is not None and token is None and isinstance(result, memoryview):
+                recorder.add(group.name, result)
+            elif recorder is not None and token is not None:
+                if is_made is not None and not is_made(result):
+                    recorder.cancel(token)
+                else:
+                    recorder.end(token, result if moved is None and isinstance(result, torch.Tensor | memoryview) else None)
+        return result
     except EXPECTED as error:
         group._state.failures.end(Call(group.name, operation, group._state.members, sequence), what, deadline.seconds, error)
     except Busy:
         # A signal handler calls for another kind of message of a ring that the call around it uses; nothing was sent.
+        if recorder is not None and token is not None:
+            recorder.cancel(token)
         raise concurrent(Call(group.name, operation, group._state.members, sequence), message=True) from None
     except BaseException as error:
         state, call = group._state, Call(group.name, operation, group._state.members, sequence)
@@ -411,6 +460,9 @@ def perform(group: Group, operation: str, sequence: int, what: str, deadline: De
         if state.strategies.has_aborted:
             state.failures.break_off(call, interrupted_by(error, what))
         raise
+    finally:
+        if recorder is not None and token is not None:
+            recorder.end(token, failed=True)  # where it is open still
 
 
 def begin(group: Group, operation: str, timeout: Timeout, turn: Turn) -> tuple[int, Deadline]:
@@ -468,10 +520,16 @@ def whole(group: Group, operation: str, timeout: Timeout) -> Iterator[None]:
     held = state.turns.claim_whole()
     if held is None:
         raise state.refused(group.name, operation)
+    recorder = state.recorder
+    token = None if recorder is None else recorder.begin(group.name, operation, state.sequence, outer=True)
     try:
         yield
+        if recorder is not None and token is not None:
+            recorder.end(token)
     finally:
         state.turns.release_held(held)
+        if recorder is not None and token is not None:
+            recorder.end(token, failed=True)  # where it is open still
 
 
 def count_in_turn(group: Group, operation: str) -> None:

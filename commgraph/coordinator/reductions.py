@@ -125,6 +125,7 @@ class Reduce(Operation):
 
     name = "reduce"
     routed_as = "reduce"
+    rooted: ClassVar[bool] = True
     native: ClassVar[int | None] = 3
     schema = "reduce(Tensor x, Group group, int dst, str op, Tensor(a!) token) -> Tensor"
     ordered = True
@@ -175,6 +176,7 @@ class ReduceOnOne(Operation):
 
     name = "reduce_on_one"
     routed_as = "reduce"
+    rooted: ClassVar[bool] = True
     schema = "reduce_on_one(Tensor x, Group group, int dst) -> Tensor"
 
     @classmethod

@@ -12,7 +12,7 @@ from torch.profiler import record_function
 
 from commgraph import compat
 
-__all__ = ["Named", "span", "spanned"]
+__all__ = ["Named", "context_of", "span", "spanned"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -32,12 +32,18 @@ class Named(Protocol):
     def _state(self) -> Any: ...
 
 
+def context_of(uid: str) -> str:
+    """Return the name of the context of a group with that uid; empty for groups of a world."""
+    found = _OF_CONTEXT.fullmatch(uid)
+    return "" if found is None else found[1]
+
+
 def span(group: Named, operation: str) -> contextlib.AbstractContextManager[Any]:
     """Return the span of a call on a group."""
     if not compat.is_profiling():
         return contextlib.nullcontext()
-    found = _OF_CONTEXT.fullmatch(group._state.members.uid)
-    return record_function("/".join(([] if found is None else [found[1]]) + [group.name, operation]))
+    context = context_of(group._state.members.uid)
+    return record_function("/".join(([context] if context else []) + [group.name, operation]))
 
 
 def spanned(method: Callable[P, T]) -> Callable[P, T]:

@@ -22,6 +22,7 @@ from commgraph.coordinator.failures import Call, Failures, Members, concurrent
 from commgraph.coordinator.order import Comparison
 from commgraph.coordinator.own_messages import OwnMessages
 from commgraph.coordinator.pending import ANY_RANK, LaneKey, Pending
+from commgraph.coordinator.recorded import GroupRecorder
 from commgraph.coordinator.torch_groups import TorchGroups
 from commgraph.coordinator.turns import Turn, Turns
 from commgraph.deadline import Deadline
@@ -191,6 +192,8 @@ class GroupState:
         notes = self.detects if self.detects is not None and self.detects.has_notes else None
         self.failures = Failures(members, None if network is None else network.store, self._abort, notes)
         self.torch_groups = TorchGroups(self)
+        # Records the calls; None where they are not recorded.
+        self.recorder: GroupRecorder | None = None
         # A `commgraph.coordinator.native_messages.NativeMessages`, or None.
         self.native_messages: Any = None
         self._order = order
@@ -320,7 +323,7 @@ class GroupState:
         self.strategies = Strategies(self.members)
         self.counter = _Counter()
         self.turns = Turns(self.counter.claims, self.counter)
-        self.fast = self.mailbox = self.native_messages = self.network = self.comparison = self.rebuild = None
+        self.fast = self.mailbox = self.native_messages = self.network = self.comparison = self.rebuild = self.recorder = None
 
     def _abort(self) -> None:
         self.strategies.abort()
@@ -360,4 +363,5 @@ class GroupState:
         self.fast = None
         self.network = None
         self.comparison = None
+        self.recorder = None
         self.failures.forget()

@@ -21,6 +21,7 @@ from commgraph.forks import disown_in_children
 from commgraph.shm import native_module
 from commgraph.shm.queue_memory import QueueMemory
 from commgraph.shm.queue_sides import MemoryReader, Side, SocketReader, Timeout, Writer
+from commgraph.shm.recorded_queue import side_of
 from commgraph.shm.remote import Incoming, Secret
 
 __all__ = ["MessageQueue", "QueueHandle"]
@@ -102,10 +103,10 @@ class MessageQueue:
 
     def __init__(self, side: Side, handle: QueueHandle, reader: int | None) -> None:
         """Not for users: see `create` and `attach`."""
-        self._side = side
+        self._side = side_of(side, os.environ, handle.n_readers, reader)
         self._handle = handle
         self._reader = reader
-        self._finalizer = weakref.finalize(self, side.release)
+        self._finalizer = weakref.finalize(self, self._side.release)
         disown_in_children(self)
 
     @classmethod

@@ -18,15 +18,15 @@ __all__ = ["create", "open_peer"]
 _SEALS = 0x0002 | 0x0004  # F_SEAL_SHRINK | F_SEAL_GROW
 
 
-def create(nbytes: int) -> int:
-    """Return a descriptor of `nbytes` of zeroed memory.
+def create(nbytes: int, name: str = "commgraph") -> int:
+    """Return a descriptor of `nbytes` of zeroed memory; `name` is shown in ``/proc``.
 
     Raises:
         BuildError: there is no memory for it, saying how much is needed.
     """
     fd = -1
     try:
-        fd = os.memfd_create("commgraph", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.fchmod(fd, 0o600)  # a memfd is open to every user at first
         os.posix_fallocate(fd, 0, nbytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)

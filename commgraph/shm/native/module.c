@@ -1,5 +1,5 @@
 #define _GNU_SOURCE
-#include "module.h"
+#include "recorder.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -438,7 +438,8 @@ static int module_exec(PyObject *module) {
         add_type(module, &state->group, &group_spec) < 0 || add_type(module, &state->ring, &ring_spec) < 0 ||
         add_type(module, &state->tensors, &tensors_spec) < 0 || add_type(module, &state->fast, &fast_spec) < 0 ||
         add_type(module, &state->messages, &messages_spec) < 0 || add_type(module, &state->net, &net_spec) < 0 ||
-        add_type(module, &state->late, &late_spec) < 0 || add_type(module, &state->link_group, &link_group_spec) < 0)
+        add_type(module, &state->late, &late_spec) < 0 || add_type(module, &state->link_group, &link_group_spec) < 0 ||
+        add_type(module, &state->recorder, &recorder_spec) < 0)
         return -1;
     state->requires_grad = PyUnicode_InternFromString("requires_grad");
     state->is_neg = PyUnicode_InternFromString("is_neg");
@@ -476,6 +477,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg) {
     Py_VISIT(state->net);
     Py_VISIT(state->late);
     Py_VISIT(state->link_group);
+    Py_VISIT(state->recorder);
     Py_VISIT(state->timedelta);
     return 0;
 }

@@ -18,7 +18,7 @@ typedef struct {
 
 typedef struct {
     PyObject *stopped, *busy; /* exceptions */
-    PyTypeObject *segment, *pool, *block, *team, *group, *ring, *tensors, *fast, *messages, *net, *late, *link_group, *timedelta;
+    PyTypeObject *segment, *pool, *block, *team, *group, *ring, *tensors, *fast, *messages, *net, *late, *link_group, *recorder, *timedelta;
     PyObject *requires_grad, *is_neg, *version, *total_seconds; /* names, interned */
     turn turn;
 } module_state;

@@ -5,6 +5,7 @@
  * alike, so that ranks may take different ones. The last argument of each is the timeout of the coordinator's method: seconds, a timedelta,
  * or None. */
 #include "module_tensors.h"
+#include "recorder.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -16,6 +17,10 @@ typedef struct {
     PyObject *filled;
     uint32_t digest;
     int64_t timeout_ns;
+    const char *name;
+    const view *viewed;
+    PyObject *const *args;
+    cg_entry *entry; /* in the record of calls; NULL if there is none */
 } native_call;
 
 /* An all_reduce that was begun and has not been ended. */
@@ -27,6 +32,7 @@ typedef struct {
     size_t count;
     int dtype, op;
     cg_call call;
+    cg_entry *entry;
 } half_done;
 
 typedef struct {
@@ -37,6 +43,8 @@ typedef struct {
     int64_t timeout_ns; /* of calls without a timeout of their own */
     half_done begun;
     int open;           /* 0 after close(), which may have dropped the group */
+    Recorder *recorder; /* NULL: calls are not recorded */
+    uint16_t group_text, strategy_text;
 } FastCalls;
 
 static int parse_op(PyObject *name) {
@@ -63,6 +71,9 @@ static int reduces(const view *v, int *dtype, int *op) {
  * the cache, calls with equal tensors and different arguments. 0 with an error set. */
 static int prepare(FastCalls *fast, Calls *group, const char *name, int operation, const view *v, int64_t extra, PyObject *const *args, int n_args,
                    native_call *call) {
+    call->name = name;
+    call->viewed = v;
+    call->args = args;
     int kind = v->kind.code << 8 | v->kind.bits;
     uint64_t hash = ((uint64_t)operation << 32 ^ (uint64_t)kind << 16 ^ (uint64_t)extra) * 0x9E3779B97F4A7C15ull;
     for (int i = 0; i < v->ndim; i++) hash = (hash ^ (uint64_t)v->shape[i]) * 0x9E3779B97F4A7C15ull;
@@ -101,7 +112,8 @@ static PyObject *result_for(FastCalls *fast, Calls *group, PyObject *given, cons
 }
 
 /* The return value of a call with x, or NULL with the exception set. */
-static PyObject *finish_call(Calls *group, int result, int who, PyObject *x, PyObject *value) {
+static PyObject *finish_call(const native_call *call, Calls *group, int result, int who, PyObject *x, PyObject *value) {
+    record_end(call->entry, result == CG_OK ? ENTRY_DONE : ENTRY_FAILED);
     if (result == CG_OK) return value;
     /* If other ranks may still access x and the result, both stay for ever. */
     if (group->carrier->exposes(group)) Py_INCREF(x);
@@ -113,6 +125,24 @@ static PyObject *finish_call(Calls *group, int result, int who, PyObject *x, PyO
 static void mark_filled(void *of) {
     native_call *call = of;
     if (!mark_as_written(call->tensors, call->filled)) PyErr_WriteUnraisable(call->filled);
+}
+
+/* Begins the entry of a call in the record. The second argument of the operations with a root is that rank; `op` is a name. */
+static cg_entry *record(FastCalls *fast, const Calls *group, const native_call *call) {
+    static const struct {
+        const char *name;
+        int root, op;
+    } forms[] = {{"all_reduce", 0, 1}, {"all_reduce_", 0, 1}, {"reduce_scatter", 0, 2}, {"reduce_scatterv", 0, 3}, {"reduce", 1, 2},
+                 {"broadcast", 1, 0}, {"gather", 1, 0}, {"scatter", 1, 0}};
+    static const char *const ops[CG_OPS] = {"sum", "avg", "max", "min", "product"};
+    int root = -1, op = -1;
+    for (size_t i = 0; i < sizeof forms / sizeof *forms; i++)
+        if (strcmp(forms[i].name, call->name) == 0) {
+            if (forms[i].root) root = (int)PyLong_AsLong(call->args[1]);
+            if (forms[i].op) op = parse_op(call->args[forms[i].op]);
+            break;
+        }
+    return record_begin(fast->recorder, call->name, fast->group_text, fast->strategy_text, group->sequence, call->viewed, root, op < 0 ? NULL : ops[op]);
 }
 
 static int is_usable(const FastCalls *fast, const Calls *group) {
@@ -145,17 +175,20 @@ static int is_claimed(const Calls *group) {
 static int begin(FastCalls *fast, Calls *group, native_call *call, int operation, int64_t timeout_ns, PyObject *filled, size_t bytes) {
     const cg_carrier *carrier = group->carrier;
     int keep = carrier->keeps(group, bytes);
-    if (!is_usable(fast, group)) return 0;
+    cg_entry *entry = fast->recorder == NULL ? NULL : record(fast, group, call); /* first: it makes objects, and Python may collect garbage */
+    if (!is_usable(fast, group)) return record_cancel(entry), 0;
     if (group->begun || is_claimed(group)) {
+        record_cancel(entry);
         PyErr_SetString(state_of((PyObject *)fast)->busy, "another call of this very group is under way: one thread at a time may use it");
         return 0;
     }
-    if (!carrier->claim(group)) return 0;
+    if (!carrier->claim(group)) return record_cancel(entry), 0;
     if (filled != NULL && !keep && !mark_as_written(fast->tensors, filled)) {
+        record_cancel(entry);
         carrier->unclaim(group);
         return 0;
     }
-    *call = (native_call){.tensors = fast->tensors, .filled = filled, .digest = call->digest, .timeout_ns = timeout_ns};
+    *call = (native_call){.tensors = fast->tensors, .filled = filled, .digest = call->digest, .timeout_ns = timeout_ns, .entry = entry};
     call->call.tag = make_tag(0, group->sequence++, call->digest); /* 0: a collective */
     call->call.call = call_word(group, operation);
     if (filled != NULL && keep) call->call.meanwhile = mark_filled, call->call.of = call;
@@ -202,7 +235,7 @@ static PyObject *do_all_reduce_(FastCalls *fast, Calls *group, PyObject *const *
         return not_handled();
     int result = group->carrier->all_reduce(group, &call.call, v.data, v.data, v.bytes / v.size, dtype, op, 1, &who);
     end_call(group);
-    return finish_call(group, result, who, args[0], Py_NewRef(Py_True));
+    return finish_call(&call, group, result, who, args[0], Py_NewRef(Py_True));
 }
 
 static PyObject *do_all_reduce(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
@@ -223,7 +256,7 @@ static PyObject *do_all_reduce(FastCalls *fast, Calls *group, PyObject *const *a
     }
     int result = group->carrier->all_reduce(group, &call.call, v.data, out, v.bytes / v.size, dtype, op, 0, &who);
     end_call(group);
-    return finish_call(group, result, who, args[0], tensor);
+    return finish_call(&call, group, result, who, args[0], tensor);
 }
 
 /* Begins an all_reduce. Native calls of the group are refused until `end_all_reduce`; the caller of this module orders all others after it. */
@@ -245,6 +278,7 @@ static PyObject *do_begin_all_reduce(FastCalls *fast, Calls *group, PyObject *co
         return not_handled();
     }
     half.call = call.call;
+    half.entry = call.entry;
     half.call.deadline = deadline_after(timeout);
     cg_all_reduce_begin(&shared->group, &half.call, half.from, half.count, dtype);
     end_work(shared->team);
@@ -276,6 +310,7 @@ static PyObject *fast_end_all_reduce(PyObject *self, PyObject *unused) {
         leave(group->team);
     }
     group->calls.begun = 0;
+    record_end(half.entry, result == CG_OK ? ENTRY_DONE : ENTRY_FAILED);
     if (result != CG_OK) {
         group->calls.enabled = 0;
         if (!PyErr_Occurred()) raise_stopped(self, result, who);
@@ -313,7 +348,7 @@ static PyObject *do_all_gather(FastCalls *fast, Calls *group, PyObject *const *a
     }
     int result = group->carrier->gatherv(group, &call.call, v.data, bytes, into, -1, &who);
     end_call(group);
-    return finish_call(group, result, who, args[0], out);
+    return finish_call(&call, group, result, who, args[0], out);
 }
 
 static PyObject *do_reduce_scatter(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
@@ -341,7 +376,7 @@ static PyObject *do_reduce_scatter(FastCalls *fast, Calls *group, PyObject *cons
     }
     int result = group->carrier->reduce_scatter(group, &call.call, pieces, data, dtype, op, &who);
     end_call(group);
-    return finish_call(group, result, who, args[0], out);
+    return finish_call(&call, group, result, who, args[0], out);
 }
 
 static PyObject *all_to_all_by_sizes(FastCalls *fast, Calls *group, PyObject *const *args, const view *v, int dim, int64_t timeout);
@@ -371,7 +406,7 @@ static PyObject *do_all_to_all(FastCalls *fast, Calls *group, PyObject *const *a
     }
     int result = group->carrier->all_to_allv(group, &call.call, sends, receives, &who);
     end_call(group);
-    return finish_call(group, result, who, args[0], out);
+    return finish_call(&call, group, result, who, args[0], out);
 }
 
 static PyObject *do_broadcast(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
@@ -390,7 +425,7 @@ static PyObject *do_broadcast(FastCalls *fast, Calls *group, PyObject *const *ar
         return not_handled();
     int result = group->carrier->broadcast(group, &call.call, v.data, v.bytes, (int)src, &who);
     end_call(group);
-    return finish_call(group, result, who, args[0], Py_NewRef(Py_True));
+    return finish_call(&call, group, result, who, args[0], Py_NewRef(Py_True));
 }
 
 static PyObject *do_barrier(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
@@ -405,7 +440,7 @@ static PyObject *do_barrier(FastCalls *fast, Calls *group, PyObject *const *args
         return not_handled();
     int result = group->carrier->barrier(group, &call.call, &who);
     end_call(group);
-    return finish_call(group, result, who, Py_None, Py_NewRef(Py_True));
+    return finish_call(&call, group, result, who, Py_None, Py_NewRef(Py_True));
 }
 
 /* Operations with pieces of any sizes, and operations with a root. */
@@ -496,7 +531,7 @@ static PyObject *do_all_gatherv(FastCalls *fast, Calls *group, PyObject *const *
     limit(&call.call, row * (size_t)shape[dim], timeout);
     int result = group->carrier->gatherv(group, &call.call, v.data, bytes, into, -1, &who);
     end_call(group);
-    return finish_call(group, result, who, args[0], out);
+    return finish_call(&call, group, result, who, args[0], out);
 }
 
 static PyObject *do_gather(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
@@ -529,7 +564,7 @@ static PyObject *do_gather(FastCalls *fast, Calls *group, PyObject *const *args,
     limit(&call.call, row * (size_t)shape[dim], timeout);
     int result = group->carrier->gatherv(group, &call.call, v.data, bytes, into, dst, &who);
     end_call(group);
-    return finish_call(group, result, who, args[0], out);
+    return finish_call(&call, group, result, who, args[0], out);
 }
 
 static PyObject *do_reduce_scatterv(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
@@ -556,7 +591,7 @@ static PyObject *do_reduce_scatterv(FastCalls *fast, Calls *group, PyObject *con
         return Py_DECREF(out), not_handled();
     int result = group->carrier->reduce_scatter(group, &call.call, pieces, data, dtype, op, &who);
     end_call(group);
-    return finish_call(group, result, who, args[0], out);
+    return finish_call(&call, group, result, who, args[0], out);
 }
 
 static PyObject *do_reduce(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
@@ -579,7 +614,7 @@ static PyObject *do_reduce(FastCalls *fast, Calls *group, PyObject *const *args,
         return Py_DECREF(out), not_handled();
     int result = group->carrier->reduce_scatter(group, &call.call, pieces, data, dtype, op, &who);
     end_call(group);
-    return finish_call(group, result, who, args[0], out);
+    return finish_call(&call, group, result, who, args[0], out);
 }
 
 /* `all_to_all` along one dimension, by sizes. */
@@ -604,7 +639,7 @@ static PyObject *all_to_all_by_sizes(FastCalls *fast, Calls *group, PyObject *co
     limit(&call.call, v->bytes + row_bytes(v, dim) * (size_t)shape[dim], timeout);
     int result = group->carrier->all_to_allv(group, &call.call, sends, receives, &who);
     end_call(group);
-    return finish_call(group, result, who, args[0], out);
+    return finish_call(&call, group, result, who, args[0], out);
 }
 
 /* The header before the pieces of a scatter, equal to that of commgraph/coordinator/exchanges.py: DLPack's code and bits, dim, number of
@@ -645,7 +680,7 @@ static PyObject *do_scatter(FastCalls *fast, Calls *group, PyObject *const *args
     group->carrier->end_work(group);
     if (result != CG_OK) {
         group->carrier->unclaim(group);
-        return finish_call(group, result, who, args[0], Py_NewRef(Py_None));
+        return finish_call(&call, group, result, who, args[0], Py_NewRef(Py_None));
     }
     /* Every rank knows from the header which pieces follow. A tensor that is not plain is left to the general path, which continues after
      * the header. */
@@ -660,7 +695,16 @@ static PyObject *do_scatter(FastCalls *fast, Calls *group, PyObject *const *args
         v.bytes = v.size;
         for (int i = 0; i < v.ndim; i++) v.bytes *= (size_t)v.shape[i];
     }
+    if (call.entry != NULL && plain) {
+        view piece = v;
+        if (me != src) {
+            piece.shape[dim] = sizes[me];
+            piece.bytes = v.bytes / (size_t)v.shape[dim] * (size_t)sizes[me];
+        }
+        record_tensor(fast->recorder, call.entry, &piece);
+    }
     if (!plain) {
+        record_cancel(call.entry); /* the general path begins one */
         PyObject *numbers = PyList_New(0);
         for (int i = 0; numbers != NULL && i < HEADER_FIXED + HEADER_DIMS + n; i++) {
             PyObject *number = PyLong_FromLongLong(header[i]);
@@ -678,6 +722,7 @@ static PyObject *do_scatter(FastCalls *fast, Calls *group, PyObject *const *args
     char *data;
     PyObject *out = new_tensor(fast->tensors, group->pool, v.kind, v.ndim, shape, v.bytes / (size_t)v.shape[dim] * (size_t)sizes[me], &data);
     if (out == NULL) {
+        record_end(call.entry, ENTRY_FAILED);
         group->carrier->unclaim(group);
         return NULL;
     }
@@ -690,7 +735,7 @@ static PyObject *do_scatter(FastCalls *fast, Calls *group, PyObject *const *args
     group->carrier->begin_work(group, group->carrier->keeps(group, v.bytes));
     result = group->carrier->all_to_allv(group, &call.call, sends, receives, &who);
     end_call(group);
-    return finish_call(group, result, who, args[0], out);
+    return finish_call(&call, group, result, who, args[0], out);
 }
 
 static PyObject *fast_close(PyObject *self, PyObject *unused) {
@@ -739,6 +784,19 @@ int set_number(PyObject *self, PyObject *value, void *field) {
     if (*name == 's') calls->sequence = number;
     else *(*name == 'e' ? &calls->enabled : &calls->paused) = (int)number;
     return 0;
+}
+
+static PyObject *fast_record(PyObject *self, PyObject *args) {
+    PyObject *recorder;
+    int group, strategy;
+    if (!PyArg_ParseTuple(args, "Oii", &recorder, &group, &strategy)) return NULL;
+    FastCalls *fast = (FastCalls *)self;
+    if (recorder_of(self, recorder) == NULL) return NULL;
+    Py_XDECREF((PyObject *)fast->recorder);
+    fast->recorder = (Recorder *)Py_NewRef(recorder);
+    fast->group_text = (uint16_t)group;
+    fast->strategy_text = (uint16_t)strategy;
+    Py_RETURN_NONE;
 }
 
 /* The methods hold the group: Python code that a call runs, and other threads while it waits, may close it. */
@@ -790,6 +848,7 @@ static void fast_dealloc(PyObject *self) {
     Py_XDECREF((PyObject *)((FastCalls *)self)->group);
     Py_XDECREF((PyObject *)((FastCalls *)self)->tensors);
     Py_XDECREF(((FastCalls *)self)->describe);
+    Py_XDECREF((PyObject *)((FastCalls *)self)->recorder);
     free_object(self);
 }
 
@@ -810,6 +869,7 @@ static PyMethodDef fast_methods[] = {
     FAST(begin_all_reduce, "begin_all_reduce(x, op, timeout)\n--\n\nTrue, or None. `end_all_reduce` comes next, before any other collective."),
     {"has_arrived", fast_has_arrived, METH_NOARGS, "has_arrived()\n--\n\nWhether `end_all_reduce` would wait for no rank."},
     {"end_all_reduce", fast_end_all_reduce, METH_NOARGS, "end_all_reduce()\n--\n\nThe new tensor."},
+    {"record", fast_record, METH_VARARGS, "record(recorder, group, strategy)\n--\n\nRecords every later call."},
     {"close", fast_close, METH_NOARGS, "close()\n--\n\nMakes every later call return None."},
     {0}};
 static PyType_Slot fast_slots[] = {
