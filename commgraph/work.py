@@ -38,7 +38,7 @@ class AnySource:
 
 
 ANY: Final = AnySource()
-"""As `src` of a receive: the rank of the group that has sent first."""
+"""As `src` of a receive, the rank of the group that has sent first."""
 
 
 @attrs.frozen(eq=False)

@@ -1,6 +1,7 @@
 """How Sphinx builds the documentation: ``nox -s docs``."""
 
 from importlib.metadata import version as installed_version
+from pathlib import Path
 
 project = "commgraph"
 author = "the commgraph developers"
@@ -11,9 +12,10 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 
 html_theme = "furo"
+html_search_scorer = str(Path(__file__).with_name("scorer.js"))
 html_title = f"commgraph {version}"
 
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 # Docstrings name things between single backticks; those that are documented become links.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import io
+import itertools
 import os
 import re
 import shlex
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ import pytest
 
 import commgraph as cg
 from commgraph import cli
+from commgraph.testing import spmd
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"```(python|text)\n(.*?)```", re.DOTALL)
@@ -154,3 +158,110 @@ def test_the_commands_of_the_page_on_layouts_answer_as_printed(capsys: pytest.Ca
             compared += bool(part)
     assert compared == 2
     assert (tmp_path / "layout.svg").read_text() == (ROOT / "docs/pictures/layout.svg").read_text()
+
+
+def colon_of(text: str) -> bool:
+    """Whether napoleon would take what stands before a colon in the first line for a type."""
+    line = re.sub(r"``.*?``|`.*?`", "", text.strip().partition("\n")[0])
+    return bool(re.search(r":\s", line) or line.endswith(":"))
+
+
+def docstrings_with_a_type(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and (doc := ast.get_docstring(node)):
+            if any("property" in ast.unparse(decorator) for decorator in node.decorator_list) and colon_of(doc):
+                yield node.name
+            if (found := re.search(r"^(?:Returns|Yields):\n\s*(.*)", doc, re.MULTILINE)) and colon_of(found[1]):
+                yield node.name
+        if isinstance(node, ast.ClassDef | ast.Module):
+            for before, after in itertools.pairwise(node.body):
+                said = after.value if isinstance(before, ast.Assign | ast.AnnAssign) and isinstance(after, ast.Expr) else None
+                if isinstance(said, ast.Constant) and colon_of(str(said.value)):
+                    yield ast.unparse(before).partition(" ")[0]
+
+
+def test_no_docstring_begins_with_what_sphinx_takes_for_a_type() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} {name}"
+        for path in sorted((ROOT / "commgraph").rglob("*.py"))
+        for name in docstrings_with_a_type(ast.parse(path.read_text()))
+    ]
+    assert not wrong, "\n".join(wrong)
+    sample = """
+class A:
+    x = 1
+    "One: two."
+    @property
+    def y(self):
+        "Three: four."
+    def z(self):
+        "S.\\n\\nReturns:\\n    Five: six."
+"""
+    assert list(docstrings_with_a_type(ast.parse(sample))) == ["x", "y", "z"]
+
+
+PICTURES = {
+    "eight.svg": "8 --tp 2 --pp 2 --nodes 2",
+    "hierarchical.svg": "8 --axes host=2,position=4 --nodes 2",
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_what_the_command_draws(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["layout", *PICTURES[name].split(), "--svg", str(tmp_path / name)]) == 0
+    assert (tmp_path / name).read_text() == (ROOT / "docs/pictures" / name).read_text()
+    shown = [page for page in (ROOT / "docs").rglob("*.md") if f"pictures/{name}" in page.read_text()]
+    assert shown
+
+
+@pytest.mark.parametrize(
+    ("page", "ranks"),
+    [("coming-from-megatron", 8), ("coming-from-sglang", 8), ("coming-from-devicemesh", 8), ("coming-from-mpi4py", 8), ("train", 4)],
+)
+def test_the_program_of_a_page_runs(page: str, ranks: int) -> None:
+    names: dict[str, Any] = {}
+    for kind, code in blocks(f"docs/how-to/{page}.md"):
+        if kind == "python":
+            exec(code, names)
+    found = spmd(names["program"], ranks)
+    expected = {
+        "coming-from-megatron": ([2.0] * 4, (3, 7)),
+        "coming-from-sglang": (10, 1, 8),
+        "coming-from-devicemesh": ([2.0] * 3, (2, 3, 6, 7), 1, {"pp": 1, "dp": 1, "tp": 1}),
+        "coming-from-mpi4py": ([22.0, 22.0], {"a": 7}, [6.0, 6.0]),
+        "train": found[0],  # every rank returns the same losses
+    }
+    assert found[-1] == expected[page]
+
+
+def test_the_program_of_the_page_on_torch_groups_runs(tmp_path: Path) -> None:
+    (code,) = (code for kind, code in blocks("docs/how-to/torch-groups.md") if kind == "python")
+    app = tmp_path / "fsdp.py"
+    app.write_text(code)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(app)]
+    done = subprocess.run(launcher, capture_output=True, text=True, timeout=100, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "every rank holds half of (16, 8), all agree: True" in done.stdout
+
+
+def test_every_environment_variable_is_in_the_reference_and_the_other_way_round() -> None:
+    pattern = re.compile(r"\bCOMMGRAPH_[A-Z][A-Z_]*[A-Z]\b")
+    read = {name for path in (ROOT / "commgraph").rglob("*.py") for name in pattern.findall(path.read_text())}
+    native = {name for path in (ROOT / "commgraph").rglob("*.c") for name in re.findall(r'getenv\("(\w+)"\)', path.read_text())}
+    page = (ROOT / "docs/reference/environment.md").read_text()
+    assert set(pattern.findall(page)) == read | {name for name in native if name.startswith("COMMGRAPH_")}
+    assert "COMMGRAPH_ADDRESS" in read
+
+
+def test_every_how_to_links_its_reference() -> None:
+    pages = sorted((ROOT / "docs/how-to").glob("*.md"))
+    assert len(pages) > 15
+    assert not [page.name for page in pages if not re.search(r"^Reference: \[", page.read_text(), re.MULTILINE)]
+
+
+def test_every_page_is_in_a_table_of_contents() -> None:
+    listed = (ROOT / "docs/index.md").read_text() + (ROOT / "docs/reference/index.md").read_text()
+    pages = [str(page.relative_to(ROOT / "docs").with_suffix("")) for page in (ROOT / "docs").rglob("*.md")]
+    assert not [
+        page for page in pages if page != "index" and f"\n{page.removeprefix('reference/')}\n" not in listed and f"\n{page}\n" not in listed
+    ]

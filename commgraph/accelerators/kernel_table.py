@@ -110,7 +110,7 @@ class KernelTable:
 
     @property
     def digest(self) -> str:
-        """Hash of the rows, equal for equal tables: 16 hexadecimal digits."""
+        """Hash of the rows in 16 hexadecimal digits, equal for equal tables."""
         return hashlib.sha256(msgspec.json.encode(self.rows)).hexdigest()[:16]
 
     def sizes(self, capability: str) -> tuple[int, ...]:

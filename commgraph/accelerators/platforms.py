@@ -68,7 +68,7 @@ class DevicePlatform(Platform):
     """Deadline of a child process that probes the peers' memory, its start included."""
 
     linked: ClassVar[float] = 80.0
-    """10^9 bytes a second from the slowest peer, below which more than two devices are taken to be without direct links: PCIe of the fifth
+    """10^9 bytes a second from the slowest peer, below which more than two devices are taken to be without direct links. PCIe of the fifth
     generation gives about 55, the links of the slowest device with a row in the table 250."""
 
     kernel_ranks: ClassVar[frozenset[int]] = frozenset({2, 4, 8})

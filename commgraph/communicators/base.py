@@ -103,8 +103,8 @@ class FastPath(Protocol):
     """
 
     counter: Any
-    """Of the collectives, native calls included: `sequence`, how many were begun; `busy`, whether a native call is under way; `claims`, a
-    dict with None in it while a call by the general path is under way (`commgraph.coordinator.turns`)."""
+    """Counts of the collectives, native calls included. `sequence`, how many were begun; `busy`, whether a native call is under way;
+    `claims`, a dict with None in it while a call by the general path is under way (`commgraph.coordinator.turns`)."""
 
     mailbox: Any
     """A `commgraph.shm.mailbox.Mailbox` for messages and objects, None where there is none."""
@@ -168,13 +168,13 @@ class Communicator(abc.ABC):
     """Whether it serves some sizes and leaves others to the strategies behind it, so that results depend on which one did."""
 
     serves_host: bool = True
-    """Whether it may accept host tensors: the fast path of a strategy behind it is not used then."""
+    """Whether it may accept host tensors. The fast path of a strategy behind it is not used then."""
 
     stream_ordered: bool = False
-    """Whether calls are stream-ordered: enqueued on the current stream of their device without blocking the host."""
+    """Whether calls are stream-ordered, that is, enqueued on the current stream of their device without blocking the host."""
 
     tagged: bool = False
-    """Whether messages are matched by tag, and not by order alone: `exchange` takes a `label`, and there is `receive_any`."""
+    """Whether messages are matched by tag, and not by order alone. `exchange` then takes a `label`, and there is `receive_any`."""
 
     process_group: Any = None
     """torch's process group of its backend, where it has one for device tensors."""

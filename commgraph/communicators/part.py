@@ -40,7 +40,7 @@ class Part:
 
     @property
     def bytes_sent(self) -> int:
-        """Nothing: counted by the whole."""
+        """Nothing, since the whole counts it."""
         return 0
 
     @property

@@ -93,7 +93,7 @@ class Call:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Keyword arguments of a `CollectiveError`: group, operation, rank and sequence number."""
+        """Keyword arguments of a `CollectiveError` (group, operation, rank and sequence number)."""
         return {"group": self.group, "operation": self.operation, "rank": self.members.rank, "sequence": self.sequence}
 
 

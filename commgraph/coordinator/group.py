@@ -273,7 +273,7 @@ class GroupCoordinator(compat.OpaqueBase):
 
     @property
     def shares_with(self) -> tuple[GroupCoordinator, ...]:
-        """Coordinators of this context on the same communicators: calls on one of them wait for those on the others."""
+        """Coordinators of this context on the same communicators. Calls on one of them wait for those on the others."""
         return tuple(other for other in self._family.coordinators if other is not self and self.world_size > 1)
 
     @property

@@ -235,12 +235,12 @@ class Layout:
 
     @property
     def grid_ranks(self) -> range:
-        """The global ranks that the axes cover: all of the world unless the layout is over a part of it."""
+        """The global ranks that the axes cover, which are all of the world unless the layout is over a part of it."""
         return range(self.first_rank, self.first_rank + math.prod(size for _, size in self._axes))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every group name: ``world``, the axes, the derived groups, the user's own."""
+        """Every group name (``world``, the axes, the derived groups, the user's own)."""
         return tuple(name for name, _ in self._groups)
 
     @property
@@ -253,7 +253,7 @@ class Layout:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the content, in hex: equal for equal layouts, in every process and every run."""
+        """SHA-256 over the content, in hex, equal for equal layouts, in every process and every run."""
         groups = [(name, pattern.content()) for name, pattern in self._groups]
         text = json.dumps(["commgraph layout 2", self.world_size, self._axes, groups, self.first_rank], separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()

@@ -69,8 +69,8 @@ def reduce_from(x: torch.Tensor, group: Reducer) -> torch.Tensor:
         group: a `GroupCoordinator`.
 
     Returns:
-        The sum, a new tensor of x's shape and dtype, with the same bits on every rank. Backward is the identity: the gradient of a sum with
-        respect to each term is that of the sum, which every rank already has.
+        The sum, a new tensor of x's shape and dtype, with the same bits on every rank. Backward is the identity, since the gradient of
+        a sum with respect to each term is that of the sum, which every rank already has.
     """
     if group.world_size == 1 or not _records(x):
         with torch.no_grad():  # one rank gets x back, after its arguments were looked at
@@ -127,7 +127,7 @@ def reduce_scatter_to(x: torch.Tensor, group: GroupCoordinator, dim: int = -1) -
         dim: which dimension is cut, in rank order.
 
     Returns:
-        x's shape with `dim` divided by the group's size. Backward gathers: every rank's partial result entered every piece.
+        x's shape with `dim` divided by the group's size. Backward gathers, since every rank's partial result entered every piece.
     """
     if group.world_size == 1 or not _records(x):
         with torch.no_grad():  # one rank gets x back, after its arguments were looked at

@@ -95,7 +95,7 @@ def total_grad_norm(
         ctx: whose pipeline the parameters are stages of; None: the context of the layers. Needed where a stage has none of these layers.
 
     Returns:
-        A tensor without dims, equal on all ranks: float32, float64 where a gradient is.
+        A tensor without dims, equal on all ranks, in float32, or float64 where a gradient is.
 
     Raises:
         RuntimeError: the norm is not finite, with `error_if_nonfinite`.

@@ -75,7 +75,7 @@ def sharded_state_dict(model: nn.Module, *, mapping: NameMapping | None = None) 
         mapping: as for `load_full_state_dict`; a fused layer that it takes apart is saved apart.
 
     Returns:
-        Name -> a `LocalShards` where ranks hold parts, else the tensor, on this rank's memory: ``load`` writes into the model.
+        Name -> a `LocalShards` where ranks hold parts, else the tensor, on this rank's memory. ``load`` writes into the model.
 
     Raises:
         ConfigurationError: a tensor is on the meta device, or two have one name.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Chunk", "Cut", "Full", "Piece", "Shard", "Slice", "as_dtensor", "held", "shape_of"]
 
 Shard = str | int
-"""Names a full tensor among those that one parameter is made of: ``"q"``, ``"k"``, ``"v"``, or its number."""
+"""Names a full tensor among those that one parameter is made of, by ``"q"``, ``"k"``, ``"v"``, or its number."""
 
 
 class Slice(Protocol):

@@ -62,7 +62,7 @@ class Placement:
 
     @property
     def strategy(self) -> str:
-        """The strategy that serves collectives: see platforms/cpu.py."""
+        """The strategy that serves collectives, as platforms/cpu.py chooses it."""
         if self.ranks == 1:
             return "alone"
         if len(self.local) == 1:

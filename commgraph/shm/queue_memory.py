@@ -92,7 +92,7 @@ class QueueMemory:
 
     @property
     def fault(self) -> int:
-        """Fault word: the participant that was lost first, as recorded in the memory."""
+        """The fault word, which is the participant that was lost first, as recorded in the memory."""
         with memoryview(self._segment) as view:
             return int(_FAULT.unpack_from(view, _NONCE_BYTES)[0])
 

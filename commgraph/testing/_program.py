@@ -53,7 +53,7 @@ OPERATIONS = (
     "dispatch",
     "combine",
 )
-"""A step's operations. ``ring``: every rank sends to the next and receives from the previous one; ``pair``: one rank sends to one other."""
+"""A step's operations. In ``ring`` every rank sends to the next and receives from the previous; in ``pair`` one sends to one other."""
 
 LATER = (
     "all_reduce",

@@ -159,7 +159,7 @@ class ProcessGroup(dist.ProcessGroup):
 
     @property
     def supports_coalescing(self) -> bool:
-        """False: torch begins the messages of a batch one by one."""
+        """False, so that torch begins the messages of a batch one by one."""
         return False
 
     def supports_tensor_alloc(self, device: torch.device) -> bool:

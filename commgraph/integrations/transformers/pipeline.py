@@ -119,7 +119,7 @@ def cut_into_stages(model: Any, ctx: ParallelContext, stages: Stages) -> list[tu
     """Takes from a model what other stages have. Nothing is sent yet.
 
     Returns:
-        The modules that are to communicate with other stages, each with what it becomes: to be given to `connect` when styles are in place,
+        The modules that are to communicate with other stages, each with what it becomes. Give them to `connect` when styles are in place,
         as their communication is within these.
     """
     stage, last = ctx.pp.rank_in_group, ctx.pp.world_size - 1

@@ -22,7 +22,7 @@ from commgraph.nn.linear import Holders
 __all__ = ["CUTS", "LAYERS", "Along", "Styled", "cut_of", "is_known", "share"]
 
 SUMMED = frozenset({"replicated_with_grad_allreduce", "sequence_parallel"})
-"""Styles of modules that are whole, and of which each rank computes with a part: the gradients of their parameters are summed."""
+"""Styles of modules that are whole, and of which each rank computes with a part. The gradients of their parameters are summed."""
 
 EXPERTS = frozenset({"grouped_gemm", "ep_dispatch_experts"})
 """Styles of expert parallelism, in `commgraph.integrations.transformers.experts`."""
@@ -59,7 +59,7 @@ CUTS: Mapping[str, Along] = MappingProxyType(
 """Styles that cut parameters; -2 is the output of a weight, -1 its input."""
 
 PADDED = frozenset({"colwise_gather_output", "colwise_rep", "embedding_rowwise"})
-"""Styles whose layers drop what a cut with a rest pads: the others need sizes that divide."""
+"""Styles whose layers drop what a cut with a rest pads. The others need sizes that divide."""
 
 
 def cut_of(style: str, name: str, parameter: torch.Tensor) -> Along | None:
