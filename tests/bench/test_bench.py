@@ -66,7 +66,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Compl
         command(
             *("--op", "all_reduce_", "all_reduce", "all_gather", "send_recv", "barrier", "overhead", "object_small", "object_rate"),
             *("--sizes", "4Ki,16Ki", "--iters", "2", "--strategy", "gloo"),
-            *("--compare", "gloo", "pipe", "queue", "deepspeed", "mine.py", "liar.py"),
+            *("--compare", "gloo", "pipe", "queue", "deepspeed", "oneccl", "mine.py", "liar.py"),
             *("--json", "run.json", "--markdown", "run.md"),
         ),
         capture_output=True,
@@ -137,6 +137,12 @@ def test_a_missing_peer_is_one_line_and_the_rest_goes_on(measured: tuple[subproc
     lines = [line for line in measured[0].stdout.splitlines() if "DeepSpeed" in line]
     assert len(lines) == 1
     assert "pip install deepspeed" in lines[0]
+
+
+def test_oneccl_says_what_it_needs(measured: Any) -> None:
+    lines = [line for line in measured[0].stdout.splitlines() if "oneCCL" in line]
+    assert len(lines) == 1
+    assert "CCL_PLUGIN=ONECCL_LEGACY_CPU" in lines[0]
 
 
 def test_what_was_measured_can_be_shown_again(

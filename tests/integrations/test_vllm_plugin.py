@@ -179,6 +179,9 @@ def test_uneven_sizes_are_compiled_without_a_break() -> None:
 def test_the_queue_of_the_patch() -> None:
     writer = EngineQueue(2, 2, max_chunk_bytes=1 << 16, connect_ip="127.0.0.1")
     readers = [EngineQueue.create_from_handle(writer.export_handle(), rank) for rank in range(2)]
+    handle = writer.export_handle()
+    assert len(handle.local_reader_ranks) > 0  # as vLLM asks
+    assert handle.remote_subscribe_addr is None
     seen: list[Any] = []
     threads = [threading.Thread(target=lambda reader=reader: seen.append(reader.dequeue(indefinite=True))) for reader in readers]
     for thread in threads:

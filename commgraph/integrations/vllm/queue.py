@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import attrs
+
 from commgraph.shm.message_queue import MessageQueue, QueueHandle
 
-__all__ = ["EngineQueue", "replace_queue"]
+__all__ = ["EngineHandle", "EngineQueue", "replace_queue"]
 
 logger = logging.getLogger("commgraph")
 
@@ -19,6 +21,21 @@ def replace_queue() -> None:
     executor: Any = multiproc_executor
     executor.MessageQueue = EngineQueue
     logger.info("vLLM's queue between engine and workers is replaced by commgraph.MessageQueue (COMMGRAPH_VLLM_MESSAGE_QUEUE=1)")
+
+
+@attrs.frozen
+class EngineHandle:
+    """Where a reader attaches, with the attributes of vLLM's `Handle` that its executor reads.
+
+    Attributes:
+        queue: of commgraph.
+        local_reader_ranks: the readers, all of which are on this host.
+        remote_subscribe_addr: None: of readers on other hosts.
+    """
+
+    queue: QueueHandle
+    local_reader_ranks: tuple[int, ...]
+    remote_subscribe_addr: None = None
 
 
 class EngineQueue:
@@ -39,15 +56,15 @@ class EngineQueue:
             )
         self._queue = MessageQueue.create(n_reader, chunk_bytes=max_chunk_bytes, chunks=1)
 
-    def export_handle(self) -> QueueHandle:
+    def export_handle(self) -> EngineHandle:
         """What a reader attaches with."""
-        return self._queue.handle
+        return EngineHandle(self._queue.handle, tuple(range(self._queue.n_readers)))
 
     @classmethod
-    def create_from_handle(cls, handle: QueueHandle, rank: int) -> EngineQueue:
+    def create_from_handle(cls, handle: EngineHandle, rank: int) -> EngineQueue:
         """The side of a reader."""
         made = cls.__new__(cls)
-        made._queue = MessageQueue.attach(handle, max(rank, 0))
+        made._queue = MessageQueue.attach(handle.queue, handle.local_reader_ranks.index(rank))
         return made
 
     def wait_until_ready(self) -> None:
