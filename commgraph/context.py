@@ -35,9 +35,13 @@ from commgraph.errors import (
 from commgraph.forks import explain_fork
 from commgraph.layout import Layout
 from commgraph.meeting import Meeting
+from commgraph.mesh import mesh_of
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import Platform, check_platform
 from commgraph.platforms.detection import Plugins
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["ParallelContext", "build_context", "build_coordinator", "close_together"]
 
@@ -218,6 +222,29 @@ class ParallelContext:
         """Lets strategies of every group allocate buffers by the sizes in `model`. Collective."""
         for coordinator in self._distinct():
             coordinator.prepare_communication_buffer_for_model(model)
+
+    def mesh(self, *names: str) -> DeviceMesh:
+        """Groups of this context as a ``DeviceMesh`` of torch, for FSDP2, DTensor and libraries built on them. Collective over the groups.
+
+        A mesh dim is called after its group, and after its torch group, as torch takes meshes over the same ranks for the same unless names
+        differ: ``mesh.mesh_dim_names`` has the names, in order. The mesh is of use until the context is closed.
+
+        Args:
+            names: groups, outermost first: ``"dp", "tp"``; together a grid of ranks.
+
+        Returns:
+            The mesh, of this rank's device type. Its ranks are those of the process's default group.
+
+        Raises:
+            LayoutError: no name, one that the layout lacks, or groups that are no grid.
+            BackendUnavailableError: this process has no default process group, without which torch finds no other.
+            ContextClosedError: the context was closed.
+        """
+        self._ensure_open("mesh")
+        where = f"mesh({', '.join(map(repr, names))}) of context {self._name!r}"
+        if not names or len(set(names)) < len(names):
+            raise LayoutError(f"{where}: give each group once, at least one; the layout has: {', '.join(self._groups)}")
+        return mesh_of([self[name] for name in names], self.device, where)
 
     def warmup(self) -> None:
         """Allocates everything that first use would, and proves that every group works. Collective."""

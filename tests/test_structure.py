@@ -30,7 +30,7 @@ LAYERS = (
     ("platforms", "accelerators"),
     ("ops",),
     ("coordinator",),
-    ("building", "recording"),
+    ("building", "mesh", "recording"),
     ("context",),
     ("world",),
     ("nn", "testing", "trace", "torch_backend"),

@@ -3,6 +3,8 @@
 ``parallelize(model, ctx)`` cuts a model in place; ``from_checkpoint`` builds one of which each rank reads its part alone.
 """
 
+from commgraph.integrations.transformers.loading import from_checkpoint
 from commgraph.integrations.transformers.parallel import parallelize
+from commgraph.integrations.transformers.replicated import check_replicated
 
-__all__ = ["parallelize"]
+__all__ = ["check_replicated", "from_checkpoint", "parallelize"]

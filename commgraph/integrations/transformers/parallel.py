@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-import attrs
 from torch import nn
 
 from commgraph.context import ParallelContext
@@ -17,6 +16,7 @@ from commgraph.integrations.transformers.model import ParallelModel, become_para
 from commgraph.integrations.transformers.pipeline import connect, cut_into_stages, stages_of
 from commgraph.integrations.transformers.plan import Action, actions_of
 from commgraph.integrations.transformers.styles import LAYERS, Styled, share
+from commgraph.integrations.transformers.ties import tie, ties_of
 from commgraph.nn.shards import Shard
 
 __all__ = ["parallelize"]
@@ -70,7 +70,7 @@ def parallelize(
     cut = stages_of(model, ctx, stages)
     modules = dict(model.named_modules())
     groups = regroup(modules, actions, ctx.tp.world_size)
-    ties = _ties(model)
+    ties = ties_of(model)
     become_parallel(model, ctx, exchanges_rows(ctx) and any(action.group == "ep" for action in actions.values()))
     ends = [] if cut is None else cut_into_stages(model, ctx, cut)
     present = dict(model.named_modules())
@@ -81,7 +81,7 @@ def parallelize(
         if path in present:
             object.__setattr__(present[path], "num_key_value_groups", count)
     connect(ends, ctx)
-    _tie(model, ties)
+    tie(model, ties)
     if ctx.tp.world_size > 1 and isinstance(model, ParallelModel):
         private.set_tp_size(model, ctx.tp.world_size)
         private.set_plans(model, {path: action.style for path, action in actions.items()})
@@ -108,27 +108,3 @@ def _config_around(modules: Mapping[str, nn.Module], path: str) -> Any:
     found = (getattr(modules[".".join(parts[:count])], "config", None) for count in range(len(parts), -1, -1))
     config: Any = next((one for one in found if one is not None), None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-@attrs.frozen
-class _Tie:
-    """Names of one parameter: module and name in it."""
-
-    names: tuple[tuple[str, str], ...]
-
-
-def _ties(model: nn.Module) -> list[_Tie]:
-    names: dict[int, list[tuple[str, str]]] = {}
-    for full, parameter in model.named_parameters(remove_duplicate=False):
-        path, _, key = full.rpartition(".")
-        names.setdefault(id(parameter), []).append((path, key))
-    return [_Tie(tuple(found)) for found in names.values() if len(found) > 1]
-
-
-def _tie(model: nn.Module, ties: Sequence[_Tie]) -> None:
-    """Makes parameters one again that were one before each was cut."""
-    modules = dict(model.named_modules())
-    for tie in ties:
-        present = [(modules[path], key) for path, key in tie.names if path in modules and modules[path]._parameters.get(key) is not None]
-        for module, key in present[1:]:
-            module.register_parameter(key, present[0][0]._parameters[present[0][1]])

@@ -16,6 +16,7 @@ from commgraph.integrations.transformers import private
 from commgraph.integrations.transformers.corrections import corrected, style_around, style_in_memory
 from commgraph.integrations.transformers.heads import blocks_of
 from commgraph.integrations.transformers.styles import EXPERTS, LAYERS, PADDED, SUMMED, Along, cut_of, is_known
+from commgraph.integrations.transformers.ties import ties_of
 
 __all__ = ["Action", "ParameterCut", "actions_of"]
 
@@ -90,6 +91,7 @@ def actions_of(model: nn.Module, ctx: ParallelContext, plan: Mapping[str, str] |
             action = actions.setdefault(path, Action("local_params", group))
             if (along := cut_of(style, key, parameter)) is not None:
                 action.cuts[key] = ParameterCut(along, pad=style in PADDED)
+    _keep_embeddings(modules, actions)
     _keep_ties(model, actions)
     for path, key, blocks in blocks_of(modules, actions, ctx.tp.world_size, where):
         action = actions[path]
@@ -123,15 +125,19 @@ def _rules(
     return tp, ep
 
 
+def _keep_embeddings(modules: Mapping[str, nn.Module], actions: Mapping[str, Action]) -> None:
+    """Leaves an embedding whole that has more than its table: what it does with the ids themselves needs those of all tokens."""
+    for path, action in actions.items():
+        if action.style.startswith("embedding") and len(list(modules[path].parameters(recurse=False))) > 1:
+            action.cuts.clear()
+            action.style = "replicate"
+
+
 def _keep_ties(model: nn.Module, actions: dict[str, Action]) -> None:
     """Leaves a parameter whole where one that it is tied to is: one tensor cannot be both."""
-    names: dict[int, list[tuple[str, str]]] = {}
-    for full, parameter in model.named_parameters(remove_duplicate=False):
-        path, _, key = full.rpartition(".")
-        names.setdefault(id(parameter), []).append((path, key))
-    for tied in names.values():
+    for tied in ties_of(model):
         cuts = [actions[path].cuts.get(key) if path in actions else None for path, key in tied]
-        if len(tied) > 1 and any(cut != cuts[0] for cut in cuts):
+        if any(cut != cuts[0] for cut in cuts):
             for path, key in tied:
                 if path in actions and key in actions[path].cuts:
                     actions[path].cuts.clear()

@@ -8,21 +8,23 @@ from typing import Any
 
 __all__ = [
     "NAMES",
+    "class_for",
     "expand",
-    "initialized",
+    "generic",
+    "kept_in_float32",
     "mark_initialized",
     "plans_of",
     "set_plans",
     "set_tp_size",
-    "tied_keys",
 ]
 
 NAMES = (
-    ("transformers.modeling_utils", "PreTrainedModel", "_expand_parallel_plan"),
     ("transformers.modeling_utils", "PreTrainedModel", "_tp_plan"),
     ("transformers.modeling_utils", "PreTrainedModel", "_tp_size"),
     ("transformers.modeling_utils", "PreTrainedModel", "_get_dtype_plan"),
-    ("transformers.modeling_utils", "PreTrainedModel", "tie_weights"),
+    ("transformers.modeling_utils", "PreTrainedModel", "initialize_weights"),
+    ("transformers.modeling_utils", "PreTrainedModel", "_keys_to_ignore_on_load_missing"),
+    ("transformers.models.auto.modeling_auto", "AutoModelForCausalLM", "_model_mapping"),
     ("transformers.generation.utils", "GenerationMixin", "_has_unfinished_sequences"),
     ("transformers.generation.utils", "GenerationMixin", "_get_stopping_criteria"),
     ("transformers.core_model_loading", "rename_source_key"),
@@ -31,6 +33,7 @@ NAMES = (
     ("transformers.core_model_loading", "dot_natural_key"),
     ("transformers.conversion_mapping", "get_model_conversion_mapping"),
     ("transformers.distributed.parallel_utils", "ALL_PARALLEL_STYLES"),
+    ("transformers.initialization", "normal_"),
 )
 """Module, name, and where there is one, attribute."""
 
@@ -77,11 +80,12 @@ def mark_initialized(tensor: Any) -> None:
     tensor._is_hf_initialized = True
 
 
-def initialized(tensor: Any) -> bool:
-    """Whether a tensor was marked."""
-    return bool(getattr(tensor, "_is_hf_initialized", False))
+def kept_in_float32(model: Any, dtype: Any) -> list[str]:
+    """Return patterns of names of parameters that stay in float32 where the others have `dtype`."""
+    return list(model._get_dtype_plan(dtype))
 
 
-def tied_keys(model: Any) -> Mapping[str, str]:
-    """Return the names of tied parameters: name -> name of the one that it is."""
-    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+def class_for(auto: Any, config: Any) -> Any:
+    """Return the class that an ``AutoModel`` class takes for a configuration."""
+    found = auto._model_mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found

@@ -192,7 +192,7 @@ def configuration(kind: type, overrides: Mapping[str, Any] = MappingProxyType({}
             continue
         new = shrunk(name, value)
         if isinstance(value, list | tuple) and total and len(value) == total and len(value) > 3:
-            new = picked(list(value), LAYERS)
+            new = picked(list(value), overrides.get("num_hidden_layers", LAYERS))
         if new != value:
             values[name] = new
     return kind(**(values | plain(OVERRIDES.get(kind.__name__, {})) | plain(overrides)))
