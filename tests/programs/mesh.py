@@ -15,7 +15,7 @@ def step(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         for parameter in model.parameters():
             assert parameter.grad is not None
-            parameter -= 0.1 * parameter.grad
+            parameter.sub_(0.1 * parameter.grad)
     loss: torch.Tensor = model(x).square().mean().detach()
     return loss
 
@@ -23,12 +23,6 @@ def step(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     with cg.World.from_env() as world:
         ctx = world.context(cg.Layout(4, dp=2, tp=2), name="a")
-        try:
-            ctx.mesh("dp")
-        except cg.BackendUnavailableError as error:
-            assert "no default process group" in str(error), error
-        else:
-            raise AssertionError("a mesh without a default group")
         dist.init_process_group("gloo")
         for names in ((), ("tp", "tp"), ("tp", "nosuch"), ("tp", "ep")):
             try:
@@ -59,9 +53,8 @@ def main() -> None:
             if not isinstance(layer, torch.nn.ReLU):
                 fully_shard(layer, mesh=ctx.mesh("dp"))
         torch.testing.assert_close(step(sharded, x), expected[0])
-        assert sum(parameter.to_local().numel() for parameter in sharded.parameters()) < sum(
-            parameter.numel() for parameter in model.parameters()
-        )
+        held = sum(parameter.to_local().numel() for parameter in sharded.parameters() if isinstance(parameter, DTensor))
+        assert 0 < held < sum(parameter.numel() for parameter in model.parameters())
         other.close()
         ctx.close()
         dist.destroy_process_group()
