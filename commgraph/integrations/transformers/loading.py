@@ -68,7 +68,8 @@ def from_checkpoint(
         tensors = converted(model, checkpoint)
         known = set(model.state_dict())
         if unexpected := sorted(set(tensors) - known):
-            logger.warning("from_checkpoint: %s has tensors that %s does not: %s", path, model_class.__name__, ", ".join(unexpected))
+            listed = ", ".join([*unexpected[:3], "..."] if len(unexpected) > 3 else unexpected)
+            logger.warning("from_checkpoint: %s has %d tensors that %s has not: %s", path, len(unexpected), model_class.__name__, listed)
         for places in ties_of(model):  # a checkpoint has one name of several, and a stage may have another
             names = [f"{path}.{key}".lstrip(".") for path, key in places]
             if (source := next((tensors[name] for name in names if name in tensors), None)) is not None:
