@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import sys
 from collections.abc import Sequence
 
@@ -33,6 +34,7 @@ def _run(argv: Sequence[str]) -> int:
     commands.add_parser("bench", help="measure what communication takes here, alone or beside other libraries", add_help=False)
     commands.add_parser("doctor", help="say what this machine offers, and what a job on it is doing", add_help=False)
     commands.add_parser("layout", help="print, draw and compare where ranks sit", add_help=False)
+    commands.add_parser("generate", help="write text with a model of transformers on several processes", add_help=False)
     commands.add_parser("plan", help="predict what a model communicates on each layout, and rank the layouts", add_help=False)
     given, _ = parser.parse_known_args(argv)
     if given.command == "demo":
@@ -41,6 +43,8 @@ def _run(argv: Sequence[str]) -> int:
         return _bench(argv[argv.index("bench") + 1 :])
     if given.command == "doctor":
         return _doctor(argv[argv.index("doctor") + 1 :])
+    if given.command == "generate":
+        return _generate(argv[argv.index("generate") + 1 :])
     if given.command == "plan":
         return _plan(argv[argv.index("plan") + 1 :])
     return _layout(argv[argv.index("layout") + 1 :])
@@ -65,6 +69,15 @@ def _doctor(argv: Sequence[str]) -> int:
     from commgraph.doctor.main import main as run_doctor
 
     return run_doctor(argv)
+
+
+def _generate(argv: Sequence[str]) -> int:
+    if importlib.util.find_spec("transformers") is None:
+        print("commgraph generate needs transformers: pip install 'commgraph[transformers]'", file=sys.stderr)
+        return 2
+    from commgraph.generate import main as run_generate
+
+    return run_generate(argv)
 
 
 def _plan(argv: Sequence[str]) -> int:

@@ -12,9 +12,12 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-__all__ = ["INTERRUPTED", "UNREAD", "ended_well", "run_ranks"]
+if TYPE_CHECKING:
+    from commgraph.context import ParallelContext
+
+__all__ = ["INTERRUPTED", "UNREAD", "ended_well", "run_ranks", "traffic"]
 
 INTERRUPTED: Final = 128 + signal.SIGINT
 """Exit code after Ctrl-C."""
@@ -80,6 +83,19 @@ def run_ranks(name: str, program: Callable[..., int], ranks: int, *arguments: An
         finally:
             _end([child for child in children if child.pid is not None])
             signal.signal(signal.SIGTERM, before)
+
+
+def traffic(*contexts: ParallelContext) -> dict[str, int]:
+    """Return the bytes that this rank sent, by context and group; a group that shares its communicators counts under the first name."""
+    counts: dict[str, int] = {}
+    seen: set[str] = set()
+    for ctx in contexts:
+        for name in ctx.layout.names:
+            group = ctx[name]
+            if group.world_size > 1 and f"{ctx.name}.{name}" not in seen:
+                seen |= {f"{ctx.name}.{twin.name}" for twin in group.shares_with}
+                counts["/".join([f"{ctx.name}.{name}", *(twin.name for twin in group.shares_with)])] = group.bytes_sent
+    return counts
 
 
 def _start(children: Sequence[BaseProcess]) -> None:

@@ -37,7 +37,7 @@ LAYERS = (
     ("integrations", "autoload"),
     ("commands", "progress"),
     ("plan",),
-    ("demo", "bench", "doctor", "selftest"),
+    ("demo", "generate", "bench", "doctor", "selftest"),
     ("cli", "__main__"),
 )
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units}

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 import commgraph as cg
 from commgraph import launch
-from commgraph.commands import run_ranks
+from commgraph.commands import run_ranks, traffic
 from commgraph.demo.config import DEFAULT_PROMPT, WEIGHTS, LlamaConfig, decode, encode, weights_path
 from commgraph.demo.engine import Engine, Generated
 from commgraph.demo.model import ShardedLlama, check_sizes
@@ -170,7 +170,7 @@ def _run(world: cg.World, arguments: _Arguments, layout: cg.Layout, draft_layout
         # With and without the draft once before anything is timed: first calls are slow.
         for length in (0, arguments.draft_length):
             engine.generate(encode(prompt), min(_WARMUP_TOKENS, arguments.tokens), draft_length=length)
-        before = _traffic(target_ctx, draft_ctx)
+        before = traffic(target_ctx, draft_ctx)
         written = []
         with _progress(console) as bars:
             for text, length in (("target alone", 0), ("with the draft", arguments.draft_length)):
@@ -182,7 +182,7 @@ def _run(world: cg.World, arguments: _Arguments, layout: cg.Layout, draft_layout
 
                 written.append(engine.generate(encode(prompt), arguments.tokens, draft_length=length, progress=show))
         plain, speculative = written
-        moved = {name: count - before[name] for name, count in _traffic(target_ctx, draft_ctx).items()}
+        moved = {name: count - before[name] for name, count in traffic(target_ctx, draft_ctx).items()}
 
         same_alone = plain.tokens == speculative.tokens
         same_unsharded = True
@@ -196,19 +196,6 @@ def _run(world: cg.World, arguments: _Arguments, layout: cg.Layout, draft_layout
             _print_report(console, index if len(reports) > 1 else None, *report)
         console.print("[bold]bytes sent[/], over all ranks: " + ", ".join(f"{name} {count:,}" for name, count in sorted(total.items())))
         return 0 if all(alone and unsharded for *_, alone, unsharded in reports) else 1
-
-
-def _traffic(*contexts: cg.ParallelContext) -> dict[str, int]:
-    """Bytes that this rank sent, by context and group; a group that shares its communicators counts under the first name."""
-    counts: dict[str, int] = {}
-    seen: set[str] = set()
-    for ctx in contexts:
-        for name in ctx.layout.names:
-            group = ctx[name]
-            if group.world_size > 1 and f"{ctx.name}.{name}" not in seen:
-                seen |= {f"{ctx.name}.{twin.name}" for twin in group.shares_with}
-                counts["/".join([f"{ctx.name}.{name}", *(twin.name for twin in group.shares_with)])] = group.bytes_sent
-    return counts
 
 
 def _progress(console: Console) -> Progress:

@@ -141,8 +141,9 @@ def cut_into_stages(model: Any, ctx: ParallelContext, stages: Stages) -> list[tu
     if stage == last:
         ends.append((modules[head], _Head))
     else:
-        dtype = next(iter(modules[head].parameters())).dtype
-        _replace(model, head, _AbsentHead(getattr(modules[head], "out_features", None), dtype, ctx))
+        here = {id(parameter) for name in stages.before for parameter in modules[name].parameters()}
+        is_tied = stage == 0 and any(id(parameter) in here and parameter.requires_grad for parameter in modules[head].parameters())
+        _replace(model, head, _AbsentHead(getattr(modules[head], "out_features", None), ctx, is_tied))
     layers._modules.clear()
     layers._modules.update(own)
     _renumber(own, first)
@@ -228,9 +229,9 @@ class _Passed(nn.Module):
 class _AbsentHead(nn.Module):
     """Stands for the head on an earlier stage: gives the last stage's result."""
 
-    def __init__(self, features: int | None, dtype: torch.dtype, ctx: ParallelContext) -> None:
+    def __init__(self, features: int | None, ctx: ParallelContext, is_tied: bool) -> None:
         super().__init__()
-        self.features, self.dtype, self.ctx = features, dtype, ctx
+        self.features, self.ctx, self.is_tied = features, ctx, is_tied
         self.out_features = features
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -238,7 +239,7 @@ class _AbsentHead(nn.Module):
         shape = x.shape if self.features is None else (*x.shape[:-1], self.features)
         pp = self.ctx.pp
         if torch.is_grad_enabled() and x.requires_grad:
-            return _FromLast.apply(x, shape, pp)  # type: ignore[no-any-return, no-untyped-call]  # a tensor
+            return _FromLast.apply(x, shape, pp, self.is_tied)  # type: ignore[no-any-return, no-untyped-call]  # a tensor
         return _broadcast(x, shape, pp)
 
 
@@ -250,13 +251,18 @@ class _FromLast(torch.autograd.Function):
     """The last stage's result; its gradient is that stage's affair, which sends it back layer by layer."""
 
     @staticmethod
-    def forward(node: Any, x: torch.Tensor, shape: Sequence[int], pp: GroupCoordinator) -> torch.Tensor:
-        node.shape = x.shape
+    def forward(node: Any, x: torch.Tensor, shape: Sequence[int], pp: GroupCoordinator, is_tied: bool) -> torch.Tensor:
+        node.shape, node.is_tied = x.shape, is_tied
         return _broadcast(x, shape, pp)
 
     @staticmethod
     def backward(node: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        return grad.new_zeros((1,)).expand(node.shape), None, None
+        if node.is_tied:
+            raise ConfigurationError(
+                "backward of a model in stages whose embedding is tied to its head, on another stage: neither would have the whole "
+                "gradient. Freeze the embedding, untie it, or train with pp=1"
+            )
+        return grad.new_zeros((1,)).expand(node.shape), None, None, None
 
 
 class _Head(nn.Module):

@@ -94,35 +94,40 @@ def compared(model: Any, expected: Expected, *, gradients: bool = False, **argum
     """Cut copies of a model over threads, one a rank, and compare; `arguments` are of `Layout` and `parallelize`."""
     given = {name: arguments.pop(name) for name in ("plan", "experts", "stages") if name in arguments}
     layout = cg.Layout(torch.Size(arguments.values()).numel(), **arguments)
-    whole = sum(parameter.numel() for parameter in model.parameters())
 
     def run(world: cg.World) -> Result:
         with world.context(layout, name="model") as ctx:
-            own = parallelize(copy.deepcopy(model), ctx, **given)
-            share = sum(parameter.numel() for parameter in own.parameters()) / whole
-            ids = prompt()
-            with torch.no_grad():
-                output = output_of(own, ids)
-                tokens = tokens_of(own, ids)
-            difference = relative(output, expected.output)
-            same = tokens is None or (expected.tokens is not None and torch.equal(tokens, expected.tokens))
-            if not gradients:
-                return Result(difference, same, None, "", share)
-            objective(output_of(own, ids)).backward()
-            for parameter in own.parameters():
-                parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            found = full_state_dict(own)
-            top = max(float(gradient.abs().max()) for gradient in expected.gradients.values())
-            worst, name = 0.0, ""
-            for key, gradient in expected.gradients.items():
-                if key in found:
-                    error = float((found[key] - gradient).abs().max()) / max(float(gradient.abs().max()), 1e-4 * top)
-                    if error > worst:
-                        worst, name = error, key
-            return Result(difference, same, worst, name, share)
+            return compared_on(ctx, model, expected, gradients=gradients, **given)
 
     results = spmd(run, layout.world_size, timeout=90)
     return max(results, key=lambda result: (not result.tokens, result.output, result.gradient or 0.0))
+
+
+def compared_on(ctx: cg.ParallelContext, model: Any, expected: Expected, *, gradients: bool = False, **given: Any) -> Result:
+    """Cut a copy of a model over a context, and compare."""
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    own = parallelize(copy.deepcopy(model), ctx, **given)
+    share = sum(parameter.numel() for parameter in own.parameters()) / whole
+    ids = prompt()
+    with torch.no_grad():
+        output = output_of(own, ids)
+        tokens = tokens_of(own, ids)
+    difference = relative(output, expected.output)
+    same = tokens is None or (expected.tokens is not None and torch.equal(tokens, expected.tokens))
+    if not gradients:
+        return Result(difference, same, None, "", share)
+    objective(output_of(own, ids)).backward()
+    for parameter in own.parameters():
+        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    found = full_state_dict(own)
+    top = max(float(gradient.abs().max()) for gradient in expected.gradients.values())
+    worst, name = 0.0, ""
+    for key, gradient in expected.gradients.items():
+        if key in found:
+            error = float((found[key] - gradient).abs().max()) / max(float(gradient.abs().max()), 1e-4 * top)
+            if error > worst:
+                worst, name = error, key
+    return Result(difference, same, worst, name, share)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
