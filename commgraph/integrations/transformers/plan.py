@@ -126,9 +126,9 @@ def _rules(
 
 
 def _keep_embeddings(modules: Mapping[str, nn.Module], actions: Mapping[str, Action]) -> None:
-    """Leaves an embedding whole that has more than its table: what it does with the ids themselves needs those of all tokens."""
+    """Leaves an embedding whole that has more than its table: what it does with ids or vectors itself needs those of all tokens."""
     for path, action in actions.items():
-        if action.style.startswith("embedding") and len(list(modules[path].parameters(recurse=False))) > 1:
+        if action.style.startswith("embedding") and len(list(modules[path].parameters())) > 1:
             action.cuts.clear()
             action.style = "replicate"
 
