@@ -20,7 +20,8 @@ def main(folder: Path) -> None:
 
     trained: Any = ByteLevelBPETokenizer()
     trained.train([str(path) for path in sorted((ROOT / "docs").rglob("*.md"))], vocab_size=1024, special_tokens=["<s>", "</s>"])
-    words = {"vocab_size": 1032, "bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 512}
+    # vLLM pads the words to a multiple of 64, which has to divide by 6 ranks.
+    words = {"vocab_size": 1152, "bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 512}
     llama = {"hidden_size": 384, "intermediate_size": 768, "num_attention_heads": 12, "num_key_value_heads": 12, "num_hidden_layers": 4}
     middle = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 12, "num_hidden_layers": 24}
     moe = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 4}
