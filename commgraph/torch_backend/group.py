@@ -223,11 +223,13 @@ class ProcessGroup(dist.ProcessGroup):
 
     def allreduce(self, tensors: Any, opts: Any = None, timeout: timedelta | None = None) -> dist.Work:
         """Reduces a tensor in place. A sparse one is summed."""
-        if opts is None or not hasattr(opts, "reduceOp"):  # allreduce(x), allreduce(x, ReduceOp.MAX)
-            opts = _options("Allreduce", reduceOp=opts, timeout=timeout)
+        try:
+            op, begin_only = opts.reduceOp, opts.asyncOp
+        except AttributeError:  # allreduce(x), allreduce(x, ReduceOp.MAX)
+            op, begin_only = opts or dist.ReduceOp.SUM, True
         x = one(tensors, "allreduce")
-        name, factor = reduction(opts.reduceOp)
-        if factor is None and not opts.asyncOp and not x.is_sparse:
+        name, factor = reduction(op)
+        if factor is None and not begin_only and not x.is_sparse:
             self._group.all_reduce_(x, op=name, timeout=self._limit)
             return self._ended
 
@@ -239,7 +241,7 @@ class ProcessGroup(dist.ProcessGroup):
                 x.mul_(factor)
             self._group.all_reduce_(x, op=name, timeout=self._limit)
 
-        return self._run("allreduce", call, [x], opts.asyncOp)
+        return self._run("allreduce", call, [x], begin_only)
 
     def allreduce_coalesced(self, tensors: Tensors, opts: Any = None) -> dist.Work:
         """Reduces several tensors in place, as one call."""

@@ -113,6 +113,20 @@ def test_reductions_of_bits(op: Any) -> None:
     assert on_groups(2, body) == [[BITS[op](12, 10), BITS[op](7, 9)]] * 2
 
 
+def test_the_short_forms_of_torchs_methods() -> None:
+    def body(group: ProcessGroup) -> None:
+        x = torch.tensor([float(group.rank())])
+        group.allreduce(x).wait()
+        assert x.item() == 1
+        y = torch.tensor([float(group.rank() + 3)])
+        group.allreduce([y], dist.ReduceOp.MAX).wait()
+        assert y.item() == 4
+        group.broadcast(y.add_(group.rank()), 1).wait()
+        assert y.item() == 5
+
+    on_groups(2, body)
+
+
 def test_premultiplied_sum() -> None:
     op: Any = dist.ReduceOp.PREMUL_SUM(0.25)  # type: ignore[operator]  # torch's stub takes it for a constant
 
