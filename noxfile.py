@@ -114,9 +114,11 @@ def compile(session: nox.Session) -> None:  # noqa: A001 - what the session does
 
 @nox.session(venv_backend="none", default=False)
 def hosts(session: nox.Session) -> None:
-    """Jobs over several hosts, which are network namespaces of this machine: needs root. Arguments after -- go to pytest."""
+    """Jobs over several hosts, which are network namespaces of this machine: needs root. After --: how many random faults, and a seed."""
     python = str(with_torch(session, "test") / "python")
-    session.run(python, "-m", "pytest", "-m", "hosts or not hosts", "tests/launch/test_over_hosts.py", *session.posargs, external=True)
+    files = ("tests/launch/test_over_hosts.py", "tests/launch/test_faults_over_hosts.py", "tests/world/test_elastic.py")
+    session.run(python, "-m", "pytest", "-m", "hosts or not hosts", *files, external=True)
+    session.run(python, "tests/programs/faults_over_hosts.py", *(session.posargs or ["100"]), external=True)
 
 
 @nox.session(venv_backend="none", default=False)

@@ -65,8 +65,11 @@ class _World(Protocol):
     device: torch.device
     token: torch.Tensor
 
-    def _forget(self, context: ParallelContext) -> None:
-        """Remove a context that was closed from the list."""
+    def _forget(self, context: ParallelContext, *, broken: bool) -> None:
+        """Remove a context that was closed from the list; `broken`: one of its groups was broken."""
+
+    def _patience(self, timeout: timedelta | float) -> float:
+        """Return how many seconds to wait for the other ranks when something is closed, `timeout` at most."""
 
 
 class ParallelContext:
@@ -319,15 +322,16 @@ class ParallelContext:
         in `ContextClosedError`; if it is a collective, this rank does not wait for the others.
 
         Args:
-            timeout: how long to wait for the other ranks, a timedelta or seconds. When it passes, or where a group is broken or a peer
-                dead, this rank drops its connections all the same.
+            timeout: how long to wait for the other ranks, a timedelta or seconds; two seconds at most where a group of the World was
+                broken. When it passes, or where a group of this context is broken or a peer dead, this rank drops its connections all
+                the same.
         """
         if self.closed:
             return
         with self._closing:
             if not self.closed:
                 what = f"context {self._name!r} was closed on rank {self.rank}"
-                close_together(tuple(self._groups.values()), self._groups["world"], timeout, what)
+                close_together(tuple(self._groups.values()), self._groups["world"], self._world._patience(timeout), what)
                 self._drop()
 
     def _disown(self) -> None:
@@ -339,9 +343,10 @@ class ParallelContext:
     def _drop(self) -> None:
         """Close on this rank alone; peers that wait for it get `PeerLostError`."""
         self._state["closed"] = True
+        broken = any(coordinator.is_broken for coordinator in self._groups.values())
         for coordinator in self._groups.values():
             coordinator.close()
-        self._world._forget(self)
+        self._world._forget(self, broken=broken)
 
     def __enter__(self) -> Self:
         return self

@@ -152,6 +152,8 @@ class Meeting:
 
     def exchange(self, topic: str, value: bytes) -> list[bytes]:
         """Return what every rank gave, in order. Two operations on the store, whatever the number of ranks, beside looking."""
+        if len(self.ranks) == 1:
+            return [value]
         keys = [f"{topic}/{peer}" for peer in range(len(self.ranks))]
         self.leavings.append((self.store, keys[self.rank]))
 

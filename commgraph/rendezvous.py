@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
@@ -61,7 +63,9 @@ def open_store(init_method: str, *, rank: int, world_size: int, timeout: timedel
     host = url.hostname
 
     def reach(is_left: Callable[[], bool]) -> dist.Store:
-        if not serves:
+        if serves:
+            _await_own_address(host, port, timeout, is_left)
+        else:
             _await_server(host, port, timeout, is_left)
         # multi_tenant: a second world of this process at the same address uses the first one's server.
         return dist.TCPStore(host, port, world_size, serves, timeout=timeout, wait_for_workers=False, multi_tenant=True)
@@ -69,11 +73,13 @@ def open_store(init_method: str, *, rank: int, world_size: int, timeout: timedel
     try:
         return interruptible(reach, timeout.total_seconds())
     except (dist.DistError, OSError) as error:
-        hint = (
-            "the port is taken, or is not one of this machine's addresses"
-            if serves
-            else f"rank 0 did not serve there within {timeout.total_seconds():.3g} s"
-        )
+        seconds = f"{timeout.total_seconds():.3g} s"
+        if isinstance(error, socket.gaierror):
+            hint = f"the name {host!r} did not resolve within {seconds}"
+        elif isinstance(error, _NotHereError):
+            hint = f"{host} is no address of this host, where rank 0 is to serve, and nothing sent there came here within {seconds}"
+        else:
+            hint = "the port is taken, or nobody may listen there" if serves else f"rank 0 did not serve there within {seconds}"
         raise BuildError(f"rank {rank} of {world_size} could not meet its peers at {init_method}: {hint} ({error})") from error
 
 
@@ -150,6 +156,55 @@ def _remove_unused(mark: Path) -> None:
             mark.unlink()
     finally:
         os.close(fd)
+
+
+class _NotHereError(OSError):
+    """An address is not this host's."""
+
+
+def _await_own_address(host: str, port: int, timeout: timedelta, is_left: Callable[[], bool]) -> None:
+    """Wait until a name resolves, to an address at which this host is reached: one of its own, or one that is forwarded to it.
+
+    torch would wait as well, print a stack of C++ for each attempt, and not keep the deadline.
+    """
+    deadline = Deadline.after(timeout.total_seconds())
+    while not is_left():
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            if any(_is_own(family, there) for family, _, _, _, there in found) or _comes_here(host, port, min(1.0, deadline.left())):
+                return
+            raise _NotHereError(f"it resolves to {', '.join(sorted({str(there[0]) for *_, there in found}))}")
+        except OSError:
+            if deadline.has_passed:
+                raise
+        time.sleep(min(_RETRY_SECONDS, deadline.left()))
+
+
+def _is_own(family: int, address: Any) -> bool:
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((address[0], 0, *address[2:]))
+        except OSError as error:
+            return error.errno != errno.EADDRNOTAVAIL
+    return True
+
+
+def _comes_here(host: str, port: int, seconds: float) -> bool:
+    """Whether a connection to that place arrives at this host, as through a forwarded address or port."""
+    try:
+        # Both kinds of addresses, as torch's store listens.
+        listener = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True) if socket.has_dualstack_ipv6() else None
+        listener = socket.create_server(("", port)) if listener is None else listener
+    except OSError:  # the port is taken: torch's store says so
+        return True
+    with listener:
+        listener.setblocking(False)
+        try:
+            with contextlib.closing(socket.create_connection((host, port), seconds)):
+                listener.accept()[0].close()
+                return True
+        except OSError:
+            return False
 
 
 def _await_server(host: str, port: int, timeout: timedelta, is_left: Callable[[], bool]) -> None:

@@ -59,6 +59,8 @@ __all__ = ["World"]
 logger = logging.getLogger("commgraph")
 
 _TIMEOUT = timedelta(minutes=10)
+# Seconds for which `close` waits for the other ranks at most, where a group was broken.
+_PATIENCE = 2.0
 # How long `survivors` waits for ranks that seem to be alive and do not come.
 _LATE = timedelta(seconds=30)
 
@@ -73,6 +75,8 @@ class _State:
     # Builds begun, by name; every rank counts alike, since building is collective.
     begun: dict[str, int] = attrs.field(factory=dict)
     closed: bool = False
+    # Whether a group of a context that was closed had been broken.
+    was_broken: bool = False
     # Of the process that made the world, and whether this is the copy of a forked child.
     pid: int = attrs.field(factory=os.getpid)
     is_inherited: bool = False
@@ -773,14 +777,15 @@ class World:
 
         Args:
             empty_cache: collect garbage and give cached device memory back afterwards.
-            timeout: how long to wait for the other ranks, in each context and in the world; a timedelta or seconds.
+            timeout: how long to wait for the other ranks, in each context and in the world; a timedelta or seconds. Two seconds at
+                most where a group was broken: a rank that was lost or late may not come.
         """
         for split in tuple(self._state.splits):
             split.close(timeout=timeout)
         if not self.closed:
             for context in tuple(self._state.contexts.values()):
                 context.close(timeout)
-            close_together((self.group,), self.group, timeout, f"{self!r} was closed")
+            close_together((self.group,), self.group, self._patience(timeout), f"{self!r} was closed")
             self._drop()
         if empty_cache:
             gc.collect()
@@ -831,8 +836,15 @@ class World:
         self._builder.states.abort()
         self._builder.order.abort()
 
-    def _forget(self, context: ParallelContext) -> None:
+    def _patience(self, timeout: timedelta | float) -> float:
+        state, seconds = self._state, seconds_of(timeout)
+        groups = [self.group, *(context[name] for context in tuple(state.contexts.values()) for name in context)]
+        # A rank was lost or late, and may not come to close the others either.
+        return min(seconds, _PATIENCE) if state.was_broken or any(group.is_broken for group in groups) else seconds
+
+    def _forget(self, context: ParallelContext, *, broken: bool) -> None:
         with self._state.lock:
+            self._state.was_broken |= broken
             if self._state.contexts.get(context.name) is context:
                 del self._state.contexts[context.name]
         self._builder.states.prune()

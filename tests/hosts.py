@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Self
 
 import attrs
 
-__all__ = ["Host", "joined", "why_impossible"]
+__all__ = ["Host", "Job", "joined", "why_impossible"]
 
 _TOOLS = ("ip", "unshare", "nsenter", "mount", "hostname")
 
@@ -44,7 +48,87 @@ class Host:
 
     def run(self, *words: str) -> None:
         """Run a program here that must succeed."""
-        subprocess.run(self.command(*words), check=True, capture_output=True, text=True)
+        self.read(*words)
+
+    def read(self, *words: str) -> str:
+        """Return what a program writes that must succeed here."""
+        return subprocess.run(self.command(*words), check=True, capture_output=True, text=True).stdout
+
+
+class Job:
+    """Ranks of one program on hosts, whose output is read as it comes; ended on leaving the ``with`` statement.
+
+    Attributes:
+        said: what each rank has written as lines of JSON, by rank.
+    """
+
+    def __init__(self, hosts: Sequence[Host], each: int, program: Sequence[str], environ: Mapping[str, str] | None = None) -> None:
+        """Start `each` ranks on every host; they meet at the first host's address."""
+        size = each * len(hosts)
+        common = {"WORLD_SIZE": str(size), "MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29530", "OMP_NUM_THREADS": "1"}
+        self.hosts = [hosts[rank // each] for rank in range(size)]
+        self.processes = [
+            host.start(sys.executable, *program, environ={**common, "RANK": str(rank), **(environ or {})})
+            for rank, host in enumerate(self.hosts)
+        ]
+        self.said: list[list[dict[str, Any]]] = [[] for _ in self.processes]
+        self._raw: list[list[str]] = [[] for _ in self.processes]
+        self._changed = threading.Condition()
+        self._readers = [threading.Thread(target=self._read, args=(rank,), daemon=True) for rank in range(size)]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, rank: int) -> None:
+        output = self.processes[rank].stdout
+        assert output is not None
+        for line in output:
+            with self._changed:
+                if line.startswith("{"):
+                    self.said[rank].append(json.loads(line))
+                elif "frame #" not in line:  # stacks of torch's store
+                    self._raw[rank].append(line)
+                self._changed.notify_all()
+
+    def find(self, rank: int, key: str) -> dict[str, Any] | None:
+        """Return the first message of a rank that has such a key."""
+        return next((one for one in self.said[rank] if key in one), None)
+
+    def expect(self, key: str, ranks: Iterable[int], seconds: float) -> list[dict[str, Any]]:
+        """Return the first message with such a key of each of some ranks, once they are there."""
+        with self._changed:
+            self._changed.wait_for(lambda: all(self.find(rank, key) for rank in ranks), seconds)
+        found = [self.find(rank, key) for rank in ranks]
+        silent = [rank for rank, one in zip(ranks, found, strict=True) if one is None]
+        assert not silent, f"ranks {silent} did not say {key!r} within {seconds} s:\n{self.output(silent)}"
+        return [one for one in found if one is not None]
+
+    def output(self, ranks: Iterable[int]) -> str:
+        """Return what some ranks have written, for messages."""
+        return "\n".join(f"rank {rank}: {self.said[rank]}\n{''.join(self._raw[rank])[-3000:]}" for rank in ranks)
+
+    def signal(self, rank: int, number: int) -> None:
+        """Send a signal to a rank itself, which is a child of the process that entered its host."""
+        os.kill(self._pid(rank), number)
+
+    def _pid(self, rank: int) -> int:
+        starter = self.processes[rank].pid
+        children = Path(f"/proc/{starter}/task/{starter}/children").read_text().split()
+        return int(children[0]) if children else starter
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for rank, process in enumerate(self.processes):
+            with contextlib.suppress(OSError):
+                self.signal(rank, signal.SIGKILL)
+            process.kill()
+            process.wait()
+        for reader in self._readers:
+            reader.join(10)
+        for process in self.processes:
+            if process.stdout is not None:
+                process.stdout.close()
 
 
 def why_impossible() -> str | None:

@@ -50,6 +50,8 @@ _SMALL = 64 * 1024
 _HELLO_TIMEOUT = 5.0
 _CONNECT_TIMEOUT = 10.0
 _TICK = 0.4
+# Milliseconds without an acknowledgement after which a host counts as vanished.
+_VANISHED_MS = 15_000
 _STRANGERS = 128
 
 logger = logging.getLogger("commgraph")
@@ -493,8 +495,8 @@ class Incoming:
 def _set_up(connection: socket.socket) -> None:
     connection.setblocking(False)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # A process that ends hangs up; a host that ends says nothing.
+    # A process that ends hangs up; a host that ends says nothing. No keepalive is sent while data is unacknowledged: hence the last one.
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 5)):
+    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 5), ("TCP_USER_TIMEOUT", _VANISHED_MS)):
         if hasattr(socket, name):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

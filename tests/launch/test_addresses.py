@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+import time
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+import commgraph as cg
 from commgraph.addresses import address_of, address_seen, store_host
 from commgraph.errors import BuildError
 
@@ -26,7 +28,7 @@ def test_the_first_that_is_given_counts() -> None:
 def test_without_a_store_on_a_host_it_is_one_that_others_can_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"lo": ["127.0.0.1", "::1"], "link": ["169.254.1.2", "fe80::1"], "eth0": ["192.0.2.7"]}
     monkeypatch.setattr(socket, "if_nameindex", lambda: list(enumerate(found)))
-    monkeypatch.setattr("commgraph.addresses._addresses", found.__getitem__)
+    monkeypatch.setattr("commgraph.addresses.interface_addresses", found.__getitem__)
     assert address_of(None, {}, None) == "192.0.2.7"
     del found["eth0"]
     with pytest.raises(BuildError, match=r"no address at which other hosts could reach it.*169\.254\.1\.2.*address="):
@@ -52,3 +54,21 @@ def test_the_host_of_a_store_is_found_under_its_prefixes(tmp_path: Any) -> None:
     assert store_host(dist.PrefixStore("a", dist.HashStore())) is None
     assert address_seen("127.0.0.1", server.port) == "127.0.0.1"
     assert address_seen("no such host.invalid", 1) is None
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("host", "says"),
+    [
+        ("nowhere.invalid", "the name 'nowhere.invalid' did not resolve within 0.5 s"),
+        ("192.0.2.77", "is no address of this host|did not serve"),
+    ],
+)
+def test_an_address_of_nobody_is_one_line_within_the_deadline(rank: int, host: str, says: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of torch's own store it is a stack of C++ for each attempt, and three deadlines."""
+    begun = time.monotonic()
+    with pytest.raises(cg.BuildError, match=says) as caught:
+        cg.World.connect(f"tcp://{host}:29577", rank=rank, world_size=2, timeout=0.5)
+    assert time.monotonic() - begun < 5
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""

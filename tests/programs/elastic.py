@@ -3,8 +3,8 @@
     elastic.py INIT_METHOD RANK SIZE SECONDS RANK=PLACE...
 
 PLACE is what happens to that rank: ``work``: it kills itself between two calls; ``stop``: it stops itself there, and somebody lets it go
-on; the name of a method of `Membership`, or ``end``: it kills itself in the agreement that follows. SECONDS: how long ranks wait for each
-other. INIT_METHOD ``env``: the launcher says who it is.
+on; ``cut``: somebody cuts it off; the name of a method of `Membership`, or ``end``: it kills itself in the agreement that follows.
+SECONDS: how long ranks wait for each other. INIT_METHOD ``env``: the launcher says who it is.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main() -> None:
     if place == "end":
         # After it has heard that all have built, before it tells anybody.
         Membership._send = send_until_end  # type: ignore[method-assign]  # of this process, which ends in it
-    elif place:
+    elif place not in ("", "cut"):
         setattr(Membership, place, die)
     begun, found = time.monotonic(), None
     while found is None:
@@ -83,6 +83,9 @@ def main() -> None:
                 context.tp.all_reduce(torch.ones(1), timeout=float(seconds))
         except cg.CollectiveError:
             world = world.survivors(timeout=float(seconds))
+            if place == "cut":
+                say(rank=me, alone=world.size)
+                return
             context = world.context(cg.Layout(world.size, tp=world.size), name="main")
     say(rank=me, new=world.rank, size=world.size, sum=found, seconds=time.monotonic() - begun)
     if "stop" in fate.values():
