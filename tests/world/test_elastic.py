@@ -292,14 +292,14 @@ def run(fates: Mapping[int, str], size: int, method: str, *, seconds: float = 20
                 said += [json.loads(processes[rank].stdout.readline()) for _ in range(2)]  # type: ignore[union-attr]  # a pipe
             for rank in fates:
                 os.kill(processes[rank].pid, signal.SIGCONT)
-                said += map(json.loads, processes[rank].communicate(timeout=60)[0].splitlines())
+                said += map(json.loads, processes[rank].communicate(timeout=100)[0].splitlines())
             for rank in living:
                 processes[rank].stdin.write("\n")  # type: ignore[union-attr]  # a pipe
                 processes[rank].stdin.flush()  # type: ignore[union-attr]  # a pipe
         errors = []
         for process in processes:
             if process.returncode is None:
-                out, err = process.communicate(timeout=60)
+                out, err = process.communicate(timeout=100)
                 said += map(json.loads, out.splitlines())
                 errors.append(err)
         for rank, process in enumerate(processes):
