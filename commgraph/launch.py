@@ -1,4 +1,4 @@
-"""Who this process is: what torchrun, Open MPI, PMI (MPICH, Intel MPI) and Slurm say in the environment, and where its peers meet.
+"""Who this process is: what torchrun, MPI's launchers, Slurm, Flux and jsrun say in the environment, and where its peers meet.
 
 `detect` is a pure function of a mapping and `meeting_name` one of facts; only `read_host` and `private_directory` touch the
 system, and nothing here writes the environment.
@@ -40,7 +40,8 @@ class Launch:
     """This process's place in its job, as its launcher says.
 
     Attributes:
-        launcher: ``"torchrun"``, ``"Open MPI"``, ``"PMI"``, ``"Slurm"``, or ``"single"``: nobody launched this process.
+        launcher: ``"torchrun"``, ``"Open MPI"``, ``"MVAPICH"``, ``"PMI"``, ``"jsrun"``, ``"Flux"``, ``"Slurm"``, ``"PMIx"``, or
+            ``"single"``: nobody launched this process.
         rank: number of this process in the job, 0 to ``world_size - 1``.
         world_size: processes in the job.
         local_rank: number of this process on its node; None where the launcher does not say.
@@ -78,8 +79,8 @@ class _Launcher:
     job: tuple[str, ...] = ()
 
 
-# In order of precedence. torchrun may run inside a Slurm step, and mpirun starts its daemons by one: the launcher that is likely to
-# have started this process comes first.
+# In order of precedence. torchrun and Flux may run inside a Slurm step, and mpirun starts its daemons by one: the launcher that is likely
+# to have started this process comes first.
 _LAUNCHERS = (
     _Launcher(
         name="torchrun",
@@ -102,6 +103,14 @@ _LAUNCHERS = (
         job=("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"),
     ),
     _Launcher(
+        name="MVAPICH",
+        rank="MV2_COMM_WORLD_RANK",
+        size="MV2_COMM_WORLD_SIZE",
+        presence=("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+        local_rank=("MV2_COMM_WORLD_LOCAL_RANK",),
+        local_size=("MV2_COMM_WORLD_LOCAL_SIZE",),
+    ),
+    _Launcher(
         name="PMI",
         rank="PMI_RANK",
         size="PMI_SIZE",
@@ -109,6 +118,23 @@ _LAUNCHERS = (
         local_rank=("MPI_LOCALRANKID", "PMI_LOCAL_RANK"),
         local_size=("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE"),
         job=("PMI_JOBID", "I_MPI_HYDRA_UUID"),
+    ),
+    _Launcher(
+        name="jsrun",
+        rank="JSM_NAMESPACE_RANK",
+        size="JSM_NAMESPACE_SIZE",
+        presence=("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),
+        local_rank=("JSM_NAMESPACE_LOCAL_RANK",),
+        local_size=("JSM_NAMESPACE_LOCAL_SIZE",),
+    ),
+    _Launcher(
+        name="Flux",
+        rank="FLUX_TASK_RANK",
+        size="FLUX_JOB_SIZE",
+        presence=("FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
+        local_rank=("FLUX_TASK_LOCAL_ID",),
+        node_count=("FLUX_JOB_NNODES",),
+        job=("FLUX_JOB_ID",),
     ),
     _Launcher(
         name="Slurm",
@@ -121,6 +147,13 @@ _LAUNCHERS = (
         node_count=("SLURM_STEP_NUM_NODES",),
         # A job that Slurm requeues keeps its id and begins again at step 0.
         job=("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
+    ),
+    _Launcher(
+        name="PMIx",
+        rank="PMIX_RANK",
+        # PMIx tells the size to its own library only: whoever starts the ranks has to set it.
+        size="WORLD_SIZE",
+        presence=("PMIX_RANK",),
     ),
 )
 _EXAMPLES = MappingProxyType(
@@ -140,10 +173,10 @@ _TASKS_PER_NODE = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?")
 def detect(environ: Mapping[str, str]) -> Launch:
     """Return rank, size and address of this process from the variables of its launcher.
 
-    The first of torchrun, Open MPI, PMI and Slurm that sets both rank and size is used. A local rank, local size or number of
-    nodes that it leaves out is taken from a later one that sets the same rank and size (a script that sets ``RANK=$SLURM_PROCID``,
-    Slurm's own PMI). MASTER_ADDR and MASTER_PORT alone are no launcher. An empty variable counts as unset, and so does the URL that
-    Kubernetes puts into MASTER_PORT for a service called master.
+    The first of torchrun, Open MPI, MVAPICH, PMI, jsrun, Flux, Slurm and PMIx that sets both rank and size is used. A local rank, local
+    size or number of nodes that it leaves out is taken from a later one that sets the same rank and size (a script that sets
+    ``RANK=$SLURM_PROCID``, Slurm's own PMI). MASTER_ADDR and MASTER_PORT alone are no launcher. An empty variable counts as unset, and
+    so does the URL that Kubernetes puts into MASTER_PORT for a service called master.
 
     Args:
         environ: the environment, e.g. ``os.environ``; only read.

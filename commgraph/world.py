@@ -190,7 +190,7 @@ class World:
         authkey: bytes | None = None,
         address: str | None = None,
     ) -> World:
-        """Joins the job that a launcher started: torchrun, Open MPI, PMI (MPICH), Slurm, in this order, else one process alone.
+        """Joins the job that a launcher started: torchrun, Open MPI, MVAPICH, PMI (MPICH), jsrun, Flux, Slurm, PMIx, else none.
 
         The environment is read, never written. Without MASTER_ADDR the ranks of one node meet by a private file.
 

@@ -63,11 +63,41 @@ SLURM = BATCH | {
     "SLURM_PROCID": "6",
     "SLURM_NODEID": "3",
 }
-EVERY = {"torchrun": TORCHRUN, "Open MPI": OPEN_MPI_5, "PMI": MPICH, "Slurm": SLURM}
+MVAPICH = {
+    "MV2_COMM_WORLD_RANK": "3",
+    "MV2_COMM_WORLD_SIZE": "4",
+    "MV2_COMM_WORLD_LOCAL_RANK": "1",
+    "MV2_COMM_WORLD_LOCAL_SIZE": "2",
+}
+JSRUN = {
+    "JSM_NAMESPACE_RANK": "5",
+    "JSM_NAMESPACE_SIZE": "6",
+    "JSM_NAMESPACE_LOCAL_RANK": "1",
+    "JSM_NAMESPACE_LOCAL_SIZE": "2",
+}
+FLUX = {
+    "FLUX_TASK_RANK": "2",
+    "FLUX_JOB_SIZE": "4",
+    "FLUX_TASK_LOCAL_ID": "0",
+    "FLUX_JOB_NNODES": "2",
+    "FLUX_JOB_ID": "f23Kq",
+}
+EVERY = {
+    "torchrun": TORCHRUN,
+    "Open MPI": OPEN_MPI_5,
+    "MVAPICH": MVAPICH,
+    "PMI": MPICH,
+    "jsrun": JSRUN,
+    "Flux": FLUX,
+    "Slurm": SLURM,
+}
 HALVES = {
     "torchrun": ("RANK", "WORLD_SIZE"),
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    "MVAPICH": ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
     "PMI": ("PMI_RANK", "PMI_SIZE"),
+    "jsrun": ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),
+    "Flux": ("FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
     "Slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 }
 HOST = HostFacts(boot="b", init_start="1", parent="10:99")
@@ -88,6 +118,11 @@ HOST = HostFacts(boot="b", init_start="1", parent="10:99")
         (CRAY, Launch("PMI", 6, 8, 2, 4)),
         (SLURM, Launch("Slurm", 6, 7, 0, 1, 4, job="SLURM_JOB_ID=77 SLURM_STEP_ID=3")),
         (SLURM | {"SLURM_PROCID": "3", "SLURM_NODEID": "1"}, Launch("Slurm", 3, 7, 0, 2, 4, job="SLURM_JOB_ID=77 SLURM_STEP_ID=3")),
+        (MVAPICH, Launch("MVAPICH", 3, 4, 1, 2)),
+        (JSRUN, Launch("jsrun", 5, 6, 1, 2)),
+        (FLUX, Launch("Flux", 2, 4, 0, None, 2, job="FLUX_JOB_ID=f23Kq")),
+        (FLUX | SLURM, Launch("Flux", 2, 4, 0, None, 2, job="FLUX_JOB_ID=f23Kq")),
+        ({"PMIX_RANK": "1", "WORLD_SIZE": "2"}, Launch("PMIx", 1, 2)),
         (BATCH, Launch("single", 0, 1, 0, 1, 1)),
         ({"MASTER_ADDR": "a", "MASTER_PORT": "1"}, Launch("single", 0, 1, 0, 1, 1, master_addr="a", master_port=1)),
         (dict.fromkeys(TORCHRUN, "") | {"SLURM_STEP_NUM_TASKS": ""}, Launch("single", 0, 1, 0, 1, 1)),
@@ -95,6 +130,11 @@ HOST = HostFacts(boot="b", init_start="1", parent="10:99")
 )
 def test_launchers(environ: dict[str, str], expected: Launch) -> None:
     assert detect(environ) == expected
+
+
+def test_a_rank_of_pmix_without_a_size_is_no_world_of_one() -> None:
+    with pytest.raises(LaunchError, match=r"PMIx must tell both.*PMIX_RANK='3' is set, WORLD_SIZE is not set"):
+        detect({"PMIX_RANK": "3", "PMIX_NAMESPACE": "job"})
 
 
 def test_facts_left_out_come_from_a_launcher_that_agrees() -> None:

@@ -21,7 +21,7 @@ PROGRAMS = ROOT / "tests" / "programs"
 
 # What any launcher may have left in the environment of this very process, which the children must not see.
 LAUNCHERS = re.compile(
-    r"(RANK|WORLD_SIZE|LOCAL_.*|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*|OMPI_.*|PMIX?_.*|MPI_.*|SLURM_.*|COMMGRAPH_.*)"
+    r"(RANK|WORLD_SIZE|LOCAL_.*|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*|OMPI_.*|PMIX?_.*|MPI_.*|SLURM_.*|FLUX_.*|JSM_.*|MV2_.*|COMMGRAPH_.*)"
 )
 ABORTED = ("terminate called", "Aborted", "Segmentation fault", "Fatal Python error", "leaked")
 
