@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 import transformers
 
 import commgraph as cg
@@ -61,9 +62,21 @@ def anonymous() -> int:
     return int(line.split()[1]) * 1024
 
 
+def warm() -> None:
+    """Import what loading imports, so that only the model counts as memory of the model."""
+    import transformers.conversion_mapping
+    import transformers.core_model_loading
+
+    config = transformers.LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    transformers.conversion_mapping.get_model_conversion_mapping(model)
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    warm()
     counts: list[int] = []
     safetensors.safe_open = Counted(safetensors.safe_open, counts)  # type: ignore[misc, assignment]  # for this program alone
     with cg.World.from_env() as world:
