@@ -32,6 +32,7 @@ def _run(argv: Sequence[str]) -> int:
     # Each command parses its own arguments: launchers start `bench`, `demo` and `doctor` without this one.
     commands.add_parser("demo", help="generate text on several processes of this machine", add_help=False)
     commands.add_parser("bench", help="measure what communication takes here, alone or beside other libraries", add_help=False)
+    commands.add_parser("report", help="write recorded calls as a trace, flight records or lines of JSON", add_help=False)
     commands.add_parser("doctor", help="say what this machine offers, and what a job on it is doing", add_help=False)
     commands.add_parser("layout", help="print, draw and compare where ranks sit", add_help=False)
     commands.add_parser("generate", help="write text with a model of transformers on several processes", add_help=False)
@@ -41,6 +42,8 @@ def _run(argv: Sequence[str]) -> int:
         return _demo(argv[argv.index("demo") + 1 :])
     if given.command == "bench":
         return _bench(argv[argv.index("bench") + 1 :])
+    if given.command == "report":
+        return _report(argv[argv.index("report") + 1 :])
     if given.command == "doctor":
         return _doctor(argv[argv.index("doctor") + 1 :])
     if given.command == "generate":
@@ -63,6 +66,12 @@ def _bench(argv: Sequence[str]) -> int:
     from commgraph.bench.main import main as run_bench
 
     return run_bench(argv)
+
+
+def _report(argv: Sequence[str]) -> int:
+    from commgraph.trace.command import main as run_report
+
+    return run_report(argv)
 
 
 def _doctor(argv: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ import attrs
 
 from commgraph.shm import recorder as layout
 
-__all__ = ["STATES", "Call", "Group", "RankRecord", "calls_of", "parse", "read_file", "read_process", "recorded_processes"]
+__all__ = ["STATES", "Call", "Group", "RankRecord", "calls_of", "open_numbers", "parse", "read_file", "read_process", "recorded_processes"]
 
 STATES: Final = MappingProxyType({layout.OPEN: "under way", layout.DONE: "done", layout.FAILED: "failed"})
 _LINK: Final = f"/memfd:{layout.NAME}"
@@ -199,9 +199,21 @@ def parse(data: bytes, source: str) -> RankRecord:
     return RankRecord(facts, entries, texts, capacity, begun, dropped, real - mono + offset, error, source)
 
 
-def calls_of(record: RankRecord) -> Iterator[Call]:
-    """Return the calls of a record in the order in which they began."""
-    found = sorted([values for values in layout.ENTRY.iter_unpack(record.entries) if values[0]])
+def open_numbers(record: RankRecord) -> set[int]:
+    """Return the numbers of the calls that had not ended."""
+    return {state >> 3 for state in _states(record) if state & 7 == layout.OPEN}
+
+
+def _states(record: RankRecord) -> list[int]:
+    return memoryview(record.entries).cast("Q")[:: layout.ENTRY.size // 8].tolist()
+
+
+def calls_of(record: RankRecord, latest: int | None = None) -> Iterator[Call]:
+    """Return the calls of a record in the order in which they began; `latest`: so many at most, and all that have not ended."""
+    order = sorted([(state, at) for at, state in enumerate(_states(record)) if state])
+    if latest is not None and len(order) > latest:
+        order = [one for one in order[:-latest] if one[0] & 7 == layout.OPEN] + order[-latest:]
+    found = [layout.ENTRY.unpack_from(record.entries, at * layout.ENTRY.size) for _, at in order]
     texts = record.texts
     for (
         state,
