@@ -14,7 +14,10 @@ from commgraph.trace.write import chrome_trace, flight_records, json_lines
 
 __all__ = ["main"]
 
-_FORMS: Final = "NAME.json: a trace for Perfetto (ui.perfetto.dev) and chrome://tracing; NAME.jsonl: a line for each call; FOLDER/: torch's flight records"
+_FORMS: Final = (
+    "NAME.json: a trace for Perfetto (ui.perfetto.dev) and chrome://tracing; NAME.jsonl: a line for each call; "
+    "FOLDER/: torch's flight records"
+)
 
 
 def main(argv: Sequence[str]) -> int:
