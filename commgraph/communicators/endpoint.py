@@ -391,11 +391,13 @@ def _family(address: str) -> socket.AddressFamily:
 
 
 def set_up(connection: socket.socket) -> None:
-    """Have small messages sent at once, and a vanished host noticed: while nothing is sent, and while data is not acknowledged."""
+    """Have small messages sent at once, and a vanished host noticed while nothing is under way; else waits notice it (native/net.c).
+
+    Not TCP_USER_TIMEOUT: it would also end the connection to a rank that is alive and does not read, as one that computes for long.
+    """
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     with contextlib.suppress(AttributeError, OSError):  # of Linux
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _VANISHED // 3)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _VANISHED // 3)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _VANISHED * 1000)

@@ -16,9 +16,6 @@ from commgraph.deadline import Deadline
 
 __all__ = ["TcpCommunicator"]
 
-# Bytes of unused memory that one group keeps for the next calls.
-_POOL_BYTES = 64 * 1024 * 1024
-
 
 class TcpCommunicator(GlooCommunicator):
     """Collectives from messages, with reductions in the native module (native/net_reduce.c).
@@ -34,7 +31,7 @@ class TcpCommunicator(GlooCommunicator):
 
     def __init__(self, transport: TcpTransport) -> None:
         super().__init__(transport)
-        self.pool = transport.native.Pool(_POOL_BYTES)
+        self.pool = transport.pool
         self.fast = LinkFastPath(transport, self.pool)
 
     def among(self, members: Sequence[int]) -> TcpCommunicator:

@@ -28,6 +28,9 @@ _KIND_SHIFT = 28
 # Seconds between two attempts to link the peers of a receive from several.
 _SLICE = 0.01
 
+# Bytes of unused memory that one group keeps for the next calls.
+_POOL_BYTES = 64 * 1024 * 1024
+
 # Nanoseconds that a wait spins before it sleeps, where each rank has a core. Longer spins are slower on a busy machine.
 _SPIN_NS = 20_000
 
@@ -63,8 +66,9 @@ class TcpTransport:
         self._spins = spins
         self._addresses = tuple(addresses)
         spin_ns = _SPIN_NS if spins and (os.cpu_count() or 1) > 1 else 0
-        self.collectives = native.Net(self.world_size, rank_in_group, True, spin_ns)
-        self.messages = native.Net(self.world_size, rank_in_group, False, spin_ns)
+        self.pool = native.Pool(_POOL_BYTES)
+        self.collectives = native.Net(self.world_size, rank_in_group, True, spin_ns, self.pool)
+        self.messages = native.Net(self.world_size, rank_in_group, False, spin_ns, self.pool)
         for net in (self.collectives, self.messages):
             net.watch(endpoint.fileno(), endpoint.serve)
         self._aborted = False
@@ -161,6 +165,30 @@ class TcpTransport:
                 [(peer, tags[peer], x.data_ptr(), x.nbytes) for x, peer in wanted],
                 deadline.left_ns(),
             )
+        except BaseException as error:
+            self.fail(net, error)
+
+    def send_parts(self, parts: tuple[Any, ...], peers: list[int], tag: int, rest: int, deadline: Deadline) -> None:
+        """Send buffers to each of some peers, as a frame each: the first with `tag`, the others with `rest`."""
+        net = self.net_for(tag, peers, deadline)
+        try:
+            net.send_parts(peers, tag, rest, parts, deadline.left_ns())
+        except BaseException as error:
+            self.fail(net, error)
+
+    def take(self, peer: int, tag: int, deadline: Deadline, once_begun: Deadline) -> Any:
+        """Return the memory of a frame of any size; None if none has begun to come by `deadline`."""
+        net = self.net_for(tag, (peer,), deadline)
+        try:
+            return net.take(peer, tag, deadline.left_ns(), once_begun.left_ns())
+        except BaseException as error:
+            self.fail(net, error)
+
+    def take_all(self, peer: int, tag: int, rest: int, sizes: list[int], deadline: Deadline) -> list[Any]:
+        """Return the memory of frames of these sizes, which follow with `rest` the one with `tag`, on its link."""
+        net = self.net_for(tag, (peer,), deadline)
+        try:
+            return net.take_all(peer, rest, sizes, deadline.left_ns())  # type: ignore[no-any-return]  # the native module has no types
         except BaseException as error:
             self.fail(net, error)
 

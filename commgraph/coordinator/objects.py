@@ -180,7 +180,7 @@ class NetworkObjects(Objects):
         try:
             state.begin_message(group.name, operation, key, turn)
             number = state.counted(key)
-            frame = self._encode(group, operation, obj, f"{_STREAMS[kind]} {group.rank_in_group} {dst} {number}")
+            frame = self._encode_message(group, operation, obj, f"{_STREAMS[kind]} {group.rank_in_group} {dst} {number}")
             # Counted only now: the receiver goes on waiting for the number of an object that is refused, and the next one takes it.
             state.count(key)
         finally:
@@ -200,13 +200,14 @@ class NetworkObjects(Objects):
             number = state.counted(key)
             tags = make_tag(OBJECT, number, _STREAMS[kind]), make_tag(OBJECT_REST, number, _STREAMS[kind])
             message = (OBJECT_FAMILY if kind == OBJECTS else DICT_FAMILY, INCOMING, 0)
-            frame = self._await(group, operation, src, *tags, deadline, message=message)
+            context = f"{_STREAMS[kind]} {src} {group.rank_in_group} {number}"
+            frame = self._await(group, operation, src, *tags, deadline, context, message=message)
             if frame is None:
                 raise nothing_yet(group, operation, state.sequence, src, deadline.seconds)
             state.count(key)
         finally:
             state.turns.release(key, turn)
-        return self._decode(group, operation, src, frame, f"{_STREAMS[kind]} {src} {group.rank_in_group} {number}")
+        return self._decode_message(group, operation, src, frame, context)
 
     @recorded
     def broadcast(self, group: Group, operation: str, obj: object, src: Any, timeout: Timeout) -> Any:
@@ -216,13 +217,13 @@ class NetworkObjects(Objects):
                 return obj
             context = f"broadcast {src} {sequence}"
 
-            def frames() -> Mapping[int, bytes]:
-                return dict.fromkeys(_others(group), self._encode(group, operation, obj, context))
+            def frames() -> Mapping[int, Any]:
+                return dict.fromkeys(_others(group), self._encode_message(group, operation, obj, context))
 
             if self._give(group, operation, src, sequence, deadline, frames):
                 return obj
-            frame = self._get(group, operation, src, sequence, deadline)
-        return self._decode(group, operation, src, frame, context)
+            frame = self._get(group, operation, src, sequence, deadline, context)
+        return self._decode_message(group, operation, src, frame, context)
 
     @recorded
     def scatter(self, group: Group, operation: str, objs: Any, src: Any, timeout: Timeout) -> Any:
@@ -230,17 +231,20 @@ class NetworkObjects(Objects):
             src, me = checked_peer(group, operation, src, "src", sequence), group.rank_in_group
             given: list[Any] = []
 
-            def frames() -> Mapping[int, bytes]:
+            def frames() -> Mapping[int, Any]:
                 given[:] = checked_objects(group, operation, objs, sequence)
-                return {peer: self._encode(group, operation, given[peer], f"scatter {src} {peer} {sequence}") for peer in _others(group)}
+                return {
+                    peer: self._encode_message(group, operation, given[peer], f"scatter {src} {peer} {sequence}") for peer in _others(group)
+                }
 
             if self._give(group, operation, src, sequence, deadline, frames):
                 return given[me]
-            frame = self._get(group, operation, src, sequence, deadline)
-        return self._decode(group, operation, src, frame, f"scatter {src} {me} {sequence}")
+            context = f"scatter {src} {me} {sequence}"
+            frame = self._get(group, operation, src, sequence, deadline, context)
+        return self._decode_message(group, operation, src, frame, context)
 
     def _give(
-        self, group: Group, operation: str, src: int, sequence: int, deadline: Deadline, frames: Callable[[], Mapping[int, bytes]]
+        self, group: Group, operation: str, src: int, sequence: int, deadline: Deadline, frames: Callable[[], Mapping[int, Any]]
     ) -> bool:
         """Send every other rank its frame, on `src`; return False elsewhere."""
         if group.rank_in_group != src:
@@ -262,14 +266,14 @@ class NetworkObjects(Objects):
         self._send_frames(group, operation, made, tag, rest, deadline, sequence)
         return True
 
-    def _get(self, group: Group, operation: str, src: int, sequence: int, deadline: Deadline) -> memoryview:
+    def _get(self, group: Group, operation: str, src: int, sequence: int, deadline: Deadline, context: str) -> Any:
         """Return the frame of `src` on another rank."""
         state = self._state
         what = f"{operation}(src={src})"
         tag, rest = make_tag(COLLECTIVE, sequence, what), make_tag(OBJECT_REST, sequence, "broadcast")
         received = None
         if state.comparison is None or self._compared(group, operation, sequence, what, tag, deadline):
-            received = self._await(group, operation, src, tag, rest, deadline, sequence)
+            received = self._await(group, operation, src, tag, rest, deadline, context, sequence)
         if received is None:
             state.uncount_collective()
             raise nothing_yet(group, operation, sequence, src, deadline.seconds)
@@ -390,11 +394,21 @@ class NetworkObjects(Objects):
         except Exception as error:
             raise unreadable(group, operation, src, error) from error
 
+    # A message to one rank, or from one; here it is a frame.
+
+    def _encode_message(self, group: Group, operation: str, obj: object, context: str) -> Any:
+        """Return what `_send_frames` sends."""
+        return self._encode(group, operation, obj, context)
+
+    def _decode_message(self, group: Group, operation: str, src: int, message: Any, context: str) -> Any:
+        """Return the object of what `_await` returned."""
+        return self._decode(group, operation, src, message, context)
+
     def _send_frames(
         self,
         group: Group,
         operation: str,
-        frames: Mapping[int, bytes],
+        frames: Mapping[int, Any],
         tag: int,
         rest: int,
         deadline: Deadline,
@@ -426,10 +440,11 @@ class NetworkObjects(Objects):
         tag: int,
         rest: int,
         deadline: Deadline,
+        context: str,
         sequence: int | None = None,
         message: Message | None = None,
-    ) -> memoryview | None:
-        """Return the next frame from `src`, None if none began to arrive in time."""
+    ) -> Any:
+        """Return the next message from `src`, None if none began to arrive in time."""
 
         def act() -> memoryview | None:
             transport = self._network(group).transport

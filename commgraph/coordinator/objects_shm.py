@@ -17,6 +17,7 @@ from commgraph import ambient
 from commgraph.communicators.base import CallsDiffer, Communicator, FastPath
 from commgraph.communicators.memory import is_dense
 from commgraph.communicators.tags import COLLECTIVE, digest, make_tag, tag_of
+from commgraph.communicators.tcp_transport import TcpTransport
 from commgraph.coordinator.checks import BadArgument
 from commgraph.coordinator.failures import EXPECTED, Call
 from commgraph.coordinator.objects import (
@@ -29,6 +30,7 @@ from commgraph.coordinator.objects import (
     refuse_object,
     unreadable,
 )
+from commgraph.coordinator.objects_links import LinkObjects
 from commgraph.coordinator.operation import Group, begin, collective, deadline_of, explain, wait_pending
 from commgraph.coordinator.pending import DICTS, OBJECTS
 from commgraph.coordinator.recorded import DICTS as DICT_FAMILY
@@ -55,7 +57,8 @@ def objects_of(state: GroupState) -> Objects:
     """Return the implementation of `Objects` for a group."""
     strategy, fast, mailbox = state.detecting, state.detects, state.mailbox
     if strategy is None or fast is None or mailbox is None:
-        return NetworkObjects(state)
+        transport = None if state.network is None else state.network.transport
+        return LinkObjects(state, transport) if isinstance(transport, TcpTransport) else NetworkObjects(state)
     return ShmObjects(state, strategy, fast, mailbox)
 
 

@@ -38,6 +38,15 @@ class Pickler:
         Raises:
             Exception: whatever pickling raises.
         """
+        pieces, buffers = self.dumps_in_pieces(obj)
+        return (pieces[0] if len(pieces) == 1 else b"".join(pieces), *buffers)
+
+    def dumps_in_pieces(self, obj: object) -> tuple[list[bytes], list[memoryview]]:
+        """Return the pieces in which pickle writes an object, and its buffers, as `dumps`.
+
+        Raises:
+            Exception: whatever pickling raises.
+        """
         try:
             one = self._idle.pop()
         except IndexError:
@@ -59,13 +68,12 @@ class _Parts:
         pickler = _Pickler(SimpleNamespace(write=self._pieces.append), protocol=5, buffer_callback=self._take)
         self._dump, self._clear_memo = pickler.dump, pickler.clear_memo
 
-    def dumps(self, obj: object) -> tuple[Any, ...]:
-        """Return the parts of a record."""
+    def dumps(self, obj: object) -> tuple[list[bytes], list[memoryview]]:
+        """Return the pieces of a pickle, and its buffers."""
         pieces, buffers = self._pieces, self._buffers
         try:
             self._dump(obj)
-            pickled = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-            return (pickled, *buffers) if buffers else (pickled,)
+            return pieces[:], buffers[:]
         finally:
             # The memo knows objects by address, which another object may have by the next call.
             self._clear_memo()

@@ -263,6 +263,17 @@ Block *take_block(PyObject *self, Pool *pool, size_t bytes) {
     return block;
 }
 
+Block *block_over(PyObject *self, void *memory, size_t bytes) {
+    Block *block = (Block *)allocate(state_of(self)->block);
+    if (block == NULL) {
+        cg_pool_give(memory);
+        return NULL;
+    }
+    block->bytes = (Py_ssize_t)bytes;
+    block->base = memory;
+    return block;
+}
+
 static PyObject *pool_take(PyObject *self, PyObject *arg) {
     size_t bytes = PyLong_AsSize_t(arg);
     if (bytes == (size_t)-1 && PyErr_Occurred()) return NULL;

@@ -160,6 +160,8 @@ int64_t deadline_after(int64_t timeout_ns);
 PyObject *allocate(PyTypeObject *type);
 void free_object(PyObject *self);
 Block *take_block(PyObject *self, Pool *pool, size_t bytes);
+/* Over memory of a pool, which is given back if that fails. */
+Block *block_over(PyObject *self, void *memory, size_t bytes);
 /* A further view of a member, for a private ring. */
 Team *new_view(module_state *state, Team *of, cg_bell *bell, cg_bell *theirs);
 /* `call` of a cg_call: the number of the coordinator's call and an operation. 0 while the group is built: a step of that is no call. */

@@ -63,12 +63,15 @@ static PyObject *net_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     (void)kwargs;
     int n, rank, ordered;
     long long spin_ns;
-    if (!PyArg_ParseTuple(args, "iipL", &n, &rank, &ordered, &spin_ns)) return NULL;
+    PyObject *pool;
+    module_state *state = PyType_GetModuleState(type);
+    if (state == NULL || !PyArg_ParseTuple(args, "iipLO!", &n, &rank, &ordered, &spin_ns, state->pool, &pool)) return NULL;
     if (n < 2 || n > 1 << 20 || rank < 0 || rank >= n || spin_ns < 0) return PyErr_Format(PyExc_ValueError, "rank %d of %d, spin_ns=%lld", rank, n, spin_ns);
     Net *self = (Net *)allocate(type);
     if (self == NULL) return NULL;
     self->linked = calloc((size_t)n, 1);
-    int error = self->linked == NULL ? ENOMEM : cg_net_begin(&self->net, n, rank, ordered, spin_ns);
+    int error = self->linked == NULL ? ENOMEM : cg_net_begin(&self->net, n, rank, ordered, spin_ns, ((Pool *)pool)->pool);
+    self->pool = (Pool *)Py_NewRef(pool);
     if (error) {
         Py_DECREF((PyObject *)self);
         errno = error;
@@ -81,6 +84,7 @@ static void net_dealloc(PyObject *of) {
     Net *self = (Net *)of;
     if (self->net.links != NULL) cg_net_end(&self->net);
     free(self->linked);
+    Py_XDECREF((PyObject *)self->pool);
     Py_XDECREF(self->on_knock);
     free_object(of);
 }
@@ -241,6 +245,115 @@ static PyObject *net_all_reduce(PyObject *of, PyObject *args) {
     return result == CG_OK ? Py_NewRef(Py_None) : raise_stopped(of, result, who);
 }
 
+/* Sends a frame for each of a list of buffers to each of a list of peers, the first one with a tag and the others with another. */
+static PyObject *net_send_parts(PyObject *of, PyObject *args) {
+    Net *self = (Net *)of;
+    PyObject *peers, *parts, *done = NULL;
+    unsigned int tag, rest;
+    long long timeout_ns;
+    if (!PyArg_ParseTuple(args, "O!IIO!L", &PyList_Type, &peers, &tag, &rest, &PyTuple_Type, &parts, &timeout_ns)) return NULL;
+    Py_ssize_t n_peers = PyList_Size(peers), n_parts = PyTuple_Size(parts), held = 0;
+    cg_message few[FEW], *messages = n_peers * n_parts <= FEW ? few : PyMem_Malloc(sizeof *messages * (size_t)(n_peers * n_parts));
+    Py_buffer one[FEW], *views = n_parts <= FEW ? one : PyMem_Malloc(sizeof *views * (size_t)n_parts);
+    int count = 0, result = CG_SIGNAL, who = self->net.me;
+    if (messages == NULL || views == NULL) PyErr_NoMemory();
+    else
+        while (held < n_parts && PyObject_GetBuffer(PyTuple_GetItem(parts, held), &views[held], PyBUF_SIMPLE) == 0) held++;
+    waiting me;
+    cg_net_call call;
+    if (!PyErr_Occurred() && begin_wait(self, &me, &call, timeout_ns)) {
+        int wrong = 0;
+        PyEval_RestoreThread(me.saved);
+        for (Py_ssize_t p = 0; p < n_peers && !wrong; p++) {
+            long peer = PyLong_AsLong(PyList_GetItem(peers, p));
+            wrong = PyErr_Occurred() || !is_peer(self, (int)peer);
+            for (Py_ssize_t i = 0; i < n_parts && !wrong; i++)
+                cg_net_send(&self->net, &messages[count++], (int)peer, i == 0 ? tag : rest, views[i].buf, (uint64_t)views[i].len);
+        }
+        me.saved = PyEval_SaveThread();
+        if (!wrong) result = cg_net_finish(&self->net, &call, messages, count, &who);
+        else cg_net_withdraw(&self->net, messages, count);
+        end_wait(self, &me);
+        if (!wrong) done = result == CG_OK ? Py_NewRef(Py_None) : raise_stopped(of, result, who);
+    }
+    while (held > 0) PyBuffer_Release(&views[--held]);
+    if (views != one) PyMem_Free(views);
+    if (messages != few) PyMem_Free(messages);
+    return done;
+}
+
+/* The frame of any size with that tag, as a Block; None if none began to come in time. One that has begun has `rest_ns` more. */
+static PyObject *net_take(PyObject *of, PyObject *args) {
+    Net *self = (Net *)of;
+    int peer, who = self->net.me;
+    unsigned int tag;
+    long long timeout_ns, rest_ns;
+    if (!PyArg_ParseTuple(args, "iILL", &peer, &tag, &timeout_ns, &rest_ns) || !is_peer(self, peer)) return NULL;
+    waiting me;
+    cg_net_call call;
+    if (!begin_wait(self, &me, &call, timeout_ns)) return NULL;
+    cg_message message;
+    cg_net_take(&self->net, &message, peer, tag);
+    cg_messages all = {&message, 1};
+    int result = cg_net_wait(&self->net, &call, cg_net_all, &all, &who), begun = 1;
+    if (result == CG_TIMEOUT) {
+        result = cg_net_give_up(&self->net, &message);
+        begun = result != CG_TIMEOUT;
+        if (result == CG_PENDING) {
+            call.deadline = deadline_after(rest_ns);
+            result = cg_net_wait(&self->net, &call, cg_net_all, &all, &who);
+        }
+    }
+    if (result != CG_OK) {
+        cg_net_withdraw(&self->net, &message, 1);
+        if (message.data != NULL) cg_pool_give(message.data);
+    }
+    end_wait(self, &me);
+    if (result == CG_OK) return (PyObject *)block_over(of, message.data, message.frame.bytes);
+    return begun ? raise_stopped(of, result, who) : Py_NewRef(Py_None);
+}
+
+/* Frames of these sizes with one tag, as a list of Blocks. */
+static PyObject *net_take_all(PyObject *of, PyObject *args) {
+    Net *self = (Net *)of;
+    int peer, who = self->net.me;
+    unsigned int tag;
+    long long timeout_ns;
+    PyObject *sizes;
+    if (!PyArg_ParseTuple(args, "iIO!L", &peer, &tag, &PyList_Type, &sizes, &timeout_ns) || !is_peer(self, peer)) return NULL;
+    Py_ssize_t count = PyList_Size(sizes), made = 0;
+    PyObject *blocks = PyList_New(0);
+    cg_message *messages = PyMem_Malloc(sizeof *messages * (size_t)(count ? count : 1));
+    if (messages == NULL) PyErr_NoMemory();
+    for (; blocks != NULL && messages != NULL && made < count; made++) {
+        size_t bytes = PyLong_AsSize_t(PyList_GetItem(sizes, made));
+        PyObject *block = PyErr_Occurred() ? NULL : (PyObject *)take_block(of, self->pool, bytes);
+        if (block == NULL || PyList_Append(blocks, block) < 0) {
+            Py_XDECREF(block);
+            break;
+        }
+        Py_DECREF(block);
+    }
+    int result = CG_SIGNAL;
+    waiting me;
+    cg_net_call call;
+    if (blocks != NULL && !PyErr_Occurred() && begin_wait(self, &me, &call, timeout_ns)) {
+        PyEval_RestoreThread(me.saved);
+        for (Py_ssize_t i = 0; i < count; i++) {
+            Block *block = (Block *)PyList_GetItem(blocks, i);
+            cg_net_receive(&self->net, &messages[i], peer, tag, block->base, (uint64_t)block->bytes);
+        }
+        me.saved = PyEval_SaveThread();
+        result = cg_net_finish(&self->net, &call, messages, (int)count, &who);
+        end_wait(self, &me);
+        if (result != CG_OK) raise_stopped(of, result, who);
+    }
+    PyMem_Free(messages);
+    if (result == CG_OK) return blocks;
+    Py_XDECREF(blocks);
+    return NULL;
+}
+
 static PyObject *net_receive_later(PyObject *of, PyObject *args) {
     Net *self = (Net *)of;
     int peer;
@@ -315,6 +428,9 @@ static PyMethodDef net_methods[] = {
     {"watch", net_watch, METH_VARARGS, "watch(fd, on_knock)\n--\n\nEvery wait calls on_knock() while fd is readable."},
     {"exchange", net_exchange, METH_VARARGS, "exchange(sends, receives, timeout_ns)\n--\n\nLists of (peer, tag, address, bytes), all at once."},
     {"all_reduce", net_all_reduce, METH_VARARGS, "all_reduce(tag, timeout_ns, from, to, count, dtype, op, pool)\n--\n\n"},
+    {"send_parts", net_send_parts, METH_VARARGS, "send_parts(peers, tag, rest, parts, timeout_ns)\n--\n\nA tuple of buffers, each as a frame: the first with `tag`."},
+    {"take", net_take, METH_VARARGS, "take(peer, tag, timeout_ns, rest_ns)\n--\n\nA frame of any size, as a Block; None: none began to come in time."},
+    {"take_all", net_take_all, METH_VARARGS, "take_all(peer, tag, sizes, timeout_ns)\n--\n\nFrames of these sizes, as a list of Blocks."},
     {"receive_later", net_receive_later, METH_VARARGS, "receive_later(peer, tag, address, bytes, owner)\n--\n\nA receive, for first_of."},
     {"first_of", net_first_of, METH_VARARGS, "first_of(receives, timeout_ns)\n--\n\nIndex of one that has ended; -1: none in time."},
     {"abort", net_abort, METH_NOARGS, "abort()\n--\n\nEnds every wait, here and on the peers; from any thread."},
@@ -322,7 +438,7 @@ static PyMethodDef net_methods[] = {
     {"close", net_close, METH_NOARGS, "close()\n--\n\nCloses every link."},
     {0}};
 static PyType_Slot net_slots[] = {
-    {Py_tp_doc, "Net(n, me, ordered, spin_ns)\n--\n\nThe TCP links of rank `me` of n to the others. `ordered`: messages of a kind arrive as they are waited for."},
+    {Py_tp_doc, "Net(n, me, ordered, spin_ns, pool)\n--\n\nThe TCP links of rank `me` of n to the others. `ordered`: messages of a kind arrive as they are waited for."},
     {Py_tp_new, net_new}, {Py_tp_dealloc, net_dealloc},
     {Py_tp_methods, net_methods}, {Py_tp_getset, net_getset}, {0}};
 PyType_Spec net_spec = {"commgraph.shm._native.Net", sizeof(Net), 0, Py_TPFLAGS_DEFAULT, net_slots};

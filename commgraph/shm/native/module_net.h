@@ -9,6 +9,7 @@
 typedef struct {
     PyObject_HEAD
     cg_net net;
+    Pool *pool;
     PyObject *on_knock; /* called without arguments when the descriptor `knocks` is readable, and refers to no Net; NULL: nothing is watched */
     char *linked;       /* whether a peer has a link, or had one, and how many have: known without the lock of `net` */
     int n_linked;

@@ -2,6 +2,8 @@
 #include "net.h"
 
 #include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,6 +19,8 @@ enum {
     MAGIC = 0x6D636731,          /* "1gcm" */
     KIND_SHIFT = 28,             /* of a tag: commgraph.communicators.tags */
     LARGE = 64 * 1024,           /* bytes to be moved from which a wait does not spin: each look at the socket would delay what comes */
+    UNANSWERED = 4,              /* sends of the same bytes, or probes, without an answer, of a host that has vanished */
+    VANISHED_MS = 12 * 1000,     /* for so long (commgraph/communicators/endpoint.py has the other limit, of 15 s) */
     SLICE_NS = 100 * 1000 * 1000 /* longest sleep between two checks for signals */
 };
 
@@ -40,7 +44,7 @@ static int take_out(cg_queue *queue, cg_message *message) {
 }
 
 static void free_owned(cg_message *message) {
-    free(message->data);
+    if (message->data != NULL) cg_pool_give(message->data);
     free(message);
 }
 
@@ -67,8 +71,8 @@ static void end_link(cg_link *link, int error, int state) {
     settle(&link->awaited, state);
 }
 
-int cg_net_begin(cg_net *net, int n, int me, int ordered, int64_t spin_ns) {
-    *net = (cg_net){.n = n, .me = me, .ordered = ordered, .spin_ns = spin_ns, .knocks = -1, .poke = -1};
+int cg_net_begin(cg_net *net, int n, int me, int ordered, int64_t spin_ns, cg_pool *pool) {
+    *net = (cg_net){.n = n, .me = me, .ordered = ordered, .spin_ns = spin_ns, .knocks = -1, .poke = -1, .pool = pool};
     net->links = calloc((size_t)n, sizeof *net->links);
     net->polled = calloc((size_t)n + 2, sizeof *net->polled);
     net->poke = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -222,7 +226,7 @@ static void open_frame(cg_net *net, cg_link *link) {
     cg_message *found = NULL;
     for (cg_message *m = link->awaited.first; m != NULL && found == NULL; m = m->next)
         if (m->frame.tag == frame.tag) found = m;
-    int differs = found != NULL && found->frame.bytes != frame.bytes;
+    int differs = frame.bytes > CG_MOST_BYTES || (found != NULL && !found->takes && found->frame.bytes != frame.bytes);
     for (cg_message *m = link->awaited.first; net->ordered && found == NULL && m != NULL; m = m->next)
         differs |= m->frame.tag >> KIND_SHIFT == frame.tag >> KIND_SHIFT;
     if (differs) {
@@ -231,7 +235,7 @@ static void open_frame(cg_net *net, cg_link *link) {
     }
     if (found == NULL) {
         found = calloc(1, sizeof *found);
-        char *data = found == NULL ? NULL : malloc(frame.bytes + 1);
+        char *data = found == NULL ? NULL : cg_pool_take(net->pool, frame.bytes);
         if (data == NULL) {
             free(found);
             end_link(link, ENOMEM, CG_NOMEM);
@@ -239,6 +243,13 @@ static void open_frame(cg_net *net, cg_link *link) {
         }
         *found = (cg_message){.owned = 1, .state = CG_PENDING, .frame = frame, .data = data};
         append(&link->arrived, found);
+    } else if (found->takes) {
+        found->data = cg_pool_take(net->pool, frame.bytes);
+        if (found->data == NULL) {
+            end_link(link, ENOMEM, CG_NOMEM);
+            return;
+        }
+        found->frame.bytes = frame.bytes;
     }
     link->filling = found;
     if (frame.bytes == 0) finish(link, found);
@@ -316,16 +327,23 @@ void cg_net_send(cg_net *net, cg_message *m, int peer, uint32_t tag, const void 
     pthread_mutex_unlock(&net->lock);
 }
 
-void cg_net_receive(cg_net *net, cg_message *m, int peer, uint32_t tag, void *data, uint64_t bytes) {
-    begin_message(m, peer, tag, data, bytes);
+static void begin_receive(cg_net *net, cg_message *m) {
+    const int peer = m->peer;
+    const uint32_t tag = m->frame.tag;
     pthread_mutex_lock(&net->lock);
     cg_link *link = &net->links[peer];
     cg_message *earlier = link->arrived.first;
     while (earlier != NULL && earlier->frame.tag != tag) earlier = earlier->next;
-    if (earlier != NULL && earlier->frame.bytes != bytes) {
+    if (earlier != NULL && !m->takes && earlier->frame.bytes != m->frame.bytes) {
         m->state = CG_MISMATCH;
     } else if (earlier != NULL) {
-        memcpy(data, earlier->data, earlier->done);
+        if (m->takes) {
+            m->frame.bytes = earlier->frame.bytes;
+            m->data = earlier->data;
+            earlier->data = NULL;
+        } else {
+            memcpy(m->data, earlier->data, earlier->done);
+        }
         m->done = earlier->done;
         take_out(&link->arrived, earlier);
         if (link->filling == earlier) {
@@ -343,6 +361,29 @@ void cg_net_receive(cg_net *net, cg_message *m, int peer, uint32_t tag, void *da
         poke(net);
     }
     pthread_mutex_unlock(&net->lock);
+}
+
+void cg_net_receive(cg_net *net, cg_message *m, int peer, uint32_t tag, void *data, uint64_t bytes) {
+    begin_message(m, peer, tag, data, bytes);
+    begin_receive(net, m);
+}
+
+void cg_net_take(cg_net *net, cg_message *m, int peer, uint32_t tag) {
+    begin_message(m, peer, tag, NULL, 0);
+    m->takes = 1;
+    begin_receive(net, m);
+}
+
+int cg_net_give_up(cg_net *net, cg_message *m) {
+    pthread_mutex_lock(&net->lock);
+    cg_link *link = &net->links[m->peer];
+    if (m->state == CG_PENDING && m->done == 0 && link->filling != m) {
+        take_out(&link->awaited, m);
+        m->state = CG_TIMEOUT;
+    }
+    int state = m->state;
+    pthread_mutex_unlock(&net->lock);
+    return state;
 }
 
 void cg_net_withdraw(cg_net *net, cg_message *messages, int count) {
@@ -386,6 +427,22 @@ static int moves_much(const cg_net *net) {
     return 0;
 }
 
+/* Ends the links whose host has vanished: it answers neither data, nor probes of a full buffer. The kernel's own limit for that
+ * (TCP_USER_TIMEOUT) would end the link of a living rank, too, that does not read for so long, as one that computes. Where nothing is under
+ * way, keepalive does it. */
+static void end_vanished(cg_net *net) {
+#ifdef TCP_INFO
+    for (int p = 0; p < net->n; p++) {
+        cg_link *link = &net->links[p];
+        struct tcp_info info;
+        socklen_t length = sizeof info;
+        if (link->fd < 0 || getsockopt(link->fd, IPPROTO_TCP, TCP_INFO, &info, &length) != 0) continue;
+        if ((info.tcpi_retransmits >= UNANSWERED || info.tcpi_probes >= UNANSWERED) && info.tcpi_last_ack_recv >= VANISHED_MS)
+            end_link(link, ETIMEDOUT, CG_LOST);
+    }
+#endif
+}
+
 /* Sleeps until a socket is ready; the lock is released meanwhile. The result of the wait, or CG_PENDING. */
 static int sleep_on_sockets(cg_net *net, int64_t deadline) {
     int count = 0;
@@ -406,7 +463,10 @@ static int sleep_on_sockets(cg_net *net, int64_t deadline) {
     int ready = ppoll(net->polled, (nfds_t)count, &patience, NULL), error = errno;
     pthread_mutex_lock(&net->lock);
     if (ready < 0) return error == EINTR ? CG_INTERRUPTED : CG_NOMEM;
-    if (ready == 0) return shortened ? CG_INTERRUPTED : CG_PENDING;
+    if (ready == 0) {
+        end_vanished(net);
+        return shortened ? CG_INTERRUPTED : CG_PENDING;
+    }
     uint64_t pokes;
     if (net->polled[knocks >= 0 ? count - 2 : count - 1].revents && read(net->poke, &pokes, sizeof pokes) < 0) { /* another one took it */
     }
@@ -423,6 +483,7 @@ static int attend(cg_net *net, const cg_net_call *call, int why) {
 int cg_net_wait(cg_net *net, const cg_net_call *call, cg_net_ready ready, void *arg, int *who) {
     int result;
     int64_t spin_until = 0;
+    int looked = 0;
     const int64_t deadline = call->deadline;
     pthread_mutex_lock(&net->lock);
     for (;;) {
@@ -430,6 +491,11 @@ int cg_net_wait(cg_net *net, const cg_net_call *call, cg_net_ready ready, void *
         if (result != CG_PENDING) break;
         int64_t now = cg_clock_ns();
         if (now >= deadline) {
+            /* One look at the sockets: a wait of no time finds what has come. */
+            if (!net->polling && !looked && move(net)) {
+                looked = 1;
+                continue;
+            }
             result = CG_TIMEOUT;
             break;
         }

@@ -30,7 +30,8 @@ typedef struct {
 typedef struct cg_message {
     struct cg_message *next;
     int peer, state; /* CG_PENDING, or the result */
-    int owned;       /* a frame that no receive had asked for: it and its data were allocated here */
+    int owned;       /* a frame that no receive had asked for: it was allocated here, and its data as below */
+    int takes;       /* a receive of a frame of any size, whose data is memory of the pool: its owner gives it back, unless it is NULL */
     cg_frame frame;
     char *data;
     uint64_t done; /* bytes that were moved, of a send those of the header included */
@@ -41,6 +42,7 @@ typedef struct {
 } cg_queue;
 
 enum { CG_HELD_BYTES = 16 * 1024 };
+#define CG_MOST_BYTES ((uint64_t)1 << 40) /* of a frame: a larger one is a mistake, and nothing is allocated for it */
 
 typedef struct {
     int fd;     /* -1: there is none */
@@ -65,10 +67,11 @@ typedef struct {
     pthread_mutex_t lock;
     pthread_cond_t moved;
     uint64_t bytes_sent;
+    cg_pool *pool; /* for frames that come before they are waited for, and of any size */
 } cg_net;
 
-/* 0, or an errno. */
-int cg_net_begin(cg_net *net, int n, int me, int ordered, int64_t spin_ns);
+/* 0, or an errno. The pool lives longer than the net. */
+int cg_net_begin(cg_net *net, int n, int me, int ordered, int64_t spin_ns, cg_pool *pool);
 /* Closes every socket. No thread may be in a call. */
 void cg_net_end(cg_net *net);
 /* Takes over a connected socket that does not block. EEXIST if the peer has one. */
@@ -85,6 +88,10 @@ void cg_net_disown(cg_net *net);
 /* Begin a message. It and its bytes stay until its state is not CG_PENDING, or cg_net_withdraw. */
 void cg_net_send(cg_net *net, cg_message *message, int peer, uint32_t tag, const void *data, uint64_t bytes);
 void cg_net_receive(cg_net *net, cg_message *message, int peer, uint32_t tag, void *data, uint64_t bytes);
+/* A receive of a frame of any size. */
+void cg_net_take(cg_net *net, cg_message *message, int peer, uint32_t tag);
+/* Takes back a receive of which nothing has come: CG_TIMEOUT. CG_PENDING if a part has, and it goes on; else its state. */
+int cg_net_give_up(cg_net *net, cg_message *message);
 /* Takes back messages. One of which a part was moved ends its link: what follows could not be understood. */
 void cg_net_withdraw(cg_net *net, cg_message *messages, int count);
 

@@ -1437,7 +1437,7 @@ static void nets(dice *d, int64_t until) {
         uint64_t seed = roll(d);
         for (int r = 0; r < n; r++) pools[r] = cg_pool_new((size_t)64 << 20);
         for (int r = 0; r < n; r++)
-            for (int c = 0; c < 2; c++) CHECK(cg_net_begin(&made[r][c], n, r, c == 0, chance(d, 50) ? 20000 : 0) == 0, "cg_net_begin");
+            for (int c = 0; c < 2; c++) CHECK(cg_net_begin(&made[r][c], n, r, c == 0, chance(d, 50) ? 20000 : 0, pools[r]) == 0, "cg_net_begin");
         for (int a = 0; a < n; a++)
             for (int b = a + 1; b < n; b++)
                 for (int c = 0; c < 2; c++) {
