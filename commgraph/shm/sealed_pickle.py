@@ -2,27 +2,27 @@
 
 ::
 
-    0x13 | HMAC-SHA256 (32 bytes) | payloads, buffers (4 bytes each) | their lengths (8 bytes each) | offsets of the payloads | pickle
+    0x13 | keyed BLAKE2b (32 bytes) | payloads, buffers (4 bytes each) | their lengths (8 bytes each) | offsets of the payloads | pickle
 
 Payloads are the contents of large bytes, bytearrays and strings, which pickle writes behind an opcode and their length: they are taken
 out of the pickle at these offsets. Buffers are those of pickle's protocol 5 (PEP 574), such as the elements of tensors. Both are bytes
-that nothing interprets; they are sent beside the first part, unsigned as tensors are, and without a copy. The HMAC is over everything
+that nothing interprets; they are sent beside the first part, unsigned as tensors are, and without a copy. The signature is over everything
 else and over the context of the frame; nothing is unpickled, and no memory taken, before it is right.
 """
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import pickle
 import struct
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Any
 
 from commgraph.shm.pickling import Pickler, loads
 from commgraph.wire import WireError
 
-__all__ = ["Sealed", "open_sealed", "seal"]
+__all__ = ["Sealed", "key_of", "open_sealed", "seal"]
 
 _CODEC = b"\x13"
 _MAC_BYTES = 32
@@ -38,7 +38,7 @@ def seal(obj: object, pickler: Pickler, key: bytes, context: bytes) -> tuple[Any
     """Return the parts of an object, the signed one first. The others are views of the object: send them before it changes.
 
     Raises:
-        ValueError: nested too deep, or the key is empty.
+        ValueError: nested too deep.
         Exception: whatever pickling raises.
     """
     try:
@@ -75,10 +75,21 @@ def _announces(piece: bytes, length: int) -> bool:
 
 
 def _sign(key: bytes, context: bytes, body: bytes | memoryview) -> bytes:
-    if not key:
+    # RFC 7693. Of small messages a third of the time of an HMAC. With the length in front, no byte can pass from the context to the body.
+    mac = blake2b(len(context).to_bytes(8, "big") + context, key=key, digest_size=_MAC_BYTES, person=_CODEC)
+    mac.update(body)
+    return mac.digest()
+
+
+def key_of(authkey: bytes) -> bytes:
+    """Return the key by which messages are signed where the job has this authkey.
+
+    Raises:
+        ValueError: it is empty.
+    """
+    if not authkey:
         raise ValueError("the authkey is empty; None means that there is none")
-    # With the length in front, no byte can pass from the context to the body.
-    return hmac.digest(key, b"".join((_CODEC, len(context).to_bytes(8, "big"), context, body)), hashlib.sha256)
+    return blake2b(authkey, digest_size=_MAC_BYTES, person=b"commgraph key").digest()
 
 
 class Sealed:
@@ -120,7 +131,6 @@ def open_sealed(head: Any, key: bytes, context: bytes) -> Sealed:
 
     Raises:
         WireError: it is not signed with this key for this context.
-        ValueError: the key is empty.
     """
     view = memoryview(head)
     body = view[1 + _MAC_BYTES :]

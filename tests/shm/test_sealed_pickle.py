@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from commgraph.shm.pickling import Pickler
-from commgraph.shm.sealed_pickle import open_sealed, seal
+from commgraph.shm.sealed_pickle import key_of, open_sealed, seal
 from commgraph.wire import WireError
 
-KEY, CONTEXT = b"key", b"context"
+KEY, CONTEXT = key_of(b"key"), b"context"
 LARGE = bytes(range(256)) * 300  # beyond the size from which pickle writes a payload apart
 
 leaves = st.one_of(
@@ -74,11 +74,11 @@ def test_nothing_that_was_changed_is_unpickled(at: int) -> None:
 
 def test_a_part_of_elsewhere_is_refused() -> None:
     (head,) = seal(1, Pickler(), KEY, CONTEXT)
-    for key, context in ((b"other", CONTEXT), (KEY, b"other")):
+    for key, context in ((key_of(b"other"), CONTEXT), (KEY, b"other")):
         with pytest.raises(WireError, match="not signed with this rank's authkey, or belongs elsewhere"):
             open_sealed(head, key, context)
     for noise in (b"", b"\x13", head[:-1], b"\x12" + head[1:], bytes(100)):
         with pytest.raises(WireError):
             open_sealed(noise, KEY, CONTEXT)
     with pytest.raises(ValueError, match="authkey is empty"):
-        seal(1, Pickler(), b"", CONTEXT)
+        key_of(b"")
