@@ -12,13 +12,14 @@ from commgraph import ambient
 from commgraph.communicators.base import Communicator, Limits, Refused
 from commgraph.communicators.gloo import GlooCommunicator
 from commgraph.communicators.link_fast import LinkFastPath
-from commgraph.communicators.memory import as_bytes, dense
+from commgraph.communicators.memory import as_bytes, copy_back, dense, staging_for
 from commgraph.communicators.part import renumbered
 from commgraph.communicators.reduction import REDUCE_OPS, accumulator
-from commgraph.communicators.shm import ShmCommunicator, exchange_bytes
+from commgraph.communicators.shm import ShmCommunicator, exchange_bytes, kernel_of
 from commgraph.communicators.tcp import TcpCommunicator
 from commgraph.deadline import Deadline
 from commgraph.options import CommunicatorOptions
+from commgraph.shm import native_module
 
 __all__ = ["HierarchicalCommunicator"]
 
@@ -64,6 +65,7 @@ class HierarchicalCommunicator(Communicator):
             self._places.append((host, len(self._ranks[host])))
             self._ranks[host].append(rank)
         self._host, self._position = self._places[group.rank_in_group]
+        self._native = native_module.load()
         self._local = local
         self._across = across
         self._even = even
@@ -140,6 +142,12 @@ class HierarchicalCommunicator(Communicator):
     def _narrow(self, total: torch.Tensor, op: str, out: torch.Tensor) -> torch.Tensor:
         if op == "avg":
             total /= self.world_size
+        if out.dtype in (torch.bfloat16, torch.float16) and self._native is not None:
+            # Rounded as native calls do it: torch gives NaN other bits, and not the same ones everywhere.
+            rounded = staging_for(out)
+            self._native.narrow(kernel_of(out.dtype, "sum")[0], rounded.data_ptr(), total.data_ptr(), total.numel())
+            copy_back([rounded], [out])
+            return out
         return out.copy_(total.view(out.shape).to(out.dtype))
 
     def reduce(self, x: torch.Tensor, op: str, dst: int, *, tag: int, deadline: Deadline) -> torch.Tensor | None:

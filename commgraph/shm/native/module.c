@@ -426,7 +426,24 @@ static PyObject *module_ring_bytes(PyObject *module, PyObject *args) {
     return PyLong_FromSize_t(cg_ring_bytes(n_readers, (size_t)capacity));
 }
 
+/* Rounds float32 as the kernels do, NaN included, of which torch makes several. */
+static PyObject *module_narrow(PyObject *module, PyObject *args) {
+    (void)module;
+    int dtype;
+    unsigned long long to, from;
+    Py_ssize_t count;
+    if (!PyArg_ParseTuple(args, "iKKn", &dtype, &to, &from, &count)) return NULL;
+    const cg_conversion *conversion = cg_find_conversion(dtype);
+    if (conversion == NULL || count < 0 || count > MOST_BYTES) return PyErr_Format(PyExc_ValueError, "%zd elements of kind %d", count, dtype);
+    if (!is_memory((void *)(uintptr_t)from, (size_t)count * 4) || !is_memory((void *)(uintptr_t)to, (size_t)count * 2)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    conversion->narrow((void *)(uintptr_t)to, (const void *)(uintptr_t)from, (size_t)count);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef module_methods[] = {
+    {"narrow", module_narrow, METH_VARARGS, "narrow(dtype, to, from, count)\n--\n\nRounds float32 at an address to bfloat16 or float16 at another."},
     {"group_layout", module_layout, METH_VARARGS, "group_layout(n, slot_bytes)\n--\n\nBytes of n members, and of a group's memory."},
     {"any_ring", module_any_ring, METH_VARARGS, "any_ring(rings, timeout_ns)\n--\n\nIndex of a ring that has a record; -1: none in time."},
     {"ring_bytes", module_ring_bytes, METH_VARARGS, "ring_bytes(n_readers, capacity)\n--\n\n"},
