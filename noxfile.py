@@ -177,7 +177,7 @@ HARNESS = (
     "-lpthread",
     "-lm",
 )
-PARTS = ("guards", "cores", "kernels", "collectives", "rings", "zero_copies", "pool", "endings", "withdrawals", "nets")
+PARTS = ("guards", "cores", "kernels", "collectives", "rings", "zero_copies", "pool", "endings", "withdrawals", "nets", "frames")
 
 
 @nox.session(venv_backend="none", default=False)
@@ -199,6 +199,18 @@ def tsan(session: nox.Session) -> None:
         session.run(compiler, "-O1", "-g", *flags, "-Wno-maybe-uninitialized", *HARNESS, "-o", program, external=True)
         for part in ("processes", *PARTS):
             session.run(*prefix, program, part, seconds, seed, external=True)
+
+
+@nox.session(venv_backend="none", default=False)
+def fuzz(session: nox.Session) -> None:
+    """A million streams of frames and of handshakes, right and mangled. After --: how many handshakes, and seconds for the frames."""
+    handshakes, seconds, *_ = [*session.posargs, *("1000000", "600")[len(session.posargs) :]]
+    program = str(Path(session.create_tmp()) / "harness-frames")
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wno-maybe-uninitialized")
+    session.run(os.environ.get("CC", "cc"), "-O1", "-g", *flags, *HARNESS, "-o", program, external=True)
+    session.run(program, "frames", seconds, str(int(time.time())), external=True)
+    session.env["PYTHONPATH"] = str(HERE)
+    session.run(str(with_torch(session, "test") / "python"), "tests/programs/fuzz_handshakes.py", handshakes, external=True)
 
 
 @nox.session(venv_backend="none", default=False)

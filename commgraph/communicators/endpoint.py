@@ -85,6 +85,8 @@ class Endpoint:
         # Handshakes of links that this rank calls for, and those that it was called for, by link.
         self._calling: dict[Link, _Handshake] = {}
         self._called: dict[Link, _Handshake] = {}
+        # Links that a call of this rank has made.
+        self._made_by_own: set[Link] = set()
         # Groups that this rank has closed.
         self._left: set[bytes] = set()
         self._listener = socket.socket(_family(address), socket.SOCK_STREAM)
@@ -240,6 +242,7 @@ class Endpoint:
         )
         if said == _ACCEPTS:
             connection.sendall(self._prove(_CONNECTS, handshake.hello, nonce))
+            self._made_by_own.add(link)
             self._finish(handshake, link)
         elif said == _YIELDS:
             self._end(handshake)  # the other side's call is on its way
@@ -261,7 +264,9 @@ class Endpoint:
             named = Link(group, channel, low, high)
             handshake.hello, handshake.nonce = hello, secrets.token_bytes(_NONCE_BYTES)
             own = self._calling.get(named)
-            answer = _LEFT if group in self._left else _YIELDS if own is not None and own.peer == named.low else _ACCEPTS
+            # A call of the low rank may still be under way when that of the high one has made the link.
+            counts = named in self._made_by_own or (own is not None and own.peer == named.low)
+            answer = _LEFT if group in self._left else _YIELDS if counts else _ACCEPTS
             connection.sendall(handshake.nonce + self._prove(answer, hello, handshake.nonce))
             if answer != _ACCEPTS:
                 self._end(handshake)
@@ -312,6 +317,7 @@ class Endpoint:
         """Drop connections of a group that were not taken, and from now on tell whoever connects that this rank has closed it."""
         with self._lock:
             self._left.add(group)
+            self._made_by_own = {link for link in self._made_by_own if link.group != group}
             for link in [one for one in self._made if one.group == group]:
                 left = self._made.pop(link)
                 if isinstance(left, socket.socket):

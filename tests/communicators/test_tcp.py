@@ -24,6 +24,7 @@ from commgraph.communicators.tcp import TcpCommunicator
 from commgraph.communicators.tcp_transport import TcpTransport
 from commgraph.deadline import Deadline
 from commgraph.shm import native_module
+from tests.programs import fuzz_handshakes
 
 native = native_module.load()
 pytestmark = pytest.mark.skipif(native is None, reason="no native module")
@@ -451,3 +452,8 @@ def test_an_address_where_nobody_listens() -> None:
         nowhere.close()
         with pytest.raises(PeerClosed, match=r"connecting to it at 127.0.0.1 port \d+: Connection refused"):
             ends[1].wait(Link(GROUP, 0, 0, 1), 0, address, Deadline.after(SECONDS))
+
+
+def test_mangled_handshakes() -> None:
+    """A short form of the session `fuzz`."""
+    assert fuzz_handshakes.main(400, seed=3) == 400

@@ -21,7 +21,20 @@ SOURCES = (
     HERE / "native" / "harness.c",
     *(path for path in sorted(CORE.glob("*.c")) if not path.stem.startswith(("module", "kernels"))),
 )
-PARTS = ("guards", "cores", "kernels", "collectives", "rings", "zero_copies", "pool", "endings", "withdrawals", "nets", "processes")
+PARTS = (
+    "guards",
+    "cores",
+    "kernels",
+    "collectives",
+    "rings",
+    "zero_copies",
+    "pool",
+    "endings",
+    "withdrawals",
+    "nets",
+    "frames",
+    "processes",
+)
 
 
 @pytest.fixture(scope="module")

@@ -1457,6 +1457,98 @@ static void nets(dice *d, int64_t until) {
     } while (cg_clock_ns() < until);
 }
 
+/* Frames: what a peer sends, right or mangled, in pieces of any sizes. What is received whole is what was sent, whatever else was. */
+
+enum { FRAMES = 6, FRAME_TAGS = 4 };
+
+static void feed_frames(dice *d) {
+    cg_pool *pool = cg_pool_new(1 << 20);
+    cg_net net;
+    int pair[2], ordered = chance(d, 30), who = 0;
+    CHECK(cg_net_begin(&net, 2, 0, ordered, 0, pool) == 0, "cg_net_begin");
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, pair) == 0 && cg_net_attach(&net, 1, pair[0]) == 0, "attach");
+    /* The stream. */
+    int n = 1 + (int)below(d, FRAMES), mangled = chance(d, 60);
+    uint64_t seed = roll(d);
+    size_t bytes[FRAMES], length = 0, most = chance(d, 10) ? 60000 : 300;
+    uint32_t tags[FRAMES];
+    static _Thread_local char stream[FRAMES * (60000 + sizeof(cg_frame)) + 64];
+    for (int i = 0; i < n; i++) {
+        tags[i] = (uint32_t)below(d, FRAME_TAGS) << 28 | (uint32_t)below(d, FRAME_TAGS);
+        bytes[i] = chance(d, 10) ? 0 : below(d, most);
+        cg_frame frame = {0x6D636731, tags[i], bytes[i]};
+        memcpy(stream + length, &frame, sizeof frame);
+        fill_bytes(stream + length + sizeof frame, seed, i, 0, bytes[i]);
+        length += sizeof frame + bytes[i];
+    }
+    if (mangled) {
+        int kind = (int)below(d, 4);
+        if (kind == 0) length = below(d, length);
+        else if (kind == 1) for (size_t i = 1 + below(d, 8); i > 0; i--) stream[below(d, length)] ^= (char)(1 + below(d, 255));
+        else if (kind == 2) memset(stream + below(d, length), chance(d, 50) ? 0xFF : 0, 16); /* a length beyond everything, perhaps */
+        else fill_bytes(stream, seed + 1, 0, 0, 1 + below(d, length));
+    }
+    /* Receives: of frames that are sent, or are not, of their sizes or of any. */
+    cg_message messages[2 * FRAMES];
+    char *memory[2 * FRAMES];
+    int frame_of[2 * FRAMES], count = 0;
+    for (int i = 0; i < n; i++) {
+        if (chance(d, 15)) continue;
+        int takes = chance(d, 30);
+        frame_of[count] = i;
+        memory[count] = takes ? NULL : malloc(bytes[i] + 1);
+        if (takes) cg_net_take(&net, &messages[count], 1, tags[i]);
+        else cg_net_receive(&net, &messages[count], 1, tags[i], memory[count], chance(d, 5) ? bytes[i] + 1 - 2 * (bytes[i] > 0) : bytes[i]);
+        count++;
+    }
+    /* In pieces, as the sockets have them. */
+    for (size_t at = 0; at < length;) {
+        size_t some = 1 + below(d, chance(d, 50) ? 40 : 20000);
+        if (some > length - at) some = length - at;
+        ssize_t sent = send(pair[1], stream + at, some, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (sent > 0) at += (size_t)sent;
+        else if (errno != EAGAIN && errno != EWOULDBLOCK) break; /* the net has ended the link */
+        cg_net_call now = {0, cg_clock_ns(), attend_nothing, NULL, pool};
+        cg_messages all = {messages, count};
+        if (chance(d, 50) || sent < 0) {
+            int result = cg_net_wait(&net, &now, cg_net_all, &all, &who);
+            if (sent < 0 && result == CG_OK) break; /* nobody waits for more, and nothing more is read */
+        }
+    }
+    close(pair[1]);
+    for (int i = 0; i < count; i++) {
+        cg_net_call last = {0, soon(), attend_nothing, NULL, pool};
+        cg_messages one = {&messages[i], 1};
+        int result = cg_net_wait(&net, &last, cg_net_all, &one, &who);
+        CHECK(result == CG_OK || result == CG_LOST || result == CG_MISMATCH || result == CG_NOMEM, "a receive ended with %d", result);
+        if (result == CG_OK) CHECK(messages[i].done == messages[i].frame.bytes, "a part of a message");
+        if (result == CG_OK && !mangled) {
+            /* The first frame of that tag that no earlier receive has got. */
+            int earlier = 0, found = 0;
+            for (int k = 0; k < i; k++) earlier += tags[frame_of[k]] == tags[frame_of[i]] && messages[k].state == CG_OK;
+            while (tags[found] != tags[frame_of[i]] || earlier-- > 0) found++;
+            CHECK(messages[i].frame.bytes == bytes[found], "%llu bytes of %zu", (unsigned long long)messages[i].frame.bytes, bytes[found]);
+            check_bytes(messages[i].data, seed, found, 0, bytes[found], "a frame");
+        }
+    }
+    cg_net_withdraw(&net, messages, count);
+    for (int i = 0; i < count; i++) {
+        if (memory[i] == NULL && messages[i].data != NULL) cg_pool_give(messages[i].data);
+        free(memory[i]);
+    }
+    cg_net_end(&net);
+    cg_pool_drop(pool);
+}
+
+static void frames(dice *d, int64_t until) {
+    long tries = 0;
+    do {
+        feed_frames(d);
+        tries++;
+    } while (cg_clock_ns() < until);
+    fprintf(stderr, "%ld streams of frames\n", tries);
+}
+
 /* Cores: a thread moves to another core, and its affinity is restored. */
 
 static cpu_set_t affinity(void) {
@@ -1626,6 +1718,7 @@ int main(int argc, char **argv) {
     RUN("endings", endings(&d, rounds))
     RUN("withdrawals", withdrawals(&d, until))
     RUN("nets", nets(&d, until))
+    RUN("frames", frames(&d, until))
     if (!done) return fprintf(stderr, "harness: there is no part %s\n", part), 2;
     return 0;
 }
