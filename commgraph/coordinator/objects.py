@@ -43,6 +43,7 @@ __all__ = [
     "checked_objects",
     "checked_peer",
     "gather_frames",
+    "has_come",
     "nothing_yet",
     "refuse_object",
     "unreadable",
@@ -471,7 +472,7 @@ class NetworkObjects(Objects):
 
         number = self._state.sequence if sequence is None else sequence
         peer = -1 if message is None else src
-        return perform(group, operation, number, f"{operation}(...)", deadline, act, peer=peer, message=message, is_made=_has_come)
+        return perform(group, operation, number, f"{operation}(...)", deadline, act, peer=peer, message=message, is_made=has_come)
 
     def _network(self, group: Group) -> Network:
         """Return the connections of a group that is open; another thread may close it at any moment."""
@@ -489,7 +490,8 @@ class NetworkObjects(Objects):
         self._comparing.clear()
 
 
-def _has_come(frame: memoryview | None) -> bool:
+def has_come(frame: Any) -> bool:
+    """Whether `_await` returned a message."""
     return frame is not None
 
 

@@ -15,9 +15,10 @@ from commgraph.communicators.base import PeerLate
 from commgraph.communicators.tags import OBJECT, OBJECT_REST, make_tag
 from commgraph.communicators.tcp_transport import TcpTransport
 from commgraph.coordinator.checks import BadArgument
-from commgraph.coordinator.objects import NetworkObjects, nothing_yet, refuse_object, unreadable
+from commgraph.coordinator.objects import NetworkObjects, has_come, nothing_yet, refuse_object, unreadable
 from commgraph.coordinator.operation import Group, explain, perform
 from commgraph.coordinator.pending import OBJECTS
+from commgraph.coordinator.recorded import Message
 from commgraph.coordinator.spans import spanned
 from commgraph.coordinator.state import GroupState
 from commgraph.coordinator.turns import Turn
@@ -51,6 +52,7 @@ class LinkObjects(NetworkObjects):
         state, net = self._state, self._transport.messages
         return (
             timeout is None
+            and state.recorder is None
             and type(peer) is int
             and 0 <= peer < self._transport.world_size
             and peer != self._transport.rank_in_group
@@ -105,7 +107,8 @@ class LinkObjects(NetworkObjects):
             return call(*args)
         except BaseException as error:
             fail = functools.partial(self._transport.fail, self._transport.messages, error)
-        return self._perform(group, operation, None, Deadline.after(self._state.timeouts.host), fail)  # type: ignore[no-any-return]  # it raises
+        deadline = Deadline.after(self._state.timeouts.host)
+        return perform(group, operation, self._state.sequence, f"{operation}(...)", deadline, fail)
 
     def _opened(self, group: Group, operation: str, src: int, head: Any, context: str) -> Sealed:
         assert self._signing is not None
@@ -147,6 +150,7 @@ class LinkObjects(NetworkObjects):
         rest: int,
         deadline: Deadline,
         sequence: int | None = None,
+        message: Message | None = None,
     ) -> None:
         by_message: dict[int, list[int]] = {}
         for peer, parts in frames.items():
@@ -156,10 +160,21 @@ class LinkObjects(NetworkObjects):
             for peers in by_message.values():
                 self._transport.send_parts(frames[peers[0]], peers, tag, rest, deadline)
 
-        self._perform(group, operation, sequence, deadline, act)
+        peer, size = -1 if message is None else next(iter(frames)), sum(_bytes_of(frames[peers[0]]) for peers in by_message.values())
+        number = self._state.sequence if sequence is None else sequence
+        perform(group, operation, number, f"{operation}(...)", deadline, act, size, peer=peer, message=message)
 
     def _await(
-        self, group: Group, operation: str, src: int, tag: int, rest: int, deadline: Deadline, context: str, sequence: int | None = None
+        self,
+        group: Group,
+        operation: str,
+        src: int,
+        tag: int,
+        rest: int,
+        deadline: Deadline,
+        context: str,
+        sequence: int | None = None,
+        message: Message | None = None,
     ) -> Any:
         transport, patience = self._transport, self._state.timeouts.host
 
@@ -176,7 +191,9 @@ class LinkObjects(NetworkObjects):
             beside = transport.take_all(src, tag, rest, sealed.lengths, deadline.at_least(patience)) if sealed.lengths else ()
             return sealed, beside
 
-        return self._perform(group, operation, sequence, deadline, act)
+        number, peer = self._state.sequence if sequence is None else sequence, -1 if message is None else src
+        return perform(group, operation, number, f"{operation}(...)", deadline, act, peer=peer, message=message, is_made=has_come)
 
-    def _perform(self, group: Group, operation: str, sequence: int | None, deadline: Deadline, act: Callable[[], Any]) -> Any:
-        return perform(group, operation, self._state.sequence if sequence is None else sequence, f"{operation}(...)", deadline, act)
+
+def _bytes_of(parts: tuple[Any, ...]) -> int:
+    return sum(memoryview(part).nbytes for part in parts)
