@@ -97,6 +97,14 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", default=False)
+def bench_hosts(session: nox.Session) -> None:
+    """What operations take between two simulated hosts, beside gloo and the raw exchange. After --: arguments of `commgraph bench`."""
+    python = str(with_torch(session, "test") / "python")
+    session.env["PYTHONPATH"] = str(HERE)
+    session.run(python, "tests/programs/bench_over_hosts.py", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none", default=False)
 def stress(session: nox.Session) -> None:
     """Ten million checksummed messages to four readers that sleep now and then. Arguments after --: e.g. --messages 100000."""
     python = str(with_torch(session, "test") / "python")

@@ -77,10 +77,12 @@ class Library:
 
     Attributes:
         name: as the tables show it; may be refined in `prepare` (by a version, say).
+        computes: whether its results are those of the operations, and are checked; not of a limit, which only moves bytes.
         job: the ranks.
     """
 
     name: str
+    computes: bool = True
 
     def __init__(self, job: Job) -> None:
         self.job = job

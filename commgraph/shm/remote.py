@@ -50,8 +50,8 @@ _SMALL = 64 * 1024
 _HELLO_TIMEOUT = 5.0
 _CONNECT_TIMEOUT = 10.0
 _TICK = 0.4
-# Milliseconds without an acknowledgement after which a host counts as vanished.
-_VANISHED_MS = 15_000
+# A host has vanished that has not answered so many sends of the same bytes for so long.
+_UNANSWERED, _VANISHED = 4, 12
 _STRANGERS = 128
 
 logger = logging.getLogger("commgraph")
@@ -278,6 +278,8 @@ class _Sender:
             poll.register(self._connection, select.POLLIN)
             if poll.poll(0):
                 raise HungUp("it closed its connection")
+            if has_vanished(self._connection):
+                raise HungUp("its host has not answered for some seconds")
             self._senders.look()
 
     def _send(self, piece: memoryview) -> None:
@@ -291,6 +293,8 @@ class _Sender:
                 if ready and ready[0][1] & ~select.POLLOUT:
                     raise HungUp("it closed its connection") from None
                 if not ready:
+                    if has_vanished(self._connection):
+                        raise HungUp("its host has not answered for some seconds") from None
                     self._senders.look()
                 if time.monotonic() >= self._senders.until:
                     raise Late from None
@@ -492,11 +496,24 @@ class Incoming:
         self._wanted, self._have = bytearray(_HEAD.size), 0
 
 
+def has_vanished(connection: socket.socket) -> bool:
+    """Whether the other host answers neither what was sent nor probes of its full buffer, which keepalive does not notice.
+
+    Not by TCP_USER_TIMEOUT: it would end the connection of a reader, too, that lives and reads nothing for as long.
+    """
+    if not hasattr(socket, "TCP_INFO"):
+        return False
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    # struct tcp_info of Linux: retransmits and probes without an answer, and milliseconds since the last one.
+    silent = max(info[2], info[3]) if len(info) >= 60 else 0
+    return silent >= _UNANSWERED and int(struct.unpack_from("=I", info, 56)[0]) >= _VANISHED * 1000
+
+
 def _set_up(connection: socket.socket) -> None:
     connection.setblocking(False)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # A process that ends hangs up; a host that ends says nothing. No keepalive is sent while data is unacknowledged: hence the last one.
+    # A process that ends hangs up; a host that ends says nothing. While data is unacknowledged no keepalive is sent: `has_vanished`.
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 5), ("TCP_USER_TIMEOUT", _VANISHED_MS)):
+    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 5)):
         if hasattr(socket, name):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -13,7 +13,7 @@ from commgraph.errors import ConfigurationError
 
 __all__ = ["BUILT_IN", "inherit", "load"]
 
-BUILT_IN = ("gloo", "mpi", "deepspeed", "oneccl", "pipe", "queue", "zmq")
+BUILT_IN = ("gloo", "mpi", "deepspeed", "oneccl", "pipe", "queue", "zmq", "raw")
 
 
 def load(spec: str) -> type[Library]:
