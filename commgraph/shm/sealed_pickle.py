@@ -30,7 +30,7 @@ _COUNTS = struct.Struct("<II")
 # Bytes of a payload from which on it is sent beside the pickle: pickle writes pieces of that size apart from its frames.
 _APART = 1 << 16
 # Opcodes in front of a payload, by how many bytes of length follow them.
-_OPCODES = {8: (b"\x8d", b"\x8e", b"\x96"), 4: (b"X", b"B")}
+_OPCODES = ((8, (b"\x8d", b"\x8e", b"\x96")), (4, (b"X", b"B")))
 _MOST_BYTES = 1 << 40
 
 
@@ -70,7 +70,7 @@ def _announces(piece: bytes, length: int) -> bool:
     """Whether a piece of a pickle ends with the opcode and the length of a payload."""
     return any(
         len(piece) > width and piece[-width - 1 : -width] in opcodes and int.from_bytes(piece[-width:], "little") == length
-        for width, opcodes in _OPCODES.items()
+        for width, opcodes in _OPCODES
     )
 
 
