@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 import time
 
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 
 from commgraph import progress
+from commgraph.demo import main as demo
+from commgraph.demo.engine import Generated
 
 
 class Terminal(io.StringIO):
@@ -47,3 +52,24 @@ def test_a_terminal_gets_a_bar_and_a_terminal_without_rich_lines(monkeypatch: py
     with progress.progress("commgraph plan", 2, "layouts", plain) as advance:
         advance()
     assert plain.getvalue() == ""
+
+
+def test_other_ranks_show_nothing() -> None:
+    stream = Terminal()
+    with progress.progress("commgraph bench", 1, "cases", stream, shown=False) as advance:
+        advance()
+    assert stream.getvalue() == ""
+
+
+def test_the_demo_says_how_far_it_is_where_nobody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(0, 1000, 4))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(now)))
+    stream = io.StringIO()
+    console = Console(file=stream, width=100)
+    with Progress(console=console, auto_refresh=False, disable=True) as bars:
+        show = demo._watcher(console, bars, bars.add_task("alone", total=9, said=""), "target alone", 9)
+        for count in range(1, 10):
+            show(Generated(tokens=[0] * count, seconds=float(count)))
+    lines = stream.getvalue().splitlines()
+    assert 1 <= len(lines) < 9
+    assert re.fullmatch(r"target alone: \d of 9 tokens, 1 tokens/s", lines[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Final
 
 import attrs
@@ -24,6 +25,7 @@ from commgraph.bench.timing import Contender, Stopwatch, interleave
 from commgraph.errors import ConfigurationError
 from commgraph.plan.links import Figures, Links
 from commgraph.plan.strategies import Placement, Use, uses_of
+from commgraph.progress import progress
 
 __all__ = ["SAMPLE_SECONDS", "Case", "cases_of", "figures_from", "fit", "layouts_of"]
 
@@ -65,7 +67,11 @@ def fit(job: Job, plan: Plan, found: Run, say: Callable[[str], None]) -> None:
         contexts = layouts_of(world, stack)
         cases = [case for ctx in contexts for case in cases_of(world, ctx)]
         stopwatch = Stopwatch(world.group.all_gather_object, world.group.barrier, Probe(), plan.samples, plan.seconds)
-        samples = interleave([case.contender for case in cases], stopwatch, at_least=SAMPLE_SECONDS)
+
+        def watch(rounds: int) -> AbstractContextManager[Callable[[], None]]:
+            return progress("commgraph bench --fit", rounds, "rounds", shown=world.rank == 0)
+
+        samples = interleave([case.contender for case in cases], stopwatch, at_least=SAMPLE_SECONDS, watch=watch)
         seconds = [percentile([sample.seconds for sample in of_case], 50) for of_case in samples]
         world.group.barrier()
     where = f"{world.size} ranks on {world.node_count} hosts, {describe()['processor']}, {describe()['cores']}"

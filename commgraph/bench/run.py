@@ -19,6 +19,7 @@ from commgraph.bench.report import Run, heading, introduction, line
 from commgraph.bench.session import Session
 from commgraph.bench.timing import Stopwatch
 from commgraph.bench.tune import tune
+from commgraph.progress import progress
 
 __all__ = ["run"]
 
@@ -87,11 +88,15 @@ def run(job: Job, plan: Plan, gifts: Mapping[str, Any]) -> Run:
             if _ready(session, library):
                 session.add(library)
         say(heading())
-        for operation in plan.operations:
-            for dtype, size in _cases(plan, operation):
-                tensors.measure(session, operation, size, dtype)
-            if operation in objects.OPERATIONS:
-                objects.measure(session, operation)
+        cases = sum(len(_cases(plan, operation)) + (operation in objects.OPERATIONS) for operation in plan.operations)
+        with progress("commgraph bench", cases, "cases", shown=world.rank == 0) as advance:
+            for operation in plan.operations:
+                for dtype, size in _cases(plan, operation):
+                    tensors.measure(session, operation, size, dtype)
+                    advance()
+                if operation in objects.OPERATIONS:
+                    objects.measure(session, operation)
+                    advance()
         world.group.barrier()  # nobody hangs up while another still measures
         session.close()
     return found

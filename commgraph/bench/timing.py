@@ -6,9 +6,11 @@ measured sample by sample, A B A B, and not one after the other; each sample bes
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import attrs
@@ -76,18 +78,29 @@ class Stopwatch:
         return min(max(int(self.seconds / max(seconds, 1e-9)), _FEWEST), _MOST)
 
 
+def _unwatched(rounds: int) -> AbstractContextManager[Callable[[], None]]:
+    return contextlib.nullcontext(lambda: None)
+
+
 def slowest(values: Sequence[Sequence[float]]) -> list[float]:
     """Return, for each sample, the value of its slowest rank."""
     return [max(column) for column in zip(*values, strict=True)]
 
 
-def interleave(contenders: Sequence[Contender], stopwatch: Stopwatch, *, at_least: float = _SAMPLE_SECONDS) -> list[list[Sample]]:
+def interleave(
+    contenders: Sequence[Contender],
+    stopwatch: Stopwatch,
+    *,
+    at_least: float = _SAMPLE_SECONDS,
+    watch: Callable[[int], AbstractContextManager[Callable[[], None]]] = _unwatched,
+) -> list[list[Sample]]:
     """Takes samples of the contenders in turn. Collective.
 
     Args:
         contenders: the same ones on every rank.
         stopwatch: how.
         at_least: seconds that the batch of a sample takes.
+        watch: given the number of rounds, a context manager with a function that is called after each.
 
     Returns:
         For each contender its samples, of one call each; a sample takes as long as its slowest rank.
@@ -101,10 +114,12 @@ def interleave(contenders: Sequence[Contender], stopwatch: Stopwatch, *, at_leas
     rounds = stopwatch.rounds(sum(durations) / len(durations)) if contenders else 0
     times: list[list[float]] = [[] for _ in contenders]
     probed: list[list[float | None]] = [[] for _ in contenders]
-    for _ in range(rounds):
-        for number, contender, mine, places in zip(calls, contenders, times, probed, strict=True):
-            places.append(stopwatch.probe.measure())
-            mine.append(stopwatch.time(contender, number) * contender.share / number)
+    with watch(rounds) as advance:
+        for _ in range(rounds):
+            for number, contender, mine, places in zip(calls, contenders, times, probed, strict=True):
+                places.append(stopwatch.probe.measure())
+                mine.append(stopwatch.time(contender, number) * contender.share / number)
+            advance()
     everyone = stopwatch.gather((times, probed))
     return [
         [

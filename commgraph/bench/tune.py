@@ -19,6 +19,7 @@ from commgraph.bench.probe import Probe
 from commgraph.bench.report import Run, heading, introduction
 from commgraph.bench.timing import Contender, Stopwatch, interleave
 from commgraph.errors import BackendUnavailableError, ConfigurationError
+from commgraph.progress import progress
 
 __all__ = ["tune"]
 
@@ -62,8 +63,11 @@ def tune(job: Job, plan: Plan, found: Run, say: Callable[[str], None], report: C
             say(text)
         say(heading())
         stopwatch = Stopwatch(world.group.all_gather_object, others.tp.barrier, Probe(), plan.samples, plan.seconds)
-        for operation in KERNELS:
-            for dtype in dtypes if operation != "all_gather" else dtypes[:1]:
+        wanted = {operation: dtypes if operation != "all_gather" else dtypes[:1] for operation in KERNELS}
+        total = sum(map(len, wanted.values())) * len(plan.sizes)
+        advance = stack.enter_context(progress("commgraph bench --tune", total, "sizes", shown=world.rank == 0))
+        for operation, kinds in wanted.items():
+            for dtype in kinds:
                 best = []
                 for size in plan.sizes:
                     kind: torch.dtype = getattr(torch, dtype)
@@ -89,6 +93,7 @@ def tune(job: Job, plan: Plan, found: Run, say: Callable[[str], None], report: C
                             )
                         )
                     best.append((size, _fastest(medians)))
+                    advance()
                 if steps := merged(best):
                     table.append(TableRow(capability, world.size, operation, "any" if operation == "all_gather" else dtype, steps))
         world.group.barrier()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +25,7 @@ from commgraph.demo.model import ShardedLlama, check_sizes
 from commgraph.demo.reference import Llama, load_checkpoint
 from commgraph.errors import CommGraphError, ConfigurationError
 from commgraph.layout import draw
+from commgraph.progress import LINE_SECONDS
 
 __all__ = ["main"]
 
@@ -177,9 +179,7 @@ def _run(world: cg.World, arguments: _Arguments, layout: cg.Layout, draft_layout
                 world.group.barrier()
                 bar = bars.add_task(text, total=arguments.tokens, said="")
 
-                def show(so_far: Generated, bar: TaskID = bar) -> None:
-                    bars.update(bar, completed=len(so_far.tokens), said=_speed(so_far))
-
+                show = _watcher(console, bars, bar, text, arguments.tokens)
                 written.append(engine.generate(encode(prompt), arguments.tokens, draft_length=length, progress=show))
         plain, speculative = written
         moved = {name: count - before[name] for name, count in traffic(target_ctx, draft_ctx).items()}
@@ -207,6 +207,20 @@ def _progress(console: Console) -> Progress:
         TextColumn("{task.fields[said]}"),
     )
     return Progress(*columns, console=console)
+
+
+def _watcher(console: Console, bars: Progress, bar: TaskID, text: str, total: int) -> Callable[[Generated], None]:
+    """Return a function that shows how far a run is: a bar on a terminal, elsewhere a line now and then."""
+    said = time.monotonic()
+
+    def show(so_far: Generated) -> None:
+        nonlocal said
+        bars.update(bar, completed=len(so_far.tokens), said=_speed(so_far))
+        if not console.is_terminal and time.monotonic() - said >= LINE_SECONDS:
+            said = time.monotonic()
+            console.print(f"{text}: {len(so_far.tokens)} of {total} tokens, {_speed(so_far)}")
+
+    return show
 
 
 def _speed(so_far: Generated) -> str:
