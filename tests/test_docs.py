@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 import commgraph as cg
-from commgraph import cli
+from commgraph import cli, layout
 from commgraph.testing import spmd
 
 ROOT = Path(__file__).parent.parent
@@ -265,3 +265,10 @@ def test_every_page_is_in_a_table_of_contents() -> None:
     assert not [
         page for page in pages if page != "index" and f"\n{page.removeprefix('reference/')}\n" not in listed and f"\n{page}\n" not in listed
     ]
+
+
+def test_the_reference_lists_every_member_of_a_layout() -> None:
+    page = (ROOT / "docs/reference/layout.md").read_text()
+    listed = re.findall(r"^\.\. auto(?:method|property):: Layout\.(\w+)$", page, re.MULTILINE)
+    assert sorted([*listed, "first_rank", "world_size"]) == [name for name in dir(cg.Layout) if not name.startswith("_")]
+    assert set(re.findall(r"^\.\. auto(?:class|function):: (\w+)$", page, re.MULTILINE)) == set(layout.__all__) - {"GroupSpec"}
