@@ -56,7 +56,7 @@ MAGIC: Final = b"CGRECORD"
 VERSION: Final = 1
 SUFFIX: Final = ".cgrecord"
 NAME: Final = "commgraph-record"
-"""Of the memory in ``/proc``, where /proc/PID/fd/N -> /memfd:commgraph-record (deleted)."""
+"""Of the memory in ``/proc``, where a link /proc/PID/fd/N shows ``/memfd:commgraph-record (deleted)``."""
 
 HEADER: Final = struct.Struct("<8sIIQQQQQQQqqqq")
 """Magic, version, bytes of an entry, capacity, texts_offset, texts_bytes, entries_offset, bytes of texts that are used, number of the

@@ -9,7 +9,7 @@ from torch import nn
 __all__ = ["Tie", "tie", "ties_of"]
 
 Tie = tuple[tuple[str, str], ...]
-"""The places of one parameter: path of the module, and name in it."""
+"""The places of one parameter, path of the module, and name in it."""
 
 
 def ties_of(model: nn.Module) -> list[Tie]:
