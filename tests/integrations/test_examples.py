@@ -39,6 +39,7 @@ def launched(name: str, ranks: int, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.models
 def test_experts_on_the_ranks_of_ep_in_threads() -> None:
     program = example("mixture_of_experts")
     whole = program.small_model()

@@ -103,8 +103,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     [
         ("LlamaConfig", {"tp": 2}),
         ("MixtralConfig", {"tp": 2}),  # an expert a tensor in the files
-        ("Qwen3MoeConfig", {"tp": 2, "experts": "ep"}),
-        ("GPTNeoXConfig", {"tp": 2}),
+        pytest.param("Qwen3MoeConfig", {"tp": 2, "experts": "ep"}, marks=pytest.mark.models),
+        pytest.param("GPTNeoXConfig", {"tp": 2}, marks=pytest.mark.models),
         ("Gemma2Config", {"pp": 2}),  # tied over the stages
     ],
 )
