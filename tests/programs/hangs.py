@@ -44,8 +44,8 @@ def hang(world: cg.World, kind: str, timeout: float, ready: Callable[[], None], 
 
 
 def spin(context: cg.ParallelContext) -> None:
-    """Computes until the group is broken or closed."""
-    while not (context.tp.is_broken or context.closed):
+    """Computes until the group is closed or aborted."""
+    while not context.tp._state.is_closed:
         sum(range(1000))
 
 
