@@ -124,8 +124,9 @@ def compile(session: nox.Session) -> None:  # noqa: A001 - what the session does
 def hosts(session: nox.Session) -> None:
     """Jobs over several hosts, which are network namespaces of this machine: needs root. After --: how many random faults, and a seed."""
     python = str(with_torch(session, "test") / "python")
-    files = ("tests/launch/test_over_hosts.py", "tests/launch/test_faults_over_hosts.py", "tests/world/test_elastic.py")
-    session.run(python, "-m", "pytest", "-m", "hosts or not hosts", *files, external=True)
+    files = ("launch/test_over_hosts.py", "launch/test_faults_over_hosts.py", "world/test_elastic.py", "world/test_many_hosts.py")
+    session.run(python, "-m", "pytest", "-m", "hosts or not hosts", *(f"tests/{file}" for file in files), external=True)
+    session.run(python, "-m", "pytest", "-m", "hosts", "tests/world/test_torchrun.py", external=True)
     session.run(python, "tests/programs/faults_over_hosts.py", *(session.posargs or ["100"]), external=True)
 
 

@@ -189,8 +189,10 @@ def _run(world: cg.World, arguments: _Arguments, layout: cg.Layout, draft_layout
         if engine.group.is_first_rank:
             oracle = Llama.load(weights_path("target", arguments.weights)).to(_TARGET_DTYPE)
             same_unsharded = oracle.generate(encode(prompt), arguments.tokens) == plain.tokens
-        mine = (prompt, speculative, plain, same_alone, same_unsharded) if engine.group.is_first_rank else None
-        reports = [report for report in world.group.all_gather_object(mine) if report is not None]
+        # As plain data, which travels between hosts without an authkey, too.
+        mine = (prompt, *map(attrs.asdict, (speculative, plain)), same_alone, same_unsharded) if engine.group.is_first_rank else None
+        told = [report for report in world.group.all_gather_object(mine) if report is not None]
+        reports = [(text, Generated(**fast), Generated(**slow), *same) for text, fast, slow, *same in told]
         total = sum(map(Counter, world.group.all_gather_object(moved)), Counter())
         for index, report in enumerate(reports):
             _print_report(console, index if len(reports) > 1 else None, *report)

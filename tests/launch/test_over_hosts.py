@@ -169,3 +169,18 @@ def test_a_host_that_vanishes_is_noticed() -> None:
         said = json.loads(next((line for line in output.splitlines() if line.startswith("{")), "{}"))
         assert said.get("lost") == 1 - rank, output
         assert said["seconds"] < 25, output
+
+
+@more
+def test_the_demo_runs_on_two_hosts_without_an_authkey() -> None:
+    with joined(2) as hosts:
+        processes = [
+            host.start(
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", f"--node-rank={number}"),
+                *(f"--master-addr={hosts[0].address}", "--master-port=29511", "-m", "commgraph.demo", "--tokens=8"),
+            )
+            for number, host in enumerate(hosts)
+        ]
+        outputs = finish(processes, 200)
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert "bytes sent" in outputs[0]

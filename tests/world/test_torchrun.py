@@ -6,8 +6,10 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -157,6 +159,56 @@ def test_one_of_two_agents_restarts_its_workers(tmp_path: Path) -> None:
     said = [agent.communicate(timeout=90) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
     assert "".join(out for out, _ in said) == "attempt 1 done\n"
+
+
+@pytest.mark.hosts
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_job_goes_on_with_fewer_hosts(tmp_path: Path) -> None:
+    """``--nnodes 1:2``: one of two agents and its worker are killed; the other starts its worker again, as a world of one."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1"]
+    command += ["--rdzv-conf", "last_call_timeout=15,keep_alive_interval=2,keep_alive_max_attempt=3"]
+    command += [str(PROGRAMS / "fewer_hosts.py"), str(tmp_path)]
+    agents = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()) for _ in range(2)]
+    try:
+        until = time.monotonic() + 120
+        while len(list(tmp_path.iterdir())) < 2:
+            assert time.monotonic() < until, "the first round did not begin"
+            time.sleep(0.1)
+        # Of the two, the one that does not serve torchrun's own rendezvous, which was bound first.
+        listens = {one for one in agents if f"{one.pid}" in _listeners(command)}
+        (lost,) = [one for one in agents if one not in listens]
+        for child in Path(f"/proc/{lost.pid}/task/{lost.pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+        lost.kill()
+        (left,) = listens
+        out, err = left.communicate(timeout=150)
+        assert left.returncode == 0, err
+        assert out.splitlines()[-1] == "1 ranks, sum 1"
+    finally:
+        for agent in agents:
+            agent.kill()
+            agent.communicate()
+
+
+def _listeners(command: Sequence[str]) -> set[str]:
+    """Processes that listen at the port of a command's rendezvous."""
+    port = f"{int(command[command.index('--rdzv-endpoint') + 1].rpartition(':')[2]):04X}"
+    inodes = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[1].endswith(f":{port}") and fields[3] == "0A":
+                inodes.add(f"socket:[{fields[9]}]")
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if str(link.readlink()) in inodes:
+                found.add(link.parts[2])
+        except OSError:
+            continue
+    return found
 
 
 # Other launchers.
