@@ -58,12 +58,17 @@ def environ(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def started(words: list[str], environ: dict[str, str], log: Path) -> Iterator[subprocess.Popen[str]]:
+def started(words: list[str], environ: dict[str, str], log: Path, *, piped: bool = True) -> Iterator[subprocess.Popen[str]]:
     """Run a program as a session of its own, and end all of its processes afterwards."""
     with (
         log.open("w") as errors,
         subprocess.Popen(
-            [sys.executable, *words], stdout=subprocess.PIPE, stderr=errors, text=True, env=environ, start_new_session=True
+            [sys.executable, *words],
+            stdout=subprocess.PIPE if piped else errors,
+            stderr=errors,
+            text=True,
+            env=environ,
+            start_new_session=True,
         ) as process,
     ):
         try:
@@ -173,7 +178,7 @@ def test_the_server_with_parallel_clients(models: Path, environ: dict[str, str],
         with urllib.request.urlopen(request, timeout=120) as reply:
             answers[number] = json.load(reply)["choices"][0]["text"]
 
-    with started(serve, environ | PLUGIN, log) as process:
+    with started(serve, environ | PLUGIN, log, piped=False) as process:
         deadline = time.monotonic() + FOR_AN_ENGINE
         while True:
             assert process.poll() is None, log.read_text()[-8000:]

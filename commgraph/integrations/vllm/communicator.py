@@ -20,7 +20,8 @@ from commgraph.world import World
 
 __all__ = ["Operations"]
 
-logger = logging.getLogger("commgraph")
+# Below the logger that vLLM configures, so that the line is seen.
+logger = logging.getLogger("vllm.commgraph")
 
 _CLOSING = timedelta(seconds=5)
 
