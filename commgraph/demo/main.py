@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import attrs
 import torch
@@ -190,8 +190,10 @@ def _run(world: cg.World, arguments: _Arguments, layout: cg.Layout, draft_layout
             oracle = Llama.load(weights_path("target", arguments.weights)).to(_TARGET_DTYPE)
             same_unsharded = oracle.generate(encode(prompt), arguments.tokens) == plain.tokens
         # As plain data, which travels between hosts without an authkey, too.
-        mine = (prompt, *map(attrs.asdict, (speculative, plain)), same_alone, same_unsharded) if engine.group.is_first_rank else None
-        told = [report for report in world.group.all_gather_object(mine) if report is not None]
+        mine: Any = None
+        if engine.group.is_first_rank:
+            mine = (prompt, attrs.asdict(speculative), attrs.asdict(plain), same_alone, same_unsharded)
+        told: list[Any] = [report for report in world.group.all_gather_object(mine) if report is not None]
         reports = [(text, Generated(**fast), Generated(**slow), *same) for text, fast, slow, *same in told]
         total = sum(map(Counter, world.group.all_gather_object(moved)), Counter())
         for index, report in enumerate(reports):
