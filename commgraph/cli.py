@@ -32,7 +32,9 @@ def _run(argv: Sequence[str]) -> int:
     # Each command parses its own arguments: launchers start `bench`, `demo` and `doctor` without this one.
     commands.add_parser("demo", help="generate text on several processes of this machine", add_help=False)
     commands.add_parser("bench", help="measure what communication takes here, alone or beside other libraries", add_help=False)
-    commands.add_parser("report", help="write recorded calls as a trace, flight records or lines of JSON", add_help=False)
+    commands.add_parser(
+        "report", help="draw recorded calls as a page, or write them as a trace, flight records or lines of JSON", add_help=False
+    )
     commands.add_parser("doctor", help="say what this machine offers, and what a job on it is doing", add_help=False)
     commands.add_parser("layout", help="print, draw and compare where ranks sit", add_help=False)
     commands.add_parser("generate", help="write text with a model of transformers on several processes", add_help=False)

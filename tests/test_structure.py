@@ -37,7 +37,7 @@ LAYERS = (
     ("integrations", "autoload"),
     ("commands", "progress"),
     ("plan",),
-    ("demo", "generate", "bench", "doctor", "selftest"),
+    ("demo", "generate", "bench", "doctor", "selftest", "trace.command"),
     ("cli", "__main__"),
 )
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units}

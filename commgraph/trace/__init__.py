@@ -1,1 +1,1 @@
-"""Records of calls, read: from files, and from the memory of processes that run, hang or were stopped."""
+"""Records of calls: read from files and from the memory of processes, summed, drawn, and written in other formats."""
