@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -469,8 +470,10 @@ for name in sys.argv[1:]:
 
 def fail_if_first(names: Sequence[str]) -> str:
     """Those of `names` that cannot be imported before the rest of commgraph, and their tracebacks."""
+    # Where commgraph is installed, torch imports it for its entry point unless told not to.
+    alone = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     done = subprocess.run(
-        [sys.executable, "-c", FIRST, *names], capture_output=True, text=True, timeout=100, check=True, cwd=PACKAGE.parent
+        [sys.executable, "-c", FIRST, *names], capture_output=True, text=True, timeout=100, check=True, cwd=PACKAGE.parent, env=alone
     )
     return done.stdout and done.stdout + done.stderr
 
