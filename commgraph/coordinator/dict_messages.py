@@ -43,7 +43,7 @@ def broadcast_dict(group: Group, objects: Objects, tree: Any, src: int, timeout:
     begin_message(group, operation, timeout)
     src = checked_peer(group, operation, src, "src", group._state.sequence)
     if group.rank_in_group != src:
-        with whole(group, operation, timeout):
+        with whole(group, operation, timeout, src):
             try:
                 received = objects.broadcast_dict(group, operation, None, (), src, timeout)
             except UnreadableDictError as failed:
@@ -63,7 +63,7 @@ def broadcast_dict(group: Group, objects: Objects, tree: Any, src: int, timeout:
     entries, tensors = _split(group, operation, tree)
     if group.world_size == 1:
         return tree
-    with whole(group, operation, timeout):
+    with whole(group, operation, timeout, src):
         # Counted only now: of what was refused above the others know nothing, and go on waiting.
         given = objects.broadcast_dict(group, operation, entries, tensors, src, timeout)
         assert not isinstance(given, dict)  # but the parts of what this rank gave

@@ -176,23 +176,29 @@ class LinkObjects(NetworkObjects):
         sequence: int | None = None,
         message: Message | None = None,
     ) -> Any:
-        transport, patience = self._transport, self._state.timeouts.host
+        transport, patience, nbytes = self._transport, self._state.timeouts.host, 0
 
         def act() -> Any:
+            nonlocal nbytes
             try:
                 transport.net_for(tag, (src,), deadline)
             except PeerLate:
                 return None  # there is no link as yet
             head = transport.take(src, tag, deadline, deadline.at_least(patience))
+            nbytes = 0 if head is None else memoryview(head).nbytes
             if self._signing is None or head is None:
                 return head
             sealed = self._opened(group, operation, src, head, context)
             # The sender has begun: from here on a timeout is a failure of the group, and not only of this receive.
             beside = transport.take_all(src, tag, rest, sealed.lengths, deadline.at_least(patience)) if sealed.lengths else ()
+            nbytes += sum(sealed.lengths)
             return sealed, beside
 
         number, peer = self._state.sequence if sequence is None else sequence, -1 if message is None else src
-        return perform(group, operation, number, f"{operation}(...)", deadline, act, peer=peer, message=message, is_made=has_come)
+        what = f"{operation}(...)"
+        return perform(
+            group, operation, number, what, deadline, act, peer=peer, message=message, is_made=has_come, received=lambda _: nbytes
+        )
 
 
 def _bytes_of(parts: tuple[Any, ...]) -> int:

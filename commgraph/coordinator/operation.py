@@ -416,6 +416,7 @@ def perform(
     message: Message | None = None,
     reduction: str | None = None,
     is_made: Callable[[T], bool] | None = None,
+    received: Callable[[T], int] | None = None,
 ) -> T:
     """Do what meets the peers, and turn a failure into the public error, which breaks the group and releases the peers.
 
@@ -428,6 +429,7 @@ def perform(
         act: does it.
         moved, strategy, peer, message, reduction: for the record of calls (`GroupRecorder.begin`).
         is_made: whether such a result is that of a call that was made; None: every result is.
+        received: bytes of such a result, for the record; None: those of a tensor or memory.
     """
     recorder, token = group._state.recorder, None
     try:
@@ -437,11 +439,14 @@ def perform(
                     group.name, operation, sequence, moved, strategy=strategy, peer=peer, message=message, reduction=reduction
                 )
             result = act()
-            if recorder is not None and token is None and isinstance(result, memoryview):
-                recorder.add(group.name, result)
+            if recorder is not None and token is None:
+                if received is not None or isinstance(result, memoryview):
+                    recorder.add(group.name, result if received is None else received(result))
             elif recorder is not None and token is not None:
                 if is_made is not None and not is_made(result):
                     recorder.cancel(token)
+                elif received is not None:
+                    recorder.end(token, received(result))
                 else:
                     recorder.end(token, result if moved is None and isinstance(result, torch.Tensor | memoryview) else None)
         return result
@@ -509,8 +514,8 @@ def collective(group: Group, operation: str, timeout: Timeout) -> Iterator[tuple
 
 
 @contextlib.contextmanager
-def whole(group: Group, operation: str, timeout: Timeout) -> Iterator[None]:
-    """Context manager of a call that consists of several collectives, between which no other call may come."""
+def whole(group: Group, operation: str, timeout: Timeout, root: int = -1) -> Iterator[None]:
+    """Context manager of a call that consists of several collectives, between which no other call may come; `root`: for its record."""
     state = group._state
     if group.world_size == 1 or is_dynamo_compiling():
         yield
@@ -521,7 +526,7 @@ def whole(group: Group, operation: str, timeout: Timeout) -> Iterator[None]:
     if held is None:
         raise state.refused(group.name, operation)
     recorder = state.recorder
-    token = None if recorder is None else recorder.begin(group.name, operation, state.sequence, outer=True)
+    token = None if recorder is None else recorder.begin(group.name, operation, state.sequence, peer=root, outer=True)
     try:
         yield
         if recorder is not None and token is not None:

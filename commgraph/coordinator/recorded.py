@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 from commgraph.coordinator.spans import context_of
 from commgraph.errors import CollectiveTimeoutError, ConcurrentCallError
@@ -20,6 +20,9 @@ T = TypeVar("T")
 
 TENSORS, OBJECTS, DICTS = 1, 2, 3
 """Families of messages, each of which is numbered for itself."""
+
+# Of a method of objects: self, group, operation, object, root, timeout.
+_ARGUMENTS_WITH_ROOT: Final = 6
 
 Message = tuple[int, int, int]
 """Family, `OUTGOING` or `INCOMING`, and tag."""
@@ -137,7 +140,10 @@ class _Entry:
 
 
 def recorded(method: Callable[P, T]) -> Callable[P, T]:
-    """Make one entry of each call of a method whose first arguments are self, a group and the name of the operation: a collective."""
+    """Make one entry of each call of a method whose arguments are self, a group, the name of the operation, an object, and a timeout.
+
+    Where there is one more, before the timeout, it is the root.
+    """
 
     @functools.wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -147,7 +153,10 @@ def recorded(method: Callable[P, T]) -> Callable[P, T]:
         if recorder is None:
             return method(*args, **kwargs)
         operation: Any = args[2]
-        token = recorder.begin(group.name, operation, state.sequence, outer=True)
+        root: Any = args[4] if len(args) == _ARGUMENTS_WITH_ROOT else -1
+        if type(root) is not int or not 0 <= root < group.world_size:
+            root = -1  # which is refused
+        token = recorder.begin(group.name, operation, state.sequence, peer=root, outer=True)
         try:
             result = method(*args, **kwargs)
         except BaseException as error:

@@ -5,13 +5,12 @@ to move, evenly over the other ranks of its group; with n ranks in the group and
 
     all_reduce                              2 b / n to each of the others (a reduce_scatter and an all_gather of the result)
     all_gather, all_gatherv, ..._object     b to each of the others
-    broadcast                               b from the root to each of the others
-    scatter                                 b / n from the root to each of the others
+    broadcast, also of objects and dicts    b from the root to each of the others
+    scatter                                 b / n from the root to each of the others; of objects, whose b is without its own, b / (n - 1)
     reduce, gather                          b to the root
     all others, e.g. all_to_all             b / n to each of the others
 
-Where a record does not name the root (objects, dicts), every rank may have been it: b / n to each of the others. A message counts where it
-was sent; where the sender has no record, where it was received.
+A message counts where it was sent; where the sender has no record, where it was received.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ _FROM_ROOT: Final = frozenset({"broadcast", "broadcast_object", "broadcast_objec
 _TO_ROOT: Final = frozenset({"reduce", "gather", "gather_object"})
 _TO_ALL: Final = frozenset({"all_gather", "all_gatherv", "all_gather_object"})
 _SUMS: Final = frozenset({"all_reduce", "all_reduce_"})
-_SCATTERS: Final = frozenset({"scatter", "scatter_object"})
 
 
 @attrs.frozen(eq=False)
@@ -182,8 +180,10 @@ def _way(operation: str, kind: int, group: Group, peer: int, me: int) -> tuple[i
         if root is not None:
             if operation in _FROM_ROOT:
                 return me, float(root == me), 0.0
-            if operation in _SCATTERS:
+            if operation == "scatter":
                 return me, (root == me) / n, 0.0
+            if operation == "scatter_object":
+                return me, (root == me) / (n - 1), 0.0
             if operation in _TO_ROOT:
                 return me, 0.0, float(root != me)
     return me, 1 / n, 0.0

@@ -177,8 +177,7 @@ def _flow_words(moved: Flows, places: Places) -> str:
         f"Rows send to columns; each is a {places.unit}. Messages count from their sender to their receiver. Of collectives a record "
         "says what a rank gave, not which way the bytes took: counted is the least that the operation has to move, evenly over the other "
         "ranks of the group. With n ranks and b bytes given: all_reduce 2 b/n to each other rank, all_gather b to each, broadcast b from "
-        "the root to each, scatter b/n from the root to each, reduce and gather b to the root, all others b/n to each; where the root is "
-        f"not known, b/n to each.{left_out}"
+        f"the root to each, scatter b/n from the root to each, reduce and gather b to the root, all others b/n to each.{left_out}"
     )
 
 

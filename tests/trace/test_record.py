@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import commgraph as cg
 from commgraph.shm import recorder as layout
 from commgraph.shm.recorder import COLLECTIVE, DONE, INCOMING, OUTGOING, runs_of
 from commgraph.testing import spmd
-from commgraph.trace.read import Call, Group, calls_of, parse, read_file, read_process
+from commgraph.trace.read import Call, Group, RankRecord, calls_of, parse, read_file, read_process
 
 Expected = tuple[str, int, int, str, tuple[int, ...], int]
 """Operation, kind, peer, dtype, shape, bytes (-1: at least one)."""
@@ -39,8 +40,8 @@ def collective(name: str, call: Callable[[cg.GroupCoordinator, torch.Tensor, int
     return name, Form(call, expect)
 
 
-def of_objects(name: str, call: Callable[[cg.GroupCoordinator, torch.Tensor, int], Any]) -> tuple[str, Form]:
-    return name, Form(call, lambda g, x, root: [(name, COLLECTIVE, -1, "", (), -1)])
+def of_objects(name: str, call: Callable[[cg.GroupCoordinator, torch.Tensor, int], Any], *, rooted: bool = False) -> tuple[str, Form]:
+    return name, Form(call, lambda g, x, root: [(name, COLLECTIVE, root if rooted else -1, "", (), -1)])
 
 
 def ring(g: cg.GroupCoordinator, x: torch.Tensor, going: Callable[..., Any], coming: Callable[..., Any]) -> None:
@@ -68,9 +69,9 @@ FORMS: dict[str, Form] = dict(
         collective("all_gatherv", lambda g, x, root: g.all_gatherv(x, 0)),
         collective("gather", lambda g, x, root: g.gather(x, root, 0), rooted=True),
         collective("broadcast", lambda g, x, root: g.broadcast(x, root), rooted=True),
-        of_objects("broadcast_object", lambda g, x, root: g.broadcast_object([1, 2], root)),
+        of_objects("broadcast_object", lambda g, x, root: g.broadcast_object([1, 2], root), rooted=True),
         of_objects("all_gather_object", lambda g, x, root: g.all_gather_object(g.rank)),
-        of_objects("gather_object", lambda g, x, root: g.gather_object("x", root)),
+        of_objects("gather_object", lambda g, x, root: g.gather_object("x", root), rooted=True),
         of_objects("dispatch", lambda g, x, root: g.dispatch(x, x)),
     ]
 )
@@ -121,7 +122,7 @@ FORMS |= {
     ),
     "broadcast_tensor_dict": Form(
         lambda g, x, root: g.broadcast_tensor_dict({"x": x, "n": (1, 2)} if g.rank_in_group == root else None, root),
-        lambda g, x, root: [("broadcast_tensor_dict", COLLECTIVE, -2, "", (), -1)],
+        lambda g, x, root: [("broadcast_tensor_dict", COLLECTIVE, root, "", (), -1)],
     ),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.float64)
@@ -136,7 +137,7 @@ STEPS = st.tuples(
 def fits(call: Call, expected: Expected) -> bool:
     operation, kind, peer, dtype, shape, nbytes = expected
     fine = call.nbytes > 0 if nbytes < 0 else call.nbytes == nbytes
-    return (call.operation, call.kind, call.dtype, call.shape) == (operation, kind, dtype, shape) and fine and peer in (-2, call.peer)
+    return (call.operation, call.kind, call.dtype, call.shape, call.peer) == (operation, kind, dtype, shape, peer) and fine
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -218,10 +219,16 @@ def test_a_world_has_one_record(tmp_path: Path) -> None:
 
 
 def test_the_ring_keeps_the_latest_and_what_is_under_way(tmp_path: Path) -> None:
+    def record_of_rank_0() -> RankRecord:
+        (record,) = [record for record in map(read_file, tmp_path.glob("*.cgrecord")) if record.rank == 0]
+        return record
+
     def body(world: cg.World) -> None:
         options = cg.CommunicatorOptions(record=tmp_path, record_calls=64)
         with world.context(cg.Layout(2, tp=2), name="a", options=options) as context:
             coming = context.tp.irecv(1, torch.float32) if world.rank == 0 else None
+            while coming is not None and not any(call.operation == "irecv" for call in calls_of(record_of_rank_0())):
+                time.sleep(0.001)  # its thread begins when the machine lets it
             for _ in range(300):
                 context.tp.barrier()
             if coming is None:
@@ -230,7 +237,7 @@ def test_the_ring_keeps_the_latest_and_what_is_under_way(tmp_path: Path) -> None
                 coming.wait()
 
     spmd(body, 2)
-    (record,) = [record for record in map(read_file, tmp_path.glob("*.cgrecord")) if record.rank == 0]
+    record = record_of_rank_0()
     calls = list(calls_of(record))
     assert len(calls) == 64
     assert calls[0].operation == "irecv"

@@ -43,6 +43,10 @@ def program(world: cg.World, folder: Path) -> None:
             context.world.gather(x, 1, 0)
             context.world.scatter(torch.ones(4, 2) if world.rank == 3 else None, 3, 0)
             context.world.all_gather_object({"rank": world.rank})
+            context.world.broadcast_object("hello" if world.rank == 1 else None, 1)
+            context.world.gather_object("hello", 2)
+            context.world.scatter_object(["hello"] * 4 if world.rank == 3 else None, 3)
+            context.world.broadcast_tensor_dict({"x": x, "n": 1} if world.rank == 1 else None, 1)
             if context.pp.rank_in_group == 0:
                 context.pp.send(x, 1)
                 context.pp.send_object("hello", 1)
@@ -89,11 +93,13 @@ def counted(records: Sequence[RankRecord], size: int) -> tuple[dict[str, list[li
                     matrices[call.group.label][me][other] += 2 * b / n
                 elif other != me and call.operation in ("all_gather", "all_gather_object"):
                     matrices[call.group.label][me][other] += b
-                elif other != me and call.operation == "broadcast":
+                elif other != me and call.operation in ("broadcast", "broadcast_object", "broadcast_tensor_dict"):
                     matrices[call.group.label][me][other] += b * (root == me)
                 elif other != me and call.operation == "scatter":
                     matrices[call.group.label][me][other] += b / n * (root == me)
-                elif other != me and call.operation == "gather":
+                elif other != me and call.operation == "scatter_object":
+                    matrices[call.group.label][me][other] += b / (n - 1) * (root == me)
+                elif other != me and call.operation in ("gather", "gather_object"):
                     matrices[call.group.label][me][other] += b * (root == other)
                 elif other != me:
                     assert call.operation in ("reduce_scatter", "barrier", "close"), call.operation
