@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from commgraph.errors import ConfigurationError
 from commgraph.nn.layer import ParallelLayer
 from commgraph.nn.local_shards import LocalShards
-from commgraph.nn.shards import Cut, Full, Shard, as_dtensor, held, shape_of
+from commgraph.nn.shards import Cut, Full, Shard, as_dtensor, held, shape_of, take
 
 __all__ = ["NameMapping", "Place", "extra_states", "label", "original", "places_of", "renamed"]
 
@@ -46,17 +46,18 @@ class Place:
         apart = {name: shard for shard in self.shards if (name := original(path, shard, mapping))}
         return apart if len(apart) == len(self.shards) else {original(path, None, mapping) or path: None}
 
-    def fill(self, full: Full, shard: Shard | None, what: str) -> None:
-        """Copies this rank's part of a full tensor, of the whole or one shard, into the model."""
+    def fill(self, full: Full, shard: Shard | None, what: str, *, adopt: bool = False) -> None:
+        """Copies this rank's part of a full tensor, of the whole or one shard, into the model. `adopt`: see `commgraph.nn.shards.take`."""
         if self.cut is not None and self.layer is not None:
-            self.cut.fill(self.tensor, full, shard, what=f"{what} on rank {self.layer.ctx.rank}")
+            self.cut.fill(self.tensor, full, shard, what=f"{what} on rank {self.layer.ctx.rank}", adopt=adopt)
         elif shape_of(full) != tuple(self.tensor.shape):
             raise ConfigurationError(f"{what}: the full tensor has shape {tuple(self.tensor.shape)}, got {shape_of(full)}")
         elif self.tensor.is_meta:
             raise ConfigurationError(f"{what} is on the meta device and has no memory to load into: model.to_empty(device=...) first")
         else:
             for offsets, box in held(self.tensor):
-                box.copy_(full[tuple(slice(start, start + size) for start, size in zip(offsets, box.shape, strict=True))])
+                part = full[tuple(slice(start, start + size) for start, size in zip(offsets, box.shape, strict=True))]
+                take(self.tensor, box, part, adopt=adopt)
 
     def gather(self) -> list[torch.Tensor]:
         """Return the full tensors, one a shard. Collective over the layer's group, and over the mesh of a DTensor."""

@@ -14,7 +14,7 @@ from commgraph.errors import ConfigurationError
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Chunk", "Cut", "Full", "Piece", "Shard", "Slice", "as_dtensor", "held", "shape_of"]
+__all__ = ["Chunk", "Cut", "Full", "Piece", "Shard", "Slice", "as_dtensor", "held", "shape_of", "take"]
 
 Shard = str | int
 """Names a full tensor among those that one parameter is made of, by ``"q"``, ``"k"``, ``"v"``, or its number."""
@@ -36,6 +36,22 @@ Full = torch.Tensor | Slice
 def shape_of(full: Full) -> tuple[int, ...]:
     """Return the shape of a full tensor."""
     return tuple(full.shape if isinstance(full, torch.Tensor) else full.get_shape())
+
+
+def take(local: torch.Tensor, box: torch.Tensor, part: torch.Tensor, *, adopt: bool) -> None:
+    """Fills a box of a parameter.
+
+    Args:
+        local: the parameter.
+        box: what is filled: the parameter, or a view of it.
+        part: its values, of any dtype and device.
+        adopt: where `part` is as the parameter has to be, it becomes the parameter's memory and is not copied.
+    """
+    plain = as_dtensor(local) is None and box.shape == local.shape
+    if adopt and plain and part.is_contiguous() and (part.dtype, part.device) == (local.dtype, local.device):
+        local.data = part
+    else:
+        box.copy_(part)
 
 
 @attrs.frozen
@@ -130,7 +146,7 @@ class Cut:
         return (*local.shape[: self.dim], extent, *local.shape[self.dim + 1 :])
 
     @torch.no_grad()
-    def fill(self, local: torch.Tensor, full: Full, shard: Shard | None = None, *, what: str) -> None:
+    def fill(self, local: torch.Tensor, full: Full, shard: Shard | None = None, *, what: str, adopt: bool = False) -> None:
         """Copies this rank's part of `full` into the parameter, and zeros into the padding.
 
         Args:
@@ -139,6 +155,7 @@ class Cut:
                 rank's part is read.
             shard: which one.
             what: names the parameter in errors.
+            adopt: see `take`.
 
         Raises:
             ConfigurationError: an unknown shard, a wrong shape, a parameter without memory.
@@ -159,7 +176,7 @@ class Cut:
                 f"{what} is on the meta device and has no memory to load into: model.to_empty(device=...) first ({place})"
             )
         for chunk in self.chunks(local, shard):
-            chunk.tensor.copy_(full[chunk.index])
+            take(local, chunk.tensor, full[chunk.index], adopt=adopt)
         self.zero_padding(local)
 
     def chunks(self, local: torch.Tensor, shard: Shard | None = None) -> list[Chunk]:

@@ -30,7 +30,7 @@ class LoadReport:
 
 @torch.no_grad()
 def load_full_state_dict(
-    model: nn.Module, full_state: Mapping[str, Full], *, mapping: NameMapping | None = None, strict: bool = True
+    model: nn.Module, full_state: Mapping[str, Full], *, mapping: NameMapping | None = None, strict: bool = True, adopt: bool = False
 ) -> LoadReport:
     """Loads a checkpoint of the unsharded model; each rank takes its share. Not collective.
 
@@ -50,6 +50,8 @@ def load_full_state_dict(
             first place in a name, in order. See `NameMapping`.
         strict: whether missing and unexpected names are an error. A pipeline stage, which takes some layers of a checkpoint, passes False
             and reads the report.
+        adopt: a part that is read in one piece, contiguous, and of the parameter's dtype and device becomes the parameter's memory and
+            is not copied. Of a file that safetensors maps such parameters stay in the file, and take memory once they are written.
 
     Returns:
         The missing and unexpected names.
@@ -86,7 +88,7 @@ def load_full_state_dict(
             f"Unexpected: {', '.join(unexpected) or 'nothing'}. Names are mapped by mapping={dict(mapping or {})}"
         )
     for name, (path, shard) in wanted.items():
-        places[path].fill(full_state[name], shard, label(path, shard))
+        places[path].fill(full_state[name], shard, label(path, shard), adopt=adopt)
     return LoadReport(tuple(missing), tuple(unexpected))
 
 

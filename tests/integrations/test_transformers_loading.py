@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,28 @@ def test_a_plan_that_lacks_a_rule_is_found_by_its_gradients() -> None:
                     check_replicated(own)
 
     spmd(run, 2)
+
+
+def test_parameters_stay_in_the_file_until_they_are_written(tmp_path: Path) -> None:
+    """What lies there in one piece, as this rank holds it; and a change is no change of the file."""
+    model = small_model(configuration_classes(only="LlamaConfig")["LlamaConfig"], overrides={"num_hidden_layers": 1})
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    turns = threading.Lock()
+
+    def run(world: cg.World) -> list[str]:
+        ctx = world.context(cg.Layout(2, tp=2), name="a")
+        with turns:  # default dtypes are the process's
+            loaded = from_checkpoint(type(model), tmp_path, ctx)
+        lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("model.safetensors")]
+        spans = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+        mapped = [name for name, p in loaded.named_parameters() if any(start <= p.data_ptr() < end for start, end in spans)]
+        with torch.no_grad():
+            for parameter in loaded.parameters():
+                parameter.add_(1)
+        return mapped
+
+    for mapped in spmd(run, 2):
+        assert any("q_proj" in name for name in mapped), mapped
+        assert not any("o_proj" in name for name in mapped), "a part of each row is no single piece"
+    assert (tmp_path / "model.safetensors").read_bytes() == before

@@ -152,7 +152,9 @@ class Converted:
         return list(self._whole().shape)
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._whole()[index]
+        whole = self._whole()
+        part = whole[index]
+        return part if part.shape == whole.shape else part.clone()  # which may be kept, and must not keep the whole
 
     def _whole(self) -> torch.Tensor:
         if self._tensor is None:

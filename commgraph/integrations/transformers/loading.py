@@ -81,7 +81,7 @@ def from_checkpoint(
         own = {name: tensor for name, tensor in tensors.items() if name in model.state_dict()}
         # The largest first: what is read in passing is then on top of little.
         sized = sorted(own, key=lambda name: -model.state_dict()[name].numel())
-        report = load_full_state_dict(model, {name: own[name] for name in sized}, strict=False)
+        report = load_full_state_dict(model, {name: own[name] for name in sized}, strict=False, adopt=True)
     _check_missing(model, report.missing, path)
     with torch.no_grad():
         for tensor in model.state_dict(keep_vars=True).values():
