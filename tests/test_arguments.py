@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,9 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
     "World.connect": lambda timeout, place: cg.World.connect(f"file://{place}/meet", rank=0, world_size=1, timeout=timeout),
     "World.from_store": lambda timeout, _: cg.World.from_store(dist.HashStore(), rank=0, world_size=1, timeout=timeout),
     "World.from_torch": lambda timeout, place: joined(place, timeout=timeout),
+    "World.join": lambda timeout, _: grown({}, {"timeout": timeout}),
+    "World.grow": lambda timeout, _: grown({"timeout": timeout}, {}),
+    "World.survivors": lambda timeout, _: cg.World.from_env(ALONE).survivors(timeout=timeout).close(),
     "World.close": lambda timeout, _: spmd(lambda world: world.close(timeout=timeout), 2),
     "ParallelContext.close": lambda timeout, _: on_ctx(2, lambda context: context.close(timeout=timeout)),
     "CommunicatorOptions": lambda timeout, _: cg.CommunicatorOptions(timeout=timeout),
@@ -89,6 +94,22 @@ def joined(place: Path, **how: Any) -> None:
         cg.World.from_torch(**how).close()
     finally:
         dist.destroy_process_group()
+
+
+def grown(grow: dict[str, Any], join: dict[str, Any]) -> None:
+    """A World of one that grows by a newcomer, a thread here; both with some arguments."""
+    with ThreadPoolExecutor(1) as pool, cg.World.from_env(ALONE) as world:
+        came: list[Future[cg.World]] = []
+
+        def announce(ticket: str) -> None:
+            came.append(pool.submit(lambda: cg.World.join(ticket, **join)))
+            with contextlib.suppress(TimeoutError):  # it has begun to wait
+                if (error := came[0].exception(0.1)) is not None:
+                    raise error
+
+        with world.grow(1, announce=announce, **grow) as larger:
+            assert (larger.size, came[0].result().size) == (2, 2)
+            pool.submit(came[0].result().close)
 
 
 def test_every_call_with_a_deadline_is_in_the_table() -> None:
@@ -112,7 +133,7 @@ def test_a_deadline_is_a_timedelta_or_seconds(call: str, tmp_path: Path) -> None
 def test_all_else_is_no_deadline(call: str, tmp_path: Path) -> None:
     queue = call.startswith("MessageQueue")
     for number, timeout in enumerate(NO_TIMES):
-        looks = queue or call in ("Work.wait", "World.close", "ParallelContext.close", "testing.spmd")
+        looks = queue or call in ("Work.wait", "World.close", "ParallelContext.close", "World.grow", "World.survivors", "testing.spmd")
         if (timeout == timedelta(0) and looks) or (timeout == float("inf") and queue):
             continue  # these may look and not wait, and a queue may wait for ever
         (place := tmp_path / str(number)).mkdir()
@@ -125,6 +146,7 @@ KEYED: dict[str, Callable[[Any, Path], Any]] = {
     "World.connect": lambda key, place: cg.World.connect(f"file://{place}/meet", rank=0, world_size=1, authkey=key),
     "World.from_store": lambda key, _: cg.World.from_store(dist.HashStore(), rank=0, world_size=1, authkey=key),
     "World.from_torch": lambda key, place: joined(place, authkey=key),
+    "World.join": lambda key, _: grown({}, {"authkey": key}),
     "MessageQueue.create": lambda key, _: cg.MessageQueue.create(1, authkey=key).close(),
     "MessageQueue.attach": lambda key, _: in_queue(lambda writer, reader: cg.MessageQueue.attach(writer.handle, 0, authkey=key)),
 }

@@ -234,6 +234,7 @@ def test_the_program_of_a_page_runs(page: str, ranks: int) -> None:
     assert found[-1] == expected[page]
 
 
+@pytest.mark.long  # FSDP over meshes of two contexts is in the suite
 def test_the_program_of_the_page_on_torch_groups_runs(tmp_path: Path) -> None:
     (code,) = (code for kind, code in blocks("docs/how-to/torch-groups.md") if kind == "python")
     app = tmp_path / "fsdp.py"

@@ -34,6 +34,8 @@ EXPECTED = (PeerLate, PeerClosed, CallsDiffer, AccessRefused, CollectiveError)
 
 # Seconds that a store may take, at most, to take or give what a rank says of a failure.
 _PUBLISH_SECONDS = 0.5
+# How the names of operations begin that two ranks call with different arguments.
+_MESSAGES = ("send", "recv", "isend", "irecv", "batch")
 # Name of the call by which the ranks wait for each other before they close a group.
 CLOSE = "close"
 # Seconds within which ranks that close a group together do so.
@@ -259,7 +261,10 @@ class Failures:
         self._publish(_Fault(fault.kind if fault else "lost", f"{call.sequence} {what}", lost, call.sequence, f"{what} at {at}"))
         self._abort()
         if kind is CollectiveTimeoutError:
-            raise self._remember(self._late(call, message)) from None
+            # The peer's deadline was a moment before this rank's, which waits in the same collective: then its arguments count as well.
+            theirs = "" if fault is None else fault.at
+            same = not call.operation.startswith(_MESSAGES) and theirs.startswith(f"{call.sequence} {call.operation}(")
+            raise self._remember(self._late(call, message, what if same else None)) from None
         raise self._remember(kind(message, **call.facts | ({} if lost is None else {"rank": lost}))) from None
 
     def _differ(self, call: Call, what: str) -> NoReturn:

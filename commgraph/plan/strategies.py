@@ -1,7 +1,7 @@
 """How each strategy serves a call: steps, bytes that a rank moves, and bytes that its counter shows, as the code really does it.
 
-Each function names the code that it follows. `Use.sent` equals what `GroupCoordinator.bytes_sent` counts, to the byte, which a test
-checks against running models.
+Each function names the code that it follows. `Use.sent` equals what `GroupCoordinator.bytes_sent` counts, to the byte but for the
+description of a dict over a network, which a test checks against running models.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _SHM_BYTES: Final = 1024 * _KIB
 _NET_ONE_SHOT: Final = 64 * _KIB
 _DIRECT_RANKS: Final = 4
 
-# Bytes of the description of a dict with one tensor: in shared memory, and over a network, where it is a packet of fixed size.
+# Bytes of the description of a dict with one tensor: in shared memory, and over a network, where sizes take one to five bytes each.
 _DICT_SHM: Final = 77
-_DICT_NET: Final = 4096
+_DICT_NET: Final = 66
 
 
 @attrs.frozen

@@ -64,7 +64,7 @@ next entry, entries dropped; CLOCK_MONOTONIC and CLOCK_REALTIME at one moment, w
 error: ns."""
 ENTRY: Final = struct.Struct("<QqqQQQIHHHHiiHBB6qHB5x")
 """State (number << 3 | OPEN ...), begin, end, sequence, bytes, thread; numbers of the texts of site, group, operation, strategy; tensors;
-peer, tag; text of the dtype; dimensions, kind; shape; text of the reduction, family (`commgraph.coordinator.recording`)."""
+peer, tag; text of the dtype; dimensions, kind; shape; text of the reduction, family (`commgraph.coordinator.recorded`)."""
 _CLOCKS: Final = struct.Struct("<qqqq")
 _CLOCKS_OFFSET: Final = HEADER.size - _CLOCKS.size
 

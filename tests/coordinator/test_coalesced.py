@@ -169,7 +169,7 @@ def test_any_difference_is_a_mismatch_on_every_rank(name: str, differs: str, opt
             group.barrier()
         return type(caught.value).__name__
 
-    seconds = {"host_timeout": timedelta(seconds=0.5)} if options == {"shm": False} else {}
+    seconds = {"host_timeout": timedelta(seconds=1)} if options == {"shm": False} else {}
     found = set(on(3, body, timeout=30, **options, **seconds))
     assert found == {"CollectiveMismatchError"}
 

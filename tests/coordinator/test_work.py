@@ -205,7 +205,7 @@ def test_messages_of_a_dict_are_counted(shm: bool, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Mailbox, "send", counting_put)
     monkeypatch.setattr(GlooTransport, "exchange", counting_exchange)
     each(2, run, shm=shm)
-    assert sent == ({"records": 1, "messages": 0, "exchanges": 0} if shm else {"messages": 3, "exchanges": 2})
+    assert +sent == ({"records": 1} if shm else {"messages": 3, "exchanges": 2})
 
 
 # Collectives

@@ -96,7 +96,10 @@ def test_a_reader_that_has_gone_is_no_error(arguments: tuple[str, ...]) -> None:
     assert (child.returncode, said) == (128 + signal.SIGPIPE, "")
 
 
-@pytest.mark.parametrize("arguments", [(*RANKS, "works"), (*COMMAND, "demo", "--tokens", "480")], ids=["ranks", "demo"])
+@pytest.mark.parametrize(
+    "arguments",
+    [pytest.param((*RANKS, "works"), id="ranks"), pytest.param((*COMMAND, "demo", "--tokens", "480"), id="demo", marks=pytest.mark.long)],
+)
 def test_a_reader_that_leaves_ends_the_work(arguments: tuple[str, ...]) -> None:
     reading, writing = os.pipe()
     with started(*arguments, stdout=writing) as child:

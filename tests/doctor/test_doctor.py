@@ -25,7 +25,7 @@ def test_the_doctor_fits_one_screen_and_its_json_says_as_much(capfd: pytest.Capt
     assert facts["platform"]["platform"] == "cpu"
     assert facts["ranks"]["world"] == "2 ranks that the doctor has started here"
     assert any(said == "ranks 0-1 proved to share memory" for said in facts["ranks"].values())
-    assert "all_reduce" in facts["strategies"]["shm, then gloo"]
+    assert "all_reduce" in facts["strategies"]["shm, then tcp"]
     assert "127.0.0.1" in facts["network"]["interfaces"]["lo"]
     assert sum(map(len, facts.values())) + len(facts) < 50
 
