@@ -1,7 +1,7 @@
 """How many bytes went from rank to rank, and what time that took, by group and operation: sums over the calls of all ranks.
 
 A record says what a rank gave to a call, and nothing of the way that the bytes took. They are counted as the least that the operation has
-to move, evenly over the other ranks of its group; with n ranks in the group and b bytes given by a rank that is
+to move, evenly over the other ranks of its group; with n ranks in the group and b bytes given by a rank that is::
 
     all_reduce                              2 b / n to each of the others (a reduce_scatter and an all_gather of the result)
     all_gather, all_gatherv, ..._object     b to each of the others
