@@ -354,9 +354,12 @@ class Builder:
             return [_only_by_kind(one) for one in chain] if facts.options.deterministic else chain
         except (PeerClosed, PeerLate) as error:
             why = f"({error.reason})" if isinstance(error, PeerClosed) else f"within {facts.limits.build_timeout:.3g} s"
-            raise PeerLeftError(
-                f"rank {self.rank}: group {uid}: rank {facts.ranks[error.peer]} did not take part in making its strategies {why}"
-            ) from error
+            told = f"rank {facts.ranks[error.peer]} did not take part in making its strategies {why}"
+            # Whoever notices a death leaves as well, and must not be blamed by the others.
+            dead = [rank for rank in facts.ranks if self.me.can_watch(self.processes[rank]) and self.processes[rank].has_ended()]
+            if dead:
+                told = f"rank {dead[0]} (process {self.processes[dead[0]].pid}) died while its strategies were made"
+            raise PeerLeftError(f"rank {self.rank}: group {uid}: {told}") from error
 
     def _link(self, uid: str, part: Meeting, reach: Reach) -> TcpTransport:
         """Return a transport whose links are made at their first use, but for one to the nearest rank of another host on either side.

@@ -262,9 +262,9 @@ class Failures:
         self._abort()
         if kind is CollectiveTimeoutError:
             # The peer's deadline was a moment before this rank's, which waits in the same collective: then its arguments count as well.
-            theirs = "" if fault is None else fault.at
-            same = not call.operation.startswith(_MESSAGES) and theirs.startswith(f"{call.sequence} {call.operation}(")
-            raise self._remember(self._late(call, message, what if same else None)) from None
+            theirs, mine = "" if fault is None else fault.at, f"{call.sequence} {what}"
+            both = not call.operation.startswith(_MESSAGES) and theirs.startswith(f"{call.sequence} {call.operation}(")
+            raise self._remember(self._late(call, message, what if both and theirs != mine else None)) from None
         raise self._remember(kind(message, **call.facts | ({} if lost is None else {"rank": lost}))) from None
 
     def _differ(self, call: Call, what: str) -> NoReturn:

@@ -72,7 +72,7 @@ class Piece:
         return -(-self.full // self.blocks)
 
     def span(self, rank: int, world: int) -> tuple[int, int]:
-        """First index and end, in the full tensor, of the part of `rank` of `world`; padding not counted."""
+        """First index and end, in the full tensor, of one rank's part; padding not counted."""
         start = min(rank * self.blocks // world * self.size, self.full)
         return start, min(start + self.size, self.full)
 
