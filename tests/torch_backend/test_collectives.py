@@ -50,7 +50,7 @@ def options(kind: str, *, asynchronous: bool = False, **fields: Any) -> Any:
 def strided(values: torch.Tensor, strides: str) -> torch.Tensor:
     """Return a copy of a 2-D tensor with memory of another order, or with gaps."""
     if strides == "transposed":
-        return values.t().contiguous().t()
+        return values.t().clone(memory_format=torch.contiguous_format).t()
     if strides == "gaps":
         out = torch.zeros(values.shape[0], 2 * values.shape[1], dtype=values.dtype)[:, ::2]
         out.copy_(values)
