@@ -298,7 +298,7 @@ class Builder:
             chain = self._chain(uid, platform, facts, connection, plugins)
             live = [one for one in chain if isinstance(one, Communicator)]
             strategies = Strategies(members, live, [one for one in chain if isinstance(one, Refused)])
-            gloo = functools.partial(self._own_gloo, uid, ranks)
+            gloo = functools.partial(self._own_gloo, connection.store, uid, ranks)
             lazy = functools.partial(self._lazy_gloo, connection.store, ranks, timeouts.host)
             network = Network(connection.transport, connection.store, self._key(ranks), gloo, lazy)
             check, experts = options.check, options.experts
@@ -311,11 +311,11 @@ class Builder:
         self.states.add(state)
         return state
 
-    def _own_gloo(self, uid: str, ranks: tuple[int, ...]) -> GlooTransport:
+    def _own_gloo(self, store: dist.Store, uid: str, ranks: tuple[int, ...]) -> GlooTransport:
         """Connect gloo beside a transport of another kind, for torch's process group. Collective over the ranks."""
-        store = dist.PrefixStore(f"group/{hashlib.sha256(uid.encode()).hexdigest()[:32]}/torch", self.store)
+        apart, what = dist.PrefixStore("torch", store), f"torch's group of {uid}"
         self.check_descriptors(uid, len(ranks))
-        return self.connect_gloo(uid, self.meeting(store, f"torch's group of {uid}").among(ranks, store, f"torch's group of {uid}"))
+        return self.connect_gloo(uid, self.meeting(apart, what).among(ranks, apart, what))
 
     def _lazy_gloo(self, store: dist.Store, ranks: tuple[int, ...], timeout: float) -> dist.ProcessGroup:
         """Return torch's process group over gloo whose connections are made as torch uses them. Not collective."""

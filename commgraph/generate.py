@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import time
@@ -127,7 +128,7 @@ def _run(world: cg.World, given: _Arguments) -> int:
     before = traffic(*contexts)
     world.group.barrier()
     begin = time.perf_counter()
-    with progress("commgraph generate", given.tokens, "tokens", None if world.rank == 0 else _quiet()) as advance, torch.no_grad():
+    with progress("commgraph generate", given.tokens, "tokens", None if world.rank == 0 else io.StringIO()) as advance, torch.no_grad():
         if world.rank == 0:
             extra["streamer"] = _Counting(advance)
         output = model.generate(**inputs, max_new_tokens=given.tokens, do_sample=False, **extra)
@@ -142,10 +143,3 @@ def _run(world: cg.World, given: _Arguments) -> int:
     for ctx in reversed(contexts):
         ctx.close()
     return 0
-
-
-def _quiet() -> Any:
-    """Return a stream that shows nothing."""
-    import io
-
-    return io.StringIO()

@@ -233,10 +233,9 @@ class Meeting:
         A `PeerLeftError` follows from what another rank is about to report, and is replaced by that.
         """
         is_over = threading.Event()
-        watcher = Background(lambda: self._watch(is_over))
+        watcher = Background(lambda: self._watch(is_over)) if len(self.ranks) > 1 else None
         try:
             yield
-            is_over.set()
         except LayoutMismatchError:  # every rank has the same
             raise
         except PeerLeftError as error:
@@ -244,13 +243,13 @@ class Meeting:
             self._report(str(error))
             raise BuildError(str(reported)) from reported
         except BaseException as error:
-            is_over.set()
             # At Ctrl-C rank 0 does not wait until the others have read that.
             self._report(f"{type(error).__name__}: {error}", linger=isinstance(error, Exception))
             raise
         finally:
             is_over.set()
-            watcher.join(_WATCH)
+            if watcher is not None:
+                watcher.join(_WATCH)
 
     def _watch(self, is_over: threading.Event) -> None:
         while not is_over.wait(_WATCH):

@@ -186,8 +186,8 @@ class HierarchicalCommunicator(Communicator):
     def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int], out: torch.Tensor, *, tag: int, deadline: Deadline) -> None:
         views = out.split(list(sizes), dim)
         mine = dense(x).reshape(-1)
-        column = mine.new_empty(sum([views[rank].numel() for rank in self._counterparts()]))
         lengths = [views[rank].numel() for rank in self._counterparts()]
+        column = mine.new_empty(sum(lengths))
         with self._among_counterparts() as across:
             across.all_gather(mine, 0, lengths, column, tag=tag, deadline=deadline)
         whole = column

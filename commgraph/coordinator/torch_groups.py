@@ -93,8 +93,8 @@ class TorchGroups:
 
     def disown(self) -> None:
         """Give up the groups, in a forked child. The tables of torch.distributed are left as they are, as all of torch's."""
-        keep_for_ever(self._network, self._communicators, self._entered, self._lazy)
-        self._network, self._communicators, self._entered, self._lazy = None, (), [], None
+        keep_for_ever(self._network, self._communicators, self._entered, self._gloo, self._lazy)
+        self._network, self._communicators, self._entered, self._gloo, self._lazy = None, (), [], None, None
 
     def close(self) -> None:
         """Remove the groups from the tables of torch.distributed."""
