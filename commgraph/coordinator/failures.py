@@ -34,8 +34,6 @@ EXPECTED = (PeerLate, PeerClosed, CallsDiffer, AccessRefused, CollectiveError)
 
 # Seconds that a store may take, at most, to take or give what a rank says of a failure.
 _PUBLISH_SECONDS = 0.5
-# How the names of operations begin that two ranks call with different arguments.
-_MESSAGES = ("send", "recv", "isend", "irecv", "batch")
 # Name of the call by which the ranks wait for each other before they close a group.
 CLOSE = "close"
 # Seconds within which ranks that close a group together do so.
@@ -261,10 +259,10 @@ class Failures:
         self._publish(_Fault(fault.kind if fault else "lost", f"{call.sequence} {what}", lost, call.sequence, f"{what} at {at}"))
         self._abort()
         if kind is CollectiveTimeoutError:
-            # The peer's deadline was a moment before this rank's, which waits in the same collective: then its arguments count as well.
-            theirs, mine = "" if fault is None else fault.at, f"{call.sequence} {what}"
-            both = not call.operation.startswith(_MESSAGES) and theirs.startswith(f"{call.sequence} {call.operation}(")
-            raise self._remember(self._late(call, message, what if both and theirs != mine else None)) from None
+            # The peer's deadline was a moment before this rank's, which waits in the same call: as in `_timed_out`, the arguments count.
+            theirs = "" if fault is None else fault.at
+            both = theirs.startswith(f"{call.sequence} {call.operation}(") and theirs != f"{call.sequence} {what}"
+            raise self._remember(self._late(call, message, what if both else None)) from None
         raise self._remember(kind(message, **call.facts | ({} if lost is None else {"rank": lost}))) from None
 
     def _differ(self, call: Call, what: str) -> NoReturn:
