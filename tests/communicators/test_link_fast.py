@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import time
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -101,15 +101,18 @@ def test_native_calls_end_in_the_errors_of_the_general_path(n: int, nodes: int) 
         group.all_reduce(torch.ones(4))
         group.barrier()
 
+    heard = threading.Barrier(n)  # the late rank calls nothing else before the others have their errors: a close would differ
+
     def late(group: cg.GroupCoordinator) -> str:
         begun(group)
         if group.rank_in_group == n - 1:
-            time.sleep(1.5)
+            heard.wait(50)
             return ""
         with pytest.raises((CollectiveTimeoutError, PeerLostError)) as caught:
             group.all_reduce(torch.ones(4), timeout=0.5)
         with pytest.raises((CollectiveTimeoutError, PeerLostError)):
             group.barrier()
+        heard.wait(50)
         return str(caught.value)
 
     assert f"rank {n - 1}" in "".join(on(n, late, nodes=nodes))
