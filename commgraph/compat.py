@@ -58,6 +58,7 @@ else:
         from torch._opaque_base import OpaqueBase
 
 __all__ = [
+    "IN_GRAPH",
     "GlooDevice",
     "OpaqueBase",
     "ambient_flags",
@@ -100,6 +101,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+# Attribute of an operator: the kernel that a compiled graph calls.
+IN_GRAPH = "in_graph"
 
 # The opaque handle of a gloo network device (one event loop thread); torch gives it no public type.
 GlooDevice = Any
@@ -431,8 +435,9 @@ def keep_order(name: str) -> None:
     """Register an operator as a collective with inductor, which keeps collectives in the order of the graph.
 
     Inductor reorders other independent operators after it has fused kernels, and fuses by sizes; where those differ by rank, so would
-    the order of the collectives. Privately `torch._inductor.ir._CollectiveKernel`, which its scheduler looks for, and
-    `torch._inductor.lowering.lowerings` and `register_lowering`.
+    the order of the collectives. Privately `torch._inductor.ir._CollectiveKernel`, which its scheduler looks for, its
+    `set_python_kernel_name`, by which the code that inductor writes calls the operator, and `torch._inductor.lowering.lowerings` and
+    `register_lowering`.
 
     Args:
         name: of the operator, whose namespace is commgraph.
@@ -446,8 +451,17 @@ def keep_order(name: str) -> None:
     if not hasattr(ir, "_CollectiveKernel"):
         return  # a torch that has ordered collectives in another way
 
+    class Collective(ir._CollectiveKernel):
+        """The operator in a graph, which calls its kernel: autograd is done with there, and the dispatcher takes longer than the kernel."""
+
+        def set_python_kernel_name(self, python_kernel_name: str | None) -> None:
+            super().set_python_kernel_name(python_kernel_name)
+            wrapper = ir.V.graph
+            if python_kernel_name is None and not wrapper.cpp_wrapper and not wrapper.fx_wrapper:
+                self.python_kernel_name = f"{self.python_kernel_name}.{IN_GRAPH}"
+
     def lower(*args: Any, **kwargs: Any) -> Any:
-        made = ir._CollectiveKernel.create(operator, *args, **kwargs)
+        made = Collective.create(operator, *args, **kwargs)
         return torch.utils._pytree.tree_map(lambda x: x.wrap_for_lowering() if isinstance(x, ir.IRNode) else x, made)
 
     lowering.register_lowering(operator, type_promotion_kind=None)(lower)

@@ -61,7 +61,7 @@ class Family:
 # Attributes that compiled code may read. `facts` become constants of the graph, which is compiled again for a group whose `guard`
 # differs; the operations are traced through. The name of a group is no fact: one graph serves groups of any name.
 @compat.opaque(
-    guard=lambda group: [group.world_size, group.rank_in_group, group.rank, group.local_rank, str(group.device), group._experts],
+    guard=lambda group: group._guarded,
     facts=(
         "world_size",
         "rank_in_group",
@@ -143,8 +143,14 @@ class GroupCoordinator(compat.OpaqueBase):
     # Argument that ordered operators declare as changed; all groups of a world have the same one.
     _token: torch.Tensor = attrs.field(alias="token")
     _family: Family = attrs.field(alias="family")
+    # What a compiled graph depends on, which is compared in each call of one.
+    _guarded: list[Any] = attrs.field(init=False)
 
     _operations: ClassVar[Mapping[str, type[Operation]]] = OPERATIONS
+
+    @_guarded.default
+    def _facts(self) -> list[Any]:
+        return [self.world_size, self.rank_in_group, self.rank, self.local_rank, str(self.device), self._experts]
 
     @classmethod
     def _of(cls, name: str, state: GroupState, *, local_rank: int, device: torch.device, token: torch.Tensor, world: object) -> Self:

@@ -187,7 +187,8 @@ class Operation:
     @classmethod
     def kernel(cls, x: torch.Tensor, group: Group, *args: Any) -> Any:
         """Do it, as the torch operator: below autograd, and never giving x itself back."""
-        x = x.detach()
+        if x.requires_grad:  # of a compiled graph, which calls this without the dispatcher
+            x = x.detach()
         y = run_directly(cls, group, (x, *(args[:-1] if cls.ordered else args)))
         return x.clone(memory_format=torch.contiguous_format) if y is x else y
 

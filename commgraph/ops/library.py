@@ -59,6 +59,7 @@ def declare(
 
     torch.library.register_fake(f"commgraph::{name}", ordered_fake, lib=_LIBRARY)
     operator = getattr(torch.ops.commgraph, name)
+    setattr(operator.default, compat.IN_GRAPH, without_forward_mode)
     if gradient is not None and setup_context is not None:
         count = schema.count(",") + 1 - schema[schema.index("->") :].count(",")
         if "(a!)" in schema:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import commgraph as cg
+from commgraph import compat
 from commgraph.coordinator import GroupCoordinator
 from commgraph.testing import fake_world, spmd
 from tests import helpers
@@ -94,8 +96,10 @@ def test_every_operation_traced(how: str, name: str, n: int) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("how", BACKENDS)
-def test_one_graph_of_all_operations(how: str) -> None:
-    """Without a break; and a second context with the same layout runs the same graph, over its own group."""
+def test_one_graph_of_all_operations(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a break; a second context with the same layout runs the same graph over its own group; inductor's calls the kernels."""
+    operator, in_graph = torch.ops.commgraph.all_reduce.default, Mock(wraps=torch.ops.commgraph.all_reduce.default.in_graph)
+    monkeypatch.setattr(operator, compat.IN_GRAPH, in_graph)
     n = 2
     names = [name for name, case in CASES.items() if case.differentiable]
     others = [name for name in CASES if name not in names]
@@ -136,6 +140,7 @@ def test_one_graph_of_all_operations(how: str) -> None:
 
     torch._dynamo.reset()  # type: ignore[no-untyped-call]  # torch's
     spmd(run, n, timeout=280)
+    assert in_graph.called == (how == "inductor")
     if how != "export":
         # By each rank's own backend: whoever comes second may find the frame compiled by the other, which is the same code.
         assert 1 <= sum(counter.frame_count for counter in counted) <= n
