@@ -179,6 +179,9 @@ class Communicator(abc.ABC):
     process_group: Any = None
     """torch's process group of its backend, where it has one for device tensors."""
 
+    links: Any = None
+    """The `commgraph.communicators.tcp_transport.TcpTransport` that carries its messages, where they can be sent natively over one."""
+
     fast: FastPath | None = None
     """Native calls past the general path, where it has any."""
 

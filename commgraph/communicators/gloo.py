@@ -42,7 +42,7 @@ class GlooCommunicator(Communicator):
         super().__init__(transport.rank_in_group, transport.world_size)
         self.transport = transport
         # Pending receives of `receive_any`, by rank, tag and bytes: gloo has no receive from any rank, and cancels none.
-        self._posted: dict[tuple[int, int, int], tuple[Pending, torch.Tensor]] = {}
+        self.posted: dict[tuple[int, int, int], tuple[Pending, torch.Tensor]] = {}
         self._came = threading.Condition()
 
     def among(self, members: Sequence[int]) -> GlooCommunicator:
@@ -154,7 +154,7 @@ class GlooCommunicator(Communicator):
         label: int = 0,
     ) -> None:
         # Messages of different labels have different tags.
-        earlier = [(x, peer, self._posted.pop((peer, tag, x.nbytes), None) if self._posted else None) for x, peer in receives]
+        earlier = [(x, peer, self.posted.pop((peer, tag, x.nbytes), None) if self.posted else None) for x, peer in receives]
         receives = [(x, peer) for x, peer, posted in earlier if posted is None]
         staging = [staging_for(view) for view, _ in receives]
         self.transport.exchange(
@@ -174,15 +174,15 @@ class GlooCommunicator(Communicator):
     def receive_any(self, x: torch.Tensor, tags: Mapping[int, int], *, label: int, patience: float, deadline: Deadline) -> int | None:
         keys = {peer: (peer, tag, x.nbytes) for peer, tag in tags.items()}
         for peer, key in keys.items():
-            if key not in self._posted:
+            if key not in self.posted:
                 buffer = ambient.empty(x.shape, x.dtype)
-                self._posted[key] = self.transport.receive_later(buffer, peer, tag=key[1], then=self._wake), buffer
+                self.posted[key] = self.transport.receive_later(buffer, peer, tag=key[1], then=self._wake), buffer
         with self._came:
-            self._came.wait_for(lambda: any(self._posted[key][0].has_ended for key in keys.values()), patience)
+            self._came.wait_for(lambda: any(self.posted[key][0].has_ended for key in keys.values()), patience)
         for peer, key in keys.items():
-            late, buffer = self._posted[key]
+            late, buffer = self.posted[key]
             if late.has_ended and late.wait(0):
-                del self._posted[key]
+                del self.posted[key]
                 x.copy_(buffer.view(x.shape))
                 return peer
         return None
@@ -200,9 +200,9 @@ class GlooCommunicator(Communicator):
 
     def close(self) -> None:
         self.transport.close()
-        for late, _ in list(self._posted.values()):
+        for late, _ in list(self.posted.values()):
             late.join(1.0)
-        self._posted.clear()
+        self.posted.clear()
 
     @property
     def bytes_sent(self) -> int:

@@ -32,6 +32,7 @@ class TcpCommunicator(GlooCommunicator):
     def __init__(self, transport: TcpTransport) -> None:
         super().__init__(transport)
         self.pool = transport.pool
+        self.links = transport
         self.fast = LinkFastPath(transport, self.pool)
 
     def among(self, members: Sequence[int]) -> TcpCommunicator:
@@ -58,7 +59,7 @@ class TcpCommunicator(GlooCommunicator):
         return self._reduce(x, self.new(x.shape, x.dtype, x.device), op, tag, deadline)
 
     def receive_any(self, x: torch.Tensor, tags: Mapping[int, int], *, label: int, patience: float, deadline: Deadline) -> int | None:
-        posted = self._posted
+        posted = self.posted
         keys = {(peer, tag, x.nbytes): peer for peer, tag in tags.items()}
         for key, peer in keys.items():
             if key not in posted:

@@ -229,6 +229,10 @@ class TcpTransport:
         finally:
             del error  # whose traceback holds this frame
 
+    def translate(self, error: BaseException) -> Exception | None:
+        """Return `PeerLate`, `PeerClosed` or `CallsDiffer` for what ended a native call for messages; None for any other exception."""
+        return translated(error, self.rank_in_group, lambda peer: self.why_lost(self.messages, peer))
+
     def why_lost(self, net: Any, peer: int) -> str:
         """Return why the link to a peer has ended."""
         number = net.error(peer)

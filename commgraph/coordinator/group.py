@@ -156,8 +156,7 @@ class GroupCoordinator(compat.OpaqueBase):
     def _of(cls, name: str, state: GroupState, *, local_rank: int, device: torch.device, token: torch.Tensor, world: object) -> Self:
         """Make the first coordinator on a state."""
         members = state.members
-        if state.mailbox is not None and state.fast is not None and compat.dlpack_exchange() is not None:
-            state.native_messages = NativeMessages(state, state.fast, state.mailbox)
+        state.native_messages = NativeMessages.open(state)
         made = cls(
             name=name,
             rank=members.rank,

@@ -42,6 +42,7 @@ from commgraph.shm.recorder import EXCHANGE, INCOMING, OUTGOING
 from commgraph.work import AnySource, Job, Recv, Send, Work
 
 __all__ = [
+    "BUFFERED",
     "Receive",
     "SendReceive",
     "Transmit",
@@ -58,7 +59,7 @@ __all__ = [
 T = TypeVar("T")
 
 # Bytes up to which `send` of a message with a tag does not wait for its receiver, also where no ring takes it.
-_BUFFERED: Final = 64 << 10
+BUFFERED: Final = 64 << 10
 
 
 class Transmit(Operation):
@@ -161,8 +162,8 @@ def send(group: Group, x: torch.Tensor, dst: int | None, tag: int, timeout: Time
         _refuse_tag("send", tag)
         Transmit.traced(group, x, dst)
         return
-    native = group._state.native_messages
-    if native is not None and type(tag) is int and not tag and native.send(group, x, group.next_in_group if dst is None else dst, timeout):
+    native, to = group._state.native_messages, group.next_in_group if dst is None else dst
+    if native is not None and type(tag) is int and 0 <= tag < checks.TAGS and native.send(group, x, to, tag, timeout):
         return
     if is_watched(x) and not passes_by(timeout is not None or _is_special(tag), x):
         refuse_timeout(timeout)
@@ -177,7 +178,7 @@ def send(group: Group, x: torch.Tensor, dst: int | None, tag: int, timeout: Time
         strategy = _tagged(group, x, True, tag)
     except BadArgument as error:
         raise explain(error, group, "send", group._state.sequence) from None
-    if strategy is not None and x.is_cpu and (strategy.fast is None or strategy.fast.mailbox is None) and x.nbytes <= _BUFFERED:
+    if strategy is not None and x.is_cpu and (strategy.fast is None or strategy.fast.mailbox is None) and x.nbytes <= BUFFERED:
         # As through a ring: a receiver may ask for messages of several tags in another order than that in which they are sent.
         seconds = group._state.timeouts.host
         with ambient.shelter():
@@ -202,8 +203,8 @@ def recv(
         _refuse_tag("recv", tag, src)
         return Receive.traced(group, size, dtype, src, device, out)  # type: ignore[arg-type]  # `ANY` is refused
     native = group._state.native_messages
-    if native is not None and device is None and type(tag) is int and not tag:
-        received: torch.Tensor | None = native.recv(group, size, dtype, group.prev_in_group if src is None else src, out, timeout)
+    if native is not None and device is None and type(tag) is int and 0 <= tag < checks.TAGS:
+        received: torch.Tensor | None = native.recv(group, size, dtype, group.prev_in_group if src is None else src, tag, out, timeout)
         if received is not None:
             return received
     if is_watched(out) and not passes_by(timeout is not None or _is_special(tag, src), out):
@@ -236,6 +237,11 @@ def sendrecv(
     timeout: Timeout,
 ) -> torch.Tensor:
     """`GroupCoordinator.sendrecv`."""
+    native = None if is_dynamo_compiling() else group._state.native_messages
+    if native is not None:
+        received: torch.Tensor | None = native.swap(group, x, dst, size, dtype, src, device, out, timeout)
+        if received is not None:
+            return received
     if is_dynamo_compiling() or (is_watched(x, out) and not passes_by(timeout is not None, x, out)):
         refuse_timeout(timeout)
         return SendReceive.traced(group, x, dst, size, dtype, src, device, out)
@@ -555,8 +561,12 @@ def _one_by_one(group: Group, operation: str, tensors: Sequence[torch.Tensor], k
 def _offer(group: Group, operation: str, x: torch.Tensor, dst: int, label: int, seconds: float) -> bool:
     """Send x on this thread if no wait is needed; whether it was sent."""
     state = group._state
-    fast = state.detects
-    if fast is None or fast.mailbox is None or not x.is_cpu or not state.pending.is_idle((dst, True, label)):
+    fast, native = state.detects, state.native_messages
+    if not x.is_cpu or not state.pending.is_idle((dst, True, label)):
+        return False
+    if native is not None and native.offer(group, operation, x, dst, label):
+        return True
+    if fast is None or fast.mailbox is None:
         return False
     if state.strategies.route("send", x.shape, x.dtype, x.device).fast is not fast:
         return False
@@ -586,6 +596,6 @@ def _offer(group: Group, operation: str, x: torch.Tensor, dst: int, label: int, 
 _DTYPES: Final = MappingProxyType({kind: dtype for dtype, kind in KINDS.items()})
 
 
-def message_digest(kind: int, shape: tuple[int, ...]) -> int:
-    """Return the digest of a message's text, for the native module."""
-    return digest(message_text(_DTYPES[kind], shape))
+def message_digest(kind: int, shape: tuple[int, ...], label: int) -> int:
+    """Return the digest of the text of a message with that tag of the user's, for the native module."""
+    return digest(tagged_text(message_text(_DTYPES[kind], shape), label))

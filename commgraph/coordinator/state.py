@@ -107,6 +107,10 @@ class Strategies:
         first = next((c for c in self.communicators if c.serves_host), None)
         return None if first is None else first.fast
 
+    def for_messages(self) -> Communicator | None:
+        """Return the first strategy that serves messages of host tensors."""
+        return next((c for c in self.communicators if c.serves_host and "send" in c.operations), None)
+
     def by_fast_path(self) -> tuple[Communicator | None, FastPath | None]:
         """Return the first strategy that has native calls, and its fast path."""
         found = next((c for c in self.communicators if c.fast is not None), None)

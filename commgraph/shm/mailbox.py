@@ -169,31 +169,9 @@ class Mailbox:
         # Several threads may send to one rank, one record after the other.
         self.writing = {peer: Access() for peer in self.outgoing}
         self._module = memory.native
-        # Native calls for plain tensors and dicts of them (native/module_messages.c), once they are open.
+        # Native calls for plain tensors and dicts of them (native/module_messages.c), where the coordinator has opened them.
         self.native: Any = None
         self._pair_bytes = memory.sizes.pair_bytes
-
-    def open_native(
-        self,
-        tensors_of: Callable[[Any], Any],
-        digest: Callable[[int, tuple[int, ...]], int],
-        timeout_ns: int,
-        counts: dict[Any, int],
-        claims: dict[Any, object],
-        any_rank: tuple[int, bool, int],
-    ) -> Any:
-        """Open the native calls, and return them.
-
-        Args:
-            tensors_of: makes the native module's object that reads and makes tensors (native/module_tensors.h).
-            digest: of a message, by its kind (DLPack's code and bits, in a byte each) and its number of elements.
-            timeout_ns: of calls without a timeout of their own.
-            counts: how many messages there were, by lane.
-            claims: lanes in which a call is under way.
-            any_rank: lane of receives from any rank.
-        """
-        self.native = self._module.Messages(tensors_of(self._module), digest, timeout_ns, counts, claims, any_rank)
-        return self.native
 
     def enable_rendezvous(self) -> None:
         """Send large parts by rendezvous from now on: sender and receiver copy them from process to process (cross-memory attach)."""

@@ -21,8 +21,10 @@ import commgraph as cg
 from commgraph.coordinator import GroupCoordinator
 from tests.helpers import ROOT, TooLateError, again_if_late, on, same
 
-WAYS = pytest.mark.parametrize("options", [{}, {"shm": False}, {"check": True}, {"message_queue": False}], ids=str)
-BY = st.sampled_from([{}, {"shm": False}, {"check": True}])
+HERE: list[dict[str, Any]] = [{}, {"shm": False}, {"check": True}, {"message_queue": False}]
+ON_ONE_HOST = pytest.mark.parametrize("options", HERE, ids=str)
+WAYS = pytest.mark.parametrize("options", [*HERE, {"nodes": 2}], ids=str)
+BY = st.sampled_from([{}, {"shm": False}, {"check": True}, {"nodes": 2}])
 
 
 # Random programs against what pairing by (sender, tag) in order gives.
@@ -340,7 +342,7 @@ def test_messages_to_oneself(n: int, options: dict[str, Any]) -> None:
         with pytest.raises(cg.CollectiveMismatchError):
             g.irecv(3, torch.int64, me, tag=4).wait()
 
-    on(n, body, **options)
+    on(n, body, **options | {"nodes": min(n, options.get("nodes", 1))})
 
 
 def test_a_receive_from_oneself_ends_with_the_group() -> None:
@@ -356,7 +358,7 @@ def test_a_receive_from_oneself_ends_with_the_group() -> None:
 # Objects
 
 
-@WAYS
+@ON_ONE_HOST
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_objects_scattered_and_gathered(nodes: int, options: dict[str, Any]) -> None:
     def body(g: GroupCoordinator) -> None:

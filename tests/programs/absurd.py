@@ -9,6 +9,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -52,7 +53,12 @@ class Objects:
         self.tensors = tensors_of(native)
         self.fast = native.FastCalls(self.group, self.tensors, lambda name, args: 7, 10_000_000)
         self.alone = native.FastCalls(None, self.tensors, None, 10_000_000)
-        self.messages = native.Messages(self.tensors, lambda kind, count: 7, 10_000_000, {}, {}, (-1, False, 0))
+        self.messages = native.Messages(self.tensors, lambda kind, shape, label: 7, 10_000_000, {}, {})
+        # With a link to rank 1, which sends nothing. Its own methods take addresses, of which none is checked.
+        self.nets = [native.Net(2, 0, False, 0, self.pool)]
+        here, self.there = socket.socketpair()
+        here.setblocking(False)
+        self.nets[0].attach(1, here.detach())
         self.block = self.pool.take(100)
         self.kept: list[torch.Tensor] = []
 
@@ -108,6 +114,10 @@ def fitting(o: Objects, parameter: str, dice: random.Random) -> Any:
     owned = {"segment": o.segment, "team": o.team, "pool": o.pool, "group": dice.choice((o.group, None)), "tensors": o.tensors}
     if parameter in owned:
         return owned[parameter]
+    if parameter == "net":
+        return o.nets[0]
+    if parameter in ("dst", "src"):
+        return dice.choice((1, 1, *NUMBERS))
     if parameter == "ring":
         return dice.choice((o.outgoing, o.incoming, o.broadcast))
     if parameter == "rings":
@@ -132,7 +142,7 @@ def fitting(o: Objects, parameter: str, dice: random.Random) -> Any:
         return dice.choice(("sum", "avg", "max", 0, 1, 2, 3, 4))
     if parameter in ("sizes", "input_sizes", "output_sizes", "bytes") and dice.random() < 0.7:
         return dice.choice((None, [dice.choice(NUMBERS) for _ in range(2)], [2, 2], (1, 3)))
-    if parameter in ("lane", "any_rank"):
+    if parameter in ("lane", "there", "here"):
         return dice.choice(((1, True, 0), (1, False, 0), (-1, False, 0)))
     if parameter in ("counts", "claims"):
         return {}

@@ -2,12 +2,11 @@
  *
  * As those of module_fast.c the methods return None, with nothing sent or read, if an argument is not plain. Fast and general path tag
  * alike, so that the two ranks of a message may take different ones. */
-#include "module_tensors.h"
+#include "module_messages.h"
 
 #include <string.h>
 
-enum { TENSORS = 1, DICT = 3 }; /* kinds of records, as in commgraph/shm/mailbox.py */
-enum { MESSAGE = 1 };           /* as in commgraph/communicators/tags.py */
+enum { TENSORS = 1, DICT = 3, LABEL_SHIFT = 8 }; /* kinds of records, as in commgraph/shm/mailbox.py */
 enum { FEW_TENSORS = 32, DESCRIPTION = 4096 };
 /* The first byte of the description of a plain dict, where a pickle has 0x80. */
 enum { PLAIN = 1 };
@@ -19,24 +18,6 @@ typedef struct {
     uint32_t ndim, key_bytes;
 } item_header;
 enum { VALUE_NONE, VALUE_FALSE, VALUE_TRUE, VALUE_INT, VALUE_FLOAT, VALUE_STR };
-
-typedef struct {
-    int kind;
-    uint64_t shape; /* hash_shape */
-    uint32_t digest;
-} known_kind;
-
-typedef struct {
-    PyObject_HEAD
-    Tensors *tensors;
-    PyObject *digest; /* (kind, shape) -> int: commgraph.communicators.tags.digest */
-    int64_t timeout_ns; /* of calls without a timeout of their own */
-    PyObject *counts;   /* a dict: how many messages there were, by lane */
-    PyObject *claims;   /* a dict: the lanes in which a call is under way (commgraph/coordinator/turns.py) */
-    PyObject *any_rank; /* the lane of receives from any rank */
-    uint64_t sent;      /* bytes */
-    known_kind known[CACHED];
-} Messages;
 
 /* NULL with an error set. */
 static Ring *ring_of(PyObject *self, PyObject *ring) {
@@ -66,16 +47,15 @@ static PyObject *shape_of(const view *v) {
     return shape;
 }
 
-/* The digest of a message, of a tensor like v. 0 with an error set. */
-static int digest_of(Messages *messages, const view *v, uint32_t *digest) {
+int message_digest(Messages *messages, const view *v, int label, uint32_t *digest) {
     int code = code_of(v->kind);
-    uint64_t hash = hash_shape(v);
+    uint64_t hash = hash_shape(v) ^ (uint64_t)label << 40;
     known_kind *cell = &messages->known[(hash ^ (uint64_t)code << 32) * 0x9E3779B97F4A7C15ull >> 58];
     if (cell->kind == code && cell->shape == hash) {
         *digest = cell->digest;
         return 1;
     }
-    PyObject *shape = shape_of(v), *answer = shape == NULL ? NULL : PyObject_CallFunction(messages->digest, "iO", code, shape);
+    PyObject *shape = shape_of(v), *answer = shape == NULL ? NULL : PyObject_CallFunction(messages->digest, "iOi", code, shape, label);
     Py_XDECREF(shape);
     *digest = answer == NULL ? 0 : (uint32_t)PyLong_AsUnsignedLong(answer);
     Py_XDECREF(answer);
@@ -84,16 +64,28 @@ static int digest_of(Messages *messages, const view *v, uint32_t *digest) {
     return 1;
 }
 
-/* Claims a lane, and gives the number of its next message. 0 with an error set: Busy, if another call is under way in it. */
-static int claim_lane(Messages *messages, PyObject *lane, uint64_t *number) {
+int label_of(PyObject *lane, int *label) {
+    PyObject *tag = PyTuple_Check(lane) && PyTuple_Size(lane) == 3 ? PyTuple_GetItem(lane, 2) : NULL; /* borrowed */
+    if (tag == NULL) return PyErr_SetString(PyExc_TypeError, "a lane is (rank, whether it is sent to it, tag)"), 0;
+    *label = (int)PyLong_AsLong(tag);
+    return !PyErr_Occurred();
+}
+
+/* Whether a receive of that label from any rank is under way: 0 or 1, -1 with an error set. */
+static int receives_from_any(Messages *messages, PyObject *lane) {
+    if (PyDict_Size(messages->claims) < 2 || PyTuple_GetItem(lane, 1) == Py_True) return 0; /* the lane itself is one */
+    PyObject *any = Py_BuildValue("(iOO)", ANY_RANK, Py_False, PyTuple_GetItem(lane, 2));
+    int found = any == NULL ? -1 : PyDict_Contains(messages->claims, any);
+    Py_XDECREF(any);
+    return found;
+}
+
+int claim_lane(Messages *messages, PyObject *lane, uint64_t *number) {
     int taken = PyDict_Contains(messages->claims, lane);
     if (taken < 0 || (taken == 0 && PyDict_SetItem(messages->claims, lane, lane) < 0)) return 0;
-    if (taken == 0 && PyDict_Size(messages->claims) > 1 && PyDict_Contains(messages->claims, messages->any_rank) > 0) {
-        PyDict_DelItem(messages->claims, lane);
-        taken = 1;
-    }
+    if (taken == 0 && (taken = receives_from_any(messages, lane)) != 0) PyDict_DelItem(messages->claims, lane);
     if (taken) {
-        PyErr_SetString(state_of((PyObject *)messages)->busy, "another message of this kind, with this very rank, is under way: one thread at a time may have one");
+        if (taken > 0) PyErr_SetString(state_of((PyObject *)messages)->busy, "another message of this kind, with this very rank, is under way: one thread at a time may have one");
         return 0;
     }
     PyObject *count = PyDict_GetItemWithError(messages->counts, lane); /* borrowed */
@@ -103,8 +95,7 @@ static int claim_lane(Messages *messages, PyObject *lane, uint64_t *number) {
     return 0;
 }
 
-/* Ends the claim of a lane; `number`: that of the message that came or went, -1 if there was none. */
-static void unclaim_lane(Messages *messages, PyObject *lane, int64_t number) {
+void unclaim_lane(Messages *messages, PyObject *lane, int64_t number) {
     PyObject *kind, *value, *trace, *count = NULL;
     PyErr_Fetch(&kind, &value, &trace);
     if (number >= 0 && ((count = PyLong_FromLongLong(number + 1)) == NULL || PyDict_SetItem(messages->counts, lane, count) < 0)) PyErr_WriteUnraisable(lane);
@@ -119,16 +110,18 @@ static PyObject *messages_send(PyObject *self, PyObject *const *args, Py_ssize_t
     view v;
     Ring *ring = ring_of(self, args[0]);
     int64_t timeout;
-    if (ring == NULL || !may_use(ring, 1) || is_unwatched(messages->tensors) <= 0 || parse_timeout(self, args[3], messages->timeout_ns, &timeout) <= 0 ||
-        view_tensor(messages->tensors, args[1], &v) <= 0)
+    int label;
+    if (ring == NULL || !label_of(args[2], &label) || !may_use(ring, 1) || is_unwatched(messages->tensors) <= 0 ||
+        parse_timeout(self, args[3], messages->timeout_ns, &timeout) <= 0 || view_tensor(messages->tensors, args[1], &v) <= 0)
         return not_handled();
     uint32_t digest;
     uint64_t number;
-    if (!digest_of(messages, &v, &digest) || !claim_lane(messages, args[2], &number)) return NULL;
+    if (!message_digest(messages, &v, label, &digest) || !claim_lane(messages, args[2], &number)) return NULL;
     int who = 0, result = -1;
     if (enter_for(ring->team, v.bytes)) {
         cg_part part = {v.data, v.bytes};
-        result = cg_ring_put(&ring->ring, TENSORS, make_tag(MESSAGE, number, digest), &part, 1, deadline_after(timeout), &who);
+        const uint32_t kind = TENSORS | (uint32_t)label << LABEL_SHIFT;
+        result = cg_ring_put(&ring->ring, kind, make_tag(MESSAGE, number, digest), &part, 1, deadline_after(timeout), &who);
         leave(ring->team);
     }
     unclaim_lane(messages, args[2], result < 0 ? -1 : (int64_t)number);
@@ -155,9 +148,9 @@ static int parse_shape(PyObject *size, view *v) {
     return 1;
 }
 
-/* Reads the next message into `memory`, if it has this tag and size: 1. 0 if it has not, and nothing was read. -1 with an error set, and
+/* Reads the next message into `memory`, if it has this kind, tag and size: 1. 0 if it has not, and nothing was read. -1 with an error set, and
  * `*kept` if another process may still write to `memory`. */
-static int read_tensor(Ring *ring, uint64_t tag, void *memory, size_t bytes, int64_t deadline, int *kept) {
+static int read_tensor(Ring *ring, uint32_t wanted, uint64_t tag, void *memory, size_t bytes, int64_t deadline, int *kept) {
     *kept = 0;
     if (!claim(ring->team)) return -1;
     if (ring->parts != NULL) { /* a record that another receive has begun to read */
@@ -168,7 +161,7 @@ static int read_tensor(Ring *ring, uint64_t tag, void *memory, size_t bytes, int
     int who = 0, mine = 0, result = cg_ring_next(&ring->ring, deadline, &who);
     if (result == CG_OK) {
         const cg_record *record = &ring->ring.record;
-        mine = record->kind == TENSORS && record->meta == tag && record->n_parts == 1 && cg_ring_size(&ring->ring, 0) == bytes;
+        mine = record->kind == wanted && record->meta == tag && record->n_parts == 1 && cg_ring_size(&ring->ring, 0) == bytes;
         size_t done = 0;
         if (mine) result = cg_ring_read(&ring->ring, 0, memory, &done, deadline, &who);
     }
@@ -183,37 +176,50 @@ static int read_tensor(Ring *ring, uint64_t tag, void *memory, size_t bytes, int
     return -1;
 }
 
+int parse_awaited(Messages *messages, Pool *pool, PyObject *size, PyObject *code, PyObject *given, PyObject *timeout, awaited *a) {
+    long kind = PyLong_AsLong(code);
+    int64_t ns;
+    if (PyErr_Occurred() || parse_timeout((PyObject *)messages, timeout, messages->timeout_ns, &ns) <= 0) return 0;
+    if (kind < 0 || kind > 0xFFFF || (kind & 0xFF) == 0 || kind % 8) return PyErr_Format(PyExc_ValueError, "kind %ld of a tensor", kind), 0;
+    view out;
+    *a = (awaited){.v = {.kind = {(uint8_t)(kind >> 8), (uint8_t)kind, 1}, .size = (size_t)(kind & 0xFF) / 8}, .deadline = deadline_after(ns)};
+    if (!parse_shape(size, &a->v)) return 0;
+    if (given == Py_None) {
+        a->memory = cg_pool_take(pool->pool, a->v.bytes);
+        return a->memory != NULL; /* else the general path raises, and the group stays usable */
+    }
+    if (view_tensor(messages->tensors, given, &out) <= 0 || code_of(out.kind) != kind || out.ndim != a->v.ndim ||
+        memcmp(out.shape, a->v.shape, sizeof *out.shape * (size_t)out.ndim) || may_fill(messages->tensors, given) <= 0)
+        return 0;
+    a->out = given;
+    a->memory = out.data;
+    return 1;
+}
+
+PyObject *received(Messages *messages, const awaited *a) {
+    if (a->out == NULL) return tensor_over(messages->tensors, a->memory, a->v.kind, a->v.ndim, a->v.shape);
+    return mark_as_written(messages->tensors, a->out) ? Py_NewRef(a->out) : NULL;
+}
+
 static PyObject *messages_recv(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     Messages *messages = (Messages *)self;
     if (nargs != 6) return PyErr_Format(PyExc_TypeError, "recv(ring, size, kind, out, lane, timeout)");
     Ring *ring = ring_of(self, args[0]);
-    if (ring == NULL || !may_use(ring, 0) || messages->tensors->exchange == NULL || is_unwatched(messages->tensors) <= 0) return not_handled();
-    long kind = PyLong_AsLong(args[2]);
-    int64_t timeout;
-    if (PyErr_Occurred()) return NULL;
-    if (parse_timeout(self, args[5], messages->timeout_ns, &timeout) <= 0) return not_handled();
-    int64_t deadline = deadline_after(timeout);
-    if (kind < 0 || kind > 0xFFFF || (kind & 0xFF) == 0 || kind % 8) return PyErr_Format(PyExc_ValueError, "kind %ld of a tensor", kind);
-    view v = {.kind = {(uint8_t)(kind >> 8), (uint8_t)kind, 1}, .size = (size_t)(kind & 0xFF) / 8}, out;
-    PyObject *given = args[3] == Py_None ? NULL : args[3];
-    if (!parse_shape(args[1], &v)) return not_handled();
-    if (given != NULL && (view_tensor(messages->tensors, given, &out) <= 0 || code_of(out.kind) != kind || out.ndim != v.ndim ||
-                          memcmp(out.shape, v.shape, sizeof *v.shape * (size_t)v.ndim) || may_fill(messages->tensors, given) <= 0))
+    awaited a;
+    int label;
+    if (ring == NULL || !label_of(args[4], &label) || !may_use(ring, 0) || messages->tensors->exchange == NULL || is_unwatched(messages->tensors) <= 0 ||
+        !parse_awaited(messages, ring->pool, args[1], args[2], args[3], args[5], &a))
         return not_handled();
     uint32_t digest;
     uint64_t number;
-    if (!digest_of(messages, &v, &digest)) return NULL;
-    void *memory = given != NULL ? out.data : cg_pool_take(ring->pool->pool, v.bytes);
-    if (memory == NULL) Py_RETURN_NONE; /* the general path raises, and the group stays usable */
     int kept = 0, came = -1;
-    if (claim_lane(messages, args[4], &number)) {
-        came = read_tensor(ring, make_tag(MESSAGE, number, digest), memory, v.bytes, deadline, &kept);
+    if (message_digest(messages, &a.v, label, &digest) && claim_lane(messages, args[4], &number)) {
+        came = read_tensor(ring, TENSORS | (uint32_t)label << LABEL_SHIFT, make_tag(MESSAGE, number, digest), a.memory, a.v.bytes, a.deadline, &kept);
         unclaim_lane(messages, args[4], came > 0 ? (int64_t)number : -1);
     }
-    if (came > 0 && given == NULL) return tensor_over(messages->tensors, memory, v.kind, v.ndim, v.shape);
-    if (came > 0) return mark_as_written(messages->tensors, given) ? Py_NewRef(given) : NULL;
-    if (given == NULL && !kept) cg_pool_give(memory);
-    if (given != NULL && kept) Py_INCREF(given); /* for ever */
+    if (came > 0) return received(messages, &a);
+    if (a.out == NULL && !kept) cg_pool_give(a.memory);
+    if (a.out != NULL && kept) Py_INCREF(a.out); /* for ever */
     return came < 0 ? NULL : not_handled();
 }
 
@@ -414,13 +420,12 @@ static PyObject *messages_sent(PyObject *self, void *closure) {
 
 static PyObject *messages_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     (void)kwargs;
-    PyObject *tensors, *digest, *counts, *claims, *any_rank;
+    PyObject *tensors, *digest, *counts, *claims;
     long long timeout_ns;
-    if (!PyArg_ParseTuple(args, "OOLO!O!O!", &tensors, &digest, &timeout_ns, &PyDict_Type, &counts, &PyDict_Type, &claims, &PyTuple_Type, &any_rank))
-        return NULL;
+    if (!PyArg_ParseTuple(args, "OOLO!O!", &tensors, &digest, &timeout_ns, &PyDict_Type, &counts, &PyDict_Type, &claims)) return NULL;
     module_state *state = PyType_GetModuleState(type);
     if (state == NULL || !PyObject_TypeCheck(tensors, state->tensors))
-        return PyErr_Format(PyExc_TypeError, "Messages(tensors, digest, timeout_ns, counts, claims, any_rank)");
+        return PyErr_Format(PyExc_TypeError, "Messages(tensors, digest, timeout_ns, counts, claims)");
     Messages *self = (Messages *)allocate(type);
     if (self == NULL) return NULL;
     self->tensors = (Tensors *)Py_NewRef(tensors);
@@ -428,7 +433,6 @@ static PyObject *messages_new(PyTypeObject *type, PyObject *args, PyObject *kwar
     self->timeout_ns = timeout_ns;
     self->counts = Py_NewRef(counts);
     self->claims = Py_NewRef(claims);
-    self->any_rank = Py_NewRef(any_rank);
     return (PyObject *)self;
 }
 
@@ -437,7 +441,6 @@ static void messages_dealloc(PyObject *self) {
     Py_XDECREF(((Messages *)self)->digest);
     Py_XDECREF(((Messages *)self)->counts);
     Py_XDECREF(((Messages *)self)->claims);
-    Py_XDECREF(((Messages *)self)->any_rank);
     free_object(self);
 }
 
@@ -445,11 +448,15 @@ static void messages_dealloc(PyObject *self) {
 static PyMethodDef messages_methods[] = {
     FAST(send, "send(ring, x, lane, timeout)\n--\n\nTrue, or None."),
     FAST(recv, "recv(ring, size, kind, out, lane, timeout)\n--\n\nThe tensor, or None."),
+    FAST(send_linked, "send_linked(net, x, dst, lane, timeout)\n--\n\nTrue, or None."),
+    FAST(recv_linked, "recv_linked(net, size, kind, out, src, lane, timeout)\n--\n\nThe tensor, or None."),
+    FAST(swap_linked, "swap_linked(net, x, dst, size, kind, out, src, there, here, timeout)\n--\n\nThe tensor that came, or None. there, here: lanes."),
+    FAST(offer_linked, "offer_linked(net, x, dst, lane)\n--\n\nTrue once the kernel has all of it; else a Late: the net sends the rest. None: not plain."),
     FAST(put_dict, "put_dict(ring, tensors, meta, timeout_ns, posted)\n--\n\nTrue, or None."),
     {"unpack", messages_unpack, METH_O, "unpack(parts)\n--\n\nThe plain dict of a record, or None."},
     {0}};
 static PyGetSetDef messages_getset[] = {{"bytes_sent", messages_sent, NULL, "bytes that these calls sent", NULL}, {0}};
 static PyType_Slot messages_slots[] = {
-    {Py_tp_doc, "Messages(tensors, digest, timeout_ns, counts, claims, any_rank)\n--\n\nNative messages through rings."},
+    {Py_tp_doc, "Messages(tensors, digest, timeout_ns, counts, claims)\n--\n\nNative messages through rings and over links."},
     {Py_tp_new, messages_new}, {Py_tp_dealloc, messages_dealloc}, {Py_tp_methods, messages_methods}, {Py_tp_getset, messages_getset}, {0}};
 PyType_Spec messages_spec = {"commgraph.shm._native.Messages", sizeof(Messages), 0, Py_TPFLAGS_DEFAULT, messages_slots};

@@ -6,18 +6,6 @@
 
 #include "net_reduce.h"
 
-typedef struct {
-    PyObject_HEAD
-    cg_message message;
-    Net *net;
-    PyObject *owner; /* keeps the memory of the message */
-} Late;
-
-typedef struct {
-    PyThreadState *saved;
-    net_user user;
-} waiting;
-
 int attend_net(void *of, int why) {
     net_user *self = of;
     PyEval_RestoreThread(*self->saved);
@@ -46,15 +34,15 @@ void leave_net(Net *self) {
     Py_DECREF((PyObject *)self);
 }
 
-static int begin_wait(Net *self, waiting *me, cg_net_call *call, long long timeout_ns) {
+int begin_wait(Net *self, waiting *me, cg_net_call *call, int64_t deadline) {
     if (!use_net(self)) return 0;
     me->user = (net_user){&me->saved, self};
-    *call = (cg_net_call){.deadline = deadline_after(timeout_ns), .attend = attend_net, .user = &me->user};
+    *call = (cg_net_call){.deadline = deadline, .attend = attend_net, .user = &me->user};
     me->saved = PyEval_SaveThread();
     return 1;
 }
 
-static void end_wait(Net *self, waiting *me) {
+void end_wait(Net *self, waiting *me) {
     PyEval_RestoreThread(me->saved);
     leave_net(self);
 }
@@ -212,7 +200,7 @@ static PyObject *net_exchange(PyObject *of, PyObject *args) {
     int result = CG_SIGNAL, who = self->net.me;
     waiting me;
     cg_net_call call;
-    if (begun == count && begin_wait(self, &me, &call, timeout_ns)) {
+    if (begun == count && begin_wait(self, &me, &call, deadline_after(timeout_ns))) {
         cg_messages all = {messages, (int)count};
         result = cg_net_wait(&self->net, &call, cg_net_all, &all, &who);
         if (result != CG_OK) cg_net_withdraw(&self->net, messages, (int)begun);
@@ -237,7 +225,7 @@ static PyObject *net_all_reduce(PyObject *of, PyObject *args) {
         return PyErr_Format(PyExc_ValueError, "%zd elements of kind %d, op %d", count, dtype, op);
     waiting me;
     cg_net_call call;
-    if (!begin_wait(self, &me, &call, timeout_ns)) return NULL;
+    if (!begin_wait(self, &me, &call, deadline_after(timeout_ns))) return NULL;
     call.tag = tag;
     call.pool = ((Pool *)pool)->pool;
     int result = cg_net_all_reduce(&self->net, &call, (void *)(uintptr_t)from, (void *)(uintptr_t)to, (size_t)count, dtype, op, &who);
@@ -261,7 +249,7 @@ static PyObject *net_send_parts(PyObject *of, PyObject *args) {
         while (held < n_parts && PyObject_GetBuffer(PyTuple_GetItem(parts, held), &views[held], PyBUF_SIMPLE) == 0) held++;
     waiting me;
     cg_net_call call;
-    if (!PyErr_Occurred() && begin_wait(self, &me, &call, timeout_ns)) {
+    if (!PyErr_Occurred() && begin_wait(self, &me, &call, deadline_after(timeout_ns))) {
         int wrong = 0;
         PyEval_RestoreThread(me.saved);
         for (Py_ssize_t p = 0; p < n_peers && !wrong; p++) {
@@ -291,7 +279,7 @@ static PyObject *net_take(PyObject *of, PyObject *args) {
     if (!PyArg_ParseTuple(args, "iILL", &peer, &tag, &timeout_ns, &rest_ns) || !is_peer(self, peer)) return NULL;
     waiting me;
     cg_net_call call;
-    if (!begin_wait(self, &me, &call, timeout_ns)) return NULL;
+    if (!begin_wait(self, &me, &call, deadline_after(timeout_ns))) return NULL;
     cg_message message;
     cg_net_take(&self->net, &message, peer, tag);
     cg_messages all = {&message, 1};
@@ -337,7 +325,7 @@ static PyObject *net_take_all(PyObject *of, PyObject *args) {
     int result = CG_SIGNAL;
     waiting me;
     cg_net_call call;
-    if (blocks != NULL && !PyErr_Occurred() && begin_wait(self, &me, &call, timeout_ns)) {
+    if (blocks != NULL && !PyErr_Occurred() && begin_wait(self, &me, &call, deadline_after(timeout_ns))) {
         PyEval_RestoreThread(me.saved);
         for (Py_ssize_t i = 0; i < count; i++) {
             Block *block = (Block *)PyList_GetItem(blocks, i);
@@ -393,7 +381,7 @@ static PyObject *net_first_of(PyObject *of, PyObject *args) {
     cg_net_call call;
     cg_any_of any = {messages, count, -1};
     PyObject *held = PyList_GetSlice(lates, 0, count); /* the caller's list may be changed meanwhile */
-    if (held == NULL || !begin_wait(self, &me, &call, timeout_ns)) {
+    if (held == NULL || !begin_wait(self, &me, &call, deadline_after(timeout_ns))) {
         Py_XDECREF(held);
         PyMem_Free(messages);
         return NULL;

@@ -23,9 +23,25 @@ typedef struct {
     Net *net;
 } net_user;
 
+/* A message that may be waited for several times. */
+typedef struct {
+    PyObject_HEAD
+    cg_message message;
+    Net *net;
+    PyObject *owner; /* keeps the memory of the message */
+} Late;
+
+typedef struct {
+    PyThreadState *saved;
+    net_user user;
+} waiting;
+
 int attend_net(void *of, int why);
 /* Between the two the links stay, though they may be closed. 0 with an error set if they are closed. */
 int use_net(Net *self);
 void leave_net(Net *self);
+/* Between the two the interpreter is released, and waits end at the deadline. 0 with an error set if the links are closed. */
+int begin_wait(Net *self, waiting *me, cg_net_call *call, int64_t deadline);
+void end_wait(Net *self, waiting *me);
 
 #endif

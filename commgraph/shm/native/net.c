@@ -327,6 +327,14 @@ void cg_net_send(cg_net *net, cg_message *m, int peer, uint32_t tag, const void 
     pthread_mutex_unlock(&net->lock);
 }
 
+int cg_net_keep(cg_net *net, cg_message *m, void *to) {
+    pthread_mutex_lock(&net->lock);
+    if (m->state == CG_PENDING) m->data = memcpy(to, m->data, m->frame.bytes);
+    int state = m->state;
+    pthread_mutex_unlock(&net->lock);
+    return state;
+}
+
 static void begin_receive(cg_net *net, cg_message *m) {
     const int peer = m->peer;
     const uint32_t tag = m->frame.tag;

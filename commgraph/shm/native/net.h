@@ -87,6 +87,8 @@ void cg_net_disown(cg_net *net);
 
 /* Begin a message. It and its bytes stay until its state is not CG_PENDING, or cg_net_withdraw. */
 void cg_net_send(cg_net *net, cg_message *message, int peer, uint32_t tag, const void *data, uint64_t bytes);
+/* Lets a send go on with a copy of its bytes, which is made at `to` if some are still to be sent. Its state. */
+int cg_net_keep(cg_net *net, cg_message *message, void *to);
 void cg_net_receive(cg_net *net, cg_message *message, int peer, uint32_t tag, void *data, uint64_t bytes);
 /* A receive of a frame of any size. */
 void cg_net_take(cg_net *net, cg_message *message, int peer, uint32_t tag);
