@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import hmac
 import logging
 import os
 import threading
@@ -20,17 +19,18 @@ import attrs
 import torch
 import torch.distributed as dist
 
-import commgraph
-from commgraph import admission, ambient, compat, hosts, launch
+from commgraph import admission, ambient, compat, launch
 from commgraph.accelerators.custom_all_reduce import PeerAccessCache
 from commgraph.accelerators.device_order import DeviceOrder
 from commgraph.addresses import ticket_at
 from commgraph.agreement import agree
+from commgraph.assembly import Terms, assemble, check_options, check_rank, open_meeting_point
 from commgraph.building import Builder, States
+from commgraph.colors import ranks_of_color
 from commgraph.communicators.endpoint import Endpoint
 from commgraph.context import CLOSE_TIMEOUT, ParallelContext, build_context, build_coordinator, close_together
 from commgraph.coordinator import GroupCoordinator
-from commgraph.deadline import Deadline, seconds_of, timedelta_of
+from commgraph.deadline import Deadline, seconds_of
 from commgraph.errors import (
     BackendUnavailableError,
     ConfigurationError,
@@ -38,20 +38,16 @@ from commgraph.errors import (
     LaunchError,
     LayoutError,
 )
-from commgraph.forks import disown_in_children, explain_fork, keep_for_ever
+from commgraph.forks import disown_in_children, explain_fork
 from commgraph.layout import Layout
 from commgraph.layout.checks import whole
 from commgraph.meeting import Meeting, go_on
 from commgraph.membership import Latecomers, Membership, View
 from commgraph.options import CommunicatorOptions
-from commgraph.platforms.base import Platform, check_platform
+from commgraph.platforms.base import Platform
 from commgraph.platforms.detection import Plugins
-from commgraph.processes import Process
-from commgraph.reach import join
 from commgraph.recording import Recording
 from commgraph.rendezvous import PrivateFile, open_store, serve_store
-from commgraph.sealed import SealedStore
-from commgraph.session import open_session
 from commgraph.waiting import wait_for_calls
 
 __all__ = ["World"]
@@ -212,23 +208,20 @@ class World:
             BuildError: the ranks did not meet in time.
         """
         environ = os.environ if environ is None else environ
-        limit, key = timedelta_of(timeout), launch.check_authkey("World.from_env", authkey) or launch.authkey(environ)
         facts = launch.detect(environ)
         rank, size = launch.join_engines(facts, dp_rank, dp_size)
         if local_rank is None and dp_size == 1:
             # The launcher of one engine does not know the other engines on this node.
             local_rank = facts.local_rank
+        terms = Terms.of("World.from_env", local_rank, timeout, device, platform, authkey, address, environ=environ)
         if size == 1:
-            return cls._make(None, 0, 1, local_rank, limit, device, platform, key, address)
+            return cls._make(None, 0, 1, terms)
         method = init_method or launch.meeting_point(facts, dp_size=dp_size)
         hosted = facts.agent_store and init_method is None
         # The file of a job that names none is commgraph's to remove.
         file = PrivateFile(Path(method.removeprefix("file://"))) if method.startswith("file://") and init_method is None else None
-        private = file is not None
         try:
-            world = cls._meet(
-                method, rank, size, local_rank, limit, device, platform, key, address, hosted_elsewhere=hosted, private=private
-            )
+            world = cls._meet(method, rank, size, terms, hosted_elsewhere=hosted, private=file is not None)
         except BaseException:
             if file is not None:
                 file.close()
@@ -259,10 +252,8 @@ class World:
             BuildError: the ranks did not meet in time.
         """
         check_rank(rank, world_size)
-        limit, key = timedelta_of(timeout), launch.check_authkey("World.connect", authkey) or launch.authkey(os.environ)
-        if world_size == 1:
-            return cls._make(None, rank, world_size, local_rank, limit, device, platform, key, address)
-        return cls._meet(init_method, rank, world_size, local_rank, limit, device, platform, key, address)
+        terms = Terms.of("World.connect", local_rank, timeout, device, platform, authkey, address)
+        return cls._make(None, rank, 1, terms) if world_size == 1 else cls._meet(init_method, rank, world_size, terms)
 
     @classmethod
     def from_store(
@@ -294,8 +285,8 @@ class World:
         check_rank(rank, world_size)
         if not isinstance(store, dist.Store):
             raise TypeError(f"World.from_store: store is a {type(store).__name__}; a torch.distributed.Store is needed")
-        key = launch.check_authkey("World.from_store", authkey) or launch.authkey(os.environ)
-        return cls._make(store, rank, world_size, local_rank, timedelta_of(timeout), device, platform, key, address, options=options)
+        terms = Terms.of("World.from_store", local_rank, timeout, device, platform, authkey, address, options)
+        return cls._make(store, rank, world_size, terms)
 
     @classmethod
     def from_torch(
@@ -328,8 +319,8 @@ class World:
             raise LaunchError(f"this process (rank {dist.get_rank()} of the default group) is not in the group that was given")
         ranks = dist.get_process_group_ranks(group) if group is not None else range(size)
         store = dist.PrefixStore(f"commgraph/{_digest(ranks)}", compat.default_store())
-        key = launch.check_authkey("World.from_torch", authkey) or launch.authkey(os.environ)
-        return cls._make(store, rank, size, local_rank, timedelta_of(timeout), device, platform, key, address, options=options)
+        terms = Terms.of("World.from_torch", local_rank, timeout, device, platform, authkey, address, options)
+        return cls._make(store, rank, size, terms)
 
     @classmethod
     def join(
@@ -354,29 +345,18 @@ class World:
             LaunchError: a ticket of another form.
             BuildError: the World did not grow in time, or not for as many processes as came.
         """
-        limit, key = timedelta_of(timeout), launch.check_authkey("World.join", authkey) or launch.authkey(os.environ)
-        deadline = Deadline.after(limit.total_seconds())
-        store = open_store(ticket, rank=1, world_size=2, timeout=limit)
+        terms = Terms.of("World.join", local_rank, timeout, device, platform, authkey, address, options)
+        deadline = Deadline.after(terms.timeout.total_seconds())
+        store = open_store(ticket, rank=1, world_size=2, timeout=terms.timeout)
         rank, size = admission.apply(store, deadline)
-        return cls._make(store, rank, size, local_rank, limit, device, platform, key, address, deadline=deadline, options=options)
+        return cls._make(store, rank, size, terms, deadline=deadline)
 
     @classmethod
-    def _meet(cls, init_method: str, rank: int, size: int, *place: Any, hosted_elsewhere: bool = False, private: bool = False) -> World:
-        """Open the store that `init_method` names, and build the World in it; `private`: a `PrivateFile` removes its file."""
-        deadline = Deadline.after(place[1].total_seconds())
-
-        def open_it() -> dist.Store:
-            store = open_store(
-                init_method, rank=rank, world_size=size, timeout=timedelta(seconds=deadline.left()), hosted_elsewhere=hosted_elsewhere
-            )
-            if private:
-                # A FileStore that is freed writes to its file, and makes it again where the last rank has removed it.
-                keep_for_ever(store)
-            return store
-
-        # Rank 0 serves the store itself, and would not be answered by another server in its place.
-        reopen = open_it if rank or hosted_elsewhere else None
-        return cls._make(open_it(), rank, size, *place, deadline=deadline, reopen=reopen)
+    def _meet(cls, init_method: str, rank: int, size: int, terms: Terms, *, hosted_elsewhere: bool = False, private: bool = False) -> World:
+        """Open the store that `init_method` names, and build the World in it."""
+        deadline = Deadline.after(terms.timeout.total_seconds())
+        store, reopen = open_meeting_point(init_method, rank, size, deadline, hosted_elsewhere=hosted_elsewhere, private=private)
+        return cls._make(store, rank, size, terms, deadline=deadline, reopen=reopen)
 
     @classmethod
     def _make(
@@ -384,83 +364,16 @@ class World:
         store: dist.Store | None,
         rank: int,
         size: int,
-        local_rank: int | None,
-        timeout: timedelta,
-        device: torch.device | str | None,
-        platform: Platform | None,
-        authkey: bytes | None,
-        address: str | None = None,
+        terms: Terms,
         *,
-        label: str = "",
         deadline: Deadline | None = None,
         reopen: Callable[[], dist.Store] | None = None,
-        options: CommunicatorOptions | None = None,
         guard: Callable[[], None] = lambda: None,
     ) -> World:
-        """Find the other ranks, discover which share a node, and build the World.
-
-        Args:
-            store: where they meet; None: there are no others.
-            rank, size, local_rank, timeout, device, platform, authkey, address, options: as for `from_store`.
-            label: a simulated node, for tests.
-            deadline: of the build, in place of `timeout`.
-            reopen: as for `open_session`.
-            guard: called several times a second, to raise where the build is in vain.
-        """
-        platform = Platform.detect() if platform is None else check_platform(platform)
-        chosen = CommunicatorOptions() if options is None else check_options(options)
-        deadline = Deadline.after(timeout.total_seconds()) if deadline is None else deadline
-        if store is None or size == 1:
-            store = dist.HashStore() if store is None else store
-            me = Process.own()
-            mine: dist.Store = dist.PrefixStore("commgraph", store)
-            meeting = Meeting(mine, mine, (rank,), 0, "the world", deadline, me, (me,))
-            builder = Builder(mine, rank, hosts.alone(), label, timeout, authkey, States(), me, (me,), given=address, options=chosen)
-            return cls._of(builder, meeting, local_rank, device, platform, store)
-        session = open_session(store, rank, size, deadline, reopen, guard)
-        store, me, processes = session.store, session.me, session.processes
-        mine = dist.PrefixStore(f"commgraph/{session.name}", store)
-        meeting = Meeting(mine, mine, range(size), rank, "the world", deadline, me, processes, guard=guard)
-        with meeting.reporting():
-            # The name is fresh, so nobody has seen the digest before. From here on no rank believes a value written with another key.
-            digest = hmac.digest(authkey or b"", session.name.encode(), "sha256").hex()[:16]
-            which = f"yes, {digest} in this world" if authkey else "no"
-            facts = {
-                "whether there is an authkey (COMMGRAPH_AUTHKEY or authkey=), and which": which,
-                "the versions": f"commgraph {commgraph.__version__}, torch {torch.__version__}",
-                "the platform": platform.name,
-                "where calls are recorded (COMMGRAPH_RECORD)": f"{chosen.recorded(os.environ)}",
-            }
-            agree(meeting.at("begin"), facts)
-            meeting.leavings.extend((store, key) for key in session.leavings)
-            if authkey:
-                sealed = SealedStore(mine, hmac.digest(authkey, f"store {session.name}".encode(), "sha256"))
-                meeting = attrs.evolve(meeting, store=sealed, root=sealed)
-            found = hosts.discover(meeting, label=label)
-            builder = Builder(
-                meeting.store,
-                rank,
-                found,
-                label,
-                timeout,
-                authkey,
-                States(),
-                me,
-                processes,
-                given=address,
-                options=chosen,
-                name=session.name,
-            )
-            reach, here = join(meeting, found, store, simulated=bool(label), authkey=authkey, address=address)
-            builder = attrs.evolve(builder, reach=reach, address=here)
-            try:
-                world = cls._of(builder, meeting, local_rank, device, platform, store)
-            except BaseException:
-                if builder.reach is not None:
-                    builder.reach.endpoint.close()
-                raise
-        meeting.clean()
-        return world
+        """Find the other ranks, and build the World; `store`, `reopen`, `guard`: as for `assemble`, `deadline`: in place of the terms'."""
+        deadline = Deadline.after(terms.timeout.total_seconds()) if deadline is None else deadline
+        with assemble(store, rank, size, terms, deadline, reopen=reopen, guard=guard) as (builder, meeting, opened):
+            return cls._of(builder, meeting, terms.local_rank, terms.device, terms.platform, opened)
 
     @classmethod
     def _of(
@@ -477,6 +390,20 @@ class World:
         world = cls(builder, meeting, local_rank=place, device=chosen, platform=platform, store=store)
         logger.debug("%r: node %d of %d, rank %d of %d there", world, world.node_rank, world.node_count, world.local_rank, world.local_size)
         return world
+
+    def _terms(self, local_rank: int | None) -> Terms:
+        """Return the terms of this World, for one that follows it; `local_rank`: there."""
+        builder = self._builder
+        return Terms(
+            timeout=builder.timeout,
+            platform=self.platform,
+            local_rank=local_rank,
+            device=self.device,
+            authkey=builder.authkey,
+            address=builder.given,
+            options=builder.options,
+            label=builder.label,
+        )
 
     # Facts.
 
@@ -621,21 +548,8 @@ class World:
                 part = world.split_by("trainer" if world.rank < 4 else "generator")
         """
         self._ensure_open()
-        mine, order, problems = None, whole(key), list[str]()
-        try:
-            mine = _plain(color)
-        except TypeError as error:
-            problems.append(f"color={color!r:.200}: {error}")
-        if order is None:
-            problems.append(f"key={key!r:.200} is not a whole number")
-        # A rank with wrong arguments reports that in the exchange: otherwise the others would wait for it.
-        said = self.group.all_gather_object(("; ".join(problems), mine, order))
-        if refused := [f"rank {rank}: {why}" for rank, (why, _, _) in enumerate(said) if why]:
-            raise LayoutError(f"split_by on rank {self.rank} of {self.size}: {'; '.join(refused)}")
-        if mine is None:
-            return None
-        members = [(place, rank) for rank, (_, other, place) in enumerate(said) if other == mine]
-        return self.split([rank for _, rank in sorted(members)])
+        ranks = ranks_of_color(self.group, color, key)
+        return None if ranks is None else self.split(ranks)
 
     def survivors(self, *, timeout: timedelta | float = _LATE) -> World:
         """The World of the ranks that are still alive, numbered in their old order. Collective over them; all get the same, or all raise.
@@ -736,39 +650,13 @@ class World:
                 admission.admit(served, self.size, count, deadline)
             if self.size > 1:
                 meeting.answer("admitted", b"", lambda said: b"")
-        return World._make(
-            served,
-            self.rank,
-            size,
-            self.local_rank,
-            builder.timeout,
-            self.device,
-            self.platform,
-            builder.authkey,
-            builder.given,
-            label=builder.label,
-            deadline=deadline,
-            options=builder.options,
-        )
+        return World._make(served, self.rank, size, self._terms(self.local_rank), deadline=deadline)
 
     def _successor(self, view: View) -> World:
         """Build the World of a view of this one's ranks."""
-        builder = self._builder
-        return World._make(
-            view.store,
-            view.rank,
-            len(view.ranks),
-            None if len(view.ranks) < self.size else self.local_rank,
-            builder.timeout,
-            self.device,
-            self.platform,
-            builder.authkey,
-            builder.given,
-            label=builder.label,
-            deadline=view.deadline,
-            guard=view.guard,
-            options=builder.options,
-        )
+        size = len(view.ranks)
+        terms = self._terms(None if size < self.size else self.local_rank)
+        return World._make(view.store, view.rank, size, terms, deadline=view.deadline, guard=view.guard)
 
     # Lifetime.
 
@@ -889,22 +777,6 @@ class World:
         return f"<World: rank {self.rank} of {self.size} on {self.device}{', closed' if self.closed else ''}>"
 
 
-def check_options(options: CommunicatorOptions) -> CommunicatorOptions:
-    """Return the options of a world's group, or raise if they are none."""
-    if not isinstance(options, CommunicatorOptions):
-        raise ConfigurationError(f"options are a {type(options).__name__}; commgraph.CommunicatorOptions are needed")
-    return options
-
-
-def check_rank(rank: int, world_size: int) -> None:
-    """Raise if the world has no such rank."""
-    for name, value in (("rank", rank), ("world_size", world_size)):
-        if whole(value) is None:
-            raise LaunchError(f"{name}={value!r} is a {type(value).__name__}; a whole number is needed")
-    if world_size < 1 or not 0 <= rank < world_size:
-        raise LaunchError(f"rank={rank} of world_size={world_size}: ranks are numbered 0 to world_size - 1, and there is at least one")
-
-
 def _release(states: States, order: DeviceOrder, endpoint: Endpoint | None, recording: Recording) -> None:
     """Drop the connections and memory of a world on this rank; nothing is sent."""
     states.release()
@@ -919,25 +791,6 @@ def _release(states: States, order: DeviceOrder, endpoint: Endpoint | None, reco
 def _end_all(latecomers: list[Latecomers]) -> None:
     for one in latecomers:
         one.close()
-
-
-def _plain(color: object) -> object:
-    """Return a color as plain data, which is sent between hosts without an authkey.
-
-    Raises:
-        TypeError: it is none of the kinds that a color may be.
-    """
-    if color is None or isinstance(color, bool):
-        return color
-    if isinstance(color, str):
-        return str.__str__(color)  # of an enumeration's member its text, not its name
-    if isinstance(color, bytes):
-        return bytes(color)
-    if isinstance(color, tuple):
-        return tuple(map(_plain, color))
-    if (number := whole(color)) is None:
-        raise TypeError(f"a {type(color).__name__} is no color, which is a whole number, a string, bytes, a tuple of these, or None")
-    return number
 
 
 def _digest(ranks: Sequence[int]) -> str:

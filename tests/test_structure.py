@@ -31,7 +31,7 @@ LAYERS = (
     ("platforms", "accelerators"),
     ("ops",),
     ("coordinator",),
-    ("building", "mesh", "recording"),
+    ("building", "mesh", "recording", "assembly", "colors"),
     ("context",),
     ("world",),
     ("nn", "testing", "trace", "torch_backend"),

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from commgraph import compat
+from commgraph.assembly import check_rank
 from commgraph.building import Builder, Connection, States
 from commgraph.communicators.base import Communicator
 from commgraph.communicators.fake import FakeCommunicator
@@ -26,7 +27,7 @@ from commgraph.platforms import CpuPlatform, Platform
 from commgraph.platforms.detection import Plugins
 from commgraph.processes import Process
 from commgraph.waiting import Background
-from commgraph.world import World, check_rank
+from commgraph.world import World
 
 __all__ = ["fake_world"]
 

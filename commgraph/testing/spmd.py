@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from commgraph import launch
+from commgraph.assembly import Terms
 from commgraph.building import CONNECTING
 from commgraph.deadline import seconds_of
 from commgraph.errors import CollectiveTimeoutError, ConfigurationError
@@ -134,8 +135,8 @@ class _Rank(threading.Thread):
         try:
             # A label per node of neighbouring ranks; no label for a single node, which is then discovered as in a real job.
             label = f"node {self.rank * run.nodes // run.world_size}" if run.nodes > 1 else ""
-            timeout, key = timedelta(seconds=run.timeout), launch.authkey(os.environ)
-            self.world = World._make(run.store, self.rank, run.world_size, None, timeout, None, None, key, label=label)
+            terms = Terms(timeout=timedelta(seconds=run.timeout), authkey=launch.authkey(os.environ), label=label)
+            self.world = World._make(run.store, self.rank, run.world_size, terms)
             with self.world as world:
                 try:
                     inject_faults(world, *run.faults, threads=True)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import commgraph as cg
+from commgraph.assembly import Terms
 from commgraph.coordinator import GroupCoordinator
 from commgraph.testing import spmd
 from commgraph.testing.spmd import ThreadStore
@@ -451,7 +452,7 @@ def test_a_signal_handler_that_calls_in_is_refused(strategy: str) -> None:
     def run(rank: int) -> None:
         label = f"node {rank}" if nodes_of(strategy) > 1 else ""
         options = cg.CommunicatorOptions(shm=strategy != "gloo")
-        with cg.World._make(store, rank, 2, None, timedelta(seconds=20), None, None, None, label=label) as world:
+        with cg.World._make(store, rank, 2, Terms(timeout=timedelta(seconds=20), label=label)) as world:
             group = world.context(cg.Layout(2, tp=2), name="a", options=options).tp
             for wait, calls, end in SIGNALS:
                 if rank == 0:

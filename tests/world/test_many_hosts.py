@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import commgraph as cg
+from commgraph.assembly import Terms
 from commgraph.shm import native_module
 from commgraph.testing import spmd
 from commgraph.testing.spmd import ThreadStore, _make_room
@@ -36,7 +37,7 @@ def cost(n: int) -> tuple[list[float], list[int]]:
 
     def rank(number: int) -> None:
         counting = CountingStore(store)
-        with cg.World._make(counting, number, n, None, timedelta(seconds=60), None, None, None, label=f"host {number}") as world:
+        with cg.World._make(counting, number, n, Terms(timeout=timedelta(seconds=60), label=f"host {number}")) as world:
             begun = counting.keys
             with world.context(cg.Layout(n, dp=n), name="main") as context:
                 keys[number] = counting.keys - begun
