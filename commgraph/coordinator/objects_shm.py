@@ -35,7 +35,7 @@ from commgraph.coordinator.operation import Group, begin, collective, deadline_o
 from commgraph.coordinator.pending import DICTS, OBJECTS
 from commgraph.coordinator.recorded import DICTS as DICT_FAMILY
 from commgraph.coordinator.recorded import OBJECTS as OBJECT_FAMILY
-from commgraph.coordinator.recorded import entry, recorded
+from commgraph.coordinator.recorded import entry, observed, recorded
 from commgraph.coordinator.spans import span, spanned
 from commgraph.coordinator.state import GroupState
 from commgraph.coordinator.tensor_dict import Entry, split_dict
@@ -72,6 +72,7 @@ class ShmObjects(Objects):
         self._strategy = strategy
         self._fast = fast
         self._mailbox: Mailbox | None = mailbox
+        self._pickler = mailbox.pickler
         self._digests: dict[tuple[str, int | None], int] = {}
         self._timeout_ns = int(state.timeouts.host * 1e9)
 
@@ -108,8 +109,7 @@ class ShmObjects(Objects):
         except Exception as error:
             raise unreadable(group, operation, src, error) from error
 
-    @spanned
-    @recorded
+    @observed
     def broadcast(self, group: Group, operation: str, obj: object, src: Any, timeout: Timeout) -> Any:
         mailbox, turn = self._open(group), Turn()
         try:
@@ -127,8 +127,7 @@ class ShmObjects(Objects):
         except Exception as error:
             raise unreadable(group, operation, src, error) from error
 
-    @spanned
-    @recorded
+    @observed
     def all_gather(self, group: Group, operation: str, obj: object, timeout: Timeout) -> list[Any]:
         # Each rank puts its record for all, then reads those of all. As nobody reads before it has put its own, a record that does not fit
         # into its ring is replaced by its sizes, and follows as a tensor.
@@ -202,8 +201,7 @@ class ShmObjects(Objects):
 
         return send
 
-    @spanned
-    @recorded
+    @observed
     def scatter(self, group: Group, operation: str, objs: Any, src: Any, timeout: Timeout) -> Any:
         turn = Turn()
         try:
@@ -538,7 +536,7 @@ class ShmObjects(Objects):
 
     def _dumps(self, group: Group, operation: str, obj: object) -> tuple[Any, ...]:
         try:
-            return self._open(group).pickler.dumps(obj)
+            return self._pickler.dumps(obj)
         except (ConcurrentCallError, ContextClosedError):
             raise
         except RecursionError as error:

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, ParamSpec, TypeVar
 
-from commgraph.coordinator.spans import context_of
+from commgraph import compat
+from commgraph.coordinator.spans import context_of, spanned
 from commgraph.errors import CollectiveTimeoutError, ConcurrentCallError
 from commgraph.shm import recorder as records
 from commgraph.shm.recorder import CANCELLED, COLLECTIVE, DONE, FAILED, Recorder
 
-__all__ = ["DICTS", "OBJECTS", "TENSORS", "GroupRecorder", "Message", "entry", "recorded"]
+__all__ = ["DICTS", "OBJECTS", "TENSORS", "GroupRecorder", "Message", "entry", "observed", "recorded"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -166,6 +167,20 @@ def recorded(method: Callable[P, T]) -> Callable[P, T]:
         if token is not None:
             recorder.end(token)
         return result
+
+    return run
+
+
+def observed(method: Callable[P, T]) -> Callable[P, T]:
+    """Make an entry and a span of each call of a method, as `recorded` and `spanned` do."""
+    watched = spanned(recorded(method))
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        group: Any = args[1]
+        if group._state.recorder is None and not compat.is_profiling():
+            return method(*args, **kwargs)
+        return watched(*args, **kwargs)
 
     return run
 
