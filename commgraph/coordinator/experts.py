@@ -33,6 +33,7 @@ from commgraph.coordinator.operation import (
     run_directly,
     whole,
 )
+from commgraph.coordinator.recorded import entry
 from commgraph.coordinator.reductions import ReduceScatter, ReduceScatterV
 from commgraph.deadline import Timeout
 
@@ -91,7 +92,8 @@ class Dispatch(Operation):
     @classmethod
     def kernel(cls, tensors: Sequence[torch.Tensor], group: Group, sizes: Sequence[int] | None, token: torch.Tensor) -> list[torch.Tensor]:
         given = [x.detach() for x in tensors]
-        gathered = run_directly(AllGatherList, group, (given, 0, _rows(group, sizes, given[0].shape[0])))
+        with entry(group, cls.name, sequence=group._state.sequence):
+            gathered = run_directly(AllGatherList, group, (given, 0, _rows(group, sizes, given[0].shape[0])))
         return [x.clone(memory_format=torch.contiguous_format) if y is x else y for x, y in zip(given, gathered, strict=True)]
 
     @classmethod
@@ -121,7 +123,8 @@ class Combine(Operation):
 
     @classmethod
     def kernel(cls, x: torch.Tensor, group: Group, sizes: Sequence[int] | None, token: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = ReduceScatterV.kernel(x, group, 0, None if sizes is None else list(sizes), "sum", token)
+        with entry(group, cls.name, sequence=group._state.sequence):
+            y: torch.Tensor = ReduceScatterV.kernel(x, group, 0, None if sizes is None else list(sizes), "sum", token)
         return y
 
     @classmethod
@@ -195,12 +198,13 @@ def combine(group: Group, hidden_states: torch.Tensor, dispatched: Any, timeout:
         raise explain(BadArgument(what), group, "combine", sequence)
     if group.world_size == 1:
         return hidden_states
-    if dispatched.route is not None:
-        return _bring_back(group, hidden_states, dispatched, timeout)
-    if is_watched(hidden_states):
+    if dispatched.route is None and is_watched(hidden_states):
         refuse_timeout(timeout)
         return Combine.operator(hidden_states, group, dispatched.sizes, Combine.token(group))  # type: ignore[no-any-return]  # a tensor
-    summed: torch.Tensor = run(ReduceScatterV, group, (hidden_states, 0, dispatched.sizes, "sum"), timeout)
+    with entry(group, "combine", sequence=sequence):
+        if dispatched.route is not None:
+            return _bring_back(group, hidden_states, dispatched, timeout)
+        summed: torch.Tensor = run(ReduceScatterV, group, (hidden_states, 0, dispatched.sizes, "sum"), timeout)
     return summed
 
 

@@ -13,7 +13,7 @@ from commgraph.deadline import Timeout
 from commgraph.errors import CollectiveTimeoutError, ConcurrentCallError
 from commgraph.shm import recorder as records
 from commgraph.shm.queue_sides import Side, Writer
-from commgraph.shm.recorder import CANCELLED, DONE, FAILED, INCOMING, OUTGOING, Recorder
+from commgraph.shm.recorder import CANCELLED, DONE, EXCHANGE, FAILED, INCOMING, OUTGOING, Recorder
 
 __all__ = ["RecordedSide", "side_of"]
 
@@ -32,7 +32,7 @@ def side_of(side: Side, environ: Mapping[str, str], n_readers: int, reader: int 
 
 
 class RecordedSide:
-    """A side that records `enqueue` and `dequeue`, and is in everything else the side that it was made of.
+    """A side that records its calls, and is in everything else the side that it was made of.
 
     Its record has the writer as rank 0 and reader n as rank n + 1. Bytes are in the writer's record only: of what went through memory.
     """
@@ -59,6 +59,10 @@ class RecordedSide:
         """Return what the side has."""
         return getattr(self._side, name)
 
+    def wait_until_ready(self, timeout: Timeout = None) -> None:
+        """Wait until all readers have attached."""
+        self._record("wait_until_ready", EXCHANGE, lambda: self._side.wait_until_ready(timeout))
+
     def enqueue(self, obj: Any, timeout: Timeout = None) -> None:
         """Send an object."""
         self._record("enqueue", OUTGOING, lambda: self._side.enqueue(obj, timeout))
@@ -70,7 +74,7 @@ class RecordedSide:
     def _record(self, operation: str, direction: int, act: Any) -> Any:
         native = self._recorder.native
         # The other side of an enqueue are all readers.
-        peer = -1 if direction == OUTGOING else 0
+        peer = 0 if direction == INCOMING else -1
         token = native.begin(self._group, self._group, operation, "queue", 0, direction, _FAMILY, peer, 0, None, None, False)
         try:
             result = act()

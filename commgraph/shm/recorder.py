@@ -18,6 +18,7 @@ import functools
 import json
 import os
 import struct
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -79,8 +80,14 @@ _PAGE: Final = 4096
 # Neighbours whose memory a rank keeps open.
 _NEIGHBOURS: Final = 4
 
-# Code between a call and its caller.
-_PREFIXES: Final = (f"{Path(__file__).parents[1]}/", f"{Path(torch.__file__).parent}/", contextlib.__file__, functools.__file__)
+# Code between a call and its caller: commgraph's, torch's, and what torch's compilers have written (a graph's module; `_written_code`).
+_PREFIXES: Final = (
+    f"{Path(__file__).parents[1]}/",
+    f"{Path(torch.__file__).parent}/",
+    contextlib.__file__,
+    functools.__file__,
+    "<eval_with_key>",
+)
 
 
 def runs_of(ranks: Sequence[int]) -> list[list[int]]:
@@ -158,7 +165,12 @@ class Recorder:
         names = {dtype: str(dtype).removeprefix("torch.") for dtype in _dtypes()}
         kinds = {kind: names[dtype] for dtype, kind in KINDS.items()}
         self.native = module.Recorder(
-            segment, None if native_tensors is None else native_tensors(module), site_of_job, _PREFIXES, names, kinds
+            segment,
+            None if native_tensors is None else native_tensors(module),
+            site_of_job,
+            (*_PREFIXES, _written_code()),
+            names,
+            kinds,
         )
         self.place = (os.getpid(), -1 if self._path is not None else self._fds[0], nbytes)
         if self._path is not None:
@@ -198,6 +210,11 @@ def site_of_job() -> str | None:
     """Return where the job of a lane that runs on this thread was begun; None elsewhere."""
     site: str | None = getattr(threading.current_thread(), "commgraph_site", None)
     return site
+
+
+def _written_code() -> str:
+    """Return what the names of files begin with that torch's inductor writes: its own places, or where the user has sent them."""
+    return os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_"
 
 
 def _dtypes() -> list[torch.dtype]:

@@ -5,6 +5,7 @@ to move, evenly over the other ranks of its group; with n ranks in the group and
 
     all_reduce                              2 b / n to each of the others (a reduce_scatter and an all_gather of the result)
     all_gather, all_gatherv, ..._object     b to each of the others
+    dispatch                                the same; more than moves where `CommunicatorOptions.experts` says who needs which rows
     broadcast, also of objects and dicts    b from the root to each of the others
     scatter                                 b / n from the root to each of the others; of objects, whose b is without its own, b / (n - 1)
     reduce, gather                          b to the root
@@ -33,7 +34,7 @@ Array = npt.NDArray[Any]
 
 _FROM_ROOT: Final = frozenset({"broadcast", "broadcast_object", "broadcast_object_list", "broadcast_tensor_dict"})
 _TO_ROOT: Final = frozenset({"reduce", "gather", "gather_object"})
-_TO_ALL: Final = frozenset({"all_gather", "all_gatherv", "all_gather_object"})
+_TO_ALL: Final = frozenset({"all_gather", "all_gatherv", "all_gather_object", "dispatch"})
 _SUMS: Final = frozenset({"all_reduce", "all_reduce_"})
 
 

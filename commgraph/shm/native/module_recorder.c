@@ -196,6 +196,17 @@ static cg_entry *outer_of(Recorder *self, uint64_t thread, uint16_t group) {
     return NULL;
 }
 
+/* Sets the number of a collective of several parts to that of its first part: those that were begun before it come first. */
+static void number_outer(cg_entry *outer, uint64_t sequence) {
+    if (outer->kind == 0 && !outer->unused[0]) outer->sequence = sequence, outer->unused[0] = 1;
+}
+
+static void number_outer_by(cg_entry *outer, PyObject *sequence) {
+    uint64_t number = PyLong_AsUnsignedLongLong(sequence);
+    if (PyErr_Occurred()) PyErr_Clear();
+    else number_outer(outer, number);
+}
+
 /* Takes the next entry that is not of a call under way, and fills in what every entry has. */
 static cg_entry *take_entry(Recorder *self, uint64_t thread) {
     cg_record_header *header = self->header;
@@ -244,6 +255,7 @@ cg_entry *record_begin(Recorder *self, const char *operation, uint16_t group, ui
     cg_entry *entry = self->n_outer ? outer_of(self, thread, group) : NULL;
     if (entry != NULL) {
         entry->bytes += v->bytes;
+        number_outer(entry, sequence);
         entry = NULL;
     } else if ((entry = take_entry(self, thread)) != NULL) {
         entry->group = group;
@@ -345,13 +357,6 @@ static cg_entry *entry_of(Recorder *self, PyObject *token, uint64_t *number) {
     return atomic_load_explicit(&entry->state, memory_order_relaxed) == (*number << 3 | ENTRY_OPEN) ? entry : NULL;
 }
 
-/* Sets the number of a collective of several parts to that of its first part: those that were begun before it come first. */
-static void number_outer(cg_entry *outer, PyObject *sequence) {
-    uint64_t number = PyLong_AsUnsignedLongLong(sequence);
-    if (PyErr_Occurred()) PyErr_Clear();
-    else if (outer->kind == 0 && !outer->unused[0]) outer->sequence = number, outer->unused[0] = 1;
-}
-
 /* The count of a lane; NULL where there are more lanes than are counted: their messages all have number 0. */
 static uint64_t *count_of(Recorder *self, uint16_t lanes, const cg_entry *entry) {
     uint64_t key = 1 | (uint64_t)entry->kind << 1 | (uint64_t)entry->family << 4 | (uint64_t)lanes << 8 | (uint64_t)(uint32_t)(entry->peer + 1) << 24;
@@ -378,7 +383,7 @@ static PyObject *recorder_begin(PyObject *object, PyObject *const *args, Py_ssiz
         outer->tensors = (uint16_t)(tensors + 1); /* only bytes are added: the entry is of the call, and not of its parts */
         add_moved(self, outer, args[8]);
         outer->tensors = tensors;
-        number_outer(outer, args[3]);
+        number_outer_by(outer, args[3]);
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
     }
     cg_entry *entry = take_entry(self, thread);
@@ -443,7 +448,7 @@ static PyObject *recorder_number(PyObject *object, PyObject *const *args, Py_ssi
     Recorder *self = (Recorder *)object;
     if (nargs != 2) return PyErr_Format(PyExc_TypeError, "number(group, sequence)");
     cg_entry *outer = self->n_outer ? outer_of(self, this_thread(), (uint16_t)PyLong_AsUnsignedLong(args[0])) : NULL;
-    if (outer != NULL) number_outer(outer, args[1]);
+    if (outer != NULL) number_outer_by(outer, args[1]);
     return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
