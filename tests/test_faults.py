@@ -6,42 +6,36 @@ The scenarios are in tests/programs/faults.py, which also is the long form: `nox
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
+import socket
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+from tests.processes import PROGRAMS, Processes
+
 Scenario = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def scenario() -> Iterator[Scenario]:
-    """Runs a scenario by name; what it found. They share a server, which has imported torch once."""
-    command = [sys.executable, str(HERE / "programs" / "faults.py"), "serve"]
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    assert server.stdin is not None
-    assert server.stdout is not None
-    asked, told = server.stdin, server.stdout
+def scenario(forks: socket.socket) -> Iterator[Scenario]:
+    """Runs a scenario by name; what it found."""
+    processes = Processes(forks)
+    server = processes.start(PROGRAMS / "faults.py", "serve")
 
     def run(*what: str | int) -> str:
-        asked.write(json.dumps(what) + "\n")
-        asked.flush()
-        how, text = json.loads(told.readline())
+        server.stdin.write(json.dumps(what) + "\n")
+        server.stdin.flush()
+        how, text = json.loads(server.stdout.readline())
         if how == "skip":
             pytest.skip(text)
         assert how == "fine", text
         return str(text)
 
     yield run
-    asked.close()
+    server.stdin.close()
     server.wait(10)
-    told.close()
+    processes.close()
 
 
 def test_a_killed_rank_is_named_and_leaves_nothing(scenario: Scenario) -> None:

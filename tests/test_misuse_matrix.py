@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
-import subprocess
-import sys
 
 import pytest
 
 import commgraph as cg
 from commgraph.testing import spmd
-from tests.helpers import ROOT
+from tests.processes import PROGRAMS, Processes
 from tests.programs.misuse_operations import OPERATIONS, RANKS, WRONG, Args
 
 
-def test_a_sample_of_the_misuse_matrix_ends_without_crash_hang_or_wrong_number() -> None:
+def test_a_sample_of_the_misuse_matrix_ends_without_crash_hang_or_wrong_number(processes: Processes) -> None:
     """A seed that failed is in the message, and gives these cells again."""
     seed = random.randrange(1 << 32)
     cells = ["--sample", "40", "--jobs", "4", "--seed", str(seed)]
-    command = [sys.executable, str(ROOT / "tests/programs/misuse.py"), *cells]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    done = processes.run(PROGRAMS / "misuse.py", *cells, timeout=300)
     assert done.returncode == 0, f"{done.stdout[-5000:]}\n{done.stderr[-3000:]}"
 
 

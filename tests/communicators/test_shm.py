@@ -27,6 +27,7 @@ from commgraph.shm.host_memory import Sizes
 from commgraph.testing import spmd
 from tests import helpers
 from tests.helpers import ROOT, same
+from tests.processes import Processes
 
 T = TypeVar("T")
 
@@ -891,10 +892,9 @@ spmd(main, 2)
 """
 
 
-def test_a_second_thread_does_not_disturb_a_call_that_copies() -> None:
+def test_a_second_thread_does_not_disturb_a_call_that_copies(processes: Processes) -> None:
     """The call that is refused comes while the other one runs without the interpreter; in a process of its own, which might not survive."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", INTRUDER], capture_output=True, text=True, timeout=60, check=False, env=environment)
+    done = processes.run("-c", INTRUDER, timeout=60)
     assert done.returncode == 0, done.stderr
     assert f"({2.0 * (16 << 20)}, " in done.stdout, done.stdout
     assert f"{2.0 * (16 << 20)}\n" in done.stdout, done.stdout

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -19,7 +17,8 @@ from hypothesis import strategies as st
 
 import commgraph as cg
 from commgraph.coordinator import GroupCoordinator
-from tests.helpers import ROOT, TooLateError, again_if_late, on, same
+from tests.helpers import TooLateError, again_if_late, on, same
+from tests.processes import PROGRAMS, Processes
 
 HERE: list[dict[str, Any]] = [{}, {"shm": False}, {"check": True}, {"message_queue": False}]
 ON_ONE_HOST = pytest.mark.parametrize("options", HERE, ids=str)
@@ -460,42 +459,35 @@ def test_objects_in_flight_pair_with_single_ones(options: dict[str, Any]) -> Non
 # Processes
 
 
-def ranks(scenario: str, n: int) -> dict[int, str]:
+def ranks(scenario: str, n: int, processes: Processes) -> dict[int, str]:
     """What each rank of a scenario of programs/message_forms.py says."""
-    ran = subprocess.run(
-        [sys.executable, str(ROOT / "tests/programs/message_forms.py"), scenario, str(n)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    ran = processes.run(PROGRAMS / "message_forms.py", scenario, str(n), timeout=120)
     assert ran.returncode == 0, ran.stderr
     return {int(rank): said for rank, said in re.findall(r"rank (\d+): (.*)", ran.stdout)}
 
 
 @pytest.mark.parametrize("way", ["", "/gloo"])
 @pytest.mark.parametrize("scenario", ["ring", "laid_aside"])
-def test_large_messages_between_processes(scenario: str, way: str) -> None:
-    assert set(ranks(scenario + way, 3).values()) <= {"done", "sent"}
+def test_large_messages_between_processes(scenario: str, way: str, processes: Processes) -> None:
+    assert set(ranks(scenario + way, 3, processes).values()) <= {"done", "sent"}
 
 
-def test_every_source_is_served_in_its_turn() -> None:
-    assert ranks("fair", 4)[0] in ("spread 0", "spread 1")
+def test_every_source_is_served_in_its_turn(processes: Processes) -> None:
+    assert ranks("fair", 4, processes)[0] in ("spread 0", "spread 1")
 
 
 @pytest.mark.parametrize("way", ["", "/gloo"])
 @pytest.mark.parametrize("scenario", ["idle", "idle_later"])
 @again_if_late
-def test_an_idle_receive_costs_next_to_nothing(scenario: str, way: str) -> None:
-    _, share, _, late = ranks(scenario + way, 3)[0].split()
+def test_an_idle_receive_costs_next_to_nothing(scenario: str, way: str, processes: Processes) -> None:
+    _, share, _, late = ranks(scenario + way, 3, processes)[0].split()
     assert float(late) < 0.5
     if float(share) >= 0.01:
         raise TooLateError(f"an idle receive took {share} of a core")
 
 
 @pytest.mark.parametrize("way", ["", "/gloo"])
-def test_a_source_that_dies_is_told(way: str) -> None:
-    _, lost, _, seconds = ranks("killed" + way, 3)[0].split()
+def test_a_source_that_dies_is_told(way: str, processes: Processes) -> None:
+    _, lost, _, seconds = ranks("killed" + way, 3, processes)[0].split()
     assert lost == "2"
     assert float(seconds) < 2

@@ -6,8 +6,6 @@ import io
 import math
 import operator
 import pickle
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -27,7 +25,8 @@ from commgraph.coordinator import GroupCoordinator
 from commgraph.testing import spmd
 from commgraph.testing._program import OPERATIONS, Program, Step, TensorSpec, fill
 from commgraph.testing.strategies import programs, tensors
-from tests.helpers import ROOT, bits, on, on_ctx, same
+from tests.helpers import bits, on, on_ctx, same
+from tests.processes import PROGRAMS, Processes
 from tests.stand_ins import FakeDevice, Memory
 
 REDUCTIONS = ("all_reduce", "all_reduce_", "reduce", "reduce_scatter", "reduce_scatterv", "combine")
@@ -319,23 +318,15 @@ def play_on_device(program: Program, options: dict[str, Any]) -> list[str]:
 class Players:
     """Ranks that are processes (tests/programs/player.py)."""
 
-    def __init__(self, n: int, folder: Path) -> None:
-        command = [sys.executable, str(ROOT / "tests" / "programs" / "player.py")]
-        self.ranks = [
-            subprocess.Popen([*command, str(rank), str(n), str(folder / "meet")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            for rank in range(n)
-        ]
+    def __init__(self, n: int, folder: Path, processes: Processes) -> None:
+        self.ranks = [processes.start(PROGRAMS / "player.py", str(rank), str(n), folder / "meet") for rank in range(n)]
 
     def play(self, program: Program) -> list[list[tuple[Any, Any]]]:
         for rank in self.ranks:
-            assert rank.stdin is not None
-            pickle.dump(program, rank.stdin)
+            pickle.dump(program, rank.stdin.buffer)
             rank.stdin.flush()
-        results = []
-        for rank in self.ranks:
-            assert rank.stdout is not None
-            # torch's own way keeps apart what is one tensor, or one memory, and what is not.
-            results.append(torch.load(io.BytesIO(pickle.load(rank.stdout)), weights_only=False))
+        # torch's own way keeps apart what is one tensor, or one memory, and what is not.
+        results = [torch.load(io.BytesIO(pickle.load(rank.stdout.buffer)), weights_only=False) for rank in self.ranks]
         for result in results:
             if isinstance(result, Exception):
                 raise result
@@ -343,16 +334,15 @@ class Players:
 
     def stop(self) -> list[int]:
         for rank in self.ranks:
-            assert rank.stdin is not None
             rank.stdin.close()
         return [rank.wait(30) for rank in self.ranks]
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("n", [2, 3])
-def test_programs_on_processes(n: int, tmp_path: Path) -> None:
+def test_programs_on_processes(n: int, tmp_path: Path, processes: Processes) -> None:
     """Above, ranks are threads, which share more than memory that was meant to be shared."""
-    players = Players(n, tmp_path)
+    players = Players(n, tmp_path, processes)
 
     # Without shrinking: after a failure the processes are of no further use.
     @settings(QUICK, max_examples=25, phases=[Phase.generate])
@@ -360,14 +350,8 @@ def test_programs_on_processes(n: int, tmp_path: Path) -> None:
     def play(program: Program) -> None:
         check(program, players.play(program))
 
-    try:
-        play()
-        assert players.stop() == [0] * n
-    finally:
-        for rank in players.ranks:
-            rank.kill()
-            with rank:
-                pass
+    play()
+    assert players.stop() == [0] * n
 
 
 SILENT = {

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests import helpers
+from tests.processes import PROGRAMS, Processes, outputs
 
 
 @pytest.mark.timeout(300)
-def test_every_operation_under_every_transform(tmp_path: Path) -> None:
+def test_every_operation_under_every_transform(tmp_path: Path, processes: Processes) -> None:
     """Operations, lists, layers: jvp, dual tensors, a tangent on one rank only, grad, vmap, Hessians; in shared memory and over gloo."""
-    program = str(helpers.ROOT / "tests/programs/transforms.py")
-    ranks = [
-        subprocess.Popen([sys.executable, program, str(rank), "2", str(tmp_path / "meet")], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        out, _ = rank.communicate(timeout=250)
-        assert (rank.returncode, out.strip()) == (0, "right")
+    ranks = [processes.start(PROGRAMS / "transforms.py", str(rank), "2", tmp_path / "meet") for rank in range(2)]
+    assert outputs(ranks, timeout=250) == ["right\n"] * 2

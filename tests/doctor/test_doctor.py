@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -15,7 +13,7 @@ from commgraph.cli import main
 from commgraph.doctor import machine
 from commgraph.shm import native_module
 from commgraph.testing import spmd
-from tests.helpers import ROOT, free_port
+from tests.processes import Processes
 
 
 def test_the_doctor_fits_one_screen_and_its_json_says_as_much(capfd: pytest.CaptureFixture[str]) -> None:
@@ -76,18 +74,10 @@ def test_an_operation_that_is_wrong_on_one_rank_is_named(monkeypatch: pytest.Mon
     assert "FAILED" in said
 
 
-def test_the_self_test_is_a_program_of_launched_ranks() -> None:
-    command = [sys.executable, "-m", "commgraph.selftest", "--tp", "2"]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    environment = {**os.environ, **address, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**environment, "RANK": str(rank)})
-        for rank in range(2)
-    ]
-    said = [rank.communicate(timeout=100) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
-    assert "all right" in said[0][0]
-    assert said[1][0] == ""
+def test_the_self_test_is_a_program_of_launched_ranks(processes: Processes) -> None:
+    first, second = processes.launch(2, "-m", "commgraph.selftest", "--tp", "2")
+    assert "all right" in first
+    assert second == ""
 
 
 def test_a_rank_alone_has_nothing_to_test(capsys: pytest.CaptureFixture[str]) -> None:

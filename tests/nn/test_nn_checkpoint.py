@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from copy import deepcopy
@@ -41,7 +38,7 @@ from commgraph.nn import (
     sharded_state_dict,
 )
 from commgraph.testing import spmd
-from tests.helpers import ROOT
+from tests.processes import PROGRAMS, Processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # each rank reads by itself
 
@@ -432,10 +429,6 @@ def test_what_is_sharded_and_how() -> None:
     spmd(run, 4)
 
 
-def test_torch_saves_and_loads_in_processes(tmp_path: Path) -> None:
+def test_torch_saves_and_loads_in_processes(tmp_path: Path, processes: Processes) -> None:
     """Under a default group: between tp=2 with fully_shard, tp=4 and tp=1, asynchronously, and what is refused."""
-    program = str(ROOT / "tests" / "programs" / "checkpoints.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", program, str(tmp_path)]
-    done = subprocess.run(launcher, capture_output=True, text=True, timeout=170, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "done\n"
+    assert processes.launch(4, PROGRAMS / "checkpoints.py", tmp_path, timeout=170) == ["done\n", "", "", ""]

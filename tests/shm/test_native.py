@@ -6,13 +6,13 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from commgraph.shm import native_module
 from tests.helpers import ROOT
+from tests.processes import PROGRAMS, Processes
 
 HERE = Path(__file__).parent
 CORE = ROOT / "commgraph" / "shm" / "native"
@@ -63,10 +63,8 @@ def test_the_core(harness: Path, part: str) -> None:
 
 
 @pytest.mark.skipif(native_module.load() is None, reason="there is no native module")
-def test_absurd_arguments_are_errors_and_no_signals() -> None:
+def test_absurd_arguments_are_errors_and_no_signals(processes: Processes) -> None:
     """Every function and method, each in a process of its own. A longer run: tests/programs/absurd.py SEED CALLS."""
     seed = random.randrange(1 << 32)
-    program = [sys.executable, str(ROOT / "tests" / "programs" / "absurd.py"), str(seed), "20"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=110, check=False)
+    done = processes.run(PROGRAMS / "absurd.py", str(seed), "20", timeout=110)
     assert (done.returncode, done.stdout.splitlines()) == (0, ["done"]), f"seed {seed}: {done.stdout} {done.stderr}"

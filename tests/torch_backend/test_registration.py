@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ROOT, free_port
+from tests.processes import PROGRAMS, Processes
 
-PROGRAM = str(ROOT / "tests" / "programs" / "torch_front_ends.py")
 # Prints which modules of commgraph `import torch` has imported, and what makes a group of the backend, if it is known.
 FOUND = """
 import sys
@@ -29,11 +29,10 @@ def run(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=170, env=environment, check=False)
 
 
-def test_torchs_front_ends_over_the_backend(tmp_path: Path) -> None:
+def test_torchs_front_ends_over_the_backend(tmp_path: Path, processes: Processes) -> None:
     """DDP, FSDP2, DTensor, checkpoints, pipelining and more, against unsharded runs of the same models."""
-    done = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", PROGRAM, str(tmp_path), OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [
+    first, _ = processes.launch(2, PROGRAMS / "torch_front_ends.py", tmp_path, timeout=170)
+    assert first.split() == [
         "ddp",
         "ddp_with_a_hook",
         "fsdp",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -12,10 +10,7 @@ import pytest
 import torch.distributed as dist
 
 import commgraph as cg
-from tests.helpers import ROOT
-from tests.world.test_torchrun import environment
-
-PROGRAM = ROOT / "tests" / "programs" / "builds.py"
+from tests.processes import PROGRAMS, Processes
 
 
 def test_builds_leave_no_keys_in_the_store() -> None:
@@ -44,11 +39,9 @@ def test_builds_leave_no_keys_in_the_store() -> None:
     ("scenario", "cells"),
     [("ends", 12), ("again", 4), ("deaths", 14), ("closes", 3), ("leavings", 4), ("stopped", 1)],
 )
-def test_builds(scenario: str, cells: int, tmp_path: Path) -> None:
+def test_builds(scenario: str, cells: int, tmp_path: Path, processes: Processes) -> None:
     """See the functions of these names in the program, each of which says what it does."""
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), scenario, str(tmp_path)], capture_output=True, text=True, timeout=200, check=False, env=environment()
-    )
+    done = processes.run(PROGRAMS / "builds.py", scenario, tmp_path, timeout=200)
     assert done.returncode == 0, done.stderr
     came = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(came) == cells

@@ -6,8 +6,6 @@ import gc
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -23,9 +21,8 @@ from commgraph.membership import Latecomers, Membership, View
 from commgraph.reach import Reach
 from commgraph.shm import native_module
 from commgraph.testing import spmd
-from tests.helpers import ROOT, TooLateError, again_if_late, free_port
-
-PROGRAM = str(ROOT / "tests" / "programs" / "elastic.py")
+from tests.helpers import TooLateError, again_if_late, free_port
+from tests.processes import PROGRAMS, Processes
 
 pytestmark = pytest.mark.skipif(native_module.load() is None, reason="there is no native module")
 
@@ -269,45 +266,29 @@ def test_whoever_does_not_know_the_secret_is_not_heard() -> None:
 # Processes.
 
 
-def run(fates: Mapping[int, str], size: int, method: str, *, seconds: float = 20) -> list[dict[str, Any]]:
+def run(fates: Mapping[int, str], size: int, method: str, processes: Processes, *, seconds: float = 20) -> list[dict[str, Any]]:
     """Run a job; let stopped ranks go on once the others have done so; return what all of them said."""
     places = [f"{rank}={place}" for rank, place in fates.items()]
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, PROGRAM, method, str(rank), str(size), str(seconds), *places],
-            env=environ,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+    ranks = [processes.start(PROGRAMS / "elastic.py", method, str(rank), str(size), str(seconds), *places) for rank in range(size)]
     said: list[dict[str, Any]] = []
-    try:
-        if "stop" in fates.values():
-            living = [rank for rank in range(size) if rank not in fates]
-            for rank in living:
-                said += [json.loads(processes[rank].stdout.readline()) for _ in range(2)]  # type: ignore[union-attr]  # a pipe
-            for rank in fates:
-                os.kill(processes[rank].pid, signal.SIGCONT)
-                said += map(json.loads, processes[rank].communicate(timeout=100)[0].splitlines())
-            for rank in living:
-                processes[rank].stdin.write("\n")  # type: ignore[union-attr]  # a pipe
-                processes[rank].stdin.flush()  # type: ignore[union-attr]  # a pipe
-        errors = []
-        for process in processes:
-            if process.returncode is None:
-                out, err = process.communicate(timeout=100)
-                said += map(json.loads, out.splitlines())
-                errors.append(err)
-        for rank, process in enumerate(processes):
-            assert process.returncode == (-signal.SIGKILL if fates.get(rank, "stop") != "stop" else 0), "\n".join(errors)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    if "stop" in fates.values():
+        living = [rank for rank in range(size) if rank not in fates]
+        for rank in living:
+            said += [json.loads(ranks[rank].stdout.readline()) for _ in range(2)]
+        for rank in fates:
+            ranks[rank].send_signal(signal.SIGCONT)
+            said += map(json.loads, ranks[rank].communicate(timeout=100)[0].splitlines())
+        for rank in living:
+            ranks[rank].stdin.write("\n")
+            ranks[rank].stdin.flush()
+    errors = []
+    for rank in ranks:
+        if rank.returncode is None:
+            out, err = rank.communicate(timeout=100)
+            said += map(json.loads, out.splitlines())
+            errors.append(err)
+    for number, rank in enumerate(ranks):
+        assert rank.returncode == (-signal.SIGKILL if fates.get(number, "stop") != "stop" else 0), "\n".join(errors)
     return said
 
 
@@ -322,16 +303,16 @@ def check(said: Sequence[Mapping[str, Any]], fates: Mapping[int, str], size: int
 
 
 @again_if_late
-def test_three_of_four_processes_go_on_when_the_one_with_the_store_was_killed() -> None:
+def test_three_of_four_processes_go_on_when_the_one_with_the_store_was_killed(processes: Processes) -> None:
     fates = {0: "work"}
-    took = check(run(fates, 4, f"tcp://127.0.0.1:{free_port()}"), fates, 4)
+    took = check(run(fates, 4, f"tcp://127.0.0.1:{free_port()}", processes), fates, 4)
     if max(took) > 3:
         raise TooLateError(f"{took} s")
 
 
-def test_a_process_that_was_stopped_and_goes_on_is_refused_everywhere(tmp_path: Path) -> None:
+def test_a_process_that_was_stopped_and_goes_on_is_refused_everywhere(tmp_path: Path, processes: Processes) -> None:
     fates = {1: "stop"}
-    said = run(fates, 3, f"file://{tmp_path}/store", seconds=1.5)
+    said = run(fates, 3, f"file://{tmp_path}/store", processes, seconds=1.5)
     check(said, fates, 3)
     refused = {one["call"]: one for one in said if "call" in one}
     assert {name: one["error"] for name, one in refused.items()} == {
@@ -348,9 +329,9 @@ def test_a_process_that_was_stopped_and_goes_on_is_refused_everywhere(tmp_path: 
 @pytest.mark.hosts
 @pytest.mark.parametrize("place", ["_gather", "_compare", "_view", "_vote", "end"])
 @pytest.mark.parametrize("second", [0, 1])
-def test_a_process_that_dies_in_the_agreement(place: str, second: int) -> None:
+def test_a_process_that_dies_in_the_agreement(place: str, second: int, processes: Processes) -> None:
     fates = {3: "work", second: place}
-    check(run(fates, 5, f"tcp://127.0.0.1:{free_port()}"), fates, 5)
+    check(run(fates, 5, f"tcp://127.0.0.1:{free_port()}", processes), fates, 5)
 
 
 # Growth.

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from tests.helpers import ROOT, TooLateError, again_if_late
-
-PROGRAM = Path(__file__).parent.parent / "programs" / "interrupts.py"
+from tests.helpers import TooLateError, again_if_late
+from tests.processes import PROGRAMS, Processes
 
 
 @again_if_late
-def test_every_wait_is_interrupted() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        env = os.environ | {"PYTHONPATH": str(ROOT)}
-        command = [sys.executable, str(PROGRAM)]
-        absent = subprocess.Popen([*command, "1", f"{folder}/store"], env=env, stderr=subprocess.DEVNULL)
-        try:
-            ran = subprocess.run([*command, "0", f"{folder}/store"], env=env, capture_output=True, text=True, check=False, timeout=240)
-        finally:
-            absent.kill()
-            absent.wait()
+def test_every_wait_is_interrupted(tmp_path: Path, processes: Processes) -> None:
+    store = Path(tempfile.mkdtemp(dir=tmp_path)) / "store"
+    processes.start(PROGRAMS / "interrupts.py", "1", store)
+    ran = processes.run(PROGRAMS / "interrupts.py", "0", store, timeout=240)
+    processes.close()
     cells = {f"{cell.pop('kind')} {cell.pop('name')}": cell for cell in map(json.loads, ran.stdout.splitlines())}
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert {"alone connect_server", "gloo send", "gloo close_context", "build connecting", "close world"} <= cells.keys()

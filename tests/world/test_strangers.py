@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +20,7 @@ from commgraph.hosts import Identity, Probe
 from commgraph.sealed import SealedStore
 from commgraph.shm import segments
 from commgraph.testing.spmd import ThreadStore
-from tests.helpers import ROOT
+from tests.processes import Processes
 
 
 def ranks(store: Any, keys: Sequence[bytes | None], timeout: float = 20) -> list[Any]:
@@ -197,11 +195,9 @@ print(spmd(run, 2), flush=True)
 """
 
 
-def test_a_stranger_cannot_end_a_job_by_taking_its_descriptors() -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    streams: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", JOB], text=True, env=environment, **streams) as job, contextlib.ExitStack() as held:
-        assert job.stdout is not None
+def test_a_stranger_cannot_end_a_job_by_taking_its_descriptors(processes: Processes) -> None:
+    job = processes.start("-c", JOB)
+    with contextlib.ExitStack() as held:
         ports = [int(port) for port in job.stdout.readline().split()]
         assert ports, "else this test attacks nobody"
         for i in range(500):

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import attrs
 import pytest
 
-from tests.helpers import ROOT, free_port
+from tests.helpers import free_port
+from tests.processes import PROGRAMS, Processes, environment
 
-PROGRAMS = ROOT / "tests" / "programs"
-
-# What any launcher may have left in the environment of this very process, which the children must not see.
-LAUNCHERS = re.compile(
-    r"(RANK|WORLD_SIZE|LOCAL_.*|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*|OMPI_.*|PMIX?_.*|MPI_.*|SLURM_.*|FLUX_.*|JSM_.*|MV2_.*|COMMGRAPH_.*)"
-)
 ABORTED = ("terminate called", "Aborted", "Segmentation fault", "Fatal Python error", "leaked")
-
-
-def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    clean = {name: value for name, value in os.environ.items() if not LAUNCHERS.fullmatch(name)}
-    # One thread of torch's own per rank: there are more ranks than cores.
-    return {**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(extra or {})}
 
 
 def torchrun(ranks: int, program: str, *args: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
@@ -55,44 +42,29 @@ class End:
 class Launcher:
     """Starts processes as a launcher does that has no address for them: all of them children of one parent."""
 
-    server: subprocess.Popen[str]
+    processes: Processes
     tmp: Path
 
     def run(self, *jobs: tuple[int, Callable[[int, int], Mapping[str, str]], Sequence[str]]) -> list[list[End]]:
         """Runs jobs at the same time: (number of ranks, what the launcher says to a rank, program and arguments)."""
-        processes = [
-            {
-                "argv": [str(PROGRAMS / program[0]), *program[1:]],
-                "env": environment({"TMPDIR": str(self.tmp), **says(rank, ranks)}),
-            }
+        started = [
+            [
+                self.processes.start(PROGRAMS / program[0], *program[1:], env=environment({"TMPDIR": str(self.tmp), **says(rank, ranks)}))
+                for rank in range(ranks)
+            ]
             for ranks, says, program in jobs
-            for rank in range(ranks)
         ]
-        assert self.server.stdin is not None
-        assert self.server.stdout is not None
-        self.server.stdin.write(json.dumps(processes) + "\n")
-        self.server.stdin.flush()
-        ends = iter([End(*end) for end in json.loads(self.server.stdout.readline())])
-        return [list(itertools.islice(ends, ranks)) for ranks, _, _ in jobs]
+        said = [[rank.communicate(timeout=60) for rank in job] for job in started]
+        return [[End(rank.wait(), *text) for rank, text in zip(*job, strict=True)] for job in zip(started, said, strict=True)]
 
     def files(self) -> list[Path]:
         """What jobs left in the temporary directory."""
         return [path for path in self.tmp.rglob("*") if not path.is_dir()]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, str(PROGRAMS / "launcher.py")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()) as process:
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
-        assert process.wait(20) == 0
-
-
 @pytest.fixture
-def launcher(server: subprocess.Popen[str], tmp_path: Path) -> Launcher:
-    return Launcher(server, tmp_path)
+def launcher(processes: Processes, tmp_path: Path) -> Launcher:
+    return Launcher(processes, tmp_path)
 
 
 def well(ends: Sequence[End]) -> None:

@@ -8,8 +8,6 @@ import gc
 import os
 import pickle
 import socket
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -29,6 +27,7 @@ from hypothesis import strategies as st
 import commgraph as cg
 from commgraph.testing import spmd
 from tests.helpers import free_port
+from tests.processes import Processes, outputs
 
 SOON = timedelta(seconds=20)
 MOMENT = timedelta(seconds=1)
@@ -728,11 +727,6 @@ with cg.World.connect(f"file://{where}", rank=rank, world_size=4) as world:
 """
 
 
-def test_split_by_between_processes(tmp_path: Path) -> None:
-    children = [
-        subprocess.Popen([sys.executable, "-c", SPLIT_BY, str(tmp_path / "meet"), str(rank)], stdout=subprocess.PIPE, text=True)
-        for rank in range(4)
-    ]
-    printed = [child.communicate(timeout=100)[0].split() for child in children]
-    assert [child.returncode for child in children] == [0] * 4
-    assert printed == [["0", "1", "2", "11"], ["1", "0", "2", "11"], ["2", "0", "1", "100"], ["3", "none"]]
+def test_split_by_between_processes(tmp_path: Path, processes: Processes) -> None:
+    printed = outputs([processes.start("-c", SPLIT_BY, tmp_path / "meet", str(rank)) for rank in range(4)])
+    assert [line.split() for line in printed] == [["0", "1", "2", "11"], ["1", "0", "2", "11"], ["2", "0", "1", "100"], ["3", "none"]]
