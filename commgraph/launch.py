@@ -288,7 +288,8 @@ class HostFacts:
         boot: identity of this boot of the kernel.
         init_start: when process 1 of this pid namespace started, in clock ticks since boot: a container that is started again has
             the same host name and pids.
-        parent: pid of the parent process and when it started, in clock ticks since boot.
+        parent: pid of the process that launched this rank, its parent or the parent of scripts between the two, and when it started,
+            in clock ticks since boot.
     """
 
     boot: str
@@ -298,7 +299,7 @@ class HostFacts:
 
 def read_host() -> HostFacts:
     """Reads the facts from ``/proc``; what cannot be read (another system than Linux) is an empty text."""
-    parent = os.getppid()
+    parent = _launching_process(os.environ)
     return HostFacts(
         boot=_read(Path("/proc/sys/kernel/random/boot_id")),
         init_start=_start_time(1),
@@ -309,9 +310,9 @@ def read_host() -> HostFacts:
 def meeting_name(launch: Launch, host: HostFacts) -> str:
     """Return the name of the file by which the ranks of a job on one host meet: equal for all of them, and unique to the job.
 
-    Ranks of a job on one host share the parent, the launcher's daemon, whose pid and start time no other job has. Where a wrapper
-    script stands between, they do not; so where the launcher names the job, the name alone is used. (A wrapper under a launcher
-    that names nothing, such as MPICH, needs an address: the ranks wait for each other in vain and the error says so.)
+    Where the launcher names the job, by that name alone. Else by the launcher's daemon, which started the job's ranks on one host and
+    whose pid and start time no other job has. (A wrapper whose environment cannot be read, or that changes the rank's variables, is
+    taken for the daemon: the ranks then need an address, wait for each other in vain, and the error says so.)
 
     Args:
         launch: who this process is.
@@ -490,7 +491,22 @@ def _read(path: Path) -> str:
         return ""
 
 
+def _launching_process(env: Mapping[str, str]) -> int:
+    """Return the nearest ancestor that was not started as this rank: scripts between it and the rank were, and have its variables."""
+    names = ("PMI_FD", *(name for launcher in _LAUNCHERS for name in (launcher.rank, launcher.size, *launcher.local_rank)))
+    told = {os.fsencode(f"{name}={env[name]}") for name in names if name in env}
+    pid = os.getppid()
+    with contextlib.suppress(OSError, IndexError):  # another user's, or no Linux; or it has just ended
+        while told and pid > 1 and told <= set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")):
+            pid = int(_stat_fields(pid)[1])
+    return pid
+
+
 def _start_time(pid: int) -> str:
-    # Field 22; the name of the command, field 2 in parentheses, may itself contain spaces and parentheses.
-    fields = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    fields = _stat_fields(pid)
     return fields[19] if len(fields) > 19 else ""
+
+
+def _stat_fields(pid: int) -> list[str]:
+    """Fields of ``/proc/<pid>/stat`` from the third one on; the name of the command before them may contain spaces and parentheses."""
+    return _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()

@@ -46,6 +46,7 @@ def check_communicator(
     device: torch.device | str = "cpu",
     options: CommunicatorOptions | None = None,
     ends_waits: bool = True,
+    world: World | None = None,
 ) -> None:
     """Runs a strategy through every operation that it lists, on ranks that are threads, against what one process computes.
 
@@ -60,15 +61,19 @@ def check_communicator(
         device: whose tensors it serves.
         options: of the group.
         ends_waits: whether its operations block the host and end by their deadline; False for stream-ordered ones.
+        world: its ranks in place of threads, for a strategy that needs processes; collective over them. `world_sizes` is not used then.
 
     Raises:
         AssertionError: says operation, expected and actual result.
     """
-    refusals = []
-    for n in world_sizes:
-        results = spmd(lambda world: _Check(world, factory, torch.device(device), options or CommunicatorOptions(), ends_waits).run(), n)
-        refusals += [reason for reason in results[:1] if reason is not None]
-    _expect(len(refusals) < len(world_sizes), f"it refused every number of ranks of {tuple(world_sizes)}: {'; '.join(refusals)}")
+
+    def check(world: World) -> str | None:
+        return _Check(world, factory, torch.device(device), options or CommunicatorOptions(), ends_waits).run()
+
+    sizes = tuple(world_sizes) if world is None else (world.size,)
+    found = [spmd(check, n)[0] for n in sizes] if world is None else [check(world)]
+    refusals = [reason for reason in found if reason is not None]
+    _expect(len(refusals) < len(sizes), f"it refused every number of ranks of {sizes}: {'; '.join(refusals)}")
 
 
 class _Check:

@@ -370,6 +370,18 @@ def test_children_of_one_parent_read_the_same_host() -> None:
     assert "" not in (here.boot, here.init_start, here.parent.rpartition(":")[2])
 
 
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="/proc is Linux's")
+def test_scripts_between_a_launcher_and_its_ranks_are_passed_over(tmp_path: Path) -> None:
+    """MPICH names no job: its ranks meet by the process that started them, which is not the parent where a script runs Python."""
+    (wrapper := tmp_path / "wrapper.sh").write_text('#!/bin/sh\n"$@"\nexit $?\n')
+    command = [sys.executable, "-c", "from commgraph.launch import read_host; print(read_host().parent)"]
+    for depth in range(3):
+        wrapped = ["sh", str(wrapper)] * depth + command
+        for rank in "01":
+            done = subprocess.run(wrapped, env={**os.environ, **MPICH, "PMI_RANK": rank}, capture_output=True, text=True, check=True)
+            assert done.stdout.startswith(f"{os.getpid()}:"), (depth, done.stdout)
+
+
 @pytest.mark.parametrize(
     ("environ", "key"),
     [
