@@ -10,14 +10,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from commgraph.doctor.stacks import stack_of
 from commgraph.shm import recorder as layout
 from commgraph.trace.diagnose import Diagnosis, diagnose
-from commgraph.trace.read import RankRecord, read_file, read_process, recorded_processes
+from commgraph.trace.read import RankRecord, open_numbers, read_file, read_process, recorded_processes
 
 __all__ = ["NotRecordedError", "attach_to_job", "attach_to_process", "attach_to_records"]
 
 # Seconds between two looks, by which a rank that runs is told from one that hangs.
 _BETWEEN: Final = 0.5
+# Part of a core that a thread which mostly sleeps does not use.
+_BUSY: Final = 0.2
+# Ranks of a world whose Python stacks are read: each takes a tenth of a second, and where all are outside of calls the first ones tell.
+_STACKS: Final = 16
 _ADVICE: Final = (
     "Start the job with COMMGRAPH_RECORD=1 (records in memory), COMMGRAPH_RECORD=FOLDER (files that stay), or "
     "CommunicatorOptions(record=True)"
@@ -112,13 +117,17 @@ def _diagnose(read: Callable[[], list[RankRecord]]) -> list[Diagnosis]:
             worlds.setdefault(record.world, []).append(record)
     found = []
     for world, records in worlds.items():
-        now, processes = {}, {}
+        now, processes, stacks = {}, {}, _STACKS
         for record in records:
             key = (world, record.rank)
             local = record.facts["host"] == here
             now[record.rank] = time.monotonic_ns() if local else time.time_ns() - record.to_real
             if local:
-                processes[record.rank] = _state_of(*_thread_of(record), used.get(key))[0]
+                does = _state_of(*_thread_of(record), used.get(key))[0]
+                # A rank in a call: the record says where.
+                if does and not does.startswith("has ended") and stacks and not open_numbers(record):
+                    does, stacks = f"{does}, {stack_of(*_thread_of(record))}", stacks - 1
+                processes[record.rank] = does
         earlier = [record for (of, _), record in before.items() if of == world]
         found.append(diagnose(records, now, processes=processes, before=earlier))
     return found
@@ -148,9 +157,10 @@ def _state_of(pid: int, thread: int, before: int | None) -> tuple[str, int]:
         return "waits for the kernel (a disk, a network file system)", ticks
     if before is not None:
         share = (ticks - before) / os.sysconf("SC_CLK_TCK") / _BETWEEN
-        if share > 0.2:
+        # One that is ready to run computes too, where others have taken the cores meanwhile.
+        if share > _BUSY or state == "R":
             return f"computes: its thread used {min(share, 1):.0%} of a core while the doctor looked", ticks
-        return "sleeps or waits outside of commgraph" if state == "S" else "", ticks
+        return "sleeps or waits outside of commgraph", ticks
     return "", ticks
 
 

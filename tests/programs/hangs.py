@@ -52,5 +52,5 @@ def spin(context: cg.ParallelContext) -> None:
 if __name__ == "__main__":
     kind, rank, size, store = sys.argv[1:]
     torch.set_num_threads(1)
-    with cg.World.connect(f"file://{store}", rank=int(rank), world_size=int(size), timeout=60) as world:
-        hang(world, kind, 60, lambda: print("ready", flush=True))
+    with cg.World.connect(f"file://{store}", rank=int(rank), world_size=int(size), timeout=300) as world:
+        hang(world, kind, 300, lambda: print("ready", flush=True))
