@@ -57,7 +57,7 @@ def overhead(library: Tensors, buffers: Buffers) -> list[Contender]:
 def _uneven(group: GroupCoordinator, x: torch.Tensor) -> dict[str, Callable[[], object]]:
     """Calls with a deadline of their own, to or from one rank, and of pieces with sizes."""
     n, first = group.world_size, group.is_first_rank
-    cut = [len(part) for part in x.tensor_split(n)]
+    cut, pieces = [len(part) for part in x.tensor_split(n)], list(x.tensor_split(8))
     return {
         "with timeout=": lambda: group.all_reduce(x, timeout=_SECONDS),
         "gather": lambda: group.gather(x, 0, 0),
@@ -65,6 +65,7 @@ def _uneven(group: GroupCoordinator, x: torch.Tensor) -> dict[str, Callable[[], 
         "reduce": lambda: group.reduce(x),
         "all_gatherv": lambda: group.all_gatherv(x, 0, [len(x)] * n),
         "reduce_scatterv": lambda: group.reduce_scatterv(x, 0, cut),
+        "all_reduce of a list of eight": lambda: group.all_reduce(pieces),
         "all_to_all with sizes": lambda: group.all_to_all(x, input_sizes=cut, output_sizes=[cut[group.rank_in_group]] * n),
     }
 

@@ -19,13 +19,7 @@ from commgraph.coordinator import dict_messages, experts, messages, object_work
 from commgraph.coordinator.asynchronous import begin_collective, begin_natively
 from commgraph.coordinator.capture import GraphCapture, capture
 from commgraph.coordinator.checks import BadArgument, like, shape
-from commgraph.coordinator.coalesced import (
-    CoalescedAllGather,
-    CoalescedAllReduce,
-    CoalescedAllReduceInPlace,
-    CoalescedBroadcast,
-    CoalescedReduceScatter,
-)
+from commgraph.coordinator.coalesced import LISTS, either
 from commgraph.coordinator.exchanges import AllToAll, Barrier, CloseBarrier, Scatter
 from commgraph.coordinator.experts import Dispatched, Sizes
 from commgraph.coordinator.failures import Call
@@ -183,7 +177,7 @@ class GroupCoordinator(compat.OpaqueBase):
     def _open_fast(self, name: str) -> Any:
         if self.world_size > 1:
             fast, recorder = self._state.fast, self._state.recorder
-            calls = None if fast is None else fast.open(Describe(OPERATIONS, self), self._state.timeouts.host)
+            calls = None if fast is None else fast.open(Describe(OPERATIONS, LISTS, self), self._state.timeouts.host)
             if calls is not None and recorder is not None:
                 strategy = next((one.name for one in self._state.strategies.communicators if one.serves_host), "")
                 calls.record(recorder.native, recorder.group(name), recorder.native.text(strategy))
@@ -320,10 +314,8 @@ class GroupCoordinator(compat.OpaqueBase):
                 if (y := fast.all_reduce(x, op, timeout)) is not None:
                     return y  # type: ignore[no-any-return]  # the native module has no types
             except BaseException as error:
-                raise_native(error, AllReduce, self, (x, op), timeout)
-        result: torch.Tensor | list[torch.Tensor] = run(
-            CoalescedAllReduce if isinstance(x, list | tuple) else AllReduce, self, (x, op), timeout
-        )
+                raise_native(error, either(AllReduce, x), self, (x, op), timeout)
+        result: torch.Tensor | list[torch.Tensor] = run(either(AllReduce, x), self, (x, op), timeout)
         return result
 
     @overload
@@ -337,12 +329,10 @@ class GroupCoordinator(compat.OpaqueBase):
         if not is_dynamo_compiling() and (fast := self._fast) is not None:
             try:
                 if fast.all_reduce_(x, op, timeout):
-                    return x  # type: ignore[return-value]  # native calls take no list
+                    return x if isinstance(x, torch.Tensor) else list(x)
             except BaseException as error:
-                raise_native(error, AllReduceInPlace, self, (x, op), timeout)
-        result: torch.Tensor | list[torch.Tensor] = run(
-            CoalescedAllReduceInPlace if isinstance(x, list | tuple) else AllReduceInPlace, self, (x, op), timeout
-        )
+                raise_native(error, either(AllReduceInPlace, x), self, (x, op), timeout)
+        result: torch.Tensor | list[torch.Tensor] = run(either(AllReduceInPlace, x), self, (x, op), timeout)
         return result
 
     def reduce(self, x: torch.Tensor, dst: int = 0, *, op: str = "sum", timeout: Timeout = None) -> torch.Tensor | None:
@@ -398,10 +388,8 @@ class GroupCoordinator(compat.OpaqueBase):
                 if (y := fast.reduce_scatter(x, dim, op, out, timeout)) is not None:
                     return y  # type: ignore[no-any-return]  # the native module has no types
             except BaseException as error:
-                raise_native(error, ReduceScatter, self, (x, dim, op, out), timeout)
-        result: torch.Tensor | list[torch.Tensor] = run(
-            CoalescedReduceScatter if isinstance(x, list | tuple) else ReduceScatter, self, (x, dim, op, out), timeout
-        )
+                raise_native(error, either(ReduceScatter, x), self, (x, dim, op, out), timeout)
+        result: torch.Tensor | list[torch.Tensor] = run(either(ReduceScatter, x), self, (x, dim, op, out), timeout)
         return result
 
     def reduce_scatterv(
@@ -453,10 +441,8 @@ class GroupCoordinator(compat.OpaqueBase):
                 if (y := fast.all_gather(x, dim, out, timeout)) is not None:
                     return y  # type: ignore[no-any-return]  # the native module has no types
             except BaseException as error:
-                raise_native(error, AllGather, self, (x, dim, out), timeout)
-        result: torch.Tensor | list[torch.Tensor] = run(
-            CoalescedAllGather if isinstance(x, list | tuple) else AllGather, self, (x, dim, out), timeout
-        )
+                raise_native(error, either(AllGather, x), self, (x, dim, out), timeout)
+        result: torch.Tensor | list[torch.Tensor] = run(either(AllGather, x), self, (x, dim, out), timeout)
         return result
 
     def all_gatherv(
@@ -559,12 +545,10 @@ class GroupCoordinator(compat.OpaqueBase):
         if not is_dynamo_compiling() and (fast := self._fast) is not None:
             try:
                 if fast.broadcast(x, src, timeout):
-                    return x  # type: ignore[return-value]  # native calls take no list
+                    return x if isinstance(x, torch.Tensor) else list(x)
             except BaseException as error:
-                raise_native(error, Broadcast, self, (x, src), timeout)
-        result: torch.Tensor | list[torch.Tensor] = run(
-            CoalescedBroadcast if isinstance(x, list | tuple) else Broadcast, self, (x, src), timeout
-        )
+                raise_native(error, either(Broadcast, x), self, (x, src), timeout)
+        result: torch.Tensor | list[torch.Tensor] = run(either(Broadcast, x), self, (x, src), timeout)
         return result
 
     # Exchanges.

@@ -605,16 +605,18 @@ def interrupted_by(error: BaseException, what: str) -> str:
 class Describe:
     """Gives the native calls the digest of a call's text. Refers to no coordinator, which refers to the native calls: no cycle."""
 
-    __slots__ = ("device", "operations", "rank_in_group", "world_size")
+    __slots__ = ("device", "lists", "operations", "rank_in_group", "world_size")
 
-    def __init__(self, operations: Mapping[str, type[Operation]], group: Place) -> None:
+    def __init__(self, operations: Mapping[str, type[Operation]], lists: Mapping[str, type[Operation]], group: Place) -> None:
+        """By name: `operations`, and `lists`, those on a list of tensors."""
         self.operations = operations
+        self.lists = lists
         self.world_size = group.world_size
         self.rank_in_group = group.rank_in_group
         self.device = group.device
 
     def __call__(self, name: str, args: tuple[Any, ...]) -> int:
         """Return the digest of a call's text."""
-        operation = self.operations[name]
+        operation = self.lists[name] if args and isinstance(args[0], list | tuple) else self.operations[name]
         checked = operation.check(self, *args)
         return digest(f"{name}({operation.text(self.world_size, *checked)})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -17,6 +18,7 @@ import commgraph as cg
 from commgraph.communicators.base import Communicator
 from commgraph.communicators.reduction import refuse_reduction
 from commgraph.coordinator import GroupCoordinator
+from commgraph.shm import native_module
 from commgraph.testing import fake_world, spmd
 from commgraph.testing._program import TensorSpec
 from commgraph.testing.strategies import tensors
@@ -114,6 +116,62 @@ def test_every_reduction(op: str) -> None:
         assert len(xs) >= 3
         assert [*map(bits, group.all_reduce(xs, op=op))] == [bits(group.all_reduce(x, op=op)) for x in xs]
         assert [*map(bits, group.reduce_scatter(xs, 0, op=op))] == [bits(group.reduce_scatter(x, 0, op=op)) for x in xs]
+
+    on(2, body)
+
+
+@pytest.mark.skipif(native_module.load() is None, reason="no native module")
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_small_lists_are_native_calls_and_each_rank_may_take_either_way(nodes: int) -> None:
+    def body(group: GroupCoordinator) -> None:
+        fast, state = group._fast, group._state.detects
+        assert state is not None
+        group.all_gather([torch.ones(3)] * 2, 0)  # makes the links
+        group.broadcast([torch.ones(3), torch.ones(3)], group.world_size - 1)
+        for dtype in (torch.float32, torch.int16, torch.bool):
+            given = [torch.empty(3, 2, dtype=dtype), torch.empty(6, dtype=dtype), torch.empty(1, 6, 5, dtype=dtype)]
+            for turn, name in enumerate(name for name in CALLS if "product" not in name):
+                state.pause(turn % 3 == group.rank)
+                compare(group, name, given)
+                state.pause(False)
+        xs = [torch.ones(3), torch.ones(3, 2)]
+        calls: list[Callable[[], Any]] = [
+            lambda: fast.all_reduce(xs, "sum", None),
+            lambda: fast.all_reduce_((*xs,), "max", 5.0),
+            lambda: fast.all_gather(xs, -1, None, None),
+            lambda: fast.reduce_scatter(xs, 0, "sum", None, None),
+            lambda: fast.broadcast(xs, 0, None),
+        ]
+        assert [call() is not None for call in calls] == [True] * 5
+        # Left to the general path: other dtypes among them, a large tensor, one that is not plain, one that lies in another.
+        others = [[*xs, torch.ones(3).long()], [*xs, torch.ones(1 << 16)], [*xs, torch.ones(4, 2).T], [*xs, xs[0]]]
+        assert [fast.all_reduce_(other, "sum", None) for other in others] == [None] * 4
+
+    on(3, body, nodes=nodes)
+
+
+def test_a_list_may_change_while_its_call_waits() -> None:
+    entered = threading.Event()
+
+    def body(group: GroupCoordinator) -> None:
+        xs = [torch.ones(30_000) for _ in range(4)]
+        if group.rank:
+            assert entered.wait(30)
+            group.all_reduce_(xs)
+            return
+        kept = list(xs)
+
+        def change() -> None:
+            while group._state.sequence == 0:
+                time.sleep(1e-4)
+            del xs[1:]
+            entered.set()
+
+        changing = threading.Thread(target=change)
+        changing.start()
+        group.all_reduce_(xs)
+        changing.join()
+        assert all(torch.equal(x, torch.full((30_000,), 2.0)) for x in kept)
 
     on(2, body)
 

@@ -4,50 +4,12 @@
  * broken. The coordinator then takes the general path, which handles every case and raises every error. Both paths number and tag calls
  * alike, so that ranks may take different ones. The last argument of each is the timeout of the coordinator's method: seconds, a timedelta,
  * or None. */
-#include "module_tensors.h"
-#include "recorder.h"
+#include "module_fast.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-/* A call, and the caller's tensor that it fills; NULL if there is none. */
-typedef struct {
-    cg_call call;
-    const Tensors *tensors;
-    PyObject *filled;
-    uint32_t digest;
-    int64_t timeout_ns;
-    const char *name;
-    const view *viewed;
-    PyObject *const *args;
-    cg_entry *entry; /* in the record of calls; NULL if there is none */
-} native_call;
-
-/* An all_reduce that was begun and has not been ended. */
-typedef struct {
-    Group *group; /* NULL: there is none */
-    PyObject *x, *result;
-    const char *from;
-    char *to;
-    size_t count;
-    int dtype, op;
-    cg_call call;
-    cg_entry *entry;
-} half_done;
-
-typedef struct {
-    PyObject_HEAD
-    Calls *group; /* NULL: a group of one rank */
-    Tensors *tensors;
-    PyObject *describe; /* (name, arguments) -> int: the digest of the text that the general path has for a call */
-    int64_t timeout_ns; /* of calls without a timeout of their own */
-    half_done begun;
-    int open;           /* 0 after close(), which may have dropped the group */
-    Recorder *recorder; /* NULL: calls are not recorded */
-    uint16_t group_text, strategy_text;
-} FastCalls;
-
-static int parse_op(PyObject *name) {
+int parse_op(PyObject *name) {
     static const char *const names[CG_OPS] = {"sum", "avg", "max", "min", "product"};
     if (!PyUnicode_Check(name)) return -1;
     for (int op = 0; op < CG_OPS; op++)
@@ -55,8 +17,7 @@ static int parse_op(PyObject *name) {
     return -1;
 }
 
-/* The kernel's kind and op of a reduction; 0 if there is none. On bool, sum is "or" and product is "and". */
-static int reduces(const view *v, int *dtype, int *op) {
+int reduces(const view *v, int *dtype, int *op) {
     *dtype = v->dtype;
     if (*op < 0) return 0;
     if (v->is_bool && *op != CG_AVG) {
@@ -67,10 +28,8 @@ static int reduces(const view *v, int *dtype, int *op) {
     return *dtype != ANY_DTYPE && cg_find_kernel(*dtype, *op) != NULL;
 }
 
-/* Sets the digest of a call's text. `args`: the arguments of the coordinator's method that its text depends on; `extra`: distinguishes, in
- * the cache, calls with equal tensors and different arguments. 0 with an error set. */
-static int prepare(FastCalls *fast, Calls *group, const char *name, int operation, const view *v, int64_t extra, PyObject *const *args, int n_args,
-                   native_call *call) {
+int prepare(FastCalls *fast, Calls *group, const char *name, int operation, const view *v, int64_t extra, PyObject *const *args, int n_args,
+            native_call *call) {
     call->name = name;
     call->viewed = v;
     call->args = args;
@@ -111,8 +70,7 @@ static PyObject *result_for(FastCalls *fast, Calls *group, PyObject *given, cons
     return Py_NewRef(given);
 }
 
-/* The return value of a call with x, or NULL with the exception set. */
-static PyObject *finish_call(const native_call *call, Calls *group, int result, int who, PyObject *x, PyObject *value) {
+PyObject *finish_call(const native_call *call, Calls *group, int result, int who, PyObject *x, PyObject *value) {
     record_end(call->entry, result == CG_OK ? ENTRY_DONE : ENTRY_FAILED);
     if (result == CG_OK) return value;
     /* If other ranks may still access x and the result, both stay for ever. */
@@ -149,8 +107,7 @@ static int is_usable(const FastCalls *fast, const Calls *group) {
     return fast->open && (group == NULL || (group->enabled && !group->paused));
 }
 
-/* Whether native calls of an operation are handled now. Of one with a root `is_near` says so as well. */
-static int is_open(const FastCalls *fast, Calls *group, int operation) {
+int is_open(const FastCalls *fast, Calls *group, int operation) {
     if (!is_usable(fast, group)) return 0;
     if (group != NULL) {
         const cg_carrier *carrier = group->carrier;
@@ -160,7 +117,7 @@ static int is_open(const FastCalls *fast, Calls *group, int operation) {
     return is_unwatched(fast->tensors) > 0;
 }
 
-static int is_near(Calls *group, int root) { return root >= 0 && group->carrier->is_ready(group, root); }
+int is_near(Calls *group, int root) { return root >= 0 && group->carrier->is_ready(group, root); }
 
 /* Whether a call by the general path is under way. One of several parts holds the number of its thread, whose further calls are the parts. */
 static int is_claimed(const Calls *group) {
@@ -169,10 +126,7 @@ static int is_claimed(const Calls *group) {
     return held != NULL && !(PyLong_CheckExact(held) && PyLong_AsUnsignedLong(held) == PyThread_get_thread_ident());
 }
 
-/* Claims the group and begins a call, which is numbered now: one that is refused leaves no trace. `filled` is marked as written while the
- * other ranks arrive, if this thread keeps the interpreter, else now. 0 if it was not begun, with or without an error: Python code that ran
- * since `is_open` may have closed the group, or another thread may be in a call. */
-static int begin(FastCalls *fast, Calls *group, native_call *call, int operation, int64_t timeout_ns, PyObject *filled, size_t bytes) {
+int begin(FastCalls *fast, Calls *group, native_call *call, int operation, int64_t timeout_ns, PyObject *filled, size_t bytes) {
     const cg_carrier *carrier = group->carrier;
     int keep = carrier->keeps(group, bytes);
     cg_entry *entry = fast->recorder == NULL ? NULL : record(fast, group, call); /* first: it makes objects, and Python may collect garbage */
@@ -198,13 +152,12 @@ static int begin(FastCalls *fast, Calls *group, native_call *call, int operation
     return 1;
 }
 
-static void end_call(Calls *group) {
+void end_call(Calls *group) {
     group->carrier->end_work(group);
     group->carrier->unclaim(group);
 }
 
-/* A dimension, counted from the front; -1 if it is none. */
-static int dim_of(PyObject *value, const view *v) {
+int dim_of(PyObject *value, const view *v) {
     if (!PyLong_CheckExact(value)) return -1;
     int overflow;
     long dim = PyLong_AsLongAndOverflow(value, &overflow);
@@ -223,6 +176,7 @@ static void cut(cg_block *blocks, int n, char *data, const view *v, int dim, int
 
 static PyObject *do_all_reduce_(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 3) return PyErr_Format(PyExc_TypeError, "all_reduce_(x, op, timeout)");
+    if (is_list(args[0])) return all_reduce_list(fast, group, args, 1);
     view v;
     int64_t timeout;
     int dtype, op = parse_op(args[1]), given = op, who = 0;
@@ -240,6 +194,7 @@ static PyObject *do_all_reduce_(FastCalls *fast, Calls *group, PyObject *const *
 
 static PyObject *do_all_reduce(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 3) return PyErr_Format(PyExc_TypeError, "all_reduce(x, op, timeout)");
+    if (is_list(args[0])) return all_reduce_list(fast, group, args, 0);
     view v;
     int64_t timeout;
     int dtype, op = parse_op(args[1]), given = op, who = 0;
@@ -324,6 +279,7 @@ static PyObject *fast_end_all_reduce(PyObject *self, PyObject *unused) {
 
 static PyObject *do_all_gather(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 4) return PyErr_Format(PyExc_TypeError, "all_gather(x, dim, out, timeout)");
+    if (is_list(args[0])) return all_gather_list(fast, group, args);
     view v;
     int64_t timeout;
     int dim, who = 0;
@@ -353,6 +309,7 @@ static PyObject *do_all_gather(FastCalls *fast, Calls *group, PyObject *const *a
 
 static PyObject *do_reduce_scatter(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 5) return PyErr_Format(PyExc_TypeError, "reduce_scatter(x, dim, op, out, timeout)");
+    if (is_list(args[0])) return reduce_scatter_list(fast, group, args);
     view v;
     int64_t timeout;
     int dim, dtype, op = parse_op(args[2]), given = op, who = 0;
@@ -411,6 +368,7 @@ static PyObject *do_all_to_all(FastCalls *fast, Calls *group, PyObject *const *a
 
 static PyObject *do_broadcast(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 3) return PyErr_Format(PyExc_TypeError, "broadcast(x, src, timeout)");
+    if (is_list(args[0])) return broadcast_list(fast, group, args);
     view v;
     int64_t timeout;
     int who = 0;
@@ -460,8 +418,7 @@ static int parse_sizes(PyObject *value, int n, int64_t *sizes) {
     return 1;
 }
 
-/* A rank of the group; -1 if it is none. */
-static int rank_of(PyObject *value, int n) {
+int rank_of(PyObject *value, int n) {
     if (!PyLong_CheckExact(value)) return -1;
     int overflow;
     long rank = PyLong_AsLongAndOverflow(value, &overflow);
@@ -497,8 +454,7 @@ static void cut_by(cg_block *blocks, const int64_t *sizes, int n, char *data, co
 /* Bytes of the elements with one index along `dim`. */
 static size_t row_bytes(const view *v, int dim) { return v->bytes / (size_t)v->shape[dim]; }
 
-/* Makes the deadline absolute for a call that may take several steps. */
-static void limit(cg_call *call, size_t bytes, int64_t timeout_ns) {
+void limit(cg_call *call, size_t bytes, int64_t timeout_ns) {
     if (bytes > BRIEF && call->deadline < 0) call->deadline = deadline_after(timeout_ns);
 }
 
