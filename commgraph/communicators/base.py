@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import attrs
@@ -181,6 +182,12 @@ class Communicator(abc.ABC):
 
     links: Any = None
     """The `commgraph.communicators.tcp_transport.TcpTransport` that carries its messages, where they can be sent natively over one."""
+
+    rings: FastPath | None = None
+    """Has the `mailbox` by which its messages go to ranks of this host, and translates errors of its rings."""
+
+    posted: Mapping[Any, Any] = MappingProxyType({})
+    """Receives from any rank that have begun to receive from single ones."""
 
     fast: FastPath | None = None
     """Native calls past the general path, where it has any."""

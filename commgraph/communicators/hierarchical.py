@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from commgraph import ambient
-from commgraph.communicators.base import Communicator, Limits, Refused
+from commgraph.communicators.base import COLLECTIVES, Communicator, Limits, Refused
 from commgraph.communicators.gloo import GlooCommunicator
 from commgraph.communicators.link_fast import LinkFastPath
 from commgraph.communicators.memory import as_bytes, copy_back, dense, staging_for
@@ -23,7 +24,8 @@ from commgraph.shm import native_module
 
 __all__ = ["HierarchicalCommunicator"]
 
-_COLLECTIVES = frozenset({"all_reduce", "reduce", "all_gather", "reduce_scatter", "gather", "scatter", "broadcast", "barrier"})
+# Seconds between two looks at the links and at the rings of a receive from any rank: at first, and at most.
+_FIRST, _MOST = 0.0001, 0.01
 
 
 class HierarchicalCommunicator(Communicator):
@@ -34,16 +36,26 @@ class HierarchicalCommunicator(Communicator):
     ranks of a host in their order and then the hosts in theirs, and rounded once: every rank gets the same bits (not those of a group on
     one host, whose order is another one).
 
+    Messages and all-to-alls go from rank to rank: in shared memory on one host, else over the network.
+
     Where hosts have different numbers of ranks, there are no counterparts: the first rank of each host carries its all-reduces, and the
-    strategies behind this one serve the rest.
+    strategies behind this one serve the other collectives but all-to-alls.
     """
 
     name = "hierarchical"
+    tagged = True
     fast: LinkFastPath | None = None
     reductions = frozenset(REDUCE_OPS)
 
     def __init__(
-        self, group: GlooCommunicator, nodes: Sequence[int], local: ShmCommunicator | None, across: GlooCommunicator | None, *, even: bool
+        self,
+        group: GlooCommunicator,
+        nodes: Sequence[int],
+        local: ShmCommunicator | None,
+        across: GlooCommunicator | None,
+        *,
+        even: bool,
+        queues: bool,
     ) -> None:
         """From its two parts.
 
@@ -53,9 +65,11 @@ class HierarchicalCommunicator(Communicator):
             local: the ranks of this host; None if this is the only one.
             across: the counterparts; where hosts are not even the first rank of each, and None on the others.
             even: whether all hosts have as many ranks.
+            queues: whether the memory of each host has rings for messages.
         """
         super().__init__(group.rank_in_group, group.world_size)
-        self.operations = _COLLECTIVES if even else frozenset({"all_reduce"})
+        messages = {"send", "recv"} if queues else set()
+        self.operations = frozenset({*(COLLECTIVES if even else ("all_reduce", "all_to_all")), *messages})
         numbers = {node: number for number, node in enumerate(dict.fromkeys(nodes))}
         # The ranks in the group, by host and position.
         self._ranks: list[list[int]] = [[] for _ in numbers]
@@ -69,8 +83,20 @@ class HierarchicalCommunicator(Communicator):
         self._local = local
         self._across = across
         self._even = even
-        if even and local is not None and isinstance(across, TcpCommunicator):
-            self.fast = LinkFastPath(across.transport, across.pool, local=local.fast, hosts=self._ranks, me=group.rank_in_group)
+        self._group = group
+        self.posted = group.posted
+        self.links = group.links
+        if local is not None and queues:
+            self.rings = local.fast
+        if even and local is not None and isinstance(across, TcpCommunicator) and isinstance(group, TcpCommunicator):
+            self.fast = LinkFastPath(
+                across.transport,
+                across.pool,
+                local=local.fast,
+                hosts=self._ranks,
+                me=group.rank_in_group,
+                whole=group.transport,
+            )
 
     @classmethod
     def build(
@@ -88,7 +114,7 @@ class HierarchicalCommunicator(Communicator):
         neighbours = next(ranks for ranks in hosts if me in ranks)
         local: ShmCommunicator | Refused | None = None
         if len(neighbours) > 1:
-            local = ShmCommunicator.build(group.among(neighbours), options, limits)
+            local = ShmCommunicator.build(group.among(neighbours), options, limits, neighbours)
         reason = local.reason if isinstance(local, Refused) else ""
         reasons = exchange_bytes(group, cls.name, Deadline.after(limits.build_timeout))(reason.encode()[:900])
         for rank, said in enumerate(reasons):
@@ -100,7 +126,7 @@ class HierarchicalCommunicator(Communicator):
         even = len({len(ranks) for ranks in hosts}) == 1
         position = neighbours.index(me)
         across = group.among([ranks[position] for ranks in hosts]) if even or position == 0 else None
-        return cls(group, nodes, local, across, even=even)
+        return cls(group, nodes, local, across, even=even, queues=options.message_queue)
 
     def accepts(self, operation: str, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device, *, capturing: bool) -> bool:
         """Every call on the host."""
@@ -262,6 +288,59 @@ class HierarchicalCommunicator(Communicator):
         with self._among_counterparts() as across:
             across.barrier(tag=tag, deadline=deadline)
 
+    # From rank to rank.
+
+    def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], *, tag: int, deadline: Deadline) -> None:
+        here = self._ranks[self._host]
+        if self._local is None:
+            if receives[self.rank_in_group] is not sends[self.rank_in_group]:
+                receives[self.rank_in_group].copy_(sends[self.rank_in_group])
+        else:
+            with self._among_neighbours() as local:
+                local.all_to_all([sends[rank] for rank in here], [receives[rank] for rank in here], tag=tag, deadline=deadline)
+        others = [rank for rank in self._others() if rank not in here]
+        self._group.exchange([(sends[i], i) for i in others], [(receives[i], i) for i in others], tag=tag, deadline=deadline)
+
+    def exchange(
+        self,
+        sends: Sequence[tuple[torch.Tensor, int]],
+        receives: Sequence[tuple[torch.Tensor, int]],
+        *,
+        tag: int,
+        deadline: Deadline,
+        label: int = 0,
+    ) -> None:
+        here = self._ranks[self._host]
+        near = [[(x, peer) for x, peer in pairs if peer in here] for pairs in (sends, receives)]
+        far = [[(x, peer) for x, peer in pairs if peer not in here] for pairs in (sends, receives)]
+        if self._local is not None and (near[0] or near[1]):
+            self._local.exchange(*near, tag=tag, deadline=deadline, label=label)
+        if far[0] or far[1]:
+            self._group.exchange(*far, tag=tag, deadline=deadline, label=label)
+
+    def receive_any(self, x: torch.Tensor, tags: Mapping[int, int], *, label: int, patience: float, deadline: Deadline) -> int | None:
+        here = self._ranks[self._host]
+        parts: list[tuple[GlooCommunicator | ShmCommunicator, dict[int, int]]] = []
+        for strategy, near in ((self._local, True), (self._group, False)):
+            some = {peer: one for peer, one in tags.items() if (peer in here) == near}
+            if strategy is not None and some:
+                parts.append((strategy, some))
+        if len(parts) == 1:
+            strategy, some = parts[0]
+            return strategy.receive_any(x, some, label=label, patience=patience, deadline=deadline)
+        if next(iter(tags)) not in here:
+            parts.reverse()
+        # No wait ends by a message of either kind: waits for each take turns.
+        until, wait = time.monotonic() + patience, _FIRST
+        while True:
+            left = until - time.monotonic()
+            for strategy, some in parts:
+                some_patience = max(min(wait, left), 0.0)
+                src = strategy.receive_any(x, some, label=label, patience=some_patience, deadline=deadline)
+                if src is not None or left <= 0:
+                    return src
+            wait = min(2 * wait, _MOST)
+
     # Its parts.
 
     def _counterparts(self) -> list[int]:
@@ -275,15 +354,14 @@ class HierarchicalCommunicator(Communicator):
 
     @contextlib.contextmanager
     def _among_neighbours(self) -> Iterator[ShmCommunicator]:
-        """Call the strategy of this host; an error that names one of its ranks is raised with the rank in the whole group."""
+        """Call the strategy of this host, whose errors name ranks of the whole group."""
         assert self._local is not None
         self._local.fast.counter.sequence += 1  # one number for each of its calls, as if it were a group of its own
-        with renumbered(self._ranks[self._host].__getitem__):
-            yield self._local
+        yield self._local
 
     @contextlib.contextmanager
     def _among_counterparts(self) -> Iterator[GlooCommunicator]:
-        """Call the strategy between hosts, likewise."""
+        """Call the strategy between hosts; an error that names one of its ranks is raised with the rank in the whole group."""
         assert self._across is not None
         ranks = self._counterparts() if self._even else [ranks[0] for ranks in self._ranks]
         with renumbered(ranks.__getitem__):

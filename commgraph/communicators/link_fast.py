@@ -21,7 +21,14 @@ class LinkFastPath:
     has_notes = False
 
     def __init__(
-        self, transport: TcpTransport, pool: Any, *, local: ShmFastPath | None = None, hosts: Sequence[Sequence[int]] = (), me: int = -1
+        self,
+        transport: TcpTransport,
+        pool: Any,
+        *,
+        local: ShmFastPath | None = None,
+        hosts: Sequence[Sequence[int]] = (),
+        me: int = -1,
+        whole: TcpTransport | None = None,
     ) -> None:
         """Over links to all ranks, or to the counterparts on other hosts.
 
@@ -31,16 +38,21 @@ class LinkFastPath:
             local: the fast path of the ranks of this host, where it has several.
             hosts: with `local` the ranks of each host.
             me: with `local` this rank in the group.
+            whole: with `local` it holds links to all ranks.
         """
         self._transport = transport
-        if local is None:
+        self._whole = whole
+        self._neighbours: frozenset[int] = frozenset()
+        if local is None or whole is None:
             self._rank_in_group, self._linked = transport.rank_in_group, list(range(transport.world_size))
             self.counter: Any = transport.native.LinkGroup(transport.collectives, pool)
         else:
             here = next(ranks for ranks in hosts if me in ranks)
             # Rank in the group of each rank that the links reach.
             self._rank_in_group, self._linked = me, [ranks[here.index(me)] for ranks in hosts]
-            self.counter = transport.native.LinkGroup(transport.collectives, pool, local.counter, [list(ranks) for ranks in hosts], me)
+            ranks_by_host = [list(ranks) for ranks in hosts]
+            self.counter = transport.native.LinkGroup(transport.collectives, pool, local.counter, ranks_by_host, me, whole.collectives)
+            self._neighbours = frozenset(here)
 
     def open(self, describe: Callable[[str, tuple[Any, ...]], int], timeout: float) -> Any:
         """Return the native calls of one coordinator."""
@@ -55,7 +67,12 @@ class LinkFastPath:
         return translated(error, self._rank_in_group, self._why_lost)
 
     def _why_lost(self, rank: int) -> str:
-        return self._transport.why_lost(self._transport.collectives, self._linked.index(rank)) if rank in self._linked else PROCESS_ENDED
+        if rank in self._neighbours:
+            return PROCESS_ENDED
+        transport, whole = self._transport, self._whole
+        if whole is None or (rank in self._linked and transport.collectives.error(self._linked.index(rank))):
+            return transport.why_lost(transport.collectives, self._linked.index(rank))
+        return whole.why_lost(whole.collectives, rank)
 
     def offer(self, x: torch.Tensor, dst: int, *, tag: int, label: int = 0) -> bool:
         """Send nothing, and return False."""

@@ -71,7 +71,14 @@ class ShmCommunicator(Communicator):
     tagged = True
     fast: ShmFastPath
 
-    def __init__(self, memory: host_memory.HostMemory, timeout: float) -> None:
+    def __init__(self, memory: host_memory.HostMemory, timeout: float, numbers: Sequence[int] | None = None) -> None:
+        """Over memory that the ranks share.
+
+        Args:
+            memory: that it is.
+            timeout: default deadline in seconds.
+            numbers: by which messages and errors name the ranks, where they are a part of a group; the collectives name their positions.
+        """
         super().__init__(memory.rank_in_group, memory.sizes.n)
         self._memory = memory
         self._native = memory.native
@@ -79,19 +86,22 @@ class ShmCommunicator(Communicator):
         self._extra_bytes = 0
         self._closed: int | None = None  # what `bytes_sent` was when it was closed
         self._group = memory.native.Group(memory.team, memory.pool, memory.group_offset, memory.sizes.slot_bytes)
-        self._mailbox = Mailbox(memory) if memory.sizes.pair_bytes else None
+        self._mailbox = Mailbox(memory, numbers) if memory.sizes.pair_bytes else None
         if self._mailbox is None:  # without rings there are no messages
             self.operations = self.operations - {"send", "recv"}
-        self.fast = ShmFastPath(self._group, memory, self._mailbox)
+        self.fast = self.rings = ShmFastPath(self._group, memory, self._mailbox, range(memory.sizes.n) if numbers is None else numbers)
 
     @classmethod
-    def build(cls, gloo: GlooCommunicator, options: CommunicatorOptions, limits: Limits) -> ShmCommunicator | Refused:
+    def build(
+        cls, gloo: GlooCommunicator, options: CommunicatorOptions, limits: Limits, numbers: Sequence[int] | None = None
+    ) -> ShmCommunicator | Refused:
         """Make the memory of a group. Collective; return the strategy on every rank, or on every rank the same `Refused`.
 
         Args:
             gloo: serves the group, and carries the messages of the build.
             options: of the group.
             limits: of the build and of what is built.
+            numbers: as for the constructor.
         """
         sizes = host_memory.Sizes.plan(
             gloo.world_size, shm_bytes=options.shm_bytes, queue_bytes=options.queue_bytes, queues=options.message_queue
@@ -101,7 +111,7 @@ class ShmCommunicator(Communicator):
         found = host_memory.join(exchange, sizes, gloo.rank_in_group, local_size=limits.local_size)
         if isinstance(found, str):
             return Refused(cls.name, found)
-        strategy = cls(found, limits.timeout)
+        strategy = cls(found, limits.timeout, numbers)
         try:
             strategy._group.probe_cma(make_tag(SETUP, 0, cls.name), deadline.left_ns())
         except BaseException as error:

@@ -27,18 +27,20 @@ class ShmFastPath:
 
     has_notes = True
 
-    def __init__(self, group: Any, memory: HostMemory, mailbox: Mailbox | None) -> None:
+    def __init__(self, group: Any, memory: HostMemory, mailbox: Mailbox | None, numbers: Sequence[int]) -> None:
         """Over a native group.
 
         Args:
             group: native object that runs and counts collectives (native/module_group.c).
             memory: shared by the ranks.
             mailbox: carries messages and objects; None where there are no rings.
+            numbers: of the ranks, in errors.
         """
         self.counter = group
         self.mailbox = mailbox
         self._memory: HostMemory | None = memory
         self._rank_in_group = memory.rank_in_group
+        self._numbers = numbers
 
     def open(self, describe: Callable[[str, tuple[Any, ...]], int], timeout: float) -> Any:
         assert self._memory is not None
@@ -53,7 +55,7 @@ class ShmFastPath:
         return self.mailbox.offer(dst, tensors_with(label), tag, ((whole.data_ptr(), whole.nbytes),))
 
     def translate(self, error: BaseException) -> Exception | None:
-        return translated(error, self._rank_in_group, lambda _: PROCESS_ENDED)
+        return translated(error, self._rank_in_group, lambda _: PROCESS_ENDED, self._numbers)
 
     @property
     def interrupted(self) -> bool:
@@ -109,19 +111,29 @@ class Closed:
         """Return None: there are no notes."""
 
 
-def translated(error: BaseException, me: int, why_lost: Callable[[int], str]) -> Exception | None:
-    """Return `PeerLate`, `PeerClosed` or `CallsDiffer` for what ended a native call of rank `me`; None for any other exception."""
+def translated(error: BaseException, me: int, why_lost: Callable[[int], str], numbers: Sequence[int] | None = None) -> Exception | None:
+    """Return `PeerLate`, `PeerClosed` or `CallsDiffer` for what ended a native call; None for any other exception.
+
+    Args:
+        error: that ended it.
+        me: this rank, as the native call names it.
+        why_lost: gives the reason why a rank is lost, named likewise.
+        numbers: of the ranks, where the error is to name them otherwise.
+    """
     if not isinstance(error, Stopped):
         return None
-    if error.code == TIMEOUT:
-        return PeerLate(error.member)
-    if error.code == MISMATCH:
-        return CallsDiffer(error.member)
-    if error.code == REFUSED:
-        return AccessRefused(error.member)
-    if error.code == LOST:
-        return PeerClosed(error.member, why_lost(error.member))
-    return PeerClosed(error.member, "it closed its side") if error.code == GONE else PeerClosed(me, "this rank closed the group")
+    code = error.code
+    member = error.member if code in (TIMEOUT, MISMATCH, REFUSED, LOST, GONE) else me
+    rank = member if numbers is None else numbers[member]
+    if code == TIMEOUT:
+        return PeerLate(rank)
+    if code == MISMATCH:
+        return CallsDiffer(rank)
+    if code == REFUSED:
+        return AccessRefused(rank)
+    if code == LOST:
+        return PeerClosed(rank, why_lost(member))
+    return PeerClosed(rank, "it closed its side" if code == GONE else "this rank closed the group")
 
 
 def native_calls(native: Any, group: Any, describe: Callable[[str, tuple[Any, ...]], int] | None, timeout_ns: int) -> Any:

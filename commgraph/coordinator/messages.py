@@ -13,7 +13,7 @@ from torch.compiler import is_dynamo_compiling
 from commgraph import ambient
 from commgraph.accelerators.side_streams import StreamTask
 from commgraph.carriers import carried, clone
-from commgraph.communicators.base import Communicator
+from commgraph.communicators.base import Communicator, FastPath
 from commgraph.communicators.tags import MESSAGE, digest, make_tag, message_text, tagged_text
 from commgraph.coordinator import checks
 from commgraph.coordinator.any_source import from_self, receive_any, to_self
@@ -178,7 +178,7 @@ def send(group: Group, x: torch.Tensor, dst: int | None, tag: int, timeout: Time
         strategy = _tagged(group, x, True, tag)
     except BadArgument as error:
         raise explain(error, group, "send", group._state.sequence) from None
-    if strategy is not None and x.is_cpu and (strategy.fast is None or strategy.fast.mailbox is None) and x.nbytes <= BUFFERED:
+    if strategy is not None and x.is_cpu and _ring_to(strategy, peer) is None and x.nbytes <= BUFFERED:
         # As through a ring: a receiver may ask for messages of several tags in another order than that in which they are sent.
         seconds = group._state.timeouts.host
         with ambient.shelter():
@@ -558,26 +558,32 @@ def _one_by_one(group: Group, operation: str, tensors: Sequence[torch.Tensor], k
         exchange(group, operation, [x], peer, outgoing, Deadline.after(seconds), tag=tag, limited=limited)
 
 
+def _ring_to(strategy: Communicator, peer: int) -> FastPath | None:
+    """Return what sends messages of a strategy to a rank through a ring; None if they go otherwise."""
+    rings = strategy.rings
+    mailbox = None if rings is None else rings.mailbox
+    return None if mailbox is None or peer not in mailbox.outgoing else rings
+
+
 def _offer(group: Group, operation: str, x: torch.Tensor, dst: int, label: int, seconds: float) -> bool:
     """Send x on this thread if no wait is needed; whether it was sent."""
     state = group._state
-    fast, native = state.detects, state.native_messages
     if not x.is_cpu or not state.pending.is_idle((dst, True, label)):
         return False
+    native = state.native_messages
     if native is not None and native.offer(group, operation, x, dst, label):
         return True
-    if fast is None or fast.mailbox is None:
-        return False
-    if state.strategies.route("send", x.shape, x.dtype, x.device).fast is not fast:
+    rings = _ring_to(state.strategies.route("send", x.shape, x.dtype, x.device), dst)
+    if rings is None:
         return False
     text = tagged_text(message_text(x.dtype, x.shape), label)
     key, turn, taken = (dst, True, label), Turn(), False
 
     def act() -> bool:
         try:
-            return fast.offer(carried(x.detach()), dst, tag=tag, label=label)
+            return rings.offer(carried(x.detach()), dst, tag=tag, label=label)
         except BaseException as error:
-            translated = fast.translate(error)
+            translated = rings.translate(error)
             raise error if translated is None else translated from None
 
     try:

@@ -12,7 +12,6 @@ import torch
 
 from commgraph import compat
 from commgraph.communicators.base import Communicator, PeerLate
-from commgraph.communicators.gloo import GlooCommunicator
 from commgraph.communicators.shm_fast import tensors_of
 from commgraph.communicators.tags import message_text, tagged_text
 from commgraph.communicators.tcp_transport import TcpTransport
@@ -35,20 +34,20 @@ __all__ = ["NativeMessages"]
 class NativeMessages:
     """The native messages of one group."""
 
-    def __init__(self, native: Any, state: GroupState, strategy: Communicator, mailbox: Mailbox | None) -> None:
+    def __init__(self, native: Any, state: GroupState, strategy: Communicator) -> None:
         """Open the native calls.
 
         Args:
             native: the native module.
             state: of the group.
             strategy: that serves its messages.
-            mailbox: has rings to the ranks of this host; None where there are none.
         """
         self._state = state
-        self._fast = strategy.fast
+        self._fast = strategy.rings
         self._tagged = strategy.tagged
         self._links: TcpTransport | None = strategy.links
-        self._posted = strategy.posted if isinstance(strategy, GlooCommunicator) else {}
+        self._posted = strategy.posted
+        mailbox: Mailbox | None = None if strategy.rings is None else strategy.rings.mailbox
         self._mailbox = mailbox
         self._rings_out = {} if mailbox is None else mailbox.outgoing
         self._rings_in = {} if mailbox is None else mailbox.incoming
@@ -63,10 +62,9 @@ class NativeMessages:
         strategy = state.strategies.for_messages()
         if strategy is None or state.comparison is not None or compat.dlpack_exchange() is None:
             return None
-        mailbox = state.mailbox if strategy.fast is state.detects else None
-        if mailbox is None and strategy.links is None:
+        if strategy.rings is None and strategy.links is None:
             return None
-        return cls(native_module.load(), state, strategy, mailbox)
+        return cls(native_module.load(), state, strategy)
 
     def send(self, group: Group, x: Any, dst: Any, tag: int, timeout: Timeout) -> bool:
         """Send x natively if it and the arguments are plain; whether it was sent."""

@@ -149,22 +149,31 @@ class Inbox:
 class Mailbox:
     """One rank's rings to and from the others. Every method raises `commgraph.shm.stopped.Stopped`; a timeout loses and sends nothing."""
 
-    def __init__(self, memory: HostMemory) -> None:
+    def __init__(self, memory: HostMemory, numbers: Sequence[int] | None = None) -> None:
+        """Open the rings.
+
+        Args:
+            memory: that holds them.
+            numbers: by which methods name its ranks; None: their positions, by which `Stopped` names them in any case.
+        """
         n, me = memory.sizes.n, memory.rank_in_group
         self.team = memory.team
+        # Number of each rank, and its position.
+        named = range(n) if numbers is None else numbers
+        self._positions = {number: position for position, number in enumerate(named)}
         self.pickler = Pickler()
         # Bytes of a record for all that can be put without waiting for readers, if they have read all records before it.
         self.room = memory.sizes.broadcast_bytes // 2
-        # Bytes sent to each rank, and to all at this rank's own index. Per rank, as several threads may send, each to another one.
-        self._sent = [0] * n
-        self._me = me
+        # Bytes sent to each rank, and to all at this rank's own number. Per rank, as several threads may send, each to another one.
+        self._sent = dict.fromkeys(named, 0)
+        self._me = named[me]
         # Bytes of a record that an empty ring takes at once.
         self._whole = memory.sizes.pair_bytes // 4 - 1024
         self.take = memory.pool.take
-        self._broadcast = [memory.broadcast_ring(src) for src in range(n)]
-        self.mine = self._broadcast[me]
-        self.outgoing = {peer: memory.pair_ring(me, peer) for peer in range(n) if peer != me}
-        self.incoming = {peer: memory.pair_ring(peer, me) for peer in range(n) if peer != me}
+        self._broadcast = {named[src]: memory.broadcast_ring(src) for src in range(n)}
+        self.mine = self._broadcast[self._me]
+        self.outgoing = {named[peer]: memory.pair_ring(me, peer) for peer in range(n) if peer != me}
+        self.incoming = {named[peer]: memory.pair_ring(peer, me) for peer in range(n) if peer != me}
         self.inboxes = {peer: Inbox() for peer in self.incoming}
         # Several threads may send to one rank, one record after the other.
         self.writing = {peer: Access() for peer in self.outgoing}
@@ -187,7 +196,7 @@ class Mailbox:
         """
         writing = self.writing[dst]
         if not writing.take(timeout_ns * 1e-9):
-            raise Stopped(TIMEOUT, dst)
+            raise Stopped(TIMEOUT, self._positions[dst])
         try:
             self.outgoing[dst].put(kind, meta, parts, timeout_ns, 0)
             self._sent[dst] += _nbytes(parts)
@@ -213,7 +222,7 @@ class Mailbox:
     def receive(self, src: int, kind: int, timeout_ns: int) -> tuple[int, list[Any]]:
         """Return meta and parts of the next record of that kind: the first part as bytes, the others as writable buffers of their own."""
         inbox, ring = self.inboxes[src], self.incoming[src]
-        if not inbox.take_turn(kind, src, timeout_ns):
+        if not inbox.take_turn(kind, self._positions[src], timeout_ns):
             return inbox.pop(kind)
         try:
             while True:
@@ -259,7 +268,7 @@ class Mailbox:
             Whether its meta and sizes are those expected; if not nothing was written.
         """
         inbox = self.inboxes[src]
-        if not inbox.take_turn(kind, src, timeout_ns):
+        if not inbox.take_turn(kind, self._positions[src], timeout_ns):
             return self._take_unexpected(inbox, kind, meta, targets)
         try:
             while (found := self._read(src, kind, meta, targets, owner, timeout_ns)) is None:
@@ -329,21 +338,22 @@ class Mailbox:
 
     def _see_to(self, sources: Collection[int], taken: Collection[int]) -> None:
         """Raise if no record can come: one of the sources died or failed, all of them have closed, or this rank has."""
-        if self.team.state(self._me) >= _CLOSED:
-            raise Stopped(SELF, self._me)
+        at = self._positions
+        if self.team.state(at[self._me]) >= _CLOSED:
+            raise Stopped(SELF, at[self._me])
         lost = self.team.lost()
-        states = {src: self.team.state(src) for src in sources}
-        gone = [src for src in taken if states[src] >= _CLOSED or (lost == (LOST, src))]
+        states = {src: self.team.state(at[src]) for src in sources}
+        gone = [src for src in taken if states[src] >= _CLOSED or (lost == (LOST, at[src]))]
         # Records that they sent before they left are still received.
         if not gone or self._module.any_ring(tuple([self.incoming[src] for src in gone]), 0) >= 0:
             return
         for src in gone:
-            if lost == (LOST, src):
-                raise Stopped(LOST, src)
+            if lost == (LOST, at[src]):
+                raise Stopped(LOST, at[src])
             if states[src] == _FAILED:
-                raise Stopped(GONE, src)
+                raise Stopped(GONE, at[src])
         if len(gone) == len(states):
-            raise Stopped(GONE, gone[0])
+            raise Stopped(GONE, at[gone[0]])
 
     def unpack(self, parts: list[Any]) -> dict[str, torch.Tensor] | None:
         """Return the dict that the native module described by itself; None for another record."""
@@ -357,7 +367,7 @@ class Mailbox:
     @property
     def bytes_sent(self) -> int:
         """Bytes put so far."""
-        return sum(self._sent) + (0 if self.native is None else self.native.bytes_sent)
+        return sum(self._sent.values()) + (0 if self.native is None else self.native.bytes_sent)
 
     def receive_broadcast(self, src: int, timeout_ns: int, call_id: int) -> tuple[int, int, list[Any]]:
         """Return kind, meta and parts of the next record that `src` put for all."""

@@ -71,6 +71,10 @@ def test_each_rank_may_take_either_way(n: int, nodes: int) -> None:
             got = call("gather", given[me], src, 0)
             assert got is None if me != src else torch.equal(got, torch.cat(given))
             assert torch.equal(call("all_to_all", torch.cat(given)), torch.cat([given[me]] * n))
+            cut = [1 + (rank + length) % 2 for rank in range(n)]
+            sent = [torch.cat(given)[: sum(cut)] + (rank if dtype != torch.bool else 0) for rank in range(n)]
+            whole = call("all_to_all", sent[me].to(dtype), input_sizes=cut, output_sizes=[cut[me]] * n)
+            assert torch.equal(whole, torch.cat([one.to(dtype).split(cut)[me] for one in sent]))
             call("barrier")
 
     on(n, body, nodes=nodes)
@@ -86,13 +90,16 @@ def test_plain_calls_are_native_once_there_are_links(n: int, nodes: int) -> None
             lambda: fast.all_gather(x, -1, None, None),
             lambda: fast.reduce_scatter(x, 0, "sum", None, None),
             lambda: fast.broadcast(x.clone(), 0, None),
+            lambda: fast.all_to_all(x, 0, 0, None, None, None, None),
+            lambda: fast.all_to_all(x, 0, 0, [1] * n, [1] * n, None, None),
             lambda: fast.barrier(None),
         ]
         group.all_reduce(x)
+        group.all_to_all(x)
         group.barrier()
         return [call() is not None for call in calls] + [fast.all_reduce(x.to_sparse(), "sum", None) is None]
 
-    assert on(n, body, nodes=nodes) == [[True] * 7] * n
+    assert on(n, body, nodes=nodes) == [[True] * 9] * n
 
 
 @pytest.mark.parametrize(("n", "nodes"), SHAPES[:2])

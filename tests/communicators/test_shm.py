@@ -1224,7 +1224,7 @@ def test_messages_by_the_short_way_pair_with_those_by_the_long_one() -> None:
                     if i % 2:
                         pp.send(x, timeout=20)  # the long way
                     else:
-                        taken += short.send(pp, x, 1, None)
+                        taken += short.send(pp, x, 1, 0, None)
                         pp.send(x)
                     if i % 4 == 0:
                         pp.send_object(i, 1)

@@ -41,8 +41,8 @@ class Paths:
 
 @pytest.mark.parametrize(("n", "nodes"), SHAPES)
 def test_sender_and_receiver_may_take_either_path(n: int, nodes: int) -> None:
-    def body(group: cg.GroupCoordinator) -> int:
-        me, paths, number, sent = group.rank_in_group, Paths(group), 0, group.bytes_sent
+    def body(group: cg.GroupCoordinator) -> None:
+        me, paths, number = group.rank_in_group, Paths(group), 0
         shapes: list[tuple[int, ...]] = [(1,), (3, 5), (70_000,), (0, 2), ()]
         for dtype, shape, tag in itertools.product(DTYPES, shapes, (0, 9)):
             for src, dst in itertools.permutations(range(n), 2):
@@ -64,9 +64,8 @@ def test_sender_and_receiver_may_take_either_path(n: int, nodes: int) -> None:
                 got.float() if not dtype.is_complex else got,
                 values(group.prev_in_group, shape, dtype).to(torch.float32 if not dtype.is_complex else dtype),
             )
-        return group.bytes_sent - sent
 
-    assert len(set(on(n, body, nodes=nodes))) == 1
+    on(n, body, nodes=nodes)
 
 
 def test_plain_messages_are_native_once_there_is_a_link() -> None:
@@ -117,6 +116,42 @@ def test_small_messages_with_a_tag_wait_for_no_receiver() -> None:
             assert (group.recv(size, torch.uint8, 0, tag=i + 1) == i % 200).all()
 
     on(2, body, nodes=2)
+
+
+@pytest.mark.parametrize(("n", "nodes"), [(4, 2), (3, 2), (5, 2)])
+def test_ranks_of_one_host_exchange_in_shared_memory(n: int, nodes: int) -> None:
+    def body(group: cg.GroupCoordinator) -> None:
+        me, state, x = group.rank_in_group, group._state, torch.ones(n * 300)
+        nodes_of = group.communicator("hierarchical")._places  # type: ignore[attr-defined]  # that strategy's
+        near = [rank for rank in range(n) if rank != me and nodes_of[rank][0] == nodes_of[me][0]]
+        links: Any = group.communicator("tcp")
+        before = links.bytes_sent
+        for _ in range(2):
+            assert torch.equal(group.all_to_all(x), x)
+        assert links.bytes_sent - before == 2 * 1200 * (n - 1 - len(near))
+        works = [group.isend(x * me, peer, tag=tag) for peer in range(n) if peer != me for tag in (0, 1)]
+        for peer in range(n):
+            if peer != me:
+                assert (group.recv(len(x), x.dtype, peer, tag=1) == peer).all()
+                assert (group.recv(len(x), x.dtype, peer) == peer).all()
+        for work in works:
+            work.wait()
+        for peer in [rank for rank in range(n) if rank != me]:
+            group.sendrecv(x, peer, len(x), x.dtype, peer) if peer in near else None
+        got = []
+        works = [group.isend(x, peer) for peer in range(n) if peer != me]
+        for _ in works:
+            _, src = group.recv(len(x), x.dtype, cg.ANY)
+            got.append(src)
+        for work in works:
+            work.wait()
+        assert sorted(got) == [peer for peer in range(n) if peer != me]
+        net = state.network.transport.messages  # type: ignore[union-attr]  # a TcpTransport
+        assert [peer for peer in range(n) if peer != me and net.is_linked(peer)] == [
+            peer for peer in range(n) if peer != me and peer not in near
+        ]
+
+    on(n, body, nodes=nodes)
 
 
 @settings(max_examples=15)

@@ -112,7 +112,7 @@ int is_open(const FastCalls *fast, Calls *group, int operation) {
     if (group != NULL) {
         const cg_carrier *carrier = group->carrier;
         int rooted = operation == OP_BROADCAST || operation == OP_GATHER || operation == OP_REDUCE;
-        if (!(carrier->serves & 1u << operation) || (!rooted && !carrier->is_ready(group, -1))) return 0;
+        if (!(carrier->serves & 1u << operation) || (!rooted && !carrier->is_ready(group, operation == OP_ALL_TO_ALL ? EVERY_PAIR : NO_ROOT))) return 0;
     }
     return is_unwatched(fast->tensors) > 0;
 }

@@ -11,9 +11,11 @@
 typedef struct {
     Calls calls;
     Net *net;     /* to all ranks, or to the counterparts: one rank a host, in the order of the hosts */
+    Net *whole;   /* beside that to all ranks, for what each rank of one host exchanges with each of another one; NULL: `net` is that */
     Group *local; /* the ranks of this host; NULL: the links reach all ranks */
     int hosts, host, position; /* how many; of this rank */
     int *ranks;   /* [host * ranks of a host + position] */
+    int reached; /* whether `whole` has links to all ranks of the other hosts */
     int busy;
     PyThreadState *saved;
     net_user user;
@@ -23,9 +25,18 @@ static LinkGroup *of(Calls *calls) { return (LinkGroup *)calls; }
 
 static int rank_at(const LinkGroup *self, int host, int position) { return self->ranks[host * self->local->calls.n + position]; }
 
+/* Whether there are links to all ranks of the other hosts. */
+static int reaches_all(LinkGroup *self) {
+    const int n = self->local->calls.n;
+    for (int at = 0; !self->reached && at < self->hosts * n; at++)
+        if (at / n != self->host && !self->whole->linked[self->ranks[at]]) return 0;
+    return self->reached = 1;
+}
+
 static int is_ready(Calls *calls, int root) {
-    const LinkGroup *self = of(calls);
+    LinkGroup *self = of(calls);
     const Net *net = self->net;
+    if (root == EVERY_PAIR && self->whole != NULL) return reaches_all(self);
     if (net->n_linked == net->net.n - 1) return 1;
     if (root < 0) return 0;
     if (self->local != NULL) {
@@ -46,7 +57,11 @@ static int claim_links(Calls *calls) {
         return 0;
     }
     if (!use_net(self->net)) return 0;
-    if (self->local != NULL && !claim(self->local->team)) return leave_net(self->net), 0;
+    if (self->whole != NULL && !use_net(self->whole)) return leave_net(self->net), 0;
+    if (self->local != NULL && !claim(self->local->team)) {
+        if (self->whole != NULL) leave_net(self->whole);
+        return leave_net(self->net), 0;
+    }
     return self->busy = 1;
 }
 
@@ -54,6 +69,7 @@ static void unclaim_links(Calls *calls) {
     LinkGroup *self = of(calls);
     self->busy = 0;
     if (self->local != NULL) unclaim(self->local->team);
+    if (self->whole != NULL) leave_net(self->whole);
     leave_net(self->net);
 }
 
@@ -324,21 +340,44 @@ static int both_reduce_scatter(Calls *calls, const cg_call *call, const cg_block
     return result;
 }
 
+/* The ranks of this host exchange in shared memory, and each with those of the other hosts over links. */
+static int both_all_to_allv(Calls *calls, const cg_call *call, const cg_block *out, const cg_block *into, int *who) {
+    LinkGroup *self = of(calls);
+    const int n = self->local->calls.n, all = calls->n;
+    const int64_t deadline = end_of(call);
+    cg_block near_out[n], near_into[n], far_out[all], far_into[all];
+    memcpy(far_out, out, sizeof far_out);
+    memcpy(far_into, into, sizeof far_into);
+    for (int p = 0; p < n; p++) {
+        const int rank = rank_at(self, self->host, p);
+        near_out[p] = out[rank], near_into[p] = into[rank];
+        far_out[rank].rows = far_into[rank].rows = 0;
+    }
+    cg_call here = inside(self, call, OP_ALL_TO_ALL, deadline);
+    int result = from_inside(self, cg_all_to_allv(&self->local->group, &here, near_out, near_into, who), who);
+    if (result != CG_OK) return result;
+    const cg_net_call between = over(self, call, deadline);
+    return cg_net_all_to_allv(&self->whole->net, &between, far_out, far_into, who);
+}
+
 static const cg_carrier both = {
-    1u << OP_BARRIER | 1u << OP_ALL_REDUCE | 1u << OP_ALL_REDUCE_ | 1u << OP_ALL_GATHER | 1u << OP_REDUCE_SCATTER | 1u << OP_BROADCAST, 0,
-    is_ready, claim_links, unclaim_links, keeps, begin_links, end_links, exposes,
-    both_barrier, both_all_reduce, both_reduce_scatter, both_gatherv, NULL, both_broadcast};
+    1u << OP_BARRIER | 1u << OP_ALL_REDUCE | 1u << OP_ALL_REDUCE_ | 1u << OP_ALL_GATHER | 1u << OP_REDUCE_SCATTER | 1u << OP_BROADCAST |
+        1u << OP_ALL_TO_ALL,
+    0, is_ready, claim_links, unclaim_links, keeps, begin_links, end_links, exposes,
+    both_barrier, both_all_reduce, both_reduce_scatter, both_gatherv, both_all_to_allv, both_broadcast};
 
 static PyObject *links_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     (void)kwargs;
     module_state *state = PyType_GetModuleState(type);
-    PyObject *net, *pool, *local = Py_None, *hosts = NULL;
+    PyObject *net, *pool, *local = Py_None, *hosts = NULL, *whole = NULL;
     int me = 0;
-    if (state == NULL || !PyArg_ParseTuple(args, "O!O!|OO!i", state->net, &net, state->pool, &pool, &local, &PyList_Type, &hosts, &me)) return NULL;
+    if (state == NULL || !PyArg_ParseTuple(args, "O!O!|OO!iO!", state->net, &net, state->pool, &pool, &local, &PyList_Type, &hosts, &me, state->net, &whole))
+        return NULL;
     const cg_net *way = &((Net *)net)->net;
     const int shares = local != Py_None, n_hosts = shares && hosts != NULL ? (int)PyList_Size(hosts) : way->n;
     const int each = shares ? ((Group *)local)->calls.n : 1;
-    if (shares && (!PyObject_TypeCheck(local, state->group) || hosts == NULL || n_hosts != way->n)) return PyErr_Format(PyExc_TypeError, "LinkGroup(net, pool, group, hosts, me)");
+    if (shares && (!PyObject_TypeCheck(local, state->group) || whole == NULL || n_hosts != way->n || ((Net *)whole)->net.n != n_hosts * each))
+        return PyErr_Format(PyExc_TypeError, "LinkGroup(net, pool, group, hosts, me, whole)");
     LinkGroup *self = (LinkGroup *)allocate(type);
     if (self == NULL) return NULL;
     self->net = (Net *)Py_NewRef(net);
@@ -346,6 +385,7 @@ static PyObject *links_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->host = way->me;
     if (shares) {
         self->local = (Group *)Py_NewRef(local);
+        self->whole = (Net *)Py_NewRef(whole);
         self->position = self->local->calls.me;
         self->ranks = malloc(sizeof *self->ranks * (size_t)n_hosts * (size_t)each);
     }
@@ -356,7 +396,12 @@ static PyObject *links_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
             PyErr_Format(PyExc_ValueError, "host %d has not %d ranks", h, each);
             fine = 0;
         }
-        for (int p = 0; fine && p < each; p++) self->ranks[h * each + p] = (int)PyLong_AsLong(PyList_GetItem(ranks, p));
+        for (int p = 0; fine && p < each; p++) {
+            long rank = PyLong_AsLong(PyList_GetItem(ranks, p));
+            fine = rank >= 0 && rank < n_hosts * each;
+            if (!fine && !PyErr_Occurred()) PyErr_Format(PyExc_ValueError, "rank %ld of %d", rank, n_hosts * each);
+            self->ranks[h * each + p] = (int)rank;
+        }
     }
     if (fine && !PyErr_Occurred()) return (PyObject *)self;
     Py_DECREF((PyObject *)self);
@@ -366,6 +411,7 @@ static PyObject *links_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 static void links_dealloc(PyObject *object) {
     LinkGroup *self = (LinkGroup *)object;
     Py_XDECREF((PyObject *)self->net);
+    Py_XDECREF((PyObject *)self->whole);
     Py_XDECREF((PyObject *)self->local);
     free(self->ranks);
     end_calls(&self->calls);
@@ -379,7 +425,7 @@ static PyObject *get_busy(PyObject *object, void *closure) {
 
 static PyGetSetDef links_getset[] = {CALLS_GETSET, {"busy", get_busy, NULL, "whether a native call is under way", NULL}, {0}};
 static PyType_Slot links_slots[] = {
-    {Py_tp_doc, "LinkGroup(net, pool, group=None, hosts=None, me=0)\n--\n\nNative calls over links; with a group in shared memory on each of several hosts, "
-                "whose ranks are listed by host, those of rank `me`."},
+    {Py_tp_doc, "LinkGroup(net, pool, group=None, hosts=None, me=0, whole=None)\n--\n\nNative calls over links; with a group in shared memory on each of several hosts, "
+                "whose ranks are listed by host, those of rank `me`. `net` then reaches its counterparts, and `whole` all ranks."},
     {Py_tp_new, links_new}, {Py_tp_dealloc, links_dealloc}, {Py_tp_getset, links_getset}, {0}};
 PyType_Spec link_group_spec = {"commgraph.shm._native.LinkGroup", sizeof(LinkGroup), 0, Py_TPFLAGS_DEFAULT, links_slots};
