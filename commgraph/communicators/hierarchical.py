@@ -72,12 +72,12 @@ class HierarchicalCommunicator(Communicator):
         self.operations = frozenset({*(COLLECTIVES if even else ("all_reduce", "all_to_all")), *messages})
         numbers = {node: number for number, node in enumerate(dict.fromkeys(nodes))}
         # The ranks in the group, by host and position.
-        self._ranks: list[list[int]] = [[] for _ in numbers]
+        self.hosts: list[list[int]] = [[] for _ in numbers]
         self._places: list[tuple[int, int]] = []
         for rank, node in enumerate(nodes):
             host = numbers[node]
-            self._places.append((host, len(self._ranks[host])))
-            self._ranks[host].append(rank)
+            self._places.append((host, len(self.hosts[host])))
+            self.hosts[host].append(rank)
         self._host, self._position = self._places[group.rank_in_group]
         self._native = native_module.load()
         self._local = local
@@ -93,7 +93,7 @@ class HierarchicalCommunicator(Communicator):
                 across.transport,
                 across.pool,
                 local=local.fast,
-                hosts=self._ranks,
+                hosts=self.hosts,
                 me=group.rank_in_group,
                 whole=group.transport,
             )
@@ -147,7 +147,7 @@ class HierarchicalCommunicator(Communicator):
             with self._among_counterparts() as across:
                 across.all_reduce_(flat, inner, tag=tag, deadline=deadline)
         elif self._even:
-            sizes = [piece.numel() for piece in flat.tensor_split(len(self._ranks[self._host]))]
+            sizes = [piece.numel() for piece in flat.tensor_split(len(self.hosts[self._host]))]
             mine = flat.new_empty(sizes[self._position])
             with self._among_neighbours() as local:
                 local.reduce_scatter(flat, 0, sizes, inner, mine, tag=tag, deadline=deadline)
@@ -193,7 +193,7 @@ class HierarchicalCommunicator(Communicator):
     ) -> None:
         pieces, inner = [_widened(piece).view(-1) for piece in x.split(list(sizes), dim)], _inner(op)
         # For each position, the pieces of all hosts' ranks there.
-        columns = [_joined([pieces[ranks[position]] for ranks in self._ranks]) for position in range(len(self._ranks[0]))]
+        columns = [_joined([pieces[ranks[position]] for ranks in self.hosts]) for position in range(len(self.hosts[0]))]
         mine = columns[self._position]
         if self._local is not None:
             whole, lengths = _joined(columns), [len(column) for column in columns]
@@ -219,7 +219,7 @@ class HierarchicalCommunicator(Communicator):
         whole = column
         order = self._by_position()
         if self._local is not None:
-            lengths = [sum([views[ranks[position]].numel() for ranks in self._ranks]) for position in range(len(self._ranks[0]))]
+            lengths = [sum([views[ranks[position]].numel() for ranks in self.hosts]) for position in range(len(self.hosts[0]))]
             whole = mine.new_empty(sum(lengths))
             with self._among_neighbours() as local:
                 local.all_gather(column, 0, lengths, whole, tag=tag, deadline=deadline)
@@ -233,14 +233,14 @@ class HierarchicalCommunicator(Communicator):
         mine: torch.Tensor | None = dense(x).reshape(-1)
         assert mine is not None
         if self._local is not None:
-            lengths = [counts[rank] for rank in self._ranks[self._host]]
+            lengths = [counts[rank] for rank in self.hosts[self._host]]
             row = mine.new_empty(sum(lengths)) if self._position == position else None
             with self._among_neighbours() as local:
                 local.gather(mine, 0, lengths, row, position, tag=tag, deadline=deadline)
             mine = row
         if mine is None:
             return
-        lengths = [sum([counts[rank] for rank in ranks]) for ranks in self._ranks]
+        lengths = [sum([counts[rank] for rank in ranks]) for ranks in self.hosts]
         whole = None if out is None else mine.new_empty(sum(lengths))
         with self._among_counterparts() as across:
             across.gather(mine, 0, lengths, whole, host, tag=tag, deadline=deadline)
@@ -254,7 +254,7 @@ class HierarchicalCommunicator(Communicator):
         counts = _counts(out, dim, sizes)
         row: torch.Tensor | None = None
         if self._position == position:
-            lengths = [sum([counts[rank] for rank in ranks]) for ranks in self._ranks]
+            lengths = [sum([counts[rank] for rank in ranks]) for ranks in self.hosts]
             whole = None
             if x is not None:
                 pieces = x.split(list(sizes), dim)
@@ -268,7 +268,7 @@ class HierarchicalCommunicator(Communicator):
             return
         mine = ambient.empty(out.numel(), out.dtype)
         with self._among_neighbours() as local:
-            local.scatter(row, 0, [counts[rank] for rank in self._ranks[self._host]], mine, position, tag=tag, deadline=deadline)
+            local.scatter(row, 0, [counts[rank] for rank in self.hosts[self._host]], mine, position, tag=tag, deadline=deadline)
         out.copy_(mine.view(out.shape))
 
     def broadcast(self, x: torch.Tensor, src: int, *, tag: int, deadline: Deadline) -> None:
@@ -291,7 +291,7 @@ class HierarchicalCommunicator(Communicator):
     # From rank to rank.
 
     def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], *, tag: int, deadline: Deadline) -> None:
-        here = self._ranks[self._host]
+        here = self.hosts[self._host]
         if self._local is None:
             if receives[self.rank_in_group] is not sends[self.rank_in_group]:
                 receives[self.rank_in_group].copy_(sends[self.rank_in_group])
@@ -310,7 +310,7 @@ class HierarchicalCommunicator(Communicator):
         deadline: Deadline,
         label: int = 0,
     ) -> None:
-        here = self._ranks[self._host]
+        here = self.hosts[self._host]
         near = [[(x, peer) for x, peer in pairs if peer in here] for pairs in (sends, receives)]
         far = [[(x, peer) for x, peer in pairs if peer not in here] for pairs in (sends, receives)]
         if self._local is not None and (near[0] or near[1]):
@@ -319,7 +319,7 @@ class HierarchicalCommunicator(Communicator):
             self._group.exchange(*far, tag=tag, deadline=deadline, label=label)
 
     def receive_any(self, x: torch.Tensor, tags: Mapping[int, int], *, label: int, patience: float, deadline: Deadline) -> int | None:
-        here = self._ranks[self._host]
+        here = self.hosts[self._host]
         parts: list[tuple[GlooCommunicator | ShmCommunicator, dict[int, int]]] = []
         for strategy, near in ((self._local, True), (self._group, False)):
             some = {peer: one for peer, one in tags.items() if (peer in here) == near}
@@ -344,13 +344,13 @@ class HierarchicalCommunicator(Communicator):
     # Its parts.
 
     def _counterparts(self) -> list[int]:
-        return [ranks[self._position] for ranks in self._ranks]
+        return [ranks[self._position] for ranks in self.hosts]
 
     def _by_host(self) -> list[int]:
-        return list(itertools.chain.from_iterable(self._ranks))
+        return list(itertools.chain.from_iterable(self.hosts))
 
     def _by_position(self) -> list[int]:
-        return list(itertools.chain.from_iterable(zip(*self._ranks, strict=True)))
+        return list(itertools.chain.from_iterable(zip(*self.hosts, strict=True)))
 
     @contextlib.contextmanager
     def _among_neighbours(self) -> Iterator[ShmCommunicator]:
@@ -363,7 +363,7 @@ class HierarchicalCommunicator(Communicator):
     def _among_counterparts(self) -> Iterator[GlooCommunicator]:
         """Call the strategy between hosts; an error that names one of its ranks is raised with the rank in the whole group."""
         assert self._across is not None
-        ranks = self._counterparts() if self._even else [ranks[0] for ranks in self._ranks]
+        ranks = self._counterparts() if self._even else [ranks[0] for ranks in self.hosts]
         with renumbered(ranks.__getitem__):
             yield self._across
 

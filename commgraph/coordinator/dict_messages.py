@@ -125,10 +125,11 @@ def _pack(
 def _claimed(group: Group, objects: Objects, operation: str, peer: int, outgoing: bool) -> Iterator[Turn | None]:
     """Context manager in which no other dict comes between the parts of this one; gives the turn of its tensors, where they follow it."""
     state, turn = group._state, Turn()
-    key = (peer, outgoing, 0 if objects.dicts_in_parts else DICTS)
+    in_parts = objects.sends_in_parts(peer)
+    key = (peer, outgoing, 0 if in_parts else DICTS)
     try:
         state.begin_message(group.name, operation, key, turn)
-        yield turn if objects.dicts_in_parts else None
+        yield turn if in_parts else None
     finally:
         state.turns.release(key, turn)
 

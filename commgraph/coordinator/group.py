@@ -26,7 +26,7 @@ from commgraph.coordinator.failures import Call
 from commgraph.coordinator.gathers import AllGather, AllGatherList, AllGatherV, Broadcast, Gather
 from commgraph.coordinator.native_messages import NativeMessages
 from commgraph.coordinator.objects import Objects
-from commgraph.coordinator.objects_shm import objects_of
+from commgraph.coordinator.objects_hosts import objects_of
 from commgraph.coordinator.operation import Describe, Operation, collective, explain, perform, raise_native, run, run_generally
 from commgraph.coordinator.operators import OPERATIONS
 from commgraph.coordinator.reductions import AllReduce, AllReduceInPlace, Reduce, ReduceScatter, ReduceScatterV

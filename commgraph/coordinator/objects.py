@@ -12,7 +12,7 @@ import itertools
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -110,8 +110,9 @@ class Objects(abc.ABC):
     def pack(self, group: Group, operation: str, obj: object, dst: int) -> Callable[[Deadline], None] | None:
         """Pickle and number an object for one rank; return a function that sends it, None if it was sent at once."""
 
-    dicts_in_parts: ClassVar[bool] = True
-    """Whether the tensors of a dict follow its description as messages without a tag."""
+    def sends_in_parts(self, peer: int) -> bool:
+        """Whether the tensors of a dict to or from a rank follow its description as messages without a tag."""
+        return True
 
     # Dicts that hold nothing but what the native module describes by itself.
 
@@ -171,9 +172,9 @@ class NetworkObjects(Objects):
 
     def send(self, group: Group, operation: str, obj: object, dst: Any, timeout: Timeout) -> None:
         deadline, dst = _begin_message(group, operation, dst, "dst", timeout)
-        self.pack(group, operation, obj, dst)(deadline)
+        self._pack(group, operation, obj, (dst, True, OBJECTS))(deadline)
 
-    def pack(self, group: Group, operation: str, obj: object, dst: int) -> Callable[[Deadline], None]:
+    def pack(self, group: Group, operation: str, obj: object, dst: int) -> Callable[[Deadline], None] | None:
         return self._pack(group, operation, obj, (dst, True, OBJECTS))
 
     def _pack(self, group: Group, operation: str, obj: object, key: MessageKey) -> Callable[[Deadline], None]:

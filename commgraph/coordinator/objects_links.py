@@ -7,7 +7,7 @@ one frame, of plain data (`commgraph.wire`). The caller's thread sends and recei
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from commgraph import wire
@@ -27,9 +27,12 @@ from commgraph.errors import ConcurrentCallError, ContextClosedError
 from commgraph.shm.pickling import Pickler
 from commgraph.shm.sealed_pickle import Sealed, key_of, open_sealed, seal
 
-__all__ = ["LinkObjects"]
+__all__ = ["LinkObjects", "Parts", "bytes_of_parts"]
 
 T = TypeVar("T")
+
+# A message that came: its first frame, what that says if it is signed, and the frames that followed it.
+Parts = tuple[Any, Sealed | None, Sequence[Any]]
 
 # From the tag of a first frame to that of those that follow it.
 _REST: Final = (OBJECT_REST - OBJECT) << 28
@@ -92,14 +95,15 @@ class LinkObjects(NetworkObjects):
             message = self._native(group, operation, net.take, src, tag, seconds, seconds)
             if message is None:
                 raise nothing_yet(group, operation, state.sequence, src, state.timeouts.host)
+            sealed, beside = None, ()
             if signing is not None:
                 sealed = self._opened(group, operation, src, message, context)
                 lengths = sealed.lengths
-                message = sealed, self._native(group, operation, net.take_all, src, tag + _REST, lengths, seconds) if lengths else ()
+                beside = self._native(group, operation, net.take_all, src, tag + _REST, lengths, seconds) if lengths else ()
             state.counts[key] = number + 1
         finally:
             state.turns.release(key, turn)
-        return self._decode_message(group, operation, src, message, context)
+        return self._decode_message(group, operation, src, (message, sealed, beside), context)
 
     def _native(self, group: Group, operation: str, call: Callable[..., T], *args: Any) -> T:
         """Call the links; raise the public error where that fails."""
@@ -132,10 +136,10 @@ class LinkObjects(NetworkObjects):
         except Exception as error:
             raise refuse_object(group, operation, obj, error) from error
 
-    def _decode_message(self, group: Group, operation: str, src: int, message: Any, context: str) -> Any:
-        if self._signing is None:
-            return self._decode(group, operation, src, memoryview(message), context)
-        sealed, beside = message
+    def _decode_message(self, group: Group, operation: str, src: int, message: Parts, context: str) -> Any:
+        head, sealed, beside = message
+        if sealed is None:
+            return self._decode(group, operation, src, memoryview(head), context)
         try:
             return sealed.load(beside)
         except Exception as error:
@@ -176,29 +180,31 @@ class LinkObjects(NetworkObjects):
         sequence: int | None = None,
         message: Message | None = None,
     ) -> Any:
-        transport, patience, nbytes = self._transport, self._state.timeouts.host, 0
+        transport, patience = self._transport, self._state.timeouts.host
 
-        def act() -> Any:
-            nonlocal nbytes
+        def act() -> Parts | None:
             try:
                 transport.net_for(tag, (src,), deadline)
             except PeerLate:
                 return None  # there is no link as yet
             head = transport.take(src, tag, deadline, deadline.at_least(patience))
-            nbytes = 0 if head is None else memoryview(head).nbytes
-            if self._signing is None or head is None:
-                return head
+            if head is None:
+                return None
+            if self._signing is None:
+                return head, None, ()
             sealed = self._opened(group, operation, src, head, context)
             # The sender has begun: from here on a timeout is a failure of the group, and not only of this receive.
             beside = transport.take_all(src, tag, rest, sealed.lengths, deadline.at_least(patience)) if sealed.lengths else ()
-            nbytes += sum(sealed.lengths)
-            return sealed, beside
+            return head, sealed, beside
 
         number, peer = self._state.sequence if sequence is None else sequence, -1 if message is None else src
         what = f"{operation}(...)"
-        return perform(
-            group, operation, number, what, deadline, act, peer=peer, message=message, is_made=has_come, received=lambda _: nbytes
-        )
+        return perform(group, operation, number, what, deadline, act, peer=peer, message=message, is_made=has_come, received=bytes_of_parts)
+
+
+def bytes_of_parts(received: Parts | None) -> int:
+    """Return the bytes of what `_await` returned."""
+    return 0 if received is None else _bytes_of((received[0], *received[2]))
 
 
 def _bytes_of(parts: tuple[Any, ...]) -> int:

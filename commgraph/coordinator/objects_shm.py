@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 import torch
@@ -17,11 +17,9 @@ from commgraph import ambient
 from commgraph.communicators.base import CallsDiffer, Communicator, FastPath
 from commgraph.communicators.memory import is_dense
 from commgraph.communicators.tags import COLLECTIVE, digest, make_tag, tag_of
-from commgraph.communicators.tcp_transport import TcpTransport
 from commgraph.coordinator.checks import BadArgument
 from commgraph.coordinator.failures import EXPECTED, Call
 from commgraph.coordinator.objects import (
-    NetworkObjects,
     Objects,
     checked_objects,
     checked_peer,
@@ -30,7 +28,6 @@ from commgraph.coordinator.objects import (
     refuse_object,
     unreadable,
 )
-from commgraph.coordinator.objects_links import LinkObjects
 from commgraph.coordinator.operation import Group, begin, collective, deadline_of, explain, wait_pending
 from commgraph.coordinator.pending import DICTS, OBJECTS
 from commgraph.coordinator.recorded import DICTS as DICT_FAMILY
@@ -47,25 +44,14 @@ from commgraph.shm.pickling import buffer_of, loads, tensor_over
 from commgraph.shm.recorder import INCOMING, OUTGOING, bytes_of
 from commgraph.shm.stopped import TIMEOUT, Busy, Stopped
 
-__all__ = ["ShmObjects", "objects_of"]
+__all__ = ["ShmObjects"]
 
 # Most bytes of all objects of a `scatter_object` that are put for all: every rank reading all is cheaper then than a second step.
 _INLINE_BYTES = 16 << 10
 
 
-def objects_of(state: GroupState) -> Objects:
-    """Return the implementation of `Objects` for a group."""
-    strategy, fast, mailbox = state.detecting, state.detects, state.mailbox
-    if strategy is None or fast is None or mailbox is None:
-        transport = None if state.network is None else state.network.transport
-        return LinkObjects(state, transport) if isinstance(transport, TcpTransport) else NetworkObjects(state)
-    return ShmObjects(state, strategy, fast, mailbox)
-
-
 class ShmObjects(Objects):
     """Objects of a group whose ranks have a mailbox."""
-
-    dicts_in_parts: ClassVar[bool] = False
 
     def __init__(self, state: GroupState, strategy: Communicator, fast: FastPath, mailbox: Mailbox) -> None:
         self._state = state
@@ -302,6 +288,9 @@ class ShmObjects(Objects):
         self._strategy.all_gather(x, 0, totals, out, tag=tag, deadline=deadline)
         starts = list(itertools.accumulate(totals, initial=0))
         return {rank: _cut(memoryview(memory)[starts[rank] :], sizes[rank]) for rank in sizes}
+
+    def sends_in_parts(self, peer: int) -> bool:
+        return False
 
     # Dicts that the native module describes by itself.
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+import time
 from typing import Any
 
+import attrs
 import pytest
 import torch
 
 import commgraph as cg
+from commgraph.coordinator.objects_hosts import HostObjects
 from commgraph.coordinator.objects_links import LinkObjects
 from commgraph.shm import native_module
 from tests.helpers import on
@@ -53,6 +58,118 @@ def test_objects_of_every_size(keyed: bool) -> None:
             assert same(group.all_gather_object(obj), [obj] * 3)
 
     on(3, body, nodes=3)
+
+
+@pytest.mark.parametrize(("n", "nodes"), [(4, 2), (3, 2), (5, 3)])
+def test_objects_of_one_host_go_through_its_memory(n: int, nodes: int, keyed: bool) -> None:
+    """Each rank sends to each, and is the source of collectives; no two ranks of a host have a link for messages."""
+
+    def body(group: cg.GroupCoordinator) -> None:
+        me, objects, links = group.rank_in_group, group._objects, group._state.network.transport  # type: ignore[union-attr]
+        assert isinstance(objects, HostObjects)
+        near = [rank for rank in range(n) if objects._near_to(rank)]
+        for number, (src, dst) in enumerate(itertools.permutations(range(n), 2)):
+            obj = OBJECTS[number % len(OBJECTS)]
+            tree = {"a": {"x": torch.full((3, 20_000), float(number)), "n": number}, "empty": torch.empty(0)}
+            plain = {"x": torch.full((5,), float(number)), "s": "text"}
+            if me == src:
+                group.send_object(obj, dst)
+                work = group.isend_object(obj, dst)
+                group.send_tensor_dict(tree, dst)
+                group.send_tensor_dict(plain, dst)
+                group.isend_tensor_dict(tree, dst).wait()
+                work.wait()
+            elif me == dst:
+                assert same(group.recv_object(src), obj)
+                assert same(group.irecv_object(src).wait(), obj)
+                got = group.recv_tensor_dict(src)
+                assert (got["a"]["x"] == number).all()
+                assert got["a"]["n"] == number
+                assert group.recv_tensor_dict(src)["x"].tolist() == [number] * 5
+                assert (group.irecv_tensor_dict(src).wait()["a"]["x"] == number).all()
+        for src in range(n):
+            for obj in OBJECTS:
+                assert same(group.broadcast_object(obj if me == src else None, src), obj)
+                assert same(
+                    group.scatter_object([obj if rank % 2 else rank for rank in range(n)] if me == src else None, src),
+                    obj if me % 2 else me,
+                )
+                assert all(same(one, obj) for one in group.all_gather_object(obj))
+                group.all_reduce(torch.ones(3))
+            tree = group.broadcast_tensor_dict({"x": torch.full((4,), float(src)), "n": [src]} if me == src else None, src)
+            assert (tree["x"] == src).all()
+            assert tree["n"] == [src]
+        if n % nodes == 0:  # else collectives of the strategy `tcp` take part
+            assert not any(links.messages.is_linked(peer) for peer in near)  # type: ignore[union-attr]  # a TcpTransport
+
+    on(n, body, nodes=nodes)
+
+
+def test_broadcasts_that_are_late_on_a_relay_or_behind_it_lose_nothing(keyed: bool) -> None:
+    polled = threading.Barrier(4)
+
+    def body(group: cg.GroupCoordinator) -> None:
+        me = group.rank_in_group
+        for timeout in (0, 0.05) if me != 3 else ():
+            with pytest.raises(cg.CollectiveTimeoutError, match="call again to go on waiting"):
+                group.broadcast_object(None, 3, timeout=timeout)
+            with pytest.raises(cg.CollectiveTimeoutError, match="call again to go on waiting"):
+                group.scatter_object(None, 3, timeout=timeout)
+        polled.wait(50)
+        for obj in OBJECTS:
+            assert same(group.broadcast_object(obj if me == 3 else None, 3), obj)
+            assert same(group.scatter_object([obj] * 4 if me == 3 else None, 3), obj)
+        group.all_reduce(torch.ones(3))
+
+    on(4, body, nodes=2)
+
+
+def test_without_a_key_ranks_of_one_host_exchange_any_object() -> None:
+    def body(group: cg.GroupCoordinator) -> None:
+        me, objects = group.rank_in_group, group._objects
+        near = next((rank for rank in range(4) if objects._near_to(rank)), None)  # type: ignore[attr-defined]  # HostObjects
+        assert near is not None
+        if me < near:
+            group.send_object(Own(me), near)
+        else:
+            assert group.recv_object(near) == Own(near)
+        group.barrier()
+        if me == 0:
+            with pytest.raises(TypeError, match="Nothing was sent"):
+                group.broadcast_object(Own(1), 0)
+        assert group.broadcast_object(5 if me == 0 else None, 0) == 5
+
+    on(4, body, nodes=2)
+
+
+@attrs.frozen
+class Own:
+    """No plain data."""
+
+    number: int
+
+
+@pytest.mark.parametrize("who", [1, 2, 3])
+def test_a_rank_that_calls_something_else_is_told(who: int) -> None:
+    """Beside the source, its relay on the other host, and behind that one."""
+
+    def body(group: cg.GroupCoordinator) -> None:
+        group.all_reduce(torch.ones(2))
+        begun = time.monotonic()
+
+        def calls() -> None:
+            for _ in range(2):
+                if group.rank_in_group == who:
+                    group.all_reduce(torch.ones(2), timeout=3)
+                else:
+                    group.broadcast_object("x" if group.rank_in_group == 0 else None, 0, timeout=3)
+            group.barrier(timeout=3)
+
+        with pytest.raises((cg.CollectiveMismatchError, cg.CollectiveTimeoutError, cg.PeerLostError)):
+            calls()
+        assert time.monotonic() - begun < 30
+
+    on(4, body, nodes=2)
 
 
 def test_a_receive_that_is_late_has_lost_nothing(keyed: bool) -> None:
