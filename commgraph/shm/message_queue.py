@@ -18,7 +18,7 @@ import attrs
 from commgraph import launch
 from commgraph.errors import ConfigurationError, PeerLostError
 from commgraph.forks import disown_in_children
-from commgraph.shm import native_module
+from commgraph.shm import native_module, segments
 from commgraph.shm.queue_memory import QueueMemory
 from commgraph.shm.queue_sides import MemoryReader, Side, SocketReader, Timeout, Writer
 from commgraph.shm.recorded_queue import side_of
@@ -134,7 +134,8 @@ class MessageQueue:
 
         Raises:
             ValueError, TypeError: an argument, saying which.
-            BuildError: there is no memory for it.
+            BuildError: there is not as much memory as it needs. Where this process cannot make any (a seccomp filter, no descriptor left),
+                all readers go through sockets, with a warning.
             OSError: the address cannot be bound.
         """
         n_readers = _integer("create", "n_readers", n_readers, 1, _MOST_READERS)
@@ -143,7 +144,7 @@ class MessageQueue:
         chunks = _integer("create", "chunks", chunks, 1, _MOST_BYTES // chunk_bytes)
         key = launch.check_authkey("MessageQueue.create", authkey) or launch.authkey(os.environ)
         secret = Secret(secrets.token_bytes(16), secrets.token_bytes(32), key)
-        native = _native() if n_local else None
+        native = _native_with_memory() if n_local else None
         capacity = max(chunk_bytes * chunks, _LEAST_BYTES)
         writer = Writer(native, secret, n_readers=n_readers, n_local=n_local, capacity=capacity, address=_address(address))
         memory = writer.memory
@@ -301,7 +302,7 @@ def _open_memory(handle: QueueHandle, reader: int, where: str) -> QueueMemory | 
     if reader >= handle.n_local_readers:
         return f"readers from {handle.n_local_readers} on are on other hosts"
     if handle.memory is None:
-        return "the writer has no native module"
+        return "the writer shares no memory"
     if handle.namespace != _pid_namespace():
         # Pids of its processes differ here, so that a death could not be detected.
         return "the writer is in another pid namespace"
@@ -323,6 +324,20 @@ def _native() -> Any:
         return native_module.load()
     warnings.warn(f"commgraph's native module is missing ({reason}): message queues go through sockets", RuntimeWarning, stacklevel=4)
     return None
+
+
+def _native_with_memory() -> Any:
+    """Return the native module for a writer; None where it is missing or this process can make no shared memory."""
+    native = _native()
+    if native is not None and (reason := segments.why_impossible()) is not None:
+        warnings.warn(
+            f"this process can make no shared memory ({reason}): the readers of this message queue go through sockets, which carry plain "
+            "data only without an authkey",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+    return native
 
 
 def _pid_namespace() -> int:

@@ -14,6 +14,7 @@ until all its readers are there and no longer. Each has a thread that sends to i
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import hmac
 import logging
@@ -135,9 +136,11 @@ class Entrance:
             self._listener.bind(bindable)
             self._listener.listen(backlog + 16)
             self._listener.setblocking(False)
-        except BaseException:
+        except OSError as error:
             self._listener.close()
-            raise
+            hint = "; is the loopback interface up?" if error.errno == errno.EADDRNOTAVAIL and bindable[0] == "127.0.0.1" else ""
+            why = f"a message queue cannot listen at {address[0]} port {address[1]}: {error.strerror}{hint}"
+            raise OSError(error.errno, why) from error
         self.address: tuple[str, int] = (address[0], self._listener.getsockname()[1])
 
     def step(self, seconds: float) -> list[tuple[int, socket.socket]]:

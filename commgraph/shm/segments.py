@@ -2,18 +2,19 @@
 
 A memfd has no name that could be left behind or met by chance, is not bound by the size of ``/dev/shm``, and goes with the last process
 that maps it. It is reserved in full when it is made, and sealed, so that no access to it can end in a SIGBUS. Where there are no memfds no
-two processes are found to be on one host (`commgraph.hosts`), so nothing else is needed.
+two processes are found to be on one host (`commgraph.hosts`), and message queues go through sockets.
 """
 
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import stat
 
 from commgraph.errors import BuildError
 
-__all__ = ["create", "open_peer"]
+__all__ = ["create", "open_peer", "why_impossible"]
 
 _SEALS = 0x0002 | 0x0004  # F_SEAL_SHRINK | F_SEAL_GROW
 
@@ -30,7 +31,7 @@ def create(nbytes: int, name: str = "commgraph") -> int:
         os.fchmod(fd, 0o600)  # a memfd is open to every user at first
         os.posix_fallocate(fd, 0, nbytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    except OSError as error:
+    except (OSError, AttributeError) as error:  # AttributeError: this C library has no memfds
         if fd >= 0:
             os.close(fd)
         raise BuildError(
@@ -39,6 +40,15 @@ def create(nbytes: int, name: str = "commgraph") -> int:
             "queue_bytes=...) or shm=False"
         ) from error
     return fd
+
+
+def why_impossible() -> str | None:
+    """Return why this process cannot make any shared memory, not even a page; None where it can."""
+    try:
+        os.close(create(mmap.PAGESIZE))
+    except BuildError as error:
+        return f"{error.__cause__}"
+    return None
 
 
 def open_peer(pid: int, fd: int, nbytes: int) -> int:

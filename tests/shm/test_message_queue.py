@@ -859,7 +859,7 @@ def test_without_the_native_module_everything_goes_through_sockets(monkeypatch: 
     with queue, cg.MessageQueue.attach(queue.handle, 0) as reader:
         queue.enqueue(torch.arange(3))
         assert reader.dequeue(20).tolist() == [0, 1, 2]
-        assert "through a socket (the writer has no native module)" in repr(reader)
+        assert "through a socket (the writer shares no memory)" in repr(reader)
     queue = cg.MessageQueue.create(2, n_local_readers=0)  # nobody asked for memory: no warning
     queue.close()
 
