@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import ipaddress
 import os
@@ -14,12 +15,16 @@ from typing import Any
 
 from commgraph.errors import BuildError
 
-__all__ = ["address_of", "address_seen", "interface_addresses", "store_host", "ticket_at"]
+__all__ = ["address_of", "address_seen", "interface_addresses", "store_host", "ticket_at", "why_unreached"]
 
 # linux/sockios.h: the IPv4 address of an interface.
 _SIOCGIFADDR = 0x8915
 # Of /proc/net/if_inet6: an address that is valid everywhere.
 _GLOBAL_SCOPE = "00"
+# Errors of a host that cannot connect to itself.
+_NO_WAY = frozenset({errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH})
+# Seconds that a connection of a host to itself may take, which the kernel makes in microseconds.
+_LOOPED_BACK = 2.0
 
 
 def address_of(given: str | None, environ: Mapping[str, str], host: tuple[str, int] | None) -> str:
@@ -85,6 +90,17 @@ def store_host(store: Any) -> tuple[str, int] | None:
 def address_seen(host: str, port: int) -> str | None:
     """Return the address to which a connection to `host` would go; None where there is no way there."""
     return _ends(host, port)[1]
+
+
+def why_unreached(address: str, port: int) -> str | None:
+    """Return why this host does not reach itself where it listens; None where it does, or that cannot be tried."""
+    try:
+        socket.create_connection((address, port), _LOOPED_BACK).close()
+    except TimeoutError:
+        return f"nothing arrives within {_LOOPED_BACK:g} s"
+    except OSError as error:
+        return error.strerror if error.errno in _NO_WAY else None
+    return None
 
 
 def _ends(host: str, port: int) -> tuple[str | None, str | None]:

@@ -14,7 +14,7 @@ import attrs
 import msgspec
 import torch.distributed as dist
 
-from commgraph.addresses import address_of, address_seen, store_host
+from commgraph.addresses import address_of, address_seen, store_host, why_unreached
 from commgraph.communicators.endpoint import Endpoint
 from commgraph.communicators.tcp_transport import TcpTransport
 from commgraph.errors import BuildError
@@ -26,6 +26,7 @@ __all__ = ["Reach", "join"]
 
 _LOOPBACK = "127.0.0.1"
 _NONCE_BYTES = 16
+_BRING_UP = "Bring the loopback interface up: ip link set lo up"
 
 
 class _Said(msgspec.Struct, frozen=True):
@@ -98,10 +99,15 @@ def join(
         try:
             endpoint = Endpoint("" if hidden else here)
         except OSError as error:
+            what = _BRING_UP if here == _LOOPBACK else "Name another address of this host by address= or COMMGRAPH_ADDRESS"
+            raise BuildError(f"rank {hosts.rank}: the world: cannot listen at {here}: {error.strerror or error}. {what}") from error
+        # Whatever the address, what a host sends to itself takes the loopback interface.
+        if hosts.local_size > 1 and not hidden and (problem := why_unreached(*endpoint.address)) is not None:
+            endpoint.close()
             raise BuildError(
-                f"rank {hosts.rank}: the world: cannot listen at {here}: {error.strerror or error}. Name another address of this host by "
-                "address= or COMMGRAPH_ADDRESS"
-            ) from error
+                f"rank {hosts.rank}: the world: {hosts.local_size} ranks are on this host, and what it sends to itself at {here} does not "
+                f"arrive: {problem}. {_BRING_UP}"
+            )
     try:
         mine = _Said("" if hidden else here, endpoint.address[1] if endpoint is not None else 0, secrets.token_bytes(_NONCE_BYTES))
         said = [decode(value, _Said, rank) for rank, value in enumerate(meeting.exchange("reach", msgspec.msgpack.encode(mine)))]
