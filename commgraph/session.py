@@ -131,6 +131,7 @@ class _Search:
         # Processes that wait in this search and not in an earlier one of a job that has died, by rank.
         self._seen: dict[int, Process] = {}
         self._renewed = 0.0
+        self._has_written = False
         self._use(store)
 
     def _use(self, store: dist.Store) -> None:
@@ -275,20 +276,23 @@ class _Search:
     def _change_pending(self, change: Callable[[list[_Hello]], list[_Hello]]) -> None:
         """Change this rank's list, which other threads of this process may change at the same time."""
         key = f"pending/{self._rank}"
+        # The very first operation on the store says that this process is there, so that its death is noticed from then on.
+        old = self._store.get(key) if self._has_written and self._store.check([key]) else b""
+        self._has_written = True
         while True:
-            old = self._store.get(key) if self._store.check([key]) else b""
             hellos = _decode(old)
             changed = change(hellos)
             if changed == hellos:
                 return
             new = _encode(changed)
             try:
-                came = self._store.compare_set(key, old, new)  # type: ignore[arg-type]  # torch takes bytes as well
+                came = bytes(self._store.compare_set(key, old, new))  # type: ignore[arg-type]  # torch takes bytes as well
             except (NotImplementedError, TypeError):  # a store written in Python, that has none
                 write(self._store, key, new)
                 return
-            if bytes(came) == new:
+            if came == new:
                 return
+            old = b"" if came == old else came  # what was expected comes back where there is no such key
 
 
 def _encode(hellos: Sequence[_Hello]) -> bytes:
