@@ -22,7 +22,7 @@ from commgraph.errors import BuildError, LayoutMismatchError
 from commgraph.processes import Process
 from commgraph.waiting import Background
 
-__all__ = ["STORE_ERRORS", "Meeting", "PeerLeftError", "attend", "forget", "go_on", "listing", "poll", "write"]
+__all__ = ["STORE_ERRORS", "Meeting", "PeerLeftError", "attend", "end_builds", "forget", "listing", "poll", "write"]
 
 logger = logging.getLogger("commgraph")
 
@@ -44,8 +44,8 @@ _LONG = 10.0
 # Seconds that rank 0 stays, at most, until all others have read its answer: the store may end with its process.
 _LINGER = 2.0
 _FAILED, _HEARD = "failed", "failed/heard"
-# Key of a world's store: its ranks that are alive go on without the others.
-_GONE_ON = "survivors"
+# Key of a world's store: why nothing can be built in it any more.
+_ENDED = "ended"
 
 
 class PeerLeftError(BuildError):
@@ -322,8 +322,8 @@ class Meeting:
                 raise error
             if time.monotonic() - looked >= _WATCH:
                 looked = time.monotonic()
-                if self.world is not None and self.world.check([_GONE_ON]):
-                    raise BuildError(f"{self._head}: {self.world.get(_GONE_ON).decode(errors='replace')}")
+                if self.world is not None and self.world.check([_ENDED]):
+                    raise BuildError(f"{self._head}: {self.world.get(_ENDED).decode(errors='replace')}")
                 for peer in self._ended(watched):
                     if self.store.check([watched[peer]]):
                         del watched[peer]
@@ -384,11 +384,10 @@ class Meeting:
         return f"rank {self.ranks[self.rank]}: {self.what}"
 
 
-def go_on(world: dist.Store, ranks: Sequence[int]) -> None:
-    """Say, in the store of a world, that these ranks go on without the others. Never raises, waits little."""
-    why = f"ranks {listing(ranks)} go on without this rank (World.survivors): it was lost to them (stopped, cut off, or late)"
+def end_builds(world: dist.Store, why: str) -> None:
+    """Say, in the store of a world, why nothing can be built in it any more. Never raises, waits little."""
     with contextlib.suppress(TimeoutError, *STORE_ERRORS):
-        attend(lambda _: world.set(_GONE_ON, why), Deadline.after(_GRACE / 2), grace=0)
+        attend(lambda _: world.set(_ENDED, why), Deadline.after(_GRACE / 2), grace=0)
 
 
 def write(store: dist.Store, key: str, value: bytes) -> None:

@@ -41,7 +41,7 @@ from commgraph.errors import (
 from commgraph.forks import disown_in_children, explain_fork
 from commgraph.layout import Layout
 from commgraph.layout.checks import whole
-from commgraph.meeting import Meeting, go_on
+from commgraph.meeting import Meeting, end_builds, listing
 from commgraph.membership import Latecomers, Membership, View
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import Platform
@@ -590,7 +590,8 @@ class World:
             raise
         late, self._state.latecomers = self._state.latecomers, []
         if len(members) < self.size:
-            go_on(builder.store, members)
+            why = f"ranks {listing(members)} go on without this rank (World.survivors): it was lost to them (stopped, cut off, or late)"
+            end_builds(builder.store, why)
             late.append(Latecomers(reach.endpoint, membership.group, members, owns=builder.owned_endpoint is not None))
         elif builder.owned_endpoint is not None:
             builder.owned_endpoint.close()
@@ -699,6 +700,12 @@ class World:
         if self._state.file is not None:
             self._state.file.close()
 
+    def _end_builds(self) -> None:
+        """Have the other ranks not wait for this one, which leaves, in what they build."""
+        for world in (*self._state.splits, self):
+            if world.size > 1 and not world.closed:
+                end_builds(world._builder.store, f"rank {world.rank} has left the world by an exception")
+
     def _end_latecomers(self) -> None:
         _end_all(self._state.latecomers)
         self._state.latecomers = []
@@ -750,7 +757,8 @@ class World:
         # After an exception the peers may be in another call: dropped connections end it, a collective close would wait in vain.
         if error is None:
             self.close()
-        else:
+        elif not self.closed:
+            self._end_builds()
             self._drop()
 
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:  # at exit the module's names may be gone

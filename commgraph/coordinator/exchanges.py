@@ -21,7 +21,7 @@ from commgraph.coordinator.operation import Group, Operation, deadline_of, diffe
 from commgraph.deadline import Deadline, Timeout
 from commgraph.shm.kinds import KINDS
 
-__all__ = ["AllToAll", "AllToAllV", "Barrier", "CloseBarrier", "Scatter"]
+__all__ = ["AllToAll", "AllToAllV", "Barrier", "CloseBarrier", "Scatter", "SiblingBarrier"]
 
 _HOST = torch.device("cpu")
 
@@ -330,4 +330,11 @@ class CloseBarrier(Barrier):
     """Wait until every rank is about to close the group."""
 
     name = CLOSE
+    native: ClassVar[int | None] = None
+
+
+class SiblingBarrier(Barrier):
+    """Wait until every rank is about to build a sibling: a rank that has left, or calls something else, is found out as in any call."""
+
+    name = "sibling"
     native: ClassVar[int | None] = None

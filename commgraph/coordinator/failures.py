@@ -38,6 +38,10 @@ _PUBLISH_SECONDS = 0.5
 CLOSE = "close"
 # Seconds within which ranks that close a group together do so.
 _CLOSING = 0.5
+# Seconds by which a wait ends after its deadline where the process was not run meanwhile: waits look at the clock many times a second.
+_STOOD_STILL = 0.5
+# How a note begins that says where a rank gave up; other notes say what it called.
+_GAVE_UP = "gave up in call #"
 
 # Frames that are not the user's: this package's, and those of the context managers in it.
 _OURS = (str(Path(__file__).parent.parent), contextlib.__file__)
@@ -137,6 +141,8 @@ class Failures:
         self.closing = False
         self._members = members
         self._store = store
+        # Whether the store did not answer.
+        self._store_is_gone = False
         self._abort = abort
         self._notes = notes
         # Held by the thread that determines the error.
@@ -151,7 +157,7 @@ class Failures:
         """Return the error of a call on a group that is closed, or is not this process's."""
         return ContextClosedError(f"{Call(group, called_method(), self._members, 0).where}: {why}")
 
-    def end(self, call: Call, what: str, seconds: float, error: Exception) -> NoReturn:
+    def end(self, call: Call, what: str, seconds: float, error: Exception, *, overrun: float = 0.0) -> NoReturn:
         """Break the group, release the peers and raise the public error of a call that failed.
 
         Args:
@@ -159,6 +165,7 @@ class Failures:
             what: the call with its arguments, as all ranks have them in common.
             seconds: deadline that it had.
             error: one of `EXPECTED`.
+            overrun: seconds since the deadline.
         """
         if isinstance(error, PeerClosed) and error.peer == self._members.rank_in_group:
             # A call of another lane ended this one and is about to say why.
@@ -169,7 +176,7 @@ class Failures:
             if self.broken is not None:
                 raise copy.copy(self.broken) from None
             if isinstance(error, PeerLate):
-                self._timed_out(call, what, seconds, error)
+                self._timed_out(call, what, seconds, error, overrun)
             if isinstance(error, PeerClosed):
                 self._lost(call, what, error)
             if isinstance(error, CallsDiffer):
@@ -199,16 +206,19 @@ class Failures:
             fault = _Fault("lost", f"{sequence} {why}", self._members.rank, sequence, why)
             self._store.set(f"fault/{self._members.rank_in_group}", json.dumps(attrs.asdict(fault)))
 
-    def _timed_out(self, call: Call, what: str, seconds: float, error: PeerLate) -> NoReturn:
+    def _timed_out(self, call: Call, what: str, seconds: float, error: PeerLate, overrun: float) -> NoReturn:
         ranks = self._members.ranks
         at = call_site()
         head = f"{call.where}: call #{call.sequence}, {what}, at {at}, did not end within a timeout of {seconds:g} s; "
         head += f"it waited for rank {ranks[error.peer]}"
+        if overrun > _STOOD_STILL:
+            head += f", and was not run itself for {overrun:.1f} s of it or more (stopped, or on a machine that stood still)"
+        self._note(call, what, at)
         self._publish(_Fault("timeout", f"{call.sequence} {what}", None, call.sequence, f"{what} at {at}"))
         self._abort()
         raise self._remember(self._late(call, head, what)) from None
 
-    def _late(self, call: Call, head: str, what: str | None = None) -> CollectiveError:
+    def _late(self, call: Call, head: str, what: str | None = None, *, in_time: bool = False) -> CollectiveError:
         """Return the error of a call for which some rank waited in vain: who gave up, and who has said nothing.
 
         Args:
@@ -216,6 +226,7 @@ class Failures:
             head: of the message.
             what: the call with its arguments, to be compared with those of the ranks that gave up; None where this rank did not wait in
                 vain itself: a message that another one waited for differs from this call, and is no mismatch.
+            in_time: this rank's own deadline had not passed.
         """
         ranks, me = self._members.ranks, self._members.rank_in_group
         faults = self._read_faults(range(len(ranks)), wait=1.0)
@@ -224,6 +235,8 @@ class Failures:
         if silent:
             named = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
             lines.append(f"  no word from {named}: late, dead, or elsewhere in the program")
+        elif in_time:
+            lines.append(f"  they waited for rank {ranks[me]}, this one, which was late or stopped")
         differs = what is not None and any(fault.kind == "timeout" and fault.at != f"{call.sequence} {what}" for fault in faults.values())
         kind: type[CollectiveError] = CollectiveMismatchError if differs else CollectiveTimeoutError
         return kind(head + ":\n" + "\n".join(lines), **call.facts)
@@ -246,6 +259,8 @@ class Failures:
         during = f"call #{call.sequence}, {what}, at {at}"
         if fault is None:
             message = f"{call.where}: rank {lost} is gone (died, or closed its side) during {during}: {error.reason}"
+            if self._store_is_gone:
+                message += ". The store, which knows why, is gone too: where this process was late or stopped, the others gave up on it"
         else:
             kind = {"timeout": CollectiveTimeoutError, "mismatch": CollectiveMismatchError, "other": CollectiveError}.get(
                 fault.kind, PeerLostError
@@ -256,13 +271,15 @@ class Failures:
                 gone = f"rank {lost} left the group (it had begun {fault.sequence} calls): {fault.text}"
             gave_up = f"rank {ranks[error.peer]} gave up in call #{fault.sequence}, {fault.text}"
             message = f"{call.where}: ended in {during}, because {gave_up if lost is None else gone}"
+        if kind is CollectiveTimeoutError:
+            self._note(call, what, at)
         self._publish(_Fault(fault.kind if fault else "lost", f"{call.sequence} {what}", lost, call.sequence, f"{what} at {at}"))
         self._abort()
         if kind is CollectiveTimeoutError:
             # The peer's deadline was a moment before this rank's, which waits in the same call: as in `_timed_out`, the arguments count.
             theirs = "" if fault is None else fault.at
             both = theirs.startswith(f"{call.sequence} {call.operation}(") and theirs != f"{call.sequence} {what}"
-            raise self._remember(self._late(call, message, what if both else None)) from None
+            raise self._remember(self._late(call, message, what if both else None, in_time=True)) from None
         raise self._remember(kind(message, **call.facts | ({} if lost is None else {"rank": lost}))) from None
 
     def _differ(self, call: Call, what: str) -> NoReturn:
@@ -318,7 +335,8 @@ class Failures:
         """Return the peers' `_Fault`s by rank in the group, waiting up to `wait` seconds for those of the ranks in `awaited`."""
         me = self._members.rank_in_group
         missing = set(awaited) - {me}
-        found: dict[int, _Fault] = {}
+        # Notes are there as well where the store has ended with its process.
+        found = {peer: fault for peer in range(self._members.world_size) if peer != me and (fault := self._noted(peer)) is not None}
         store = self._store
 
         def read(is_left: Callable[[], bool]) -> None:
@@ -332,9 +350,25 @@ class Failures:
                 time.sleep(0.02)
 
         # Where the store does not answer, as where its process was stopped, this rank has an error of its own. TypeError: not commgraph's.
-        with contextlib.suppress(TimeoutError, TypeError, *STORE_ERRORS):
+        try:
             attend(read, Deadline.after(max(wait, _PUBLISH_SECONDS)), grace=0)
+        except (TimeoutError, TypeError, *STORE_ERRORS):
+            self._store_is_gone = True
         return dict(found)
+
+    def _note(self, call: Call, what: str, at: str) -> None:
+        """Post a note that this rank gave up, if there are notes."""
+        if self._notes is not None:
+            self._notes.post_note(f"{_GAVE_UP}{call.sequence}, {what} at {at}")
+
+    def _noted(self, peer: int) -> _Fault | None:
+        """Return the fault of a peer that gave up on a call, from its note in shared memory."""
+        note = None if self._notes is None else self._notes.read_note(peer)
+        if note is None or not note.startswith(_GAVE_UP):
+            return None
+        number, _, text = note.removeprefix(_GAVE_UP).partition(", ")
+        what, at, _ = text.partition(" at ")
+        return _Fault("timeout", f"{number} {what}", None, int(number), text) if at else None  # one that is too long for a note is cut
 
 
 def called_method() -> str:

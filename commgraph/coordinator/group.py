@@ -20,7 +20,7 @@ from commgraph.coordinator.asynchronous import begin_collective, begin_natively
 from commgraph.coordinator.capture import GraphCapture, capture
 from commgraph.coordinator.checks import BadArgument, like, shape
 from commgraph.coordinator.coalesced import LISTS, either
-from commgraph.coordinator.exchanges import AllToAll, Barrier, CloseBarrier, Scatter
+from commgraph.coordinator.exchanges import AllToAll, Barrier, CloseBarrier, Scatter, SiblingBarrier
 from commgraph.coordinator.experts import Dispatched, Sizes
 from commgraph.coordinator.failures import Call
 from commgraph.coordinator.gathers import AllGather, AllGatherList, AllGatherV, Broadcast, Gather
@@ -1155,7 +1155,8 @@ class GroupCoordinator(compat.OpaqueBase):
     def sibling(self, name: str) -> GroupCoordinator:
         """A coordinator of the same ranks with communicators of its own, so that its operations overlap with this one's. Collective.
 
-        It has the options of this one, belongs to the same context, and is closed with it (or earlier, by its own `close`).
+        It has the options of this one, belongs to the same context, and is closed with it (or earlier, by its own `close`). A call of
+        this group as any other: a rank that is late, has left, or calls something else is an error of the group.
 
         Args:
             name: what errors call it; the same on every rank.
@@ -1171,6 +1172,7 @@ class GroupCoordinator(compat.OpaqueBase):
         state = self._state
         state.ensure_open(self.name)
         assert state.rebuild is not None
+        run_generally(SiblingBarrier, self, ())
         made = state.rebuild(state, name)
         world = self._family.world
         coordinator = GroupCoordinator._of(name, made, local_rank=self.local_rank, device=self.device, token=self._token, world=world)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 
@@ -452,7 +453,9 @@ def perform(
                     recorder.end(token, result if moved is None and isinstance(result, torch.Tensor | memoryview) else None)
         return result
     except EXPECTED as error:
-        group._state.failures.end(Call(group.name, operation, group._state.members, sequence), what, deadline.seconds, error)
+        overrun = (time.monotonic_ns() - deadline.at_ns) * 1e-9
+        call = Call(group.name, operation, group._state.members, sequence)
+        group._state.failures.end(call, what, deadline.seconds, error, overrun=overrun)
     except Busy:
         # A signal handler calls for another kind of message of a ring that the call around it uses; nothing was sent.
         if recorder is not None and token is not None:

@@ -73,20 +73,21 @@ class TorchGroups:
             kind: "device" or "cpu".
             exchange: sends a rank's number to all ranks and returns those of all.
         """
-        own = self._own_device
-        if self._network is not None and self._connected is None and (kind == "cpu" or own is None):
-            self._gloo = self._network.connect_gloo()
-        cpu = self._connected
-        group = cpu if kind == "cpu" else own or cpu
-        if group is None:
+        own = self._own_device if kind == "device" else None
+        group = own or self._connected
+        if group is None and self._network is None:
             group = next(iter(self._entered), None)
         if group is None or group not in self._entered:
+            # First of all: a rank that has left, or calls something else, is found out as in any call.
             ranks = exchange(dist.get_rank())
+            if group is None and self._network is not None:
+                self._gloo = self._network.connect_gloo()
+                group = self._connected
             store = dist.HashStore() if self._network is None else self._network.store
             if group is None:
                 backend = compat.make_gloo(store, 0, 1, timedelta(seconds=self._host_timeout), compat.gloo_device("127.0.0.1"))
                 group = compat.wrap(store, 0, 1, backend, torch.device("cpu"))
-            device = " device" if group is own and group is not cpu else ""
+            device = " device" if own is not None and own is not self._connected else ""
             compat.enter_tables(group, f"commgraph {self._members.uid}{device}", ranks, store)
             self._entered.append(group)
         return group

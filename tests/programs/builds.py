@@ -7,11 +7,13 @@ Each scenario prints a line of JSON for each of its cells.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing as mp
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,6 +29,7 @@ from tests.helpers import free_port
 
 FORK = mp.get_context("fork")
 PATIENCE = timedelta(seconds=20)
+_CLONE_NEWNET = 0x40000000  # from linux/sched.h
 
 
 def processes(n: int, body: Callable[[int], object], *, late: Sequence[int] = ()) -> list[Any]:
@@ -155,10 +158,13 @@ class Mortal(dist.Store):
 
 
 def deaths(folder: Path) -> None:
-    """A rank is killed at the n-th operation on the store of a build. The others say so within two seconds, and who it was."""
+    """A rank is killed at the n-th operation on the store of a build, the first excepted, which says that it is there.
+
+    The others say so within two seconds, and who it was.
+    """
     for shm in (True, False):
         for victim in (0, 2):
-            for at in (4, 14, 23, 34, 47, 60) if shm else (47,):
+            for at in (2, 14, 23, 34, 47, 60) if shm else (47,):
                 path = folder / f"deaths-{shm}-{victim}-{at}"
 
                 def body(rank: int) -> str:
@@ -250,7 +256,114 @@ def stopped(folder: Path) -> None:
     tell(said=said, fine=fine)
 
 
+def leaves(folder: Path) -> None:
+    """A rank leaves its context or its World by an exception, or closes it, and lives; the others, who build, hear of it at once."""
+    leaves_in("context", folder / "sibling", lambda world, ctx: ctx.tp.sibling("b"))
+    leaves_in("context", folder / "torch group", lambda world, ctx: ctx.tp.torch_group("cpu"))
+    leaves_in("world", folder / "context", lambda world, ctx: world.context(cg.Layout(3, tp=3), name="b"))
+    leaves_in("close", folder / "closed", lambda world, ctx: ctx.tp.sibling("b"))
+
+
+def leaves_in(left: str, path: Path, build: Callable[[cg.World, Any], object]) -> None:
+    have_ended = FORK.Semaphore(0)
+
+    def body(rank: int) -> Any:
+        world = cg.World.connect(f"file://{path}", rank=rank, world_size=3, timeout=PATIENCE)
+        ctx = world.context(cg.Layout(3, tp=3), name="a")
+        dist.init_process_group("gloo", init_method=f"file://{path}-torch", rank=rank, world_size=3)
+        ctx.tp.barrier()
+        if rank == 1:
+            if left == "close":
+                ctx.close(timeout=10)
+            else:
+                (ctx if left == "context" else world).__exit__(ValueError, ValueError(), None)
+            return have_ended.acquire(timeout=60) and have_ended.acquire(timeout=60)
+        begun = time.monotonic()
+        try:
+            build(world, ctx)
+            return "built"
+        except cg.CommGraphError as error:
+            return [type(error).__name__, time.monotonic() - begun, str(error)]
+        finally:
+            have_ended.release()
+
+    said = processes(3, body)
+    kind = {"context": "PeerLostError", "world": "BuildError", "close": "CollectiveMismatchError"}[left]
+    fine = said[1] is True and all(one[0] == kind and one[1] < 8 and "rank 1" in one[2] for one in said[::2])
+    tell(left=left, build=path.name, said=said, fine=fine)
+
+
+def continued(folder: Path) -> None:
+    """A rank is stopped until the others have given up and ended, the store with them; its error then blames none of them."""
+    for shm in (True, False):
+        for when in ("before", "in"):
+            continues(when, folder / f"{shm}-{when}", shm=shm)
+
+
+def continues(when: str, sign: Path, *, shm: bool) -> None:
+    where = f"tcp://127.0.0.1:{free_port()}"
+    pids, may_stop, may_call = FORK.Array("i", 3), FORK.Event(), FORK.Event()
+
+    def stop_and_continue() -> None:
+        may_stop.wait(60)
+        os.kill(pids[1], signal.SIGSTOP)
+        await_state(pids[1], "T")
+        sign.touch()
+        may_call.set()
+        for rank in (0, 2):
+            await_state(pids[rank], "ZX")
+        os.kill(pids[1], signal.SIGCONT)
+
+    def body(rank: int) -> str:
+        pids[rank] = os.getpid()
+        world = cg.World.connect(where, rank=rank, world_size=3, timeout=PATIENCE)
+        options = cg.CommunicatorOptions(shm=shm, host_timeout=timedelta(seconds=1))
+        ctx = world.context(cg.Layout(3, tp=3), name="a", options=options)
+        ctx.tp.barrier(timeout=PATIENCE)
+        if rank != 1:
+            may_call.wait(60)
+        else:
+            may_stop.set()
+            while when == "before" and not sign.exists():
+                pass
+        ctx.tp.all_reduce(torch.ones(1 << 20), timeout=60 if rank == 1 and shm else 1)
+        return "worked"
+
+    stopper = threading.Thread(target=stop_and_continue)
+    stopper.start()
+    said = processes(3, body)
+    stopper.join(60)
+    kind, _, text = said[1]
+    others = all(one[0] == "CollectiveTimeoutError" and "no word from rank 1" in one[2] for one in said[::2])
+    late = "this one, which was late or stopped", "where this process was late or stopped, the others gave up", "was not run itself"
+    fine = others and any(words in text for words in late) and (not shm or kind == "CollectiveTimeoutError")
+    tell(shm=shm, when=when, said=said, fine=fine)
+
+
+def await_state(pid: int, letters: str) -> None:
+    """Wait until a process is in one of the states that `/proc` shows as these letters, or gone."""
+    while (fields := status_of(pid)) and fields[0] not in letters:
+        time.sleep(0.002)
+
+
+def status_of(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def no_loopback(folder: Path) -> None:
+    """The loopback interface is down, as in a new network namespace. The error says so on every rank, at once."""
+    assert ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+
+    def body(rank: int) -> int:
+        return cg.World.connect(f"file://{folder}/store", rank=rank, world_size=2, timeout=PATIENCE).size
+
+    said = processes(2, body)
+    tell(said=said, fine=all(one[0] == "BuildError" and one[1] < 8 and "loopback interface" in one[2] for one in said))
+
+
 if __name__ == "__main__":
-    {"ends": ends, "again": again, "deaths": deaths, "closes": closes, "leavings": leavings, "stopped": stopped}[sys.argv[1]](
-        Path(sys.argv[2])
-    )
+    scenarios: tuple[Callable[[Path], None], ...] = (ends, again, deaths, closes, leavings, stopped, leaves, continued, no_loopback)
+    next(one for one in scenarios if one.__name__ == sys.argv[1])(Path(sys.argv[2]))

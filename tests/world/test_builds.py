@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 
 import commgraph as cg
+from tests.helpers import may_unshare
 from tests.processes import PROGRAMS, Processes
 
 
@@ -37,7 +38,17 @@ def test_builds_leave_no_keys_in_the_store() -> None:
 
 @pytest.mark.parametrize(
     ("scenario", "cells"),
-    [("ends", 12), ("again", 4), ("deaths", 14), ("closes", 3), ("leavings", 4), ("stopped", 1)],
+    [
+        ("ends", 12),
+        ("again", 4),
+        ("deaths", 14),
+        ("closes", 3),
+        ("leavings", 4),
+        ("stopped", 1),
+        ("leaves", 4),
+        ("continued", 4),
+        pytest.param("no_loopback", 1, marks=pytest.mark.skipif(not may_unshare(), reason="needs root and unshare")),
+    ],
 )
 def test_builds(scenario: str, cells: int, tmp_path: Path, processes: Processes) -> None:
     """See the functions of these names in the program, each of which says what it does."""
