@@ -131,7 +131,7 @@ def compile(session: nox.Session) -> None:  # noqa: A001 - what the session does
 def hosts(session: nox.Session) -> None:
     """Jobs over several hosts, which are network namespaces of this machine: needs root. After --: how many random faults, and a seed."""
     python = str(with_torch(session, "test") / "python")
-    jobs = (f"launch/test_{kind}_hosts.py" for kind in ("over", "faults_over"))
+    jobs = (f"launch/test_{kind}_hosts.py" for kind in ("over", "cases_over", "faults_over"))
     files = (*jobs, "world/test_elastic.py", "world/test_many_hosts.py")
     session.run(python, "-m", "pytest", "-m", "hosts or not hosts", *(f"tests/{file}" for file in files), external=True)
     session.run(python, "-m", "pytest", "-m", "hosts", "tests/world/test_torchrun.py", external=True)

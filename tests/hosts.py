@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import attrs
 
-__all__ = ["Host", "Job", "joined", "why_impossible"]
+__all__ = ["Host", "Job", "joined", "relayed", "why_impossible"]
 
 _TOOLS = ("ip", "unshare", "nsenter", "mount", "hostname")
 
@@ -31,11 +31,13 @@ class Host:
         name: its host name.
         address: its IPv4 address.
         pid: of the process that holds its namespaces.
+        switch: pid of the one that holds the namespace of the network's bridge.
     """
 
     name: str
     address: str
     pid: int
+    switch: int
 
     def command(self, *words: str) -> list[str]:
         """Return a command that runs another one here."""
@@ -165,7 +167,7 @@ def joined(
                 "&& ip link set lo up"
             )
             pid = _hold(holders, prepare, "-n", "-m", "-p", "-u", "--fork", "--mount-proc", "--kill-child")
-            host = Host(name, f"10.77.0.{number + 1}", pid)
+            host = Host(name, f"10.77.0.{number + 1}", pid, switch)
             _ip("link", "add", "eth0", "netns", str(pid), "type", "veth", "peer", "name", f"port{number}", "netns", str(switch))
             subprocess.run(["nsenter", "-t", str(switch), "-n", "ip", "link", "set", f"port{number}", "master", "switch", "up"], check=True)
             host.run("ip", "address", "add", f"{host.address}/24", "dev", "eth0")
@@ -183,6 +185,33 @@ def joined(
             holder.kill()
             holder.communicate()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def relayed(hosts: Sequence[Host], *, delay: float = 0.0, loss: float = 0.0, seed: int = 0) -> Iterator[None]:
+    """Join the first two hosts, and them alone, by a program that delays and drops frames in place of the bridge.
+
+    Args:
+        hosts: as `joined` gives them.
+        delay: seconds, one way.
+        loss: share of the frames.
+        seed: of the choice of those that are lost.
+    """
+    enter, ports = ["nsenter", "-t", str(hosts[0].switch), "-n"], [f"port{number}" for number in range(2)]
+    for port in ports:
+        subprocess.run([*enter, "ip", "link", "set", port, "nomaster"], check=True)
+    words = [sys.executable, str(Path(__file__).parent / "programs" / "relay.py"), str(delay), str(loss), str(seed), *ports]
+    relay = subprocess.Popen([*enter, *words], stdout=subprocess.PIPE)
+    try:
+        assert relay.stdout is not None
+        assert relay.stdout.readline() == b"ready\n"
+        _await_carrier(hosts[:2])
+        yield
+    finally:
+        relay.kill()
+        relay.communicate()
+        for port in ports:
+            subprocess.run([*enter, "ip", "link", "set", port, "master", "switch"], check=False)
 
 
 def _hold(holders: list[subprocess.Popen[bytes]], prepare: str, *namespaces: str) -> int:

@@ -181,7 +181,7 @@ class Objects(Library):
         """On the group of the writer and its readers."""
         group = self._ctx[f"objects{readers}"]
         if self._method == "MessageQueue":
-            return _Queues(group)
+            return _Queues(group, self.job.world)
         return _Broadcasts(group) if self._method == "broadcast_object" else _Messages(group)
 
 
@@ -217,10 +217,15 @@ class _Broadcasts(_Messages):
 class _Queues(Channel):
     """One queue to all readers, and one back from each."""
 
-    def __init__(self, group: cg.GroupCoordinator) -> None:
+    def __init__(self, group: cg.GroupCoordinator, world: cg.World) -> None:
         queue: Any = getattr(cg, "MessageQueue")  # noqa: B009 - not there in every version
         me, readers = group.rank_in_group, group.world_size - 1
-        mine = queue.create(readers if me == 0 else 1)
+        nodes = [world.nodes[rank] for rank in group.ranks]
+        peers = range(1, readers + 1) if me == 0 else (0,)
+        # Readers of this host have the lowest numbers, as ranks of one host follow each other. Others come by the address of the World.
+        near = len(list(itertools.takewhile(lambda peer: nodes[peer] == nodes[me], peers)))
+        address = None if near == len(peers) else world._builder.address
+        mine = queue.create(len(peers), n_local_readers=near, address=address)
         handles: Sequence[Any] = group.all_gather_object(mine.handle)
         self._out = mine
         self._in = {r: queue.attach(handles[r], 0) for r in range(1, readers + 1)} if me == 0 else {0: queue.attach(handles[0], me - 1)}

@@ -146,7 +146,15 @@ class MessageQueue:
         secret = Secret(secrets.token_bytes(16), secrets.token_bytes(32), key)
         native = _native_with_memory() if n_local else None
         capacity = max(chunk_bytes * chunks, _LEAST_BYTES)
-        writer = Writer(native, secret, n_readers=n_readers, n_local=n_local, capacity=capacity, address=_address(address))
+        host, port = _address(address)
+        try:
+            writer = Writer(native, secret, n_readers=n_readers, n_local=n_local, capacity=capacity, address=(host, port))
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"MessageQueue.create: cannot listen at {host!r} port {port}: {error.strerror or error}. address= is a name or address of "
+                "this host, by which readers on other hosts reach it",
+            ) from error
         memory = writer.memory
         handle = QueueHandle(
             queue=secret.queue,
@@ -196,8 +204,9 @@ class MessageQueue:
             host, port = handle.address
             raise PeerLostError(
                 f"{where}: the writer (process {handle.pid}) cannot be reached, neither through memory ({opened}) nor at {host}:{port} "
-                f"({error}). It closed or died, all its readers have attached already, or the address is not one that this host reaches: "
-                "MessageQueue.create(..., address=...)",
+                f"({error}). It closed or died, all its readers have attached already, "
+                f"{'its authkey is another one than this reader has, ' if handle.signed else ''}or the address is not one that this host "
+                "reaches: MessageQueue.create(..., address=...)",
                 group=handle.name,
                 operation="attach",
             ) from error

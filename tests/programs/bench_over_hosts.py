@@ -6,6 +6,7 @@ Arguments: those of `commgraph bench`, in the place of `_USUAL`.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,9 @@ def main(arguments: list[str]) -> int:
         for host in pair:
             # The default of some machines, BBR, makes all libraries two to four times as slow on such a network, and hides differences.
             host.run("sysctl", "-q", "-w", "net.ipv4.tcp_congestion_control=reno")
-        address = {"WORLD_SIZE": "2", "MASTER_ADDR": pair[0].address, "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1"}
+        # A queue's handle is an object of a class, which travels between hosts where there is a key.
+        key = {"COMMGRAPH_AUTHKEY": secrets.token_hex(16)}
+        address = key | {"WORLD_SIZE": "2", "MASTER_ADDR": pair[0].address, "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1"}
         running = []
         for rank, host in enumerate(pair):
             own = address | {"RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
