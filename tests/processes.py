@@ -162,6 +162,9 @@ def fork_server() -> Iterator[socket.socket]:
     with ours:
         with theirs:
             command = [sys.executable, str(PROGRAMS / "fork_server.py"), str(theirs.fileno())]
-            server = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=environment())
+            # Its streams are pipes, as those of its children will be: Python asks what they are only once.
+            streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+            server = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment(), text=True, **streams)
         yield ours
-    assert server.wait(20) == 0
+    said = server.communicate(timeout=20)
+    assert server.returncode == 0, said

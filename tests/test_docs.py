@@ -22,6 +22,7 @@ import pytest
 import commgraph as cg
 from commgraph import cli, layout
 from commgraph.testing import spmd
+from tests.processes import Processes, outputs
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"```(python|text)\n(.*?)```", re.DOTALL)
@@ -59,16 +60,12 @@ def test_the_programs_of_the_tutorial_print_what_the_page_says() -> None:
     assert compared >= 3
 
 
-def test_the_programs_of_the_elastic_page_run(tmp_path: Path) -> None:
+def test_the_programs_of_the_elastic_page_run(tmp_path: Path, processes: Processes) -> None:
     """Each in a world of one, which grows by two processes."""
     lose, _, grow, newcomer = (code for kind, code in blocks("docs/how-to/elastic.md") if kind == "python")
     (tmp_path / "newcomer.py").write_text(newcomer)
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for code, then in ((lose, "print(steps)"), (grow, "print(context.world_size)")):
-        done = subprocess.run(
-            [sys.executable, "-c", f"{code}\n{then}"], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=90, check=True
-        )
-        assert done.stdout.strip() in ("100", "3"), done.stderr
+    programs = (f"{lose}\nprint(steps)", f"{grow}\nprint(context.world_size)")
+    assert outputs([processes.start("-c", text, cwd=tmp_path) for text in programs]) == ["100\n", "3\n"]
 
 
 def test_the_tests_of_the_spmd_page_pass() -> None:

@@ -34,6 +34,7 @@ from commgraph.options import CommunicatorOptions
 from commgraph.platforms import CpuPlatform, GroupFacts
 from commgraph.testing import spmd
 from tests.helpers import ROOT
+from tests.processes import Processes, environment, outputs
 from tests.stand_ins import FakeDevice, Memory
 
 # Two peers as users write them: one that is right, one that is not.
@@ -156,15 +157,13 @@ def test_what_was_measured_can_be_shown_again(
     assert (tmp_path / "two.md").read_text().count("### all_reduce_, us") == 2
 
 
-def test_ranks_of_a_launcher_run_it_too_and_the_first_one_prints(tmp_path: Path) -> None:
-    arguments = command("--op", "barrier", "object_idle", "--idle", "0.1", "--iters", "2", "--compare", "queue", "--json", "run.json")
-    environ = {**os.environ, "PMI_SIZE": "2", "PYTHONPATH": str(ROOT)}
+def test_ranks_of_a_launcher_run_it_too_and_the_first_one_prints(tmp_path: Path, processes: Processes) -> None:
+    asked = ("--op", "barrier", "object_idle", "--idle", "0.1", "--iters", "2", "--compare", "queue", "--json", "run.json")
     ranks = [
-        subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env={**environ, "PMI_RANK": str(rank)})
+        processes.start("-m", "commgraph.cli", "bench", *asked, env=environment({"PMI_SIZE": "2", "PMI_RANK": str(rank)}), cwd=tmp_path)
         for rank in range(2)
     ]
-    first, second = (rank.communicate(timeout=60)[0] for rank in ranks)
-    assert [rank.returncode for rank in ranks] == [0, 0]
+    first, second = outputs(ranks)
     assert "barrier" in first
     assert "its queues are inherited from the process that starts the ranks, and PMI started these" in first
     assert second == ""
@@ -463,20 +462,12 @@ def later(inner: Callable[..., Any], seconds: float) -> Callable[..., Any]:
     return call
 
 
-def test_tuning_without_kernels_says_why(tmp_path: Path) -> None:
+def test_tuning_without_kernels_says_why(tmp_path: Path, processes: Processes) -> None:
     with pytest.raises(ConfigurationError, match=r"--tune: nothing to tune here: custom_all_reduce: not used, rank 0: no such kernels"):
         tuned(tmp_path, lambda memory: FakeDevice(memory, peer_problem="no such kernels"))
     with pytest.raises(ConfigurationError, match="--tune: nothing to tune here: the cpu platform has no kernels over the peers' memory"):
         tuned(tmp_path, lambda memory: CpuPlatform())  # type: ignore[arg-type,return-value]  # no stand-in
-    done = subprocess.run(
-        command("--tune", "table.json", "--iters", "1"),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    done = processes.run("-m", "commgraph.cli", "bench", "--tune", "table.json", "--iters", "1", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("commgraph bench: --tune: nothing to tune here: the cpu platform has no kernels")
     assert done.stderr.count("\n") == 1

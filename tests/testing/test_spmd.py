@@ -6,9 +6,6 @@ import gc
 import os
 import resource
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +19,7 @@ import torch.distributed as dist
 import commgraph as cg
 from commgraph.meeting import Meeting
 from commgraph.testing import spmd
-from tests.helpers import ROOT
+from tests.processes import Processes, outputs
 
 
 @pytest.fixture(autouse=True)
@@ -321,14 +318,9 @@ except cg.ConfigurationError as error:
 """
 
 
-def test_a_low_limit_of_open_files_is_raised_or_explained() -> None:
+def test_a_low_limit_of_open_files_is_raised_or_explained(processes: Processes) -> None:
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] >= 2000, "this test lowers the limit of its child to 2000"
 
-    def child(soft: int, hard: int) -> str:
-        program = [sys.executable, "-c", textwrap.dedent(FEW), str(soft), str(hard)]
-        done = subprocess.run(program, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    assert child(256, 2000) == "23\n"
-    assert "ulimit" in child(256, 300)
+    raised, explained = outputs([processes.start("-c", FEW, "256", hard) for hard in ("2000", "300")])
+    assert raised == "23\n"
+    assert "ulimit" in explained

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ROOT, free_port
-from tests.processes import PROGRAMS, Processes
+from tests.processes import PROGRAMS, Processes, environment
 
 # Prints which modules of commgraph `import torch` has imported, and what makes a group of the backend, if it is known.
 FOUND = """
@@ -68,9 +68,9 @@ def test_torch_finds_the_backend_by_its_entry_point_where_it_is_asked_for(tmp_pa
     assert done.stdout == ("True True\ncommgraph.torch_backend.group\n" if asked else "False False\n"), done.stderr
 
 
-def test_the_program_of_the_page_runs() -> None:
+def test_the_program_of_the_page_runs(processes: Processes) -> None:
     text = (ROOT / "docs/how-to/torch-backend.md").read_text()
     (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     meeting = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    done = run("-c", f"{program}print(model.module.weight.grad.sum().item())", **meeting)
+    done = processes.run("-c", f"{program}print(model.module.weight.grad.sum().item())", env=environment(meeting))
     assert done.stdout == "128.0\n", done.stderr
