@@ -70,7 +70,7 @@ class DeviceOrder:
         except PeerLate as error:
             raise PeerLate(ranks.index(error.peer)) from None
         except PeerClosed as error:
-            raise PeerClosed(ranks.index(error.peer), error.reason) from None
+            raise type(error)(ranks.index(error.peer), error.reason) from None
         return heard
 
     def abort(self) -> None:

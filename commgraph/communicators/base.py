@@ -25,6 +25,7 @@ __all__ = [
     "Limits",
     "PeerClosed",
     "PeerLate",
+    "PeerLeft",
     "Refused",
 ]
 
@@ -47,6 +48,13 @@ class PeerClosed(Exception):  # noqa: N818 - as above
         super().__init__(peer, reason)
         self.peer = peer
         self.reason = reason
+
+
+class PeerLeft(PeerClosed):
+    """`peer` has closed the group in order, and lives."""
+
+    def __init__(self, peer: int, reason: str = "it has closed the group") -> None:
+        super().__init__(peer, reason)
 
 
 class AccessRefused(Exception):  # noqa: N818 - as above

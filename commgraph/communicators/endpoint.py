@@ -26,7 +26,7 @@ import time
 
 import attrs
 
-from commgraph.communicators.base import PeerClosed, PeerLate
+from commgraph.communicators.base import PeerClosed, PeerLate, PeerLeft
 from commgraph.deadline import Deadline
 
 __all__ = ["Endpoint", "Link"]
@@ -247,7 +247,8 @@ class Endpoint:
         elif said == _YIELDS:
             self._end(handshake)  # the other side's call is on its way
         elif said == _LEFT:
-            self._end(handshake, "it has closed the group")
+            self._end(handshake)
+            self._made[link] = PeerLeft(handshake.peer)
         else:
             self._end(handshake, "the process there does not know the job's secret")
 

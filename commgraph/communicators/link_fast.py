@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
-from commgraph.communicators.shm_fast import PROCESS_ENDED, Closed, ShmFastPath, native_calls, translated
+from commgraph.communicators.base import PeerClosed, PeerLeft
+from commgraph.communicators.shm_fast import Closed, ShmFastPath, native_calls, translated
 from commgraph.communicators.tcp_transport import TcpTransport
 from commgraph.forks import keep_for_ever
+from commgraph.shm.stopped import GONE, LOST, Stopped
 
 __all__ = ["LinkFastPath"]
 
@@ -42,7 +44,9 @@ class LinkFastPath:
         """
         self._transport = transport
         self._whole = whole
-        self._neighbours: frozenset[int] = frozenset()
+        self._local = local
+        # Ranks in the group of this host's ranks, where it has several.
+        self._neighbours: list[int] = []
         if local is None or whole is None:
             self._rank_in_group, self._linked = transport.rank_in_group, list(range(transport.world_size))
             self.counter: Any = transport.native.LinkGroup(transport.collectives, pool)
@@ -52,7 +56,7 @@ class LinkFastPath:
             self._rank_in_group, self._linked = me, [ranks[here.index(me)] for ranks in hosts]
             ranks_by_host = [list(ranks) for ranks in hosts]
             self.counter = transport.native.LinkGroup(transport.collectives, pool, local.counter, ranks_by_host, me, whole.collectives)
-            self._neighbours = frozenset(here)
+            self._neighbours = list(here)
 
     def open(self, describe: Callable[[str, tuple[Any, ...]], int], timeout: float) -> Any:
         """Return the native calls of one coordinator."""
@@ -64,15 +68,17 @@ class LinkFastPath:
 
     def translate(self, error: BaseException) -> Exception | None:
         """Return the error of the coordinator for what ended a native call; None for any other exception."""
-        return translated(error, self._rank_in_group, self._why_lost)
+        if self._local is not None and isinstance(error, Stopped) and error.code in (GONE, LOST) and error.member in self._neighbours:
+            return self._local.translate(Stopped(error.code, self._neighbours.index(error.member)))
+        return translated(error, self._rank_in_group, self._lost)
 
-    def _why_lost(self, rank: int) -> str:
-        if rank in self._neighbours:
-            return PROCESS_ENDED
+    def _lost(self, rank: int, _: int) -> PeerClosed:
         transport, whole = self._transport, self._whole
-        if whole is None or (rank in self._linked and transport.collectives.error(self._linked.index(rank))):
-            return transport.why_lost(transport.collectives, self._linked.index(rank))
-        return whole.why_lost(whole.collectives, rank)
+        if whole is not None:
+            found = whole.lost(whole.collectives, rank, rank)
+            if isinstance(found, PeerLeft) or rank not in self._linked:
+                return found
+        return transport.lost(transport.collectives, self._linked.index(rank), rank)
 
     def offer(self, x: torch.Tensor, dst: int, *, tag: int, label: int = 0) -> bool:
         """Send nothing, and return False."""

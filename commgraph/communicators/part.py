@@ -22,7 +22,7 @@ def renumbered(numbers: Callable[[int], int]) -> Iterator[None]:
     except PeerLate as error:
         raise PeerLate(numbers(error.peer)) from None
     except PeerClosed as error:
-        raise PeerClosed(numbers(error.peer), error.reason) from None
+        raise type(error)(numbers(error.peer), error.reason) from None
     except CallsDiffer as error:
         raise CallsDiffer(numbers(error.peer)) from None
     except AccessRefused as error:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from commgraph import compat
-from commgraph.communicators.base import AccessRefused, CallsDiffer, PeerClosed, PeerLate
+from commgraph.communicators.base import AccessRefused, CallsDiffer, PeerClosed, PeerLate, PeerLeft
 from commgraph.communicators.memory import dense
 from commgraph.forks import keep_for_ever
 from commgraph.shm.host_memory import HostMemory
@@ -17,6 +17,9 @@ from commgraph.shm.mailbox import Mailbox, tensors_with
 from commgraph.shm.stopped import GONE, LOST, MISMATCH, REFUSED, TIMEOUT, Stopped
 
 __all__ = ["PROCESS_ENDED", "Closed", "ShmFastPath", "by_peer", "native_calls", "tensors_of", "translated"]
+
+# `Team.state` of a member that was closed without an error.
+_CLOSED = 2
 
 # Why a rank of this host is lost.
 PROCESS_ENDED = "its process ended"
@@ -55,7 +58,10 @@ class ShmFastPath:
         return self.mailbox.offer(dst, tensors_with(label), tag, ((whole.data_ptr(), whole.nbytes),))
 
     def translate(self, error: BaseException) -> Exception | None:
-        return translated(error, self._rank_in_group, lambda _: PROCESS_ENDED, self._numbers)
+        memory = self._memory
+        if isinstance(error, Stopped) and error.code == GONE and memory is not None and memory.team.state(error.member) == _CLOSED:
+            return PeerLeft(self._numbers[error.member])
+        return translated(error, self._rank_in_group, lambda _, rank: PeerClosed(rank, PROCESS_ENDED), self._numbers)
 
     @property
     def interrupted(self) -> bool:
@@ -111,13 +117,15 @@ class Closed:
         """Return None: there are no notes."""
 
 
-def translated(error: BaseException, me: int, why_lost: Callable[[int], str], numbers: Sequence[int] | None = None) -> Exception | None:
+def translated(
+    error: BaseException, me: int, lost: Callable[[int, int], PeerClosed], numbers: Sequence[int] | None = None
+) -> Exception | None:
     """Return `PeerLate`, `PeerClosed` or `CallsDiffer` for what ended a native call; None for any other exception.
 
     Args:
         error: that ended it.
         me: this rank, as the native call names it.
-        why_lost: gives the reason why a rank is lost, named likewise.
+        lost: makes the error of a rank that is lost, from how the native call names it and how the error is to.
         numbers: of the ranks, where the error is to name them otherwise.
     """
     if not isinstance(error, Stopped):
@@ -132,7 +140,7 @@ def translated(error: BaseException, me: int, why_lost: Callable[[int], str], nu
     if code == REFUSED:
         return AccessRefused(rank)
     if code == LOST:
-        return PeerClosed(rank, why_lost(member))
+        return lost(member, rank)
     return PeerClosed(rank, "it closed its side" if code == GONE else "this rank closed the group")
 
 

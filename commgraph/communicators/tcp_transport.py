@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from commgraph.communicators.base import CallsDiffer, PeerClosed
+from commgraph.communicators.base import CallsDiffer, PeerClosed, PeerLeft
 from commgraph.communicators.endpoint import Endpoint, Link
 from commgraph.communicators.shm_fast import translated
 from commgraph.communicators.tags import CHECK, COLLECTIVE, SETUP
@@ -223,7 +223,7 @@ class TcpTransport:
             if not isinstance(error, Stopped):
                 self.abort()  # a signal's handler has raised: messages may be half sent, and the others must not wait for this rank
                 raise error
-            found = translated(error, self.rank_in_group, lambda peer: self.why_lost(net, peer))
+            found = translated(error, self.rank_in_group, lambda peer, rank: self.lost(net, peer, rank))
             assert found is not None
             raise found from None
         finally:
@@ -231,12 +231,14 @@ class TcpTransport:
 
     def translate(self, error: BaseException) -> Exception | None:
         """Return `PeerLate`, `PeerClosed` or `CallsDiffer` for what ended a native call for messages; None for any other exception."""
-        return translated(error, self.rank_in_group, lambda peer: self.why_lost(self.messages, peer))
+        return translated(error, self.rank_in_group, lambda peer, rank: self.lost(self.messages, peer, rank))
 
-    def why_lost(self, net: Any, peer: int) -> str:
-        """Return why the link to a peer has ended."""
+    def lost(self, net: Any, peer: int, rank: int) -> PeerClosed:
+        """Return the error of a link to `peer` that has ended, which names it `rank`."""
+        if net.has_left(peer):
+            return PeerLeft(rank)
         number = net.error(peer)
-        return f"its connection ended: {os.strerror(number) if number else 'it closed the connection'}"
+        return PeerClosed(rank, f"its connection ended: {os.strerror(number) if number else 'it closed the connection'}")
 
     def abort(self) -> None:
         """Close every link at once: all waits end with an error, here and on the peers. Never raises."""

@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 import attrs
 import torch.distributed as dist
 
-from commgraph.communicators.base import AccessRefused, CallsDiffer, FastPath, PeerClosed, PeerLate
+from commgraph.communicators.base import AccessRefused, CallsDiffer, FastPath, PeerClosed, PeerLate, PeerLeft
+from commgraph.coordinator.spans import context_of
 from commgraph.deadline import Deadline
 from commgraph.errors import (
     CollectiveError,
@@ -250,14 +251,18 @@ class Failures:
         self._raise_if_closing(call)
         ranks = self._members.ranks
         # A peer whose deadline passed closes its connection a moment before it has published why.
-        faults = self._read_faults([error.peer], wait=0.25)
+        faults = self._read_faults([error.peer], wait=0.0 if isinstance(error, PeerLeft) else 0.25)
         self._raise_if_closing(call)
         fault = faults.get(error.peer) or next(iter(faults.values()), None)
         at = call_site()
         lost: int | None = ranks[error.peer]
         kind: type[CollectiveError] = PeerLostError
         during = f"call #{call.sequence}, {what}, at {at}"
-        if fault is None:
+        if fault is None and isinstance(error, PeerLeft):
+            context = context_of(self._members.uid)
+            closed = f"context {context!r}" if context else "its World"
+            message = f"{call.where}: rank {lost} has closed {closed}, and takes no part in {during}"
+        elif fault is None:
             message = f"{call.where}: rank {lost} is gone (died, or closed its side) during {during}: {error.reason}"
             if self._store_is_gone:
                 message += ". The store, which knows why, is gone too: where this process was late or stopped, the others gave up on it"

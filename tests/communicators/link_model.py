@@ -214,6 +214,11 @@ class Frames:
         ends: who gives up ends the link; else it goes on with its next call.
         delivers: what was sent before the link ended arrives.
         tells: the end of a link is noticed.
+        closes: rank 1 closes its side once its calls have ended, and says goodbye; else it dies then.
+        dies: rank 1 may die at any moment, in place of that.
+        halfway: it closes, and says goodbye, also in the midst of its last frame.
+        first: its goodbye overtakes what it has sent.
+        looks: a rank whose send has failed looks for a goodbye among what it has not read.
     """
 
     calls: tuple[tuple[int, ...], tuple[int, ...]] = ((1, 2), (1, 2))
@@ -224,6 +229,11 @@ class Frames:
     ends: bool = True
     delivers: bool = True
     tells: bool = True
+    closes: bool = False
+    dies: bool = False
+    halfway: bool = False
+    first: bool = False
+    looks: bool = True
 
 
 def frames(how: Frames) -> Model:
@@ -234,6 +244,11 @@ def frames(how: Frames) -> Model:
         for me in (0, 1):
             call, sent, got, outcome = ranks[me]
             out, inn = ways[me], ways[1 - me]
+            if me == 1 and how.closes and (outcome == "done" or (how.halfway and not outcome and sent == 1)):
+                told = ("goodbye", *out, "end") if how.first else (*out, "goodbye", "end")
+                yield "rank 1 closes", ((ranks[0], (call, sent, got, "closed")), (ways[0], told))
+            if me == 1 and how.dies and outcome in ("", "done"):
+                yield "rank 1 dies", ((ranks[0], (call, sent, got, "died")), (ways[0], (*out, "end")))
             if outcome:
                 continue
             tag = how.calls[me][call]
@@ -242,11 +257,17 @@ def frames(how: Frames) -> Model:
                 both = (rank, ranks[1]) if me == 0 else (ranks[0], rank)
                 return both, ((mine, theirs) if me == 0 else (theirs, mine))
 
+            if me == 0 and sent < 2 and ranks[1][3] in ("closed", "died"):
+                # The kernel refuses to send to a side that is closed; what that has sent before can still be read.
+                left = how.looks and "goodbye" in inn
+                yield "rank 0 cannot send", put((call, sent, got, "told" if left else "lost"))
             if sent < 2 and len(out) < how.room and "end" not in out:
                 yield f"rank {me} sends a piece of {tag}", put(advance(me, call, sent + 1, got), (*out, (tag, sent)))
             if inn and (how.both or sent == 2):
                 piece, rest = inn[0], inn[1:]
-                if piece == "end":
+                if piece == "goodbye":
+                    yield f"rank {me} sees the goodbye", put((call, sent, got, "told"), (*out, "end"), ())
+                elif piece == "end":
                     yield f"rank {me} sees the end", put((call, sent, got, "lost"), (*out, "end"), ())
                 elif how.tags and piece[0] != tag:
                     yield f"rank {me} finds another call", put((call, sent, got, "differs"), (*out, "end"), ())
@@ -272,6 +293,12 @@ def frames(how: Frames) -> Model:
         if any(rank[3] == "wrong data" for rank in state[0]):
             return "a call takes the data of another one"
         ranks = state[0]
+        if ranks[1][3] == "closed" and ranks[0][3] == "lost":
+            return "a rank that closed in order is taken for a dead one"
+        if ranks[1][3] == "closed" and ranks[0][3] == "told" and ranks[0][0] == ranks[1][0] and ranks[0][1] == 2:
+            return "a call that both have made ends by the goodbye"
+        if ranks[1][3] == "died" and ranks[0][3] == "told":
+            return "a dead rank is taken for one that closed in order"
         if (
             ranks[1][3] == "gave up"
             and ranks[1][1] == 2

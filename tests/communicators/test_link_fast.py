@@ -14,6 +14,7 @@ import commgraph as cg
 from commgraph.communicators.reduction import reduce_pieces
 from commgraph.errors import CollectiveMismatchError, CollectiveTimeoutError, ConcurrentCallError, ContextClosedError, PeerLostError
 from commgraph.shm import native_module
+from commgraph.testing import spmd
 from tests.helpers import on
 
 pytestmark = pytest.mark.skipif(native_module.load() is None, reason="no native module")
@@ -151,3 +152,35 @@ def test_native_calls_end_in_the_errors_of_the_general_path(n: int, nodes: int) 
         group.barrier()
 
     on(n, twice, nodes=nodes)
+
+
+@pytest.mark.parametrize(("n", "nodes"), [(2, 1), *SHAPES])
+@pytest.mark.parametrize("call", ["all_reduce", "barrier", "recv", "recv_object"])
+def test_a_rank_that_has_closed_its_context_is_not_taken_for_a_dead_one(n: int, nodes: int, call: str) -> None:
+    """Whether the peers have links to it or make one, call natively or generally."""
+    closed = threading.Event()
+    gone = n - 1
+
+    def body(world: cg.World) -> str:
+        context = world.context(cg.Layout(n, tp=n), name="target")
+        tp = context.tp
+        tp.all_reduce(torch.ones(3))
+        if world.rank == gone:
+            context._drop()
+            closed.set()
+            return ""
+        calls: dict[str, Callable[[], Any]] = {
+            "all_reduce": lambda: tp.all_reduce(torch.ones(3)),
+            "barrier": lambda: tp.barrier(timeout=20),
+            "recv": lambda: tp.recv(1, torch.float32, gone),
+            "recv_object": lambda: tp.recv_object(gone),
+        }
+        assert closed.wait(50)
+        with pytest.raises(PeerLostError) as caught:
+            calls[call]()
+        context._drop()
+        return str(caught.value)
+
+    said = spmd(body, n, nodes=nodes)
+    assert any(f"rank {gone} has closed context 'target', and takes no part in call #" in one for one in said), said
+    assert not any("(died" in one for one in said)

@@ -57,6 +57,10 @@ def test_a_mistake_in_linking_is_found(mistake: dict[str, object], found: str) -
         Frames(may_give_up=True),
         Frames(calls=OTHER, may_give_up=True, room=2),
         Frames(calls=((1, 2, 3), (1, 2, 3)), may_give_up=True),
+        Frames(calls=((1, 2), (1,)), closes=True, room=2),
+        Frames(calls=((1, 2), (1,)), closes=True, dies=True, room=3),
+        Frames(calls=SAME, closes=True, room=2),
+        Frames(calls=SAME, dies=True, room=2),
     ],
     ids=str,
 )
@@ -74,6 +78,9 @@ def test_every_call_ends_with_its_own_data(how: Frames) -> None:
         ({"tags": False, "may_give_up": True, "ends": False}, "a call takes the data of another one"),
         ({"may_give_up": True, "tells": False}, "somebody waits for ever"),
         ({"may_give_up": True, "delivers": False, "room": 2}, "what was sent before the end does not arrive"),
+        ({"calls": ((1, 2), (1,)), "closes": True, "looks": False}, "a rank that closed in order is taken for a dead one"),
+        ({"calls": SAME, "closes": True, "first": True, "room": 2}, "a call that both have made ends by the goodbye"),
+        ({"calls": SAME, "closes": True, "halfway": True, "room": 2}, "a call that both have made ends by the goodbye"),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import secrets
 import socket
@@ -16,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from commgraph.communicators.base import CallsDiffer, PeerClosed, PeerLate
+from commgraph.communicators.base import CallsDiffer, PeerClosed, PeerLate, PeerLeft
 from commgraph.communicators.endpoint import _HELLO, _MAGIC, Endpoint, Link
 from commgraph.communicators.reduction import REDUCE_OPS, reduce_pieces
 from commgraph.communicators.tags import COLLECTIVE, MESSAGE, make_tag
@@ -424,7 +425,7 @@ def test_one_link_whoever_calls_first() -> None:
 def test_who_has_closed_the_group_says_so() -> None:
     with endpoints(2) as ends:
         ends[1].leave(GROUP)
-        with served(ends[1]), pytest.raises(PeerClosed, match="it has closed the group") as caught:
+        with served(ends[1]), pytest.raises(PeerLeft, match="it has closed the group") as caught:
             ends[0].wait(Link(GROUP, 0, 0, 1), 1, ends[1].address, Deadline.after(SECONDS))
         assert caught.value.peer == 1
 
@@ -457,3 +458,62 @@ def test_an_address_where_nobody_listens() -> None:
 def test_mangled_handshakes() -> None:
     """A short form of the session `fuzz`."""
     assert fuzz_handshakes.main(400, seed=3) == 400
+
+
+@pytest.mark.parametrize("unread", [0, 1, 300_000])
+def test_a_rank_that_closes_in_order_says_goodbye_behind_what_it_has_sent(unread: int) -> None:
+    """Also if it closes with bytes that it has not read, which resets the connection, and whether its peer sends or receives then."""
+    closed = threading.Event()
+    tags = [make_tag(COLLECTIVE, number) for number in range(3)]
+
+    def body(transport: TcpTransport) -> None:
+        x = torch.arange(5.0)
+        swap(transport, x, make_tag(COLLECTIVE, 9))
+        if transport.rank_in_group == 1:
+            transport.exchange([(x, 0)], [], tag=tags[0], deadline=Deadline.after(SECONDS))
+            if unread:
+                transport.net_for(tags[0], (0,), Deadline.after(0))
+                assert not transport.receive_later(torch.empty(1), 0, tag=make_tag(MESSAGE, 5)).wait(0)
+            transport.close()
+            closed.set()
+            return
+        sending = torch.zeros(unread, dtype=torch.uint8)
+        if unread:
+            sender = threading.Thread(target=_ignored, args=(transport, sending, tags[1]))
+            sender.start()
+        assert closed.wait(SECONDS)
+        y = torch.empty_like(x)
+        transport.exchange([], [(y, 1)], tag=tags[0], deadline=Deadline.after(SECONDS))
+        assert torch.equal(x, y)
+        for sends, receives in (([(x, 1)], [(y, 1)]), ([], [(y, 1)])):
+            with pytest.raises(PeerLeft):
+                transport.exchange(sends, receives, tag=tags[2], deadline=Deadline.after(SECONDS))
+        if unread:
+            sender.join()
+
+    assert on(2, body) == [None, None]
+
+
+def _ignored(transport: TcpTransport, x: torch.Tensor, tag: int) -> None:
+    """Send to a rank that may close before it has read it."""
+    with contextlib.suppress(PeerClosed):
+        transport.exchange([(x, 1)], [], tag=tag, deadline=Deadline.after(SECONDS))
+
+
+def test_a_rank_that_gives_up_says_no_goodbye() -> None:
+    closed = threading.Event()
+
+    def body(transport: TcpTransport) -> None:
+        x = torch.ones(3)
+        swap(transport, x, make_tag(COLLECTIVE, 0))
+        if transport.rank_in_group == 1:
+            transport.abort()
+            transport.close()
+            closed.set()
+            return
+        assert closed.wait(SECONDS)
+        with pytest.raises(PeerClosed) as caught:
+            transport.exchange([], [(x, 1)], tag=make_tag(COLLECTIVE, 1), deadline=Deadline.after(SECONDS))
+        assert not isinstance(caught.value, PeerLeft)
+
+    assert on(2, body) == [None, None]

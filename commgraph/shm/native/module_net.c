@@ -129,6 +129,14 @@ static PyObject *net_error(PyObject *of, PyObject *arg) {
     return PyLong_FromLong(self->net.links == NULL ? 0 : cg_net_error(&self->net, (int)peer));
 }
 
+static PyObject *net_has_left(PyObject *of, PyObject *arg) {
+    Net *self = (Net *)of;
+    long peer = PyLong_AsLong(arg);
+    if (peer == -1 && PyErr_Occurred()) return NULL;
+    if (!is_peer(self, (int)peer)) return NULL;
+    return PyBool_FromLong(self->net.links != NULL && cg_net_has_left(&self->net, (int)peer));
+}
+
 static PyObject *net_watch(PyObject *of, PyObject *args) {
     Net *self = (Net *)of;
     PyObject *on_knock;
@@ -150,6 +158,7 @@ static PyObject *net_abort(PyObject *of, PyObject *unused) {
 
 static PyObject *net_close(PyObject *of, PyObject *unused) {
     Net *self = (Net *)of;
+    if (self->net.links != NULL) cg_net_say_goodbye(&self->net);
     PyObject *done = net_abort(of, unused);
     self->closing = 1;
     if (self->users == 0) cg_net_end(&self->net);
@@ -413,6 +422,7 @@ static PyMethodDef net_methods[] = {
     {"are_linked", net_are_linked, METH_O, "are_linked(peers)\n--\n\nWhether each of these peers has a link, or had one."},
     {"is_linked", net_is_linked, METH_O, "is_linked(peer)\n--\n\nWhether the peer has a link, or had one."},
     {"error", net_error, METH_O, "error(peer)\n--\n\nerrno with which the peer's link ended; 0 if it was closed, or lives."},
+    {"has_left", net_has_left, METH_O, "has_left(peer)\n--\n\nWhether the peer of a link that ended has closed its side in order."},
     {"watch", net_watch, METH_VARARGS, "watch(fd, on_knock)\n--\n\nEvery wait calls on_knock() while fd is readable."},
     {"exchange", net_exchange, METH_VARARGS, "exchange(sends, receives, timeout_ns)\n--\n\nLists of (peer, tag, address, bytes), all at once."},
     {"all_reduce", net_all_reduce, METH_VARARGS, "all_reduce(tag, timeout_ns, from, to, count, dtype, op, pool)\n--\n\n"},
@@ -423,7 +433,7 @@ static PyMethodDef net_methods[] = {
     {"first_of", net_first_of, METH_VARARGS, "first_of(receives, timeout_ns)\n--\n\nIndex of one that has ended; -1: none in time."},
     {"abort", net_abort, METH_NOARGS, "abort()\n--\n\nEnds every wait, here and on the peers; from any thread."},
     {"disown", net_disown, METH_NOARGS, "disown()\n--\n\nCloses the copies of the links, in a forked child."},
-    {"close", net_close, METH_NOARGS, "close()\n--\n\nCloses every link."},
+    {"close", net_close, METH_NOARGS, "close()\n--\n\nSays goodbye, and closes every link."},
     {0}};
 static PyType_Slot net_slots[] = {
     {Py_tp_doc, "Net(n, me, ordered, spin_ns, pool)\n--\n\nThe TCP links of rank `me` of n to the others. `ordered`: messages of a kind arrive as they are waited for."},

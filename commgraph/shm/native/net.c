@@ -17,6 +17,7 @@
 
 enum {
     MAGIC = 0x6D636731,          /* "1gcm" */
+    GOODBYE = MAGIC + 1,         /* of a header without bytes, after which nothing comes */
     KIND_SHIFT = 28,             /* of a tag: commgraph.communicators.tags */
     LARGE = 64 * 1024,           /* bytes to be moved from which a wait does not spin: each look at the socket would delay what comes */
     UNANSWERED = 4,              /* sends of the same bytes, or probes, without an answer, of a host that has vanished */
@@ -140,6 +141,37 @@ int cg_net_error(cg_net *net, int peer) {
     return error;
 }
 
+void cg_net_say_goodbye(cg_net *net) {
+    const cg_frame frame = {GOODBYE, 0, 0};
+    pthread_mutex_lock(&net->lock);
+    for (int p = 0; p < net->n && !net->closed; p++) {
+        cg_link *link = &net->links[p];
+        if (link->fd < 0 || link->broken || link->sending.first != NULL) continue;
+        if (send(link->fd, &frame, sizeof frame, MSG_NOSIGNAL | MSG_DONTWAIT) < (ssize_t)sizeof frame) link->broken = 1;
+    }
+    pthread_mutex_unlock(&net->lock);
+}
+
+/* Whether the bytes that were not taken end with a goodbye. After an error of a send it may lie there unread. */
+static int ends_with_goodbye(const cg_link *link) {
+    char bytes[sizeof(cg_frame) + CG_HELD_BYTES];
+    size_t held = link->end - link->begin, some = held < sizeof(cg_frame) ? held : sizeof(cg_frame);
+    if (some > 0) memcpy(bytes, link->held + link->end - some, some);
+    ssize_t more = link->fd < 0 ? 0 : recv(link->fd, bytes + some, CG_HELD_BYTES, MSG_PEEK | MSG_DONTWAIT);
+    if (more > 0) some += (size_t)more;
+    cg_frame last = {0, 0, 0};
+    if (some >= sizeof last) memcpy(&last, bytes + some - sizeof last, sizeof last);
+    return last.magic == GOODBYE && last.tag == 0 && last.bytes == 0;
+}
+
+int cg_net_has_left(cg_net *net, int peer) {
+    pthread_mutex_lock(&net->lock);
+    cg_link *link = &net->links[peer];
+    int left = link->left || (link->filling == NULL && ends_with_goodbye(link));
+    pthread_mutex_unlock(&net->lock);
+    return left;
+}
+
 static void poke(cg_net *net) {
     uint64_t one = 1;
     if (net->polling && write(net->poke, &one, sizeof one) < 0) { /* it is readable already */
@@ -219,6 +251,11 @@ static void open_frame(cg_net *net, cg_link *link) {
     cg_frame frame;
     memcpy(&frame, link->held + link->begin, sizeof frame);
     link->begin += sizeof frame;
+    if (frame.magic == GOODBYE) {
+        link->left = 1;
+        end_link(link, 0, net->closed ? CG_SELF : CG_LOST);
+        return;
+    }
     if (frame.magic != MAGIC) {
         end_link(link, EBADMSG, CG_LOST);
         return;

@@ -4,6 +4,7 @@
  * all (`polling`), and the others sleep on a condition variable. A frame is a header and its bytes. Frames of one link arrive in order;
  * they pair with receives by tag. A link is read only while a receive of it is posted, so that a sender which is ahead fills the socket
  * buffers and nothing else; a frame that no receive has asked for is kept in memory only if it stands before one that a receive waits for.
+ * A side that is closed in order says so by a last header, the goodbye.
  */
 #ifndef COMMGRAPH_NET_H
 #define COMMGRAPH_NET_H
@@ -48,6 +49,7 @@ typedef struct {
     int fd;     /* -1: there is none */
     int error;  /* errno of a link that ended; 0 of one that the peer closed */
     int ended;  /* the peer sends no more */
+    int left;   /* it has said so by a goodbye */
     int broken; /* nothing can be sent any more */
     cg_queue sending, awaited, arrived;
     cg_message *filling; /* the message whose bytes are being read: a member of `awaited` or `arrived` */
@@ -79,6 +81,10 @@ int cg_net_attach(cg_net *net, int peer, int fd);
 int cg_net_is_linked(cg_net *net, int peer);
 /* errno of a link that ended; 0 if the peer closed it, or if it has not ended. */
 int cg_net_error(cg_net *net, int peer);
+/* Whether the peer of a link that ended has closed its side in order; else it died, or gave up. */
+int cg_net_has_left(cg_net *net, int peer);
+/* Says to every peer, where no frame is halfway, that this side is going to be closed in order. Waits for nothing. */
+void cg_net_say_goodbye(cg_net *net);
 /* Ends every wait of this side with CG_SELF, and those of the peers with CG_LOST. From any thread. */
 void cg_net_abort(cg_net *net);
 

@@ -1274,7 +1274,7 @@ static int ends_well(const net_side *s, int result) {
 
 static int talk(net_side *s, dice *ours, dice *mine, int round) {
     cg_message messages[8 * MOST];
-    char *memory[8 * MOST];
+    char *memory[8 * MOST], *copies[8 * MOST] = {NULL};
     uint64_t seed = roll(ours);
     size_t bytes[4];
     uint32_t tags[4];
@@ -1301,6 +1301,11 @@ static int talk(net_side *s, dice *ours, dice *mine, int round) {
             memory[count] = malloc(bytes[i] + 1);
             fill_bytes(memory[count], seed + (uint64_t)i, s->me, 0, bytes[i]);
             cg_net_send(s->messages, &messages[count], p, tags[i], memory[count], bytes[i]);
+            if (chance(mine, 30)) { /* it goes on with a copy */
+                copies[count] = malloc(bytes[i] + 1);
+                cg_net_keep(s->messages, &messages[count], copies[count]);
+                memset(memory[count], 0x5A, bytes[i]);
+            }
             count++;
         }
     }
@@ -1315,7 +1320,7 @@ static int talk(net_side *s, dice *ours, dice *mine, int round) {
             if (p != s->me) check_bytes(memory[at++], seed + (uint64_t)i, p, 0, bytes[i], "message");
     }
     CHECK(sends * 2 == count, "%d of %d", sends, count);
-    for (int i = 0; i < count; i++) free(memory[i]);
+    for (int i = 0; i < count; i++) free(memory[i]), free(copies[i]);
     return ends_well(s, result);
 }
 
@@ -1452,6 +1457,11 @@ static void nets(dice *d, int64_t until) {
                 sides[r * (1 + TALKERS) + t] = (net_side){&made[r][0], &made[r][1], r, n, t, 12, quitter, quits, seed, pools[r], 0};
         run_threads(n * (1 + TALKERS), run_net, sides, sizeof *sides);
         for (int r = 0; r < n; r++)
+            for (int c = 0; c < 2; c++) cg_net_say_goodbye(&made[r][c]);
+        for (int a = 0; a < n; a++)
+            for (int b = 0; b < n; b++) /* who has broken off says nothing any more */
+                for (int c = 0; c < 2; c++) CHECK(a == b || cg_net_has_left(&made[a][c], b) == (quits < 0), "rank %d of %d says goodbye", b, n);
+        for (int r = 0; r < n; r++)
             for (int c = 0; c < 2; c++) cg_net_end(&made[r][c]);
         for (int r = 0; r < n; r++) cg_pool_drop(pools[r]);
     } while (cg_clock_ns() < until);
@@ -1472,7 +1482,7 @@ static void feed_frames(dice *d) {
     uint64_t seed = roll(d);
     size_t bytes[FRAMES], length = 0, most = chance(d, 10) ? 60000 : 300;
     uint32_t tags[FRAMES];
-    static _Thread_local char stream[FRAMES * (60000 + sizeof(cg_frame)) + 64];
+    static _Thread_local char stream[(FRAMES + 1) * (60000 + sizeof(cg_frame)) + 64];
     for (int i = 0; i < n; i++) {
         tags[i] = (uint32_t)below(d, FRAME_TAGS) << 28 | (uint32_t)below(d, FRAME_TAGS);
         bytes[i] = chance(d, 10) ? 0 : below(d, most);
@@ -1480,6 +1490,12 @@ static void feed_frames(dice *d) {
         memcpy(stream + length, &frame, sizeof frame);
         fill_bytes(stream + length + sizeof frame, seed, i, 0, bytes[i]);
         length += sizeof frame + bytes[i];
+    }
+    const int leaves = chance(d, 40), fits = length <= CG_HELD_BYTES;
+    int differs = 0;
+    if (leaves) {
+        memcpy(stream + length, &(cg_frame){0x6D636732, 0, 0}, sizeof(cg_frame));
+        length += sizeof(cg_frame);
     }
     if (mangled) {
         int kind = (int)below(d, 4);
@@ -1521,6 +1537,7 @@ static void feed_frames(dice *d) {
         cg_messages one = {&messages[i], 1};
         int result = cg_net_wait(&net, &last, cg_net_all, &one, &who);
         CHECK(result == CG_OK || result == CG_LOST || result == CG_MISMATCH || result == CG_NOMEM, "a receive ended with %d", result);
+        differs |= result == CG_MISMATCH;
         if (result == CG_OK) CHECK(messages[i].done == messages[i].frame.bytes, "a part of a message");
         if (result == CG_OK && !mangled) {
             /* The first frame of that tag that no earlier receive has got. */
@@ -1531,6 +1548,7 @@ static void feed_frames(dice *d) {
             check_bytes(messages[i].data, seed, found, 0, bytes[found], "a frame");
         }
     }
+    if (!mangled && !differs && (fits || !leaves)) CHECK(cg_net_has_left(&net, 1) == leaves, "a goodbye was %s", leaves ? "missed" : "made up");
     cg_net_withdraw(&net, messages, count);
     for (int i = 0; i < count; i++) {
         if (memory[i] == NULL && messages[i].data != NULL) cg_pool_give(messages[i].data);
