@@ -323,8 +323,8 @@ class ParallelContext:
 
         Args:
             timeout: how long to wait for the other ranks, a timedelta or seconds; two seconds at most where a group of the World was
-                broken. When it passes, or where a group of this context is broken or a peer dead, this rank drops its connections all
-                the same.
+                broken, or the last wait for an object of a second or more was in vain. When it passes, or where a group of this context
+                is broken or a peer dead, this rank drops its connections all the same.
         """
         if self.closed:
             return

@@ -667,7 +667,7 @@ class World:
         Args:
             empty_cache: collect garbage and give cached device memory back afterwards.
             timeout: how long to wait for the other ranks, in each context and in the world; a timedelta or seconds. Two seconds at
-                most where a group was broken: a rank that was lost or late may not come.
+                most where a group was broken, or the last wait for an object was in vain: a rank that was lost or late may not come.
         """
         for split in tuple(self._state.splits):
             split.close(timeout=timeout)
@@ -735,7 +735,7 @@ class World:
         state, seconds = self._state, seconds_of(timeout)
         groups = [self.group, *(context[name] for context in tuple(state.contexts.values()) for name in context)]
         # A rank was lost or late, and may not come to close the others either.
-        return min(seconds, _PATIENCE) if state.was_broken or any(group.is_broken for group in groups) else seconds
+        return min(seconds, _PATIENCE) if state.was_broken or any(group._may_be_left for group in groups) else seconds
 
     def _forget(self, context: ParallelContext, *, broken: bool) -> None:
         with self._state.lock:

@@ -281,6 +281,11 @@ class GroupCoordinator(compat.OpaqueBase):
         return tuple(one for one in self._family.siblings if not one._state.is_closed)
 
     @property
+    def _may_be_left(self) -> bool:
+        """Whether a rank may not come to close the group: it is broken, or an object was waited for in vain, and none has come since."""
+        return self.is_broken or self._state.waited_in_vain
+
+    @property
     def is_broken(self) -> bool:
         """Whether a timeout, a mismatch or a lost peer has broken the group."""
         return self._state.failures.broken is not None

@@ -206,6 +206,7 @@ class NetworkObjects(Objects):
             frame = self._await(group, operation, src, *tags, deadline, context, message=message)
             if frame is None:
                 raise nothing_yet(group, operation, state.sequence, src, deadline.seconds)
+            state.waited_in_vain = False
             state.count(key)
         finally:
             state.turns.release(key, turn)
@@ -279,6 +280,7 @@ class NetworkObjects(Objects):
         if received is None:
             state.uncount_collective()
             raise nothing_yet(group, operation, sequence, src, deadline.seconds)
+        state.waited_in_vain = False
         self._comparing.pop(tag, None)
         return received
 
@@ -586,7 +588,8 @@ def unreadable(group: Group, operation: str, src: int, error: Exception) -> Exce
 
 
 def nothing_yet(group: Group, operation: str, sequence: int, src: int, seconds: float) -> CollectiveTimeoutError:
-    """Return the error of a receive whose deadline passed before its object came."""
+    """Return the error of a receive whose deadline passed before its object came, and note the wait: closing waits less after it."""
+    group._state.note_wait_in_vain(seconds)
     call = Call(group.name, operation, group._state.members, sequence)
     return CollectiveTimeoutError(
         f"{call.where}: nothing came from rank {group.ranks[src]} ({src} in the group) within {seconds:g} s. The group is "

@@ -184,6 +184,7 @@ class HostObjects(LinkObjects):
         received = perform(group, operation, sequence, what, deadline, act, is_made=has_come, received=bytes_of_parts)
         if received is None:
             raise nothing_yet(group, operation, sequence, relay, deadline.seconds)
+        state.waited_in_vain = False
         return received
 
     def _post(self, sequence: int, what: str) -> int:

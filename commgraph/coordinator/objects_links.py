@@ -101,6 +101,7 @@ class LinkObjects(NetworkObjects):
                 lengths = sealed.lengths
                 beside = self._native(group, operation, net.take_all, src, tag + _REST, lengths, seconds) if lengths else ()
             state.counts[key] = number + 1
+            state.waited_in_vain = False
         finally:
             state.turns.release(key, turn)
         return self._decode_message(group, operation, src, (message, sealed, beside), context)

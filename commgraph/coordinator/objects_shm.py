@@ -85,6 +85,7 @@ class ShmObjects(Objects):
             try:
                 self._state.begin_message(group.name, operation, key, turn)
                 _, parts = mailbox.receive(src, OBJECT, timeout_ns)
+                self._state.waited_in_vain = False
             except BaseException as error:
                 self._stop(group, operation, timeout_ns, error, awaited=src)
             finally:
@@ -399,6 +400,7 @@ class ShmObjects(Objects):
         mailbox, timeout_ns = self._open(group), deadline.left_ns()
         try:
             _, parts = mailbox.receive(src, DICT, timeout_ns)
+            self._state.waited_in_vain = False
         except BaseException as error:
             self._stop(group, operation, int(deadline.seconds * 1e9), error, awaited=src)
         self._grow(group, parts[1:])
@@ -508,6 +510,7 @@ class ShmObjects(Objects):
             found, number, parts = mailbox.receive_broadcast(src, timeout_ns, call_id)
             if found != kind or number != meta:
                 raise CallsDiffer(src)
+            self._state.waited_in_vain = False
         except BaseException as error:
             self._stop(group, operation, timeout_ns, error, sequence=sequence, awaited=src, take_back=True)
         self._grow(group, parts[1:] if kind == DICT else parts)

@@ -33,6 +33,9 @@ __all__ = ["GroupState", "Members", "Network", "Strategies", "Timeouts"]
 
 _HOST = torch.device("cpu")
 
+# Seconds up to which a receive of an object is a poll, whose end in vain says nothing about the rank that it waits for.
+_POLL = 0.9
+
 
 @attrs.frozen
 class Network:
@@ -196,6 +199,8 @@ class GroupState:
         notes = self.detects if self.detects is not None and self.detects.has_notes else None
         self.failures = Failures(members, None if network is None else network.store, self._abort, notes)
         self.torch_groups = TorchGroups(self)
+        # Whether the last receive of an object that was no poll has timed out.
+        self.waited_in_vain = False
         # Records the calls; None where they are not recorded.
         self.recorder: GroupRecorder | None = None
         # A `commgraph.coordinator.native_messages.NativeMessages`, or None.
@@ -276,6 +281,10 @@ class GroupState:
     def uncount(self, key: Any) -> None:
         """Take back the last number: its message was not received yet."""
         self.counts[key] -= 1
+
+    def note_wait_in_vain(self, seconds: float) -> None:
+        """Note that an object was waited for in vain for so long."""
+        self.waited_in_vain |= seconds >= _POLL
 
     # Lifetime.
 

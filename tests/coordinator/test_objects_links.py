@@ -15,6 +15,7 @@ import commgraph as cg
 from commgraph.coordinator.objects_hosts import HostObjects
 from commgraph.coordinator.objects_links import LinkObjects
 from commgraph.shm import native_module
+from commgraph.testing import spmd
 from tests.helpers import on
 
 pytestmark = pytest.mark.skipif(native_module.load() is None, reason="no native module")
@@ -223,3 +224,42 @@ def test_a_peer_that_is_gone_ends_the_wait(keyed: bool) -> None:
             group.recv_object(0)
 
     on(2, body, nodes=2)
+
+
+def test_closing_waits_little_for_a_rank_from_which_nothing_came() -> None:
+    """It waits as always if an object has come since, and after polls."""
+    heard, over = threading.Event(), threading.Event()
+
+    def body(world: cg.World) -> float:
+        context = world.context(cg.Layout(2, tp=2), name="a")
+        tp = context.tp
+        if world.rank == 0:
+            assert over.wait(50)  # it is stopped
+            context._drop()
+            return 0.0
+        with pytest.raises(cg.CollectiveTimeoutError):
+            tp.recv_object(0, timeout=0.1)
+        assert world._patience(30) == 30
+        with pytest.raises(cg.CollectiveTimeoutError):
+            tp.recv_object(0, timeout=1.0)
+        begun = time.monotonic()
+        context.close()
+        took = time.monotonic() - begun
+        over.set()
+        return took
+
+    assert max(spmd(body, 2, nodes=2)) < 20
+
+    def later(group: cg.GroupCoordinator) -> None:
+        if group.rank_in_group == 0:
+            assert heard.wait(50)
+            group.send_object("late", 1)
+            return
+        with pytest.raises(cg.CollectiveTimeoutError):
+            group.recv_object(0, timeout=1.0)
+        assert group._may_be_left
+        heard.set()
+        assert group.recv_object(0) == "late"
+        assert not group._may_be_left
+
+    on(2, later)

@@ -59,10 +59,8 @@ def main() -> None:
         say(rank=world.rank, heard=type(error).__name__, lost=error.rank, took=time.monotonic() - begun, text=str(error))
     begun = time.monotonic()
     close()
-    # Where the wait for an object has timed out, the group is unharmed, and closing waits for the other ranks as always.
-    patience = 30 if context.tp.is_broken or work == "queue" else 2
-    context.close(patience)
-    world.close(timeout=patience)
+    context.close()
+    world.close()
     say(rank=world.rank, closed=time.monotonic() - begun)
 
 
