@@ -20,7 +20,8 @@ __all__ = ["TcpCommunicator"]
 class TcpCommunicator(GlooCommunicator):
     """Collectives from messages, with reductions in the native module (native/net_reduce.c).
 
-    An all-reduce of up to 64 KiB takes one step, in which every rank sends its whole tensor to all others. A larger one is a reduce-scatter
+    An all-reduce of up to 64 KiB takes one step, in which every rank sends its whole tensor to all others; among more than eight ranks
+    log2(n) steps, in which it passes on those of others, so that each rank has links to 2 log2(n) of them. A larger one is a reduce-scatter
     and a gather of chunks that overlap: each rank reduces its share as the parts come, and sends the result back. Sums are taken in the
     order of the ranks, small floats in float32, so that every rank gets the same bits.
     """
@@ -45,7 +46,7 @@ class TcpCommunicator(GlooCommunicator):
         given = dense(x)
         into = given if out is x else out if out.is_contiguous() else torch.empty_like(given)
         transport = self.transport
-        net = transport.net_for(tag, self._others(), deadline)
+        net = transport.net_for(tag, transport.collectives.reduces_with(given.nbytes), deadline)
         try:
             net.all_reduce(tag, deadline.left_ns(), given.data_ptr(), into.data_ptr(), given.numel() * width, kind, number, self.pool)
         except BaseException as error:

@@ -184,3 +184,36 @@ def test_a_rank_that_has_closed_its_context_is_not_taken_for_a_dead_one(n: int, 
     said = spmd(body, n, nodes=nodes)
     assert any(f"rank {gone} has closed context 'target', and takes no part in call #" in one for one in said), said
     assert not any("(died" in one for one in said)
+
+
+@pytest.mark.parametrize(
+    "operation", ["gather", "reduce", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier"]
+)
+def test_a_first_call_natively_makes_the_links_that_it_needs(operation: str) -> None:
+    """A build links each rank to its neighbours alone: what a native call needs beside them it leaves to the general path."""
+    n = 9
+
+    def body(group: cg.GroupCoordinator) -> None:
+        me, x = group.rank_in_group, torch.ones(n)
+        for root in (0, 4):
+            expected: Any = torch.full((n,), float(n))
+            got: Any
+            if operation == "gather":
+                got, expected = group.gather(x, root), None if me != root else torch.ones(n * n)
+            elif operation == "reduce":
+                got, expected = group.reduce(x, root), None if me != root else expected
+            elif operation == "all_reduce":
+                got = group.all_reduce(x)
+            elif operation == "all_gather":
+                got, expected = group.all_gather(x), torch.ones(n * n)
+            elif operation == "reduce_scatter":
+                got, expected = group.reduce_scatter(x), expected[:1]
+            elif operation == "all_to_all":
+                got, expected = group.all_to_all(x), x
+            elif operation == "broadcast":
+                got, expected = group.broadcast(x * (me == root), root), x
+            else:
+                got, expected = group.barrier(), None
+            assert got is expected is None or torch.equal(got, expected)
+
+    on(n, body, nodes=n)

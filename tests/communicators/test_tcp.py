@@ -517,3 +517,25 @@ def test_a_rank_that_gives_up_says_no_goodbye() -> None:
         assert not isinstance(caught.value, PeerLeft)
 
     assert on(2, body) == [None, None]
+
+
+@pytest.mark.parametrize("n", [9, 11])
+def test_small_reductions_among_many_ranks_need_few_links(n: int) -> None:
+    """And have the bits of the kernels in rank order, as with links to all."""
+
+    def body(transport: TcpTransport) -> None:
+        strategy, me = TcpCommunicator(transport), transport.rank_in_group
+        for number, (dtype, count) in enumerate(itertools.product((torch.float32, torch.bfloat16), (1, 1000, 16_384))):
+            pieces = [bytes_of(number * n + rank, count).view(torch.int8).to(torch.float32).div(16).to(dtype) for rank in range(n)]
+            expected = torch.empty_like(pieces[0])
+            reduce_pieces(pieces, "sum", expected)
+            y = strategy.all_reduce(pieces[me], "sum", tag=make_tag(COLLECTIVE, number), deadline=Deadline.after(SECONDS))
+            assert torch.equal(_bits(y), _bits(expected)), (dtype, count)
+        steps = {(me + sign * 2**k) % n for k in range(4) if 2**k < n for sign in (1, -1)} - {me}
+        net = transport.collectives
+        assert {peer for peer in range(n) if peer != me and net.is_linked(peer)} == steps == set(net.reduces_with(65_536))
+        x = torch.full((20_000,), float(me))
+        assert (strategy.all_reduce(x, "sum", tag=make_tag(COLLECTIVE, 99), deadline=Deadline.after(SECONDS)) == n * (n - 1) / 2).all()
+        assert all(net.is_linked(peer) for peer in range(n) if peer != me)
+
+    assert on(n, body) == [None] * n

@@ -67,12 +67,12 @@ typedef struct {
 } cached_call;
 
 typedef struct Calls Calls;
-enum { NO_ROOT = -1, EVERY_PAIR = -2 };
 /* How the native calls of a group are carried: through shared memory (module_group.c), or over links (module_links.c). */
 typedef struct {
     unsigned serves;       /* bits 1 << OP_*: which operations */
     size_t one_rank_bytes; /* bytes of a tensor of three ranks and more up to which a reduction to one rank is done by that rank alone */
-    int (*is_ready)(Calls *, int root); /* whether a call would make no link; NO_ROOT: where there is none, EVERY_PAIR: and all exchange */
+    int (*is_ready)(Calls *, int operation, int root);            /* whether a call would make no link; `root`: -1 where there is none */
+    int (*is_ready_to_reduce)(Calls *, size_t bytes);             /* likewise of an all_reduce for which is_ready holds */
     int (*claim)(Calls *);              /* begins a call; 0 with an error set */
     void (*unclaim)(Calls *);
     int (*keeps)(Calls *, size_t bytes); /* whether a call of so many bytes keeps the interpreter except while it waits */

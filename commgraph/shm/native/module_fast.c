@@ -112,12 +112,12 @@ int is_open(const FastCalls *fast, Calls *group, int operation) {
     if (group != NULL) {
         const cg_carrier *carrier = group->carrier;
         int rooted = operation == OP_BROADCAST || operation == OP_GATHER || operation == OP_REDUCE;
-        if (!(carrier->serves & 1u << operation) || (!rooted && !carrier->is_ready(group, operation == OP_ALL_TO_ALL ? EVERY_PAIR : NO_ROOT))) return 0;
+        if (!(carrier->serves & 1u << operation) || (!rooted && !carrier->is_ready(group, operation, -1))) return 0;
     }
     return is_unwatched(fast->tensors) > 0;
 }
 
-int is_near(Calls *group, int root) { return root >= 0 && group->carrier->is_ready(group, root); }
+int is_near(Calls *group, int operation, int root) { return root >= 0 && group->carrier->is_ready(group, operation, root); }
 
 /* Whether a call by the general path is under way. One of several parts holds the number of its thread, whose further calls are the parts. */
 static int is_claimed(const Calls *group) {
@@ -131,6 +131,7 @@ int begin(FastCalls *fast, Calls *group, native_call *call, int operation, int64
     int keep = carrier->keeps(group, bytes);
     cg_entry *entry = fast->recorder == NULL ? NULL : record(fast, group, call); /* first: it makes objects, and Python may collect garbage */
     if (!is_usable(fast, group)) return record_cancel(entry), 0;
+    if ((operation == OP_ALL_REDUCE || operation == OP_ALL_REDUCE_) && !carrier->is_ready_to_reduce(group, bytes)) return record_cancel(entry), 0;
     if (group->begun || is_claimed(group)) {
         record_cancel(entry);
         PyErr_SetString(state_of((PyObject *)fast)->busy, "another call of this very group is under way: one thread at a time may use it");
@@ -377,7 +378,7 @@ static PyObject *do_broadcast(FastCalls *fast, Calls *group, PyObject *const *ar
         return not_handled();
     int n = group->n, overflow;
     long src = PyLong_AsLongAndOverflow(args[1], &overflow);
-    if (overflow || src >= n || !is_near(group, (int)(src < 0 ? -1 : src)) || may_fill(fast->tensors, args[0]) <= 0) return not_handled();
+    if (overflow || src >= n || !is_near(group, OP_BROADCAST, (int)(src < 0 ? -1 : src)) || may_fill(fast->tensors, args[0]) <= 0) return not_handled();
     native_call call;
     if (!prepare(fast, group, "broadcast", OP_BROADCAST, &v, src, args, 2, &call) || !begin(fast, group, &call, OP_BROADCAST, timeout, args[0], v.bytes))
         return not_handled();
@@ -503,7 +504,7 @@ static PyObject *do_gather(FastCalls *fast, Calls *group, PyObject *const *args,
     int given = parse_sizes(args[3], n, sizes);
     if (given == 2)
         for (int p = 0; p < n; p++) sizes[p] = v.shape[dim];
-    if (!is_near(group, dst) || !given || sizes[me] != v.shape[dim]) return not_handled();
+    if (!is_near(group, OP_GATHER, dst) || !given || sizes[me] != v.shape[dim]) return not_handled();
     memcpy(shape, v.shape, sizeof shape);
     shape[dim] = sum_of(sizes, n);
     char *data = NULL;
@@ -559,7 +560,7 @@ static PyObject *do_reduce(FastCalls *fast, Calls *group, PyObject *const *args,
         parse_timeout((PyObject *)fast, args[3], fast->timeout_ns, &timeout) <= 0)
         return not_handled();
     int n = group->n, me = group->me, dst = rank_of(args[1], n);
-    if (!is_near(group, dst) || (n > 2 && v.bytes > group->carrier->one_rank_bytes)) return not_handled();
+    if (!is_near(group, OP_REDUCE, dst) || (n > 2 && v.bytes > group->carrier->one_rank_bytes)) return not_handled();
     char *data = NULL;
     PyObject *out = me == dst ? result_for(fast, group, Py_None, &v, v.shape, &data) : Py_NewRef(Py_False);
     if (out == NULL) return not_handled();

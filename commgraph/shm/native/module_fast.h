@@ -51,7 +51,7 @@ int dim_of(PyObject *value, const view *v);
 int rank_of(PyObject *value, int n);
 /* Whether native calls of an operation are handled now; of one with a root `is_near` says so as well. */
 int is_open(const FastCalls *fast, Calls *group, int operation);
-int is_near(Calls *group, int root);
+int is_near(Calls *group, int operation, int root);
 /* Sets the digest of a call's text. `args`: the arguments of the coordinator's method that its text depends on; `extra`: distinguishes, in
  * the cache, calls with equal tensors and different arguments. 0 with an error set. */
 int prepare(FastCalls *fast, Calls *group, const char *name, int operation, const view *v, int64_t extra, PyObject *const *args, int n_args,

@@ -6,8 +6,12 @@
 
 /* The carrier of calls in shared memory. */
 
-static int ready(Calls *calls, int root) {
-    (void)calls, (void)root;
+static int ready(Calls *calls, int operation, int root) {
+    (void)calls, (void)operation, (void)root;
+    return 1;
+}
+static int ready_to_reduce(Calls *calls, size_t bytes) {
+    (void)calls, (void)bytes;
     return 1;
 }
 static int claim_group(Calls *calls) { return claim(((Group *)calls)->team); }
@@ -40,7 +44,7 @@ static int broadcast(Calls *calls, const cg_call *call, void *data, size_t bytes
 }
 
 static const cg_carrier shared_memory = {
-    ~0u, 256 * 1024 /* commgraph/communicators/shm.py */, ready, claim_group, unclaim_group, keeps, begin_group, end_group, exposes,
+    ~0u, 256 * 1024 /* commgraph/communicators/shm.py */, ready, ready_to_reduce, claim_group, unclaim_group, keeps, begin_group, end_group, exposes,
     barrier, all_reduce, reduce_scatter, gatherv, all_to_allv, broadcast};
 
 Group *in_shared_memory(Calls *calls) { return calls->carrier == &shared_memory ? (Group *)calls : NULL; }

@@ -33,12 +33,21 @@ static int reaches_all(LinkGroup *self) {
     return self->reached = 1;
 }
 
-static int is_ready(Calls *calls, int root) {
+/* Whether there are links to all with which a gather, a barrier and the smallest all-reduce exchange messages. */
+static int reaches_near(const Net *net) {
+    for (int p = 0; p < net->net.n; p++)
+        if (p != net->net.me && !net->linked[p] && cg_net_gathers_with(&net->net, p)) return 0;
+    return 1;
+}
+
+static int is_ready(Calls *calls, int operation, int root) {
     LinkGroup *self = of(calls);
     const Net *net = self->net;
-    if (root == EVERY_PAIR && self->whole != NULL) return reaches_all(self);
+    if (operation == OP_ALL_TO_ALL && self->whole != NULL) return reaches_all(self);
     if (net->n_linked == net->net.n - 1) return 1;
-    if (root < 0) return 0;
+    if (operation == OP_BARRIER || operation == OP_ALL_GATHER || operation == OP_ALL_REDUCE || operation == OP_ALL_REDUCE_) return reaches_near(net);
+    if (operation == OP_GATHER || operation == OP_REDUCE) return root != net->net.me && net->linked[root];
+    if (operation != OP_BROADCAST) return 0;
     if (self->local != NULL) {
         int host = 0;
         while (host < self->hosts && rank_at(self, host, self->position) != root) host++;
@@ -47,6 +56,16 @@ static int is_ready(Calls *calls, int root) {
     }
     for (int p = 0; p < net->net.n; p++)
         if (p != net->net.me && !net->linked[p] && cg_net_is_near(&net->net, root, p)) return 0;
+    return 1;
+}
+
+static int is_ready_to_reduce(Calls *calls, size_t bytes) {
+    const LinkGroup *self = of(calls);
+    const Net *net = self->net;
+    /* A rank's share, in float32 where the tensor's floats are smaller, is never more than this. */
+    if (self->local != NULL) bytes = 2 * bytes / (size_t)self->local->calls.n + sizeof(double);
+    for (int p = 0; net->n_linked < net->net.n - 1 && p < net->net.n; p++)
+        if (p != net->net.me && !net->linked[p] && cg_net_reduces_with(&net->net, bytes, p)) return 0;
     return 1;
 }
 
@@ -154,7 +173,7 @@ static int links_broadcast(Calls *calls, const cg_call *call, void *data, size_t
 
 /* Of `reduce` to one rank: 32 KiB as in communicators/gloo.py. */
 static const cg_carrier links = {
-    ~0u & ~(1u << OP_SCATTER | 1u << OP_ALL_REDUCE_BEGUN), 32 * 1024, is_ready, claim_links, unclaim_links, keeps, begin_links, end_links, exposes,
+    ~0u & ~(1u << OP_SCATTER | 1u << OP_ALL_REDUCE_BEGUN), 32 * 1024, is_ready, is_ready_to_reduce, claim_links, unclaim_links, keeps, begin_links, end_links, exposes,
     links_barrier, links_all_reduce, links_reduce_scatter, links_gatherv, links_all_to_allv, links_broadcast};
 
 /* In two steps. */
@@ -363,7 +382,7 @@ static int both_all_to_allv(Calls *calls, const cg_call *call, const cg_block *o
 static const cg_carrier both = {
     1u << OP_BARRIER | 1u << OP_ALL_REDUCE | 1u << OP_ALL_REDUCE_ | 1u << OP_ALL_GATHER | 1u << OP_REDUCE_SCATTER | 1u << OP_BROADCAST |
         1u << OP_ALL_TO_ALL,
-    0, is_ready, claim_links, unclaim_links, keeps, begin_links, end_links, exposes,
+    0, is_ready, is_ready_to_reduce, claim_links, unclaim_links, keeps, begin_links, end_links, exposes,
     both_barrier, both_all_reduce, both_reduce_scatter, both_gatherv, both_all_to_allv, both_broadcast};
 
 static PyObject *links_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {

@@ -169,7 +169,7 @@ PyObject *broadcast_list(FastCalls *fast, Calls *group, PyObject *const *args) {
     int who = 0;
     if (!is_open(fast, group, OP_BROADCAST) || group == NULL || parse_timeout((PyObject *)fast, args[2], fast->timeout_ns, &timeout) <= 0) return not_handled();
     int src = rank_of(args[1], group->n);
-    if (!is_near(group, src) || read_tensors(fast, args[0], &h.xs) <= 0 || may_fill_all(fast, &h.xs) <= 0 || !hold(fast, group, &h, h.xs.key.bytes, 0))
+    if (!is_near(group, OP_BROADCAST, src) || read_tensors(fast, args[0], &h.xs) <= 0 || may_fill_all(fast, &h.xs) <= 0 || !hold(fast, group, &h, h.xs.key.bytes, 0))
         return drop(&h, not_handled());
     if (group->me == src) pack(&h.xs, h.buffer->base);
     if (!begin_list(fast, group, &call, "broadcast", OP_BROADCAST, &h.xs, src, args, 2, timeout)) return drop(&h, not_handled());

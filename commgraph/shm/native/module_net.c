@@ -242,6 +242,21 @@ static PyObject *net_all_reduce(PyObject *of, PyObject *args) {
     return result == CG_OK ? Py_NewRef(Py_None) : raise_stopped(of, result, who);
 }
 
+/* The ranks with which an all-reduce of so many bytes exchanges messages, nearest first. */
+static PyObject *net_reduces_with(PyObject *of, PyObject *arg) {
+    Net *self = (Net *)of;
+    size_t bytes = PyLong_AsSize_t(arg);
+    PyObject *peers = PyErr_Occurred() ? NULL : PyList_New(0);
+    for (int i = 1; peers != NULL && i < self->net.n; i++) {
+        int p = (self->net.me + i) % self->net.n;
+        if (!cg_net_reduces_with(&self->net, bytes, p)) continue;
+        PyObject *peer = PyLong_FromLong(p);
+        if (peer == NULL || PyList_Append(peers, peer) < 0) Py_CLEAR(peers);
+        Py_XDECREF(peer);
+    }
+    return peers;
+}
+
 /* Sends a frame for each of a list of buffers to each of a list of peers, the first one with a tag and the others with another. */
 static PyObject *net_send_parts(PyObject *of, PyObject *args) {
     Net *self = (Net *)of;
@@ -426,6 +441,7 @@ static PyMethodDef net_methods[] = {
     {"watch", net_watch, METH_VARARGS, "watch(fd, on_knock)\n--\n\nEvery wait calls on_knock() while fd is readable."},
     {"exchange", net_exchange, METH_VARARGS, "exchange(sends, receives, timeout_ns)\n--\n\nLists of (peer, tag, address, bytes), all at once."},
     {"all_reduce", net_all_reduce, METH_VARARGS, "all_reduce(tag, timeout_ns, from, to, count, dtype, op, pool)\n--\n\n"},
+    {"reduces_with", net_reduces_with, METH_O, "reduces_with(bytes)\n--\n\nRanks with which an all_reduce of a tensor of so many bytes exchanges messages."},
     {"send_parts", net_send_parts, METH_VARARGS, "send_parts(peers, tag, rest, parts, timeout_ns)\n--\n\nA tuple of buffers, each as a frame: the first with `tag`."},
     {"take", net_take, METH_VARARGS, "take(peer, tag, timeout_ns, rest_ns)\n--\n\nA frame of any size, as a Block; None: none began to come in time."},
     {"take_all", net_take_all, METH_VARARGS, "take_all(peer, tag, sizes, timeout_ns)\n--\n\nFrames of these sizes, as a list of Blocks."},

@@ -47,6 +47,11 @@ int cg_net_all_to_allv(cg_net *net, const cg_net_call *call, const cg_block *out
     return result;
 }
 
+int cg_net_gathers_with(const cg_net *net, int peer) {
+    const int ahead = (peer - net->me + net->n) % net->n, behind = net->n - ahead;
+    return net->n <= DIRECT_RANKS || (ahead & (ahead - 1)) == 0 || (behind & (behind - 1)) == 0;
+}
+
 /* After Bruck et al. (1997), as in communicators/gloo.py: the buffer begins with this rank's part, and the next ones continue it. */
 static int gather_in_steps(cg_net *net, const cg_net_call *call, const char *mine, const size_t *bytes, const cg_block *into, int *who) {
     const int n = net->n, me = net->me;

@@ -6,6 +6,7 @@
 
 enum {
     ONE_SHOT = 64 * 1024, /* bytes up to which every rank sends its whole tensor to all others */
+    ONE_SHOT_RANKS = 8,   /* ranks up to which it does so at once; of more ranks in log2(n) steps, in which it passes on those of others */
     CHUNK = 256 * 1024,   /* bytes of one message of a larger tensor */
     DEPTH = 4             /* chunks that are received ahead of their reduction: they stay in a cache until then */
 };
@@ -30,6 +31,30 @@ static int one_shot(cg_net *net, const cg_net_call *call, const void *from, void
     if (result == CG_OK) kernel(to, sources, n, count, NULL, NULL);
     cg_pool_give(scratch);
     return result;
+}
+
+/* The same among many ranks: each would have a link to all others, and send to all. */
+static int by_gathering(cg_net *net, const cg_net_call *call, const void *from, void *to, size_t count, size_t size, cg_kernel kernel, int *who) {
+    const int n = net->n;
+    const size_t bytes = count * size;
+    char *scratch = cg_pool_take(call->pool, bytes * (size_t)n);
+    if (scratch == NULL) return CG_NOMEM;
+    size_t sizes[n];
+    cg_block into[n];
+    const void *sources[n];
+    for (int p = 0; p < n; p++) {
+        sizes[p] = bytes;
+        sources[p] = scratch + (size_t)p * bytes;
+        into[p] = (cg_block){scratch + (size_t)p * bytes, 1, bytes, bytes};
+    }
+    int result = cg_net_gatherv(net, call, from, sizes, into, -1, who);
+    if (result == CG_OK) kernel(to, sources, n, count, NULL, NULL);
+    cg_pool_give(scratch);
+    return result;
+}
+
+int cg_net_reduces_with(const cg_net *net, size_t bytes, int peer) {
+    return bytes > ONE_SHOT || net->n <= ONE_SHOT_RANKS || cg_net_gathers_with(net, peer);
 }
 
 /* One chunked all-reduce. */
@@ -133,6 +158,7 @@ int cg_net_all_reduce(cg_net *net, const cg_net_call *call, const void *from, vo
     cg_kernel kernel = cg_find_kernel(dtype, op);
     size_t size = cg_dtype_bytes(dtype);
     if (count == 0) return CG_OK;
+    if (count * size <= ONE_SHOT && net->n > ONE_SHOT_RANKS) return by_gathering(net, call, from, to, count, size, kernel, who);
     if (count * size <= ONE_SHOT) return one_shot(net, call, from, to, count, size, kernel, who);
     return two_shot(net, call, from, to, count, size, kernel, who);
 }
