@@ -40,5 +40,5 @@ def stack_of(pid: int, thread: int) -> str:
 
 
 def _frames(threads: list[dict[str, Any]], thread: int) -> list[str]:
-    found = next((one["frames"] for one in threads if one["os_thread_id"] == thread), [])
+    found: list[dict[str, Any]] = next((one["frames"] for one in threads if one["os_thread_id"] == thread), [])
     return [f"{one['name']} ({one['filename']}:{one['line']})" for one in found[:_FRAMES]]
