@@ -108,7 +108,7 @@ def to_self(group: Group, operation: str, x: torch.Tensor, tag: int) -> None:
         message = (TENSORS, OUTGOING, tag)
         token = recorder.begin(group.name, operation, 0, [x], strategy="copy", peer=group.rank_in_group, message=message)
         if token is not None:
-            recorder.end(token)
+            recorder.done(token)
     copy = clone(x.detach())
     streams = state.streams(x.device)
     state.own_messages.put(tag, (copy, None if streams is None else streams.record_event()))

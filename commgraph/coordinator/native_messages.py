@@ -90,13 +90,13 @@ class NativeMessages:
             sent = bool(self._calls.send(ring, x, (dst, True, tag), timeout))
             if recorder is not None and token is not None:
                 if sent:
-                    recorder.end(token)
+                    recorder.done(token)
                 else:
                     recorder.cancel(token)
             return sent
         except BaseException as error:
             if recorder is not None and token is not None:
-                recorder.end(token, failed=True)
+                recorder.fail(token)
             self._end(group, "send", x.dtype, x.shape, dst, tag, timeout, error, self._fast)
         finally:
             access.give_back()
@@ -134,11 +134,11 @@ class NativeMessages:
                 if received is None:
                     recorder.cancel(token)
                 else:
-                    recorder.end(token, received)
+                    recorder.done(token, received)
             return received
         except BaseException as error:
             if recorder is not None and token is not None:
-                recorder.end(token, failed=True)
+                recorder.fail(token)
             self._end(group, "recv", dtype, (size,) if type(size) is int else size, src, tag, timeout, error, self._fast)
         finally:
             inbox.pass_turn()
@@ -170,13 +170,13 @@ class NativeMessages:
             sent = bool(self._calls.send_linked(links.messages, x, dst, (dst, True, tag), timeout))
             if recorder is not None and token is not None:
                 if sent:
-                    recorder.end(token)
+                    recorder.done(token)
                 else:
                     recorder.cancel(token)
             return sent
         except BaseException as error:
             if recorder is not None and token is not None:
-                recorder.end(token, failed=True)
+                recorder.fail(token)
             self._end(group, "send", x.dtype, x.shape, dst, tag, timeout, error, links)
 
     def _recv_linked(
@@ -195,11 +195,11 @@ class NativeMessages:
                 if received is None:
                     recorder.cancel(token)
                 else:
-                    recorder.end(token, received)
+                    recorder.done(token, received)
             return received
         except BaseException as error:
             if recorder is not None and token is not None:
-                recorder.end(token, failed=True)
+                recorder.fail(token)
             self._end(group, "recv", dtype, (size,) if type(size) is int else size, src, tag, timeout, error, links)
 
     def swap(
@@ -243,10 +243,10 @@ class NativeMessages:
                 if sent is None:
                     recorder.cancel(token)
                 else:
-                    recorder.end(token)
+                    recorder.done(token)
         except BaseException as error:
             if recorder is not None and token is not None:
-                recorder.end(token, failed=True)
+                recorder.fail(token)
             self._end(group, operation, x.dtype, x.shape, dst, tag, timeout, error, links)
         if sent is not None and sent is not True:
             # The socket took a part of it. A thread sends the rest, of a copy.

@@ -69,8 +69,7 @@ class ShmObjects(Objects):
         mailbox = self._open(group)
         dst, timeout_ns = self._begin_message(group, operation, dst, "dst", timeout)
         parts = self._dumps(group, operation, obj)
-        with entry(group, operation, peer=dst, message=(OBJECT_FAMILY, OUTGOING, 0)):
-            self._grow(group, parts)
+        with entry(group, operation, peer=dst, message=(OBJECT_FAMILY, OUTGOING, 0), parts=parts):
             try:
                 mailbox.send(dst, OBJECT, 0, parts, timeout_ns)
             except BaseException as error:
@@ -81,7 +80,7 @@ class ShmObjects(Objects):
         mailbox = self._open(group)
         src, timeout_ns = self._begin_message(group, operation, src, "src", timeout)
         key, turn = (src, False, OBJECTS), Turn()
-        with entry(group, operation, peer=src, message=(OBJECT_FAMILY, INCOMING, 0)):
+        with entry(group, operation, peer=src, message=(OBJECT_FAMILY, INCOMING, 0)) as call:
             try:
                 self._state.begin_message(group.name, operation, key, turn)
                 _, parts = mailbox.receive(src, OBJECT, timeout_ns)
@@ -90,7 +89,8 @@ class ShmObjects(Objects):
                 self._stop(group, operation, timeout_ns, error, awaited=src)
             finally:
                 self._state.turns.release(key, turn)
-            self._grow(group, parts)
+            if call is not None:
+                call.came(parts)
         try:
             return loads(parts[0], parts[1:])
         except Exception as error:
@@ -169,8 +169,8 @@ class ShmObjects(Objects):
         try:
             if state.pending.is_idle((dst, True, OBJECTS)) and mailbox.offer(dst, OBJECT, 0, parts):
                 if recorder is not None:
-                    with entry(group, operation, peer=dst, message=message):
-                        self._grow(group, parts)
+                    with entry(group, operation, peer=dst, message=message, parts=parts):
+                        pass  # it was sent
                 return None
         except BaseException as error:
             self._stop(group, operation, self._timeout_ns, error)
@@ -179,8 +179,7 @@ class ShmObjects(Objects):
 
         def send(deadline: Deadline) -> None:
             timeout_ns = deadline.left_ns()
-            with entry(group, operation, peer=dst, message=message):
-                self._grow(group, kept)
+            with entry(group, operation, peer=dst, message=message, parts=kept):
                 try:
                     self._open(group).send(dst, OBJECT, 0, kept, timeout_ns)
                 except BaseException as error:
@@ -309,13 +308,13 @@ class ShmObjects(Objects):
             sent = mailbox.native.put_dict(mailbox.outgoing[dst], tree, 0, self._timeout_ns, 0) is True
             if recorder is not None and token is not None:
                 if sent:
-                    recorder.end(token)
+                    recorder.done(token)
                 else:
                     recorder.cancel(token)
             return sent
         except BaseException as error:
             if recorder is not None and token is not None:
-                recorder.end(token, failed=True)
+                recorder.fail(token)
             self._stop(group, "send_tensor_dict", self._timeout_ns, error)
         finally:
             access.give_back()
@@ -335,14 +334,14 @@ class ShmObjects(Objects):
                 if tree is None:
                     recorder.cancel(token)
                 else:
-                    recorder.end(token, _plain_bytes(tree))
+                    recorder.done(token, _plain_bytes(tree))
             return tree
         except BaseException as error:
             if recorder is not None and token is not None:
                 if self._state.failures.broken is None and isinstance(error, Stopped) and error.code == TIMEOUT:
                     recorder.cancel(token)  # nothing has come yet
                 else:
-                    recorder.end(token, failed=True)
+                    recorder.fail(token)
             self._stop(group, "recv_tensor_dict", self._timeout_ns, error, awaited=src)
         finally:
             self._state.turns.release(key, turn)
@@ -363,13 +362,13 @@ class ShmObjects(Objects):
                     token = recorder.begin(group.name, "broadcast_tensor_dict", sequence, _plain_bytes(tree), strategy="shm", peer=src)
                 if mailbox.native.put_dict(mailbox.mine, tree, meta, timeout_ns, call_id):
                     if recorder is not None and token is not None:
-                        recorder.end(token)
+                        recorder.done(token)
                     return True
                 if recorder is not None and token is not None:
                     recorder.cancel(token)
             except BaseException as error:
                 if recorder is not None and token is not None:
-                    recorder.end(token, failed=True)
+                    recorder.fail(token)
                 self._stop(group, "broadcast_tensor_dict", timeout_ns, error, sequence=sequence, take_back=True)
             state.uncount_collective()
         finally:

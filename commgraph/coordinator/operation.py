@@ -448,9 +448,9 @@ def perform(
                 if is_made is not None and not is_made(result):
                     recorder.cancel(token)
                 elif received is not None:
-                    recorder.end(token, received(result))
+                    recorder.done(token, received(result))
                 else:
-                    recorder.end(token, result if moved is None and isinstance(result, torch.Tensor | memoryview) else None)
+                    recorder.done(token, result if moved is None and isinstance(result, torch.Tensor | memoryview) else None)
         return result
     except EXPECTED as error:
         overrun = (time.monotonic_ns() - deadline.at_ns) * 1e-9
@@ -471,7 +471,7 @@ def perform(
         raise
     finally:
         if recorder is not None and token is not None:
-            recorder.end(token, failed=True)  # where it is open still
+            recorder.fail(token)  # where it is open still
 
 
 def begin(group: Group, operation: str, timeout: Timeout, turn: Turn) -> tuple[int, Deadline]:
@@ -534,11 +534,11 @@ def whole(group: Group, operation: str, timeout: Timeout, root: int = -1) -> Ite
     try:
         yield
         if recorder is not None and token is not None:
-            recorder.end(token)
+            recorder.done(token)
     finally:
         state.turns.release_held(held)
         if recorder is not None and token is not None:
-            recorder.end(token, failed=True)  # where it is open still
+            recorder.fail(token)  # where it is open still
 
 
 def count_in_turn(group: Group, operation: str) -> None:

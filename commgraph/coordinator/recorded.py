@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -12,9 +12,9 @@ from commgraph import compat
 from commgraph.coordinator.spans import context_of, spanned
 from commgraph.errors import CollectiveTimeoutError, ConcurrentCallError
 from commgraph.shm import recorder as records
-from commgraph.shm.recorder import CANCELLED, COLLECTIVE, DONE, FAILED, Recorder
+from commgraph.shm.recorder import CANCELLED, COLLECTIVE, FAILED, Recorder, bytes_of
 
-__all__ = ["DICTS", "OBJECTS", "TENSORS", "GroupRecorder", "Message", "entry", "observed", "recorded"]
+__all__ = ["DICTS", "OBJECTS", "TENSORS", "Entry", "GroupRecorder", "Message", "entry", "observed", "recorded"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,6 +35,8 @@ class GroupRecorder:
     def __init__(self, recorder: Recorder, uid: str, ranks: tuple[int, ...], rank_in_group: int) -> None:
         """`uid`, `ranks`, `rank_in_group`: of the group's `Members`."""
         self.native = recorder.native
+        # Ends an entry that is open, by the result of its call: done(token, moved=None).
+        self.done: Callable[..., None] = recorder.native.done
         self._recorder = recorder
         self._facts = {"context": context_of(uid), "uid": uid, "ranks": records.runs_of(ranks), "rank_in_group": rank_in_group}
         self._groups: dict[str, int] = {}
@@ -89,9 +91,9 @@ class GroupRecorder:
         )
         return token
 
-    def end(self, token: int, moved: Any = None, *, failed: bool = False) -> None:
-        """End an entry that is open; no other one is changed."""
-        self.native.end(token, 0, FAILED if failed else DONE, moved)
+    def fail(self, token: int) -> None:
+        """End an entry that is open, by an error; no other one is changed."""
+        self.native.end(token, 0, FAILED, None)
 
     def cancel(self, token: int) -> None:
         """Remove an entry that is open: the call was not made, or another path makes it."""
@@ -111,31 +113,43 @@ class GroupRecorder:
 
 
 def entry(
-    group: Any, operation: str, *, peer: int = -1, message: Message | None = None, sequence: int = 0
-) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager in which all calls of a group on this thread are one entry."""
+    group: Any, operation: str, *, peer: int = -1, message: Message | None = None, sequence: int = 0, parts: Sequence[Any] | None = None
+) -> contextlib.AbstractContextManager[Entry | None]:
+    """Return a context manager in which all calls of a group on this thread are one entry; it gives None where nothing is recorded.
+
+    Args:
+        group, operation, peer, message, sequence: as for `GroupRecorder.begin`.
+        parts: of a record of the mailbox, where they are known before the call.
+    """
     recorder: GroupRecorder | None = group._state.recorder
     if recorder is None or group.world_size == 1:
         return contextlib.nullcontext()
-    return _Entry(group, recorder, recorder.begin(group.name, operation, sequence, peer=peer, message=message, outer=True))
+    moved = None if parts is None else bytes_of(parts)
+    return Entry(group, recorder, recorder.begin(group.name, operation, sequence, moved, peer=peer, message=message, outer=True))
 
 
-class _Entry:
+class Entry:
     """Context manager of one entry."""
 
-    __slots__ = ("group", "recorder", "token")
+    __slots__ = ("group", "moved", "recorder", "token")
 
     def __init__(self, group: Any, recorder: GroupRecorder, token: int | None) -> None:
         self.group, self.recorder, self.token = group, recorder, token
+        self.moved: int | None = None
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> Entry:
+        return self
+
+    def came(self, parts: Sequence[Any]) -> None:
+        """Say of what parts the record of the mailbox is that has come."""
+        self.moved = bytes_of(parts)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.token is None:
-            return
-        if error is None:
-            self.recorder.end(self.token)
+            if self.moved is not None:
+                self.recorder.add(self.group.name, self.moved)
+        elif error is None:
+            self.recorder.done(self.token, self.moved)
         else:
             _end_with(self.recorder, self.token, self.group, error)
 
@@ -165,7 +179,7 @@ def recorded(method: Callable[P, T]) -> Callable[P, T]:
                 _end_with(recorder, token, group, error)
             raise
         if token is not None:
-            recorder.end(token)
+            recorder.done(token)
         return result
 
     return run
@@ -190,4 +204,4 @@ def _end_with(recorder: GroupRecorder, token: int, group: Any, error: BaseExcept
     if isinstance(error, CollectiveTimeoutError | ConcurrentCallError) and group._state.failures.broken is None:
         recorder.cancel(token)
     else:
-        recorder.end(token, failed=True)
+        recorder.fail(token)

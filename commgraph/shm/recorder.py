@@ -81,7 +81,9 @@ _PAGE: Final = 4096
 _NEIGHBOURS: Final = 4
 
 # Code between a call and its caller: commgraph's, torch's, and what torch's compilers have written (a graph's module; `_written_code`).
+# The first is that of the operations, between whose frames no user's can be.
 _PREFIXES: Final = (
+    f"{Path(__file__).parents[1] / 'coordinator'}/",
     f"{Path(__file__).parents[1]}/",
     f"{Path(torch.__file__).parent}/",
     contextlib.__file__,

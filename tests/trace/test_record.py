@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import attrs
@@ -347,6 +349,52 @@ def test_nothing_is_recorded_unless_asked_for(monkeypatch: pytest.MonkeyPatch, t
     records = [read_file(path) for path in tmp_path.glob("*.cgrecord")]
     assert {record.rank for record in records} == {0, 1}
     assert {call.operation for record in records for call in calls_of(record)} == {"close"}
+
+
+def frames_of_recording(call: Callable[[], object]) -> list[str]:
+    """Names of the Python functions of recording that a call runs."""
+    found: list[str] = []
+
+    def see(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.endswith(("recorded.py", "recorder.py")):
+            found.append(frame.f_code.co_qualname)
+
+    sys.setprofile(see)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def plain_calls(g: cg.GroupCoordinator) -> list[Callable[[], object]]:
+    """Dicts, messages and objects both ways between two ranks, the first sends first; and collectives."""
+    x = torch.ones(4)
+    pairs: list[tuple[Callable[[], object], Callable[[], object]]] = [
+        (lambda: g.send_tensor_dict({"x": x}), g.recv_tensor_dict),
+        (lambda: g.send(x), lambda: g.recv(4, torch.float32)),
+        (lambda: g.send_object(1, g.next_in_group), lambda: g.recv_object(g.prev_in_group)),
+    ]
+    messages = [one for pair in pairs for one in (pair if g.is_first_rank else pair[::-1])]
+    return [*messages, lambda: g.all_reduce(x), g.barrier, lambda: g.all_gather(x, 0)]
+
+
+def test_a_call_that_is_not_recorded_runs_no_code_for_it() -> None:
+    """None at all in calls of tensors and dicts; objects ask once whether they are recorded."""
+
+    def body(world: cg.World) -> list[list[list[str]]]:
+        found = []
+        for record in (False, True):
+            with world.context(cg.Layout(2, tp=2), name=f"a{record}", options=cg.CommunicatorOptions(record=record)) as context:
+                for one in plain_calls(context.tp):
+                    one()  # the first calls of a kind prepare what the next ones find
+                found.append([frames_of_recording(one) for one in plain_calls(context.tp)])
+        return found
+
+    for off, on in spmd(body, 2):
+        assert off == [[], [], [], [], ["entry"], ["entry"], [], [], []]
+        assert all(on[:6])
+        assert not any(on[6:])  # the native module records its collectives itself
 
 
 def test_a_world_has_one_record(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ static PyObject *result_for(FastCalls *fast, Calls *group, PyObject *given, cons
 }
 
 PyObject *finish_call(const native_call *call, Calls *group, int result, int who, PyObject *x, PyObject *value) {
+    if (call->recorder != NULL) record_site(call->recorder, call->entry);
     record_end(call->entry, result == CG_OK ? ENTRY_DONE : ENTRY_FAILED);
     if (result == CG_OK) return value;
     /* If other ranks may still access x and the result, both stay for ever. */
@@ -80,9 +81,13 @@ PyObject *finish_call(const native_call *call, Calls *group, int result, int who
     return raise_stopped((PyObject *)group, result, who);
 }
 
-static void mark_filled(void *of) {
+/* What can wait until this rank has arrived, while the others do. Every step of a call comes here. */
+static void finish_beginning(void *of) {
     native_call *call = of;
-    if (!mark_as_written(call->tensors, call->filled)) PyErr_WriteUnraisable(call->filled);
+    if (call->filled != NULL && !mark_as_written(call->tensors, call->filled)) PyErr_WriteUnraisable(call->filled);
+    if (call->recorder == NULL) return;
+    record_site(call->recorder, call->entry);
+    call->recorder = NULL;
 }
 
 /* Begins the entry of a call in the record. The second argument of the operations with a root is that rank; `op` is a name. */
@@ -129,7 +134,8 @@ static int is_claimed(const Calls *group) {
 int begin(FastCalls *fast, Calls *group, native_call *call, int operation, int64_t timeout_ns, PyObject *filled, size_t bytes) {
     const cg_carrier *carrier = group->carrier;
     int keep = carrier->keeps(group, bytes);
-    cg_entry *entry = fast->recorder == NULL ? NULL : record(fast, group, call); /* first: it makes objects, and Python may collect garbage */
+    cg_entry *entry = fast->recorder == NULL ? NULL : record(fast, group, call); /* first: it may make objects, and Python collect garbage */
+    if (entry != NULL && !keep) record_site(fast->recorder, entry);
     if (!is_usable(fast, group)) return record_cancel(entry), 0;
     if ((operation == OP_ALL_REDUCE || operation == OP_ALL_REDUCE_) && !carrier->is_ready_to_reduce(group, bytes)) return record_cancel(entry), 0;
     if (group->begun || is_claimed(group)) {
@@ -143,10 +149,11 @@ int begin(FastCalls *fast, Calls *group, native_call *call, int operation, int64
         carrier->unclaim(group);
         return 0;
     }
-    *call = (native_call){.tensors = fast->tensors, .filled = filled, .digest = call->digest, .timeout_ns = timeout_ns, .entry = entry};
+    *call = (native_call){.tensors = fast->tensors, .filled = filled, .digest = call->digest, .timeout_ns = timeout_ns, .entry = entry,
+                          .recorder = entry != NULL && keep ? fast->recorder : NULL};
     call->call.tag = make_tag(0, group->sequence++, call->digest); /* 0: a collective */
     call->call.call = call_word(group, operation);
-    if (filled != NULL && keep) call->call.meanwhile = mark_filled, call->call.of = call;
+    if (keep && (filled != NULL || entry != NULL)) call->call.meanwhile = finish_beginning, call->call.of = call;
     /* A call of a single step waits once: a relative deadline saves reading the clock. */
     call->call.deadline = bytes <= BRIEF ? -timeout_ns : deadline_after(timeout_ns);
     carrier->begin_work(group, keep);
@@ -237,6 +244,7 @@ static PyObject *do_begin_all_reduce(FastCalls *fast, Calls *group, PyObject *co
     half.entry = call.entry;
     half.call.deadline = deadline_after(timeout);
     cg_all_reduce_begin(&shared->group, &half.call, half.from, half.count, dtype);
+    half.call.meanwhile = NULL; /* `call` ends here */
     end_work(shared->team);
     half.group = (Group *)Py_NewRef((PyObject *)group);
     half.x = Py_NewRef(args[0]);

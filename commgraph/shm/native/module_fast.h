@@ -16,6 +16,7 @@ typedef struct {
     const view *viewed;
     PyObject *const *args;
     cg_entry *entry; /* in the record of calls; NULL if there is none */
+    Recorder *recorder; /* that has yet to find the place of the call; NULL if it has, or there is none */
 } native_call;
 
 /* An all_reduce that was begun and has not been ended. */

@@ -4,12 +4,15 @@
 #include <string.h>
 #include <time.h>
 
-enum { SITES = 1024, NAMES = 64, OUTER = 64, PROBES = 256, LANES = 1 << 14 };
+enum { SITES = 1024, NAMES = 64, OUTER = 64, PROBES = 256, LANES = 1 << 14, USUAL = 256, DEPTHS = 16 };
 /* First byte of a text in the arena: a name, or JSON about a group or about the rank. */
 enum { MESSAGE_OUT = 1, MESSAGE_IN = 2 }; /* kinds of entries */
 enum { TEXT_NAME = 1, TEXT_GROUP = 2, TEXT_FACTS = 3 };
 
-/* Place of a call in the code, by code object and index of its instruction; `lasti` -1: the code is commgraph's own. */
+/* Kinds of code, in the place of an instruction: of operations themselves, between whose frames are no others; and what else is not the user's. */
+enum { OF_OPERATIONS = -2, OURS = -1 };
+
+/* Place of a call in the code, by code object and index of its instruction, or the kind of the code. */
 typedef struct {
     PyObject *code; /* a reference, so that no other code takes its address */
     long lasti;
@@ -39,6 +42,9 @@ struct Recorder {
     PyObject *ours;        /* tuple of prefixes of the files whose frames are not the caller's */
     PyObject *texts;       /* dict: text -> index */
     PyObject *dtypes;      /* dict: dtype -> name */
+    PyObject *getframe;    /* sys._getframe */
+    PyObject *depths[DEPTHS]; /* numbers from 0 */
+    unsigned char usual[USUAL]; /* frames of an operation, innermost first, by its name; 0: not known */
     PyObject *f_back, *f_lasti, *co_filename, *co_qualname, *shape, *nbytes, *dtype; /* names, interned */
     cg_record_header *header;
     cg_entry *entries;
@@ -98,21 +104,25 @@ static uint16_t index_of_name(Recorder *self, const char *name) {
     return 0;
 }
 
-/* Whether frames of this code are commgraph's own, or those of torch and the like between it and its caller. */
-static int is_ours(Recorder *self, PyObject *code) {
-    known_site *cell = &self->sites[((uintptr_t)code >> 4) % SITES];
-    if (cell->code == code && cell->lasti == -1) return 1;
+/* The kind of a code whose file was not compared yet; 0: it is the user's. */
+static int kind_of_code(Recorder *self, PyObject *code) {
     PyObject *file = PyObject_GetAttr(code, self->co_filename);
-    int ours = 0;
-    for (Py_ssize_t i = 0; file != NULL && !ours && i < PyTuple_Size(self->ours); i++)
-        ours = PyUnicode_Tailmatch(file, PyTuple_GetItem(self->ours, i), 0, PY_SSIZE_T_MAX, -1) == 1;
+    int kind = 0;
+    for (Py_ssize_t i = 0; file != NULL && !kind && i < PyTuple_Size(self->ours); i++)
+        if (PyUnicode_Tailmatch(file, PyTuple_GetItem(self->ours, i), 0, PY_SSIZE_T_MAX, -1) == 1) kind = i == 0 ? OF_OPERATIONS : OURS;
     Py_XDECREF(file);
     if (PyErr_Occurred()) PyErr_Clear();
-    if (ours) {
+    if (kind) {
+        known_site *cell = &self->sites[((uintptr_t)code >> 4) % SITES];
         Py_XDECREF(cell->code);
-        *cell = (known_site){Py_NewRef(code), -1, 0};
+        *cell = (known_site){Py_NewRef(code), kind, 0};
     }
-    return ours;
+    return kind;
+}
+
+static int known_kind_of_code(const Recorder *self, const PyObject *code) {
+    const known_site *cell = &self->sites[((uintptr_t)code >> 4) % SITES];
+    return cell->code == code && cell->lasti < 0 ? (int)cell->lasti : 0;
 }
 
 static uint32_t describe_site(Recorder *self, PyFrameObject *frame, PyObject *code) {
@@ -126,11 +136,6 @@ static uint32_t describe_site(Recorder *self, PyFrameObject *frame, PyObject *co
     return index;
 }
 
-static int is_ours_known(const Recorder *self, const PyObject *code) {
-    const known_site *cell = &self->sites[((uintptr_t)code >> 4) % SITES];
-    return cell->code == code && cell->lasti == -1;
-}
-
 /* The frame that called; takes the reference. */
 static PyFrameObject *back_of(Recorder *self, PyFrameObject *frame) {
     PyObject *back = PyObject_GetAttr((PyObject *)frame, self->f_back);
@@ -139,8 +144,46 @@ static PyFrameObject *back_of(Recorder *self, PyFrameObject *frame) {
     return (PyFrameObject *)back;
 }
 
+/* The frame so many calls above this one; NULL, without an error, if there is none. It makes no objects for those below, as `back_of` does. */
+static PyFrameObject *frame_above(Recorder *self, int depth) {
+    PyObject *frame = PyObject_CallFunctionObjArgs(self->getframe, self->depths[depth], NULL);
+    if (frame == NULL) PyErr_Clear();
+    return (PyFrameObject *)frame;
+}
+
+/* Whether the frame so many calls above is known to be of an operation. */
+static int is_of_operation(Recorder *self, int depth) {
+    PyFrameObject *frame = frame_above(self, depth);
+    if (frame == NULL) return 0;
+    PyObject *code = (PyObject *)PyFrame_GetCode(frame);
+    int kind = known_kind_of_code(self, code);
+    Py_DECREF(code);
+    Py_DECREF((PyObject *)frame);
+    return kind == OF_OPERATIONS;
+}
+
+/* The site of a frame's call, or the kind of its code where that is not the user's. */
+static int64_t site_in(Recorder *self, PyFrameObject *frame) {
+    PyObject *code = (PyObject *)PyFrame_GetCode(frame);
+    int64_t site = known_kind_of_code(self, code);
+    if (site == 0) {
+        PyObject *number = PyObject_GetAttr((PyObject *)frame, self->f_lasti);
+        long lasti = number == NULL ? 0 : PyLong_AsLong(number);
+        Py_XDECREF(number);
+        known_site *cell = &self->sites[(((uintptr_t)code >> 4) * 31 + (uintptr_t)lasti) % SITES];
+        if (cell->code == code && cell->lasti == lasti) site = cell->site;
+        else if ((site = kind_of_code(self, code)) == 0) {
+            site = describe_site(self, frame, code);
+            Py_XDECREF(cell->code);
+            *cell = (known_site){Py_NewRef(code), lasti, (uint32_t)site};
+        }
+    }
+    Py_DECREF(code);
+    return site;
+}
+
 /* The innermost caller outside of commgraph. */
-static uint32_t find_site(Recorder *self, uint64_t thread) {
+static uint32_t find_site(Recorder *self, uint64_t thread, uint16_t operation) {
     if (thread != self->thread && self->site_of_job != Py_None) {
         PyObject *given = PyObject_CallNoArgs(self->site_of_job);
         uint32_t index = given != NULL && given != Py_None ? index_of(self, given) : 0;
@@ -149,35 +192,17 @@ static uint32_t find_site(Recorder *self, uint64_t thread) {
         if (PyErr_Occurred()) PyErr_Clear();
         if (found) return index;
     }
-    PyFrameObject *frame = (PyFrameObject *)Py_XNewRef((PyObject *)PyEval_GetFrame());
-    uint32_t site = 0;
-    while (frame != NULL) {
-        PyObject *code = (PyObject *)PyFrame_GetCode(frame);
-        if (is_ours_known(self, code)) {
-            Py_DECREF(code);
-            frame = back_of(self, frame);
-            continue;
-        }
-        PyObject *number = PyObject_GetAttr((PyObject *)frame, self->f_lasti);
-        long lasti = number == NULL ? -2 : PyLong_AsLong(number);
-        Py_XDECREF(number);
-        known_site *cell = &self->sites[(((uintptr_t)code >> 4) * 31 + (uintptr_t)lasti) % SITES];
-        if (cell->code == code && cell->lasti == lasti) site = cell->site;
-        else if (is_ours(self, code)) {
-            Py_DECREF(code);
-            frame = back_of(self, frame);
-            continue;
-        } else {
-            site = describe_site(self, frame, code);
-            Py_XDECREF(cell->code);
-            *cell = (known_site){Py_NewRef(code), lasti, site};
-        }
-        Py_DECREF(code);
-        Py_DECREF((PyObject *)frame);
-        break;
-    }
+    /* An operation is recorded below as many frames of its own, as a rule: the walk begins at the outermost of them. */
+    unsigned char *usual = &self->usual[operation % USUAL];
+    int depth = *usual && is_of_operation(self, *usual - 1) ? *usual : 0, own = depth;
+    PyFrameObject *frame = depth ? frame_above(self, depth) : (PyFrameObject *)Py_XNewRef((PyObject *)PyEval_GetFrame());
+    int64_t site = 0;
+    for (; frame != NULL && (site = site_in(self, frame)) < 0; frame = back_of(self, frame), depth++)
+        if (site == OF_OPERATIONS && own == depth) own++;
+    Py_XDECREF((PyObject *)frame);
+    if (own < DEPTHS) *usual = (unsigned char)own;
     if (PyErr_Occurred()) PyErr_Clear();
-    return site;
+    return site < 0 ? 0 : (uint32_t)site;
 }
 
 static void set_view(Recorder *self, cg_entry *entry, const view *v) {
@@ -227,7 +252,6 @@ static cg_entry *take_entry(Recorder *self, uint64_t thread) {
     atomic_store_explicit(&header->next, number + 1, memory_order_relaxed);
     memset((char *)entry + sizeof entry->state, 0, sizeof *entry - sizeof entry->state);
     entry->thread = thread;
-    entry->site = find_site(self, thread);
     /* The lowest bits of a number say which entry it is: a token needs nothing else. */
     entry->sequence = number;
     return entry;
@@ -249,8 +273,6 @@ static uint64_t this_thread(void) { return (uint64_t)PyThread_get_thread_ident()
 
 cg_entry *record_begin(Recorder *self, const char *operation, uint16_t group, uint16_t strategy, uint64_t sequence, const view *v, int root,
                        const char *reduction) {
-    PyObject *kind, *value, *trace;
-    PyErr_Fetch(&kind, &value, &trace);
     uint64_t thread = this_thread();
     cg_entry *entry = self->n_outer ? outer_of(self, thread, group) : NULL;
     if (entry != NULL) {
@@ -266,9 +288,10 @@ cg_entry *record_begin(Recorder *self, const char *operation, uint16_t group, ui
         if (v->bytes > 0) set_view(self, entry, v);
         open_entry(self, entry, sequence);
     }
-    PyErr_Restore(kind, value, trace);
     return entry;
 }
+
+void record_site(Recorder *self, cg_entry *entry) { entry->site = find_site(self, entry->thread, entry->operation); }
 
 void record_tensor(Recorder *self, cg_entry *entry, const view *v) {
     if (entry != NULL) set_view(self, entry, v);
@@ -294,9 +317,7 @@ Recorder *recorder_of(PyObject *self, PyObject *value) {
 /* Adds a tensor of any kind. 0 with an error set. */
 static int add_any_tensor(Recorder *self, cg_entry *entry, PyObject *x) {
     view v;
-    int plain = self->tensors == NULL ? 0 : view_tensor(self->tensors, x, &v);
-    if (plain < 0) PyErr_Clear();
-    if (plain > 0) {
+    if (self->tensors != NULL && look_at_tensor(self->tensors, x, &v)) {
         uint64_t before = entry->bytes;
         uint16_t tensors = entry->tensors;
         if (!tensors) set_view(self, entry, &v);
@@ -390,6 +411,7 @@ static PyObject *recorder_begin(PyObject *object, PyObject *const *args, Py_ssiz
     if (entry == NULL) return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
     entry->group = group;
     entry->operation = (uint16_t)index_of(self, args[1]);
+    entry->site = find_site(self, thread, entry->operation);
     entry->strategy = args[2] == Py_None ? 0 : (uint16_t)index_of(self, args[2]);
     uint64_t sequence = PyLong_AsUnsignedLongLong(args[3]);
     entry->kind = (uint8_t)PyLong_AsLong(args[4]);
@@ -414,6 +436,19 @@ static void drop_outer(Recorder *self, uint64_t number) {
             self->n_outer--;
             return;
         }
+}
+
+static PyObject *recorder_done(PyObject *object, PyObject *const *args, Py_ssize_t nargs) {
+    Recorder *self = (Recorder *)object;
+    if (nargs != 1 && nargs != 2) return PyErr_Format(PyExc_TypeError, "done(token, moved=None)");
+    uint64_t number;
+    cg_entry *entry = entry_of(self, args[0], &number);
+    if (entry != NULL) {
+        if (nargs == 2) add_moved(self, entry, args[1]);
+        record_end(entry, ENTRY_DONE);
+    }
+    if (self->n_outer) drop_outer(self, number);
+    Py_RETURN_NONE;
 }
 
 static PyObject *recorder_end(PyObject *object, PyObject *const *args, Py_ssize_t nargs) {
@@ -507,6 +542,8 @@ static PyObject *recorder_new(PyTypeObject *type, PyObject *args, PyObject *kwar
     static const char *const names[] = {"f_back", "f_lasti", "co_filename", "co_qualname", "shape", "nbytes", "dtype"};
     PyObject **const held[] = {&self->f_back, &self->f_lasti, &self->co_filename, &self->co_qualname, &self->shape, &self->nbytes, &self->dtype};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) *held[i] = PyUnicode_InternFromString(names[i]);
+    self->getframe = Py_XNewRef(PySys_GetObject("_getframe")); /* borrowed */
+    for (int i = 0; i < DEPTHS; i++) self->depths[i] = PyLong_FromLong(i);
     PyObject *empty = PyUnicode_FromString(""), *kind, *name;
     if (self->texts != NULL && empty != NULL) index_of(self, empty);
     Py_XDECREF(empty);
@@ -522,6 +559,8 @@ static void recorder_dealloc(PyObject *object) {
     PyObject *const held[] = {(PyObject *)self->segment, (PyObject *)self->tensors, self->site_of_job, self->ours, self->texts, self->dtypes,
                               self->f_back, self->f_lasti, self->co_filename, self->co_qualname, self->shape, self->nbytes, self->dtype};
     for (size_t i = 0; i < sizeof held / sizeof *held; i++) Py_XDECREF(held[i]);
+    for (int i = 0; i < DEPTHS; i++) Py_XDECREF(self->depths[i]);
+    Py_XDECREF(self->getframe);
     free_object(object);
 }
 
@@ -529,6 +568,7 @@ static PyMethodDef recorder_methods[] = {
     {"begin", (PyCFunction)(void (*)(void))recorder_begin, METH_FASTCALL,
      "begin(group, lanes, operation, strategy, sequence, kind, family, peer, tag, moved, reduction, outer)\n--\n\nA token of a new entry; None where the call is a part of another one."},
     {"end", (PyCFunction)(void (*)(void))recorder_end, METH_FASTCALL, "end(token, lanes, state, moved)\n--\n\nEnds an entry that is open; state 0 removes it."},
+    {"done", (PyCFunction)(void (*)(void))recorder_done, METH_FASTCALL, "done(token, moved=None)\n--\n\nEnds an entry that is open: the call was made."},
     {"assign", (PyCFunction)(void (*)(void))recorder_assign, METH_FASTCALL, "assign(group, lanes, peer)\n--\n\nSets who has sent the message of the last entry of this thread, which is open."},
     {"grow", (PyCFunction)(void (*)(void))recorder_grow, METH_FASTCALL,
      "grow(group, moved)\n--\n\nAdds to the call of several parts that is under way on this thread."},

@@ -75,6 +75,20 @@ int view_tensor(const Tensors *tensors, PyObject *x, view *v) {
     return 1;
 }
 
+int look_at_tensor(const Tensors *tensors, PyObject *x, view *v) {
+    dl_tensor t;
+    if (Py_TYPE(x) != tensors->tensor_type || tensors->exchange == NULL) return 0;
+    if (tensors->exchange->view_of_object(x, &t) != 0) return PyErr_Clear(), 0;
+    /* DLPack has one name for several dtypes of 8 bits. */
+    if (t.device.type != DL_CPU || t.ndim > MAX_DIMS || t.dtype.bits % 8 || t.dtype.lanes != 1 || (t.dtype.bits == 8 && t.dtype.code != DL_BOOL)) return 0;
+    v->ndim = t.ndim;
+    v->kind = t.dtype;
+    v->size = t.dtype.bits / 8;
+    v->bytes = v->size;
+    for (int i = 0; i < t.ndim; i++) v->bytes *= (size_t)(v->shape[i] = t.shape[i]);
+    return 1;
+}
+
 int may_fill(const Tensors *tensors, PyObject *x) {
     PyObject *on = PyObject_CallNoArgs(tensors->inference_mode);
     if (on == NULL) return -1;

@@ -31,9 +31,12 @@ typedef struct {
 
 typedef struct Recorder Recorder;
 
-/* Begins the entry of a native collective; NULL where it is a part of a call that has an entry, or there is no room. Never fails. */
+/* Begins the entry of a native collective; NULL where it is a part of a call that has an entry, or there is no room. Never fails. The place
+ * of the call is left to `record_site`, which takes as long as all the rest. */
 cg_entry *record_begin(Recorder *recorder, const char *operation, uint16_t group, uint16_t strategy, uint64_t sequence, const view *v, int root,
                        const char *reduction);
+/* Finds the place in the code of an entry whose call was made on this thread. */
+void record_site(Recorder *recorder, cg_entry *entry);
 /* Sets the tensor of an entry that was begun without one. */
 void record_tensor(Recorder *recorder, cg_entry *entry, const view *v);
 /* Ends an entry; NULL is none. */
