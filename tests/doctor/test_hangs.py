@@ -28,10 +28,10 @@ from tests.programs.hangs import KINDS, hang
 
 CULPRITS = {"skips": (1,), "order": (0, 1), "stopped": (1,), "loop": (1,), "nobody_sends": (0, 1)}
 FINDINGS = {
-    "skips": ("Rank 1 has not called target/tp all_reduce #3", "rank 1 is in target/pp recv #0 from rank 3 since"),
-    "order": ("Ranks 0, 1 wait for each other", "rank 0 is in target/tp all_reduce #3", "rank 1 is in target/other all_reduce #0"),
+    "skips": ("Rank 1 has not called target/tp all_reduce #4", "rank 1 is in target/pp recv #0 from rank 3 since"),
+    "order": ("Ranks 0, 1 wait for each other", "rank 0 is in target/tp all_reduce #4", "rank 1 is in target/other all_reduce #0"),
     "stopped": ("Rank 1 has not called target/tp all_reduce #",),
-    "loop": ("Rank 1 has not called target/tp all_reduce #3", "rank 1 is in no call: it ended target/tp all_reduce #2"),
+    "loop": ("Rank 1 has not called target/tp all_reduce #4", "rank 1 is in no call: it ended target/tp all_reduce #3"),
     "nobody_sends": ("Rank 0 has not sent what target/pp recv #0 of rank 2 waits for", "rank 0 is in target/world close #"),
 }
 
