@@ -22,6 +22,7 @@ from commgraph.deadline import Deadline
 from commgraph.errors import BuildError
 from commgraph.meeting import STORE_ERRORS, attend, poll, write
 from commgraph.processes import Process
+from commgraph.session import DeadRankError
 
 __all__ = ["admit", "apply"]
 
@@ -33,29 +34,47 @@ class _Newcomer(msgspec.Struct, frozen=True):
     process: Process
 
 
-def admit(store: dist.Store, size: int, extra: int, deadline: Deadline) -> None:
+def admit(store: dist.Store, size: int, extra: int, deadline: Deadline) -> Callable[[], None]:
     """Give `extra` newcomers the ranks from `size` on, in the order in which they came. Called by rank 0.
+
+    Returns:
+        A function that raises `DeadRankError` where one of them has died since: nobody else knows its process before it has come again,
+        as a rank of the World that follows.
 
     Raises:
         BuildError: they did not come in time, or the store failed.
     """
     apart = dist.PrefixStore("commgraph/grow", store)
-    me, came = Process.own(), list[_Newcomer]()
+    me, came = Process.own(), dict[int, _Newcomer]()
+
+    def has_died(one: _Newcomer) -> bool:
+        return me.can_watch(one.process) and one.process.has_ended()
 
     def look() -> list[_Newcomer] | None:
-        while len(came) < int(apart.add("arrived", 0)) and apart.check([f"newcomer/{len(came)}"]):
-            came.append(msgspec.json.decode(apart.get(f"newcomer/{len(came)}"), type=_Newcomer))
-        alive = [one for one in came if not (me.can_watch(one.process) and one.process.has_ended())]
+        for number in range(int(apart.add("arrived", 0))):
+            if number not in came and apart.check([f"newcomer/{number}"]):
+                came[number] = msgspec.json.decode(apart.get(f"newcomer/{number}"), type=_Newcomer)
+        alive = [came[number] for number in sorted(came) if not has_died(came[number])]
         return alive if len(alive) >= extra else None
 
-    def job(is_left: Callable[[], bool]) -> None:
+    def job(is_left: Callable[[], bool]) -> list[_Newcomer]:
         alive = poll(look, deadline, is_left, lambda: f"grow: {len(came)} of {extra} new processes have come")
         if alive is None:
             raise BuildError(f"rank 0: grow: {len(came)} of {extra} new processes came within {deadline.seconds:g} s")
         for number, one in enumerate(alive):
             write(apart, f"seat/{one.token}", msgspec.json.encode([size + number, size + extra]) if number < extra else b"")
+        return alive[:extra]
 
-    _run(job, deadline, "rank 0: grow")
+    seated = _run(job, deadline, "rank 0: grow")
+
+    def watch() -> None:
+        for number, one in enumerate(seated):
+            if has_died(one):
+                raise DeadRankError(
+                    f"rank 0 of {size + extra}: rank {size + number} (process {one.process.pid}), a new one, died before all ranks had come"
+                )
+
+    return watch
 
 
 def apply(store: dist.Store, deadline: Deadline) -> tuple[int, int]:

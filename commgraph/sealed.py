@@ -79,6 +79,8 @@ class SealedStore(dist.Store):
     def delete_key(self, key: str) -> bool:
         return bool(self._store.delete_key(key))
 
+    deleteKey = delete_key  # noqa: N815 - what torch's stores call one that is written in Python
+
     def num_keys(self) -> int:
         return int(self._store.num_keys())
 

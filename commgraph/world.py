@@ -637,6 +637,8 @@ class World:
             agree(meeting.at("begin"), {"the number of new processes": str(count), "at": str(at)})
             size, ticket = self.size + count, at or ""
             served: dist.Store | None = None
+            # Of rank 0 alone, which watches the new processes: its error is everybody's.
+            watches: list[Callable[[], None]] = []
             if self.rank == 0 and at is None:
                 host = ticket_at(builder.given, self._caller_store)
                 served = serve_store(host)
@@ -648,10 +650,15 @@ class World:
             if self.rank == 0:
                 if announce is not None:
                     announce(ticket)
-                admission.admit(served, self.size, count, deadline)
+                watches.append(admission.admit(served, self.size, count, deadline))
             if self.size > 1:
                 meeting.answer("admitted", b"", lambda said: b"")
-        return World._make(served, self.rank, size, self._terms(self.local_rank), deadline=deadline)
+
+        def guard() -> None:
+            for watch in watches:
+                watch()
+
+        return World._make(served, self.rank, size, self._terms(self.local_rank), deadline=deadline, guard=guard)
 
     def _successor(self, view: View) -> World:
         """Build the World of a view of this one's ranks."""

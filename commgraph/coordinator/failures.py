@@ -150,9 +150,10 @@ class Failures:
         self._failing = threading.Lock()
 
     def forget(self) -> None:
-        """Drop what would keep a closed group's memory: the store, and the traceback of the error."""
+        """Drop what would keep a closed group's memory: the store, the traceback of the error, and the group itself."""
         self._store = None
         self.broken = None
+        self._abort = _nothing
 
     def not_open(self, group: str, why: str) -> ContextClosedError:
         """Return the error of a call on a group that is closed, or is not this process's."""
@@ -374,6 +375,10 @@ class Failures:
         number, _, text = note.removeprefix(_GAVE_UP).partition(", ")
         what, at, _ = text.partition(" at ")
         return _Fault("timeout", f"{number} {what}", None, int(number), text) if at else None  # one that is too long for a note is cut
+
+
+def _nothing() -> None:
+    """Stand in for what ends the calls of a group that was closed."""
 
 
 def called_method() -> str:

@@ -108,6 +108,8 @@ class ThreadStore(dist.Store):
         with self._changed:
             return self._data.pop(key, None) is not None
 
+    deleteKey = delete_key  # noqa: N815 - what torch's stores call one that is written in Python
+
     def num_keys(self) -> int:
         return len(self._data)
 

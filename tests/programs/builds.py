@@ -153,6 +153,8 @@ class Mortal(dist.Store):
     def delete_key(self, key: str) -> bool:
         return bool(self._do("delete_key", key))
 
+    deleteKey = delete_key  # noqa: N815 - what torch's stores call one that is written in Python
+
     def has_extended_api(self) -> bool:
         return False
 

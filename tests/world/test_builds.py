@@ -14,12 +14,13 @@ from tests.helpers import may_unshare
 from tests.processes import PROGRAMS, Processes
 
 
-def test_builds_leave_no_keys_in_the_store() -> None:
+@pytest.mark.parametrize("authkey", [None, b"with one the keys go through a store that is written in Python"], ids=["plain", "sealed"])
+def test_builds_leave_no_keys_in_the_store(authkey: bytes | None) -> None:
     store = dist.HashStore()
     counts: list[int] = []
 
     def run(rank: int) -> None:
-        with cg.World.from_store(store, rank=rank, world_size=2) as world:
+        with cg.World.from_store(store, rank=rank, world_size=2, authkey=authkey) as world:
             for _ in range(3):
                 with world.context(cg.Layout(2, tp=2), name="a") as ctx:
                     ctx.tp.barrier()

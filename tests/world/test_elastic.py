@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import commgraph as cg
+from commgraph import admission
 from commgraph.communicators.endpoint import Endpoint
+from commgraph.deadline import Deadline
 from commgraph.membership import Latecomers, Membership, View
 from commgraph.reach import Reach
+from commgraph.rendezvous import open_store
 from commgraph.shm import native_module
 from commgraph.testing import spmd
 from tests.helpers import TooLateError, again_if_late, free_port
@@ -395,6 +401,34 @@ def test_a_world_of_one_grows_at_a_known_place(tmp_path: Path) -> None:
         thread.join()
     assert [0.0, 1.0] in said
     assert any("as many processes as the world asked for had come" in str(one) for one in said), said
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_new_process_that_dies_with_its_rank_ends_the_growth() -> None:
+    """It has a rank, and was not seen as one. Another one died between its two words, and is not waited for."""
+
+    def newcomer(ticket: str) -> None:
+        store, deadline = open_store(ticket, rank=1, world_size=2, timeout=timedelta(seconds=20)), Deadline.after(20)
+        dist.PrefixStore("commgraph/grow", store).add("arrived", 1)
+        admission.apply(store, deadline)
+
+    def announce(ticket: str) -> None:
+        child = multiprocessing.get_context("fork").Process(target=newcomer, args=(ticket,), daemon=True)
+        child.start()
+        children.append(child)
+
+    children: list[Any] = []
+
+    def program(world: cg.World) -> float:
+        begun = time.monotonic()
+        with pytest.raises(cg.BuildError, match=r"rank 2 \(.*a new one, died before all ranks had come"):
+            world.grow(1, announce=announce, timeout=60)
+        assert time.monotonic() - begun < 30
+        return float(world.group.all_reduce(torch.ones(1)))
+
+    assert spmd(program, 2) == [2.0, 2.0]
+    for child in children:
+        child.join()
 
 
 def test_growth_that_cannot_be_is_refused_and_leaves_the_world_as_it_was() -> None:
