@@ -173,7 +173,7 @@ class Rank:
         if not isinstance(error, cg.CommGraphError | ValueError | TypeError):
             return "bare", kind, f"{text[:300]} {frames(error)}"
         what = self.cell.what
-        built = "'(tp|world)'|context '|sibling '|group |^split|<World"
+        built = r"'(tp|world)'|context '|sibling '|group |\bsplit(_by)?\b|<World"
         group = "message queue" if what.queue else built if what.builds else "'tp'|context 'a'"
         lacks = [] if re.search(r"ranks? \d|writer|reader \d", text) else ["rank"]
         lacks += [] if re.search(group, text) else ["group"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import errno
 import functools
 import gc
 import multiprocessing
@@ -33,7 +34,7 @@ import pytest
 import torch
 
 import commgraph as cg
-from commgraph.shm import native_module
+from commgraph.shm import native_module, segments
 from commgraph.shm.message_queue import QueueHandle
 from commgraph.shm.remote import OBJECT, READY, Entrance, Secret
 from commgraph.wire import WireError
@@ -850,6 +851,31 @@ def too_large(pipe: Connection) -> str:
 @needs_memory
 def test_memory_that_is_not_there_is_an_error_with_the_size(child: Callable[..., Child]) -> None:
     assert re.search(r"\d{7} bytes of shared memory are needed.*smaller or fewer chunks", child(too_large).result())
+
+
+@needs_memory
+def test_a_writer_that_can_make_no_memory_at_all_goes_through_sockets(monkeypatch: pytest.MonkeyPatch, child: Callable[..., Child]) -> None:
+    """As where a seccomp filter refuses memfds. A reader that cannot open the writer's memory, without /proc say, does so, too."""
+
+    def refused(*_: object) -> int:
+        raise PermissionError(errno.EPERM, "refused")
+
+    with monkeypatch.context() as without:
+        without.setattr(os, "memfd_create", refused)
+        with pytest.warns(RuntimeWarning, match=r"no shared memory \(.*refused\).*go through sockets"):
+            queue = cg.MessageQueue.create(1)
+    with queue:
+        elsewhere = child(read_all, queue.handle, 0, 2)
+        send_all(queue, ["one", {"two": 2}])
+        assert elsewhere.receive() == "read"
+        elsewhere.pipe.send("go on")
+        assert elsewhere.result() == ["one", {"two": 2}]
+    with cg.MessageQueue.create(1) as queue:
+        monkeypatch.setattr(segments, "open_peer", refused)
+        with cg.MessageQueue.attach(queue.handle, 0) as reader:
+            queue.enqueue("three", 20)
+            assert reader.dequeue(20) == "three"
+            assert "through a socket (its memory cannot be opened" in repr(reader)
 
 
 def test_without_the_native_module_everything_goes_through_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
