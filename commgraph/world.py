@@ -764,7 +764,7 @@ class World:
         # After an exception the peers may be in another call: dropped connections end it, a collective close would wait in vain.
         if error is None:
             self.close()
-        elif not self.closed:
+        else:
             self._end_builds()
             self._drop()
 

@@ -403,6 +403,23 @@ def test_a_world_of_one_grows_at_a_known_place(tmp_path: Path) -> None:
     assert any("as many processes as the world asked for had come" in str(one) for one in said), said
 
 
+def test_an_exception_leaves_the_world_of_the_survivors_as_well() -> None:
+    found: list[cg.World] = []
+
+    def leaves(world: cg.World) -> None:
+        with world:
+            found.append(world.survivors(timeout=20))
+            found[-1].group.barrier()
+            raise ZeroDivisionError
+
+    def program(world: cg.World) -> None:
+        with pytest.raises(ZeroDivisionError):
+            leaves(world)
+
+    spmd(program, 2)
+    assert [world.closed for world in found] == [True, True]
+
+
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_new_process_that_dies_with_its_rank_ends_the_growth() -> None:
     """It has a rank, and was not seen as one. Another one died between its two words, and is not waited for."""
