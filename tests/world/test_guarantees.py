@@ -54,8 +54,8 @@ def test_a_rank_that_is_slow_in_a_build_is_in_no_other_call(monkeypatch: pytest.
             if self.is_slow:
                 time.sleep(0.2)
 
-    def slow_init(self: ShmCommunicator, memory: HostMemory, timeout: float) -> None:
-        init(self, memory, timeout)
+    def slow_init(self: ShmCommunicator, memory: HostMemory, *how: Any) -> None:
+        init(self, memory, *how)
         self._group = Slow(self._group, memory.rank_in_group == 1)
 
     monkeypatch.setattr(ShmCommunicator, "__init__", slow_init)
