@@ -210,7 +210,7 @@ static int is_reduction(uint64_t found, const uint64_t *given, int n, int dtype,
 }
 
 static void check_reduction(const char *found, int n, int dtype, int op, uint64_t seed, size_t begin, size_t count) {
-    uint64_t given[MOST];
+    uint64_t given[2 * MOST];
     for (size_t i = 0; i < count; i++) {
         for (int p = 0; p < n; p++) given[p] = element(dtype, seed, p, begin + i);
         uint64_t bits = load(found + i * cg_dtype_bytes(dtype), dtype);
@@ -524,7 +524,7 @@ static void *run_session(void *arg) {
 }
 
 static void run_threads(int n, void *(*run)(void *), void *args, size_t stride) {
-    pthread_t threads[32];
+    pthread_t threads[64];
     for (int i = 0; i < n; i++) CHECK(pthread_create(&threads[i], NULL, run, (char *)args + (size_t)i * stride) == 0, "pthread_create");
     for (int i = 0; i < n; i++) pthread_join(threads[i], NULL);
 }
@@ -1249,7 +1249,7 @@ static void withdrawals(dice *d, int64_t until) {
 
 /* Nets: ranks that are linked by sockets. Of each rank one thread makes all-reduces, and others exchange messages with tags of their own. */
 
-enum { TALKERS = 3 };
+enum { TALKERS = 3, NET_MOST = 10 }; /* among more than 8 ranks small reductions take several steps */
 
 typedef struct {
     cg_net *collectives, *messages;
@@ -1273,8 +1273,8 @@ static int ends_well(const net_side *s, int result) {
 }
 
 static int talk(net_side *s, dice *ours, dice *mine, int round) {
-    cg_message messages[8 * MOST];
-    char *memory[8 * MOST], *copies[8 * MOST] = {NULL};
+    cg_message messages[8 * NET_MOST];
+    char *memory[8 * NET_MOST], *copies[8 * NET_MOST] = {NULL};
     uint64_t seed = roll(ours);
     size_t bytes[4];
     uint32_t tags[4];
@@ -1353,11 +1353,11 @@ static cg_block block_with_memory(dice *mine, size_t bytes) {
 static int collect_over_net(net_side *s, dice *ours, dice *mine, int round) {
     const int n = s->n, me = s->me, kind = (int)below(ours, 5), root = (int)below(ours, (size_t)n + 1) - 1;
     const uint64_t seed = roll(ours);
-    size_t bytes[MOST][MOST], most = chance(ours, 20) ? 300000 : 3000, sizes[MOST];
+    size_t bytes[NET_MOST][NET_MOST], most = chance(ours, 20) ? 300000 : 3000, sizes[NET_MOST];
     for (int a = 0; a < n; a++)
         for (int b = 0; b < n; b++) bytes[a][b] = chance(ours, 20) ? 0 : below(ours, most);
     int result, who = 0;
-    cg_block out[MOST], into[MOST];
+    cg_block out[NET_MOST], into[NET_MOST];
     cg_net_call call = {(uint32_t)round, soon(), attend_nothing, NULL, s->pool};
     pause_a_little(mine);
     if (kind == 0) {
@@ -1436,9 +1436,9 @@ static void *run_net(void *arg) {
 
 static void nets(dice *d, int64_t until) {
     do {
-        int n = 2 + (int)below(d, MOST - 1), quits = chance(d, 30) ? (int)below(d, 8) : -1, quitter = (int)below(d, (size_t)n);
-        static cg_net made[MOST][2];
-        cg_pool *pools[MOST];
+        int n = chance(d, 15) ? 9 + (int)below(d, 2) : 2 + (int)below(d, 4), quits = chance(d, 30) ? (int)below(d, 8) : -1, quitter = (int)below(d, (size_t)n);
+        static cg_net made[NET_MOST][2];
+        cg_pool *pools[NET_MOST];
         uint64_t seed = roll(d);
         for (int r = 0; r < n; r++) pools[r] = cg_pool_new((size_t)64 << 20);
         for (int r = 0; r < n; r++)
@@ -1451,7 +1451,7 @@ static void nets(dice *d, int64_t until) {
                     CHECK(cg_net_attach(&made[a][c], b, pair[0]) == 0 && cg_net_attach(&made[b][c], a, pair[1]) == 0, "cg_net_attach");
                     CHECK(cg_net_is_linked(&made[a][c], b) && cg_net_error(&made[a][c], b) == 0, "not linked");
                 }
-        net_side sides[MOST * (1 + TALKERS)];
+        net_side sides[NET_MOST * (1 + TALKERS)];
         for (int r = 0; r < n; r++)
             for (int t = 0; t <= TALKERS; t++)
                 sides[r * (1 + TALKERS) + t] = (net_side){&made[r][0], &made[r][1], r, n, t, 12, quitter, quits, seed, pools[r], 0};
