@@ -55,6 +55,9 @@ _OPS = MappingProxyType({"sum": 0, "avg": 1, "max": 2, "min": 3, "product": 4})
 # On bool, sum is "or" and product is "and".
 _LOGICAL = MappingProxyType({"sum": "max", "max": "max", "product": "min", "min": "min"})
 
+# Ranks up to which the words of a build are exchanged directly, so that each knows who did not come; those of more go up and down a tree.
+_DIRECT_RANKS = 4
+
 
 class ShmCommunicator(Communicator):
     """Collectives, messages and objects of the ranks of one host.
@@ -441,11 +444,30 @@ def exchange_bytes(gloo: GlooCommunicator, name: str, deadline: Deadline) -> Cal
     def exchange(word: bytes) -> list[bytes]:
         mine = tensor_over(bytearray(struct.pack(f"<H{_WORD_BYTES - 2}s", len(word), word)), torch.uint8, (_WORD_BYTES,))
         words = ambient.empty(n * _WORD_BYTES, torch.uint8)
-        gloo.all_gather(mine, 0, [_WORD_BYTES] * n, words, tag=make_tag(SETUP, next(steps), name), deadline=deadline)
+        tag = make_tag(SETUP, next(steps), name)
+        if n <= _DIRECT_RANKS:
+            gloo.all_gather(mine, 0, [_WORD_BYTES] * n, words, tag=tag, deadline=deadline)
+        else:
+            _gather_by_tree(gloo, words, mine, tag, deadline)
+            gloo.broadcast(words, 0, tag=tag, deadline=deadline)
         said = [bytes(piece.tolist()) for piece in words.split(_WORD_BYTES)]
         return [text[2 : 2 + int.from_bytes(text[:2], "little")] for text in said]
 
     return exchange
+
+
+def _gather_by_tree(gloo: GlooCommunicator, words: torch.Tensor, mine: torch.Tensor, tag: int, deadline: Deadline) -> None:
+    """Fill `words` on the first rank, along the tree by which a broadcast then comes back: links are made that way once, and few."""
+    n, me = gloo.world_size, gloo.rank_in_group
+    pieces = words.view(n, _WORD_BYTES)
+    pieces[me] = mine
+    step = 1
+    while step < n and not me & step:
+        if me + step < n:
+            gloo.exchange([], [(pieces[me + step : me + 2 * step], me + step)], tag=tag, deadline=deadline)
+        step *= 2
+    if me:
+        gloo.exchange([(pieces[me : me + step], me - step)], [], tag=tag, deadline=deadline)
 
 
 def _signed(exchange: Callable[[bytes], list[bytes]], key: bytes, me: int) -> Callable[[bytes], list[bytes]]:

@@ -14,6 +14,10 @@ import torch
 
 import commgraph as cg
 from commgraph.assembly import Terms
+from commgraph.communicators.shm import exchange_bytes
+from commgraph.communicators.tcp import TcpCommunicator
+from commgraph.communicators.tcp_transport import TcpTransport
+from commgraph.deadline import Deadline
 from commgraph.shm import native_module
 from commgraph.testing import spmd
 from commgraph.testing.spmd import ThreadStore, _make_room
@@ -63,6 +67,29 @@ def test_descriptors_and_keys_do_not_grow_with_the_number_of_ranks(n: int) -> No
     assert many[0] < few[0] + 1, (few, many)
     # A small all-reduce meets log2(n) ranks on either side.
     assert many[1] <= many[0] + 2 * math.log2(n) + 1, (few, many)
+
+
+@pytest.mark.parametrize("n", [2, 5, 8, 13])
+def test_the_words_of_a_build_reach_every_rank_over_few_links(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one host's memory, say. Over a tree: each rank but the first makes one link; four ranks or fewer link all pairs."""
+    ends: list[bytes] = []
+    attach = TcpTransport._attach
+    monkeypatch.setattr(TcpTransport, "_attach", lambda self, *args: (ends.append(self._group), attach(self, *args))[1])
+
+    def program(world: cg.World) -> bytes:
+        host = world.group.communicator("tcp")
+        assert isinstance(host, TcpCommunicator)
+        part = host.among(range(n))
+        exchange = exchange_bytes(part, "a test", Deadline.after(30.0))
+        for step in range(3):
+            found = exchange(f"{step} of {world.rank}".encode() * (step + 1))
+            assert found == [f"{step} of {rank}".encode() * (step + 1) for rank in range(n)]
+        world.group.barrier()
+        part.close()
+        return part.transport._group
+
+    (group,) = set(spmd(program, n))
+    assert ends.count(group) == 2 * (n - 1 if n > 4 else n * (n - 1) // 2)
 
 
 @pytest.mark.hosts
