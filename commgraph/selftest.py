@@ -13,6 +13,7 @@ import torch
 import commgraph as cg
 from commgraph.commands import ended_well
 from commgraph.errors import CommGraphError, ConfigurationError
+from commgraph.progress import progress
 
 __all__ = ["OPERATIONS", "main", "run"]
 
@@ -209,6 +210,8 @@ def _asynchronous(g: cg.GroupCoordinator) -> None:
         (g.reduce_scatter_async(_mine(g, rows=n), 0), _piece(g, _total(g, n))),
         (g.broadcast_async(_mine(g), n - 1), _mine(g, n - 1)),
         (g.barrier_async(), None),
+        (g.all_to_all_async(_mine(g, rows=n)), torch.cat([one.chunk(n)[g.rank_in_group] for one in _all(g, n)])),
+        (g.gather_async(_mine(g), 0, 0), torch.cat(_all(g)) if g.rank_in_group == 0 else None),
     ]
     for work, expected in works:
         _same(work.wait(), expected)
@@ -276,7 +279,8 @@ def run(world: cg.World, layout: cg.Layout) -> int:
             print(f"{layout!r} has no group of two ranks or more: nothing is sent. Start more ranks, or name axes, e.g. --tp 2")
         return 2
     context = world.context(layout, name="selftest")
-    cells = {name: _test(world, context[name]) for name in names}
+    with progress("commgraph.selftest", len(names) * len(OPERATIONS), "operations", shown=world.rank == 0) as advance:
+        cells = {name: _test(world, context[name], advance) for name in names}
     answers: list[dict[str, dict[str, str | float]]] = world.group.all_gather_object(cells)
     faults = [
         f"rank {rank}, {name} {layout.ranks(name, rank)}, {operation}: {cell}"
@@ -293,8 +297,13 @@ def run(world: cg.World, layout: cg.Layout) -> int:
     return 1 if faults else 0
 
 
-def _test(world: cg.World, group: cg.GroupCoordinator) -> dict[str, str | float]:
-    """Return for each operation the microseconds that it took, once warm, or why it failed. Collective over the world."""
+def _test(world: cg.World, group: cg.GroupCoordinator, advance: Callable[[], None]) -> dict[str, str | float]:
+    """Return for each operation the microseconds that it took, once warm, or why it failed. Collective over the world.
+
+    Args:
+        world, group: of which it is.
+        advance: called after each operation.
+    """
     found: dict[str, str | float] = {}
     for operation, check in OPERATIONS:
         # A rank alone has nobody to send to.
@@ -313,6 +322,7 @@ def _test(world: cg.World, group: cg.GroupCoordinator) -> dict[str, str | float]
             begun = time.perf_counter()
             check(group)
             found[operation] = (time.perf_counter() - begun) * 1e6
+        advance()
     return found
 
 

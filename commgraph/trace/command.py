@@ -48,12 +48,11 @@ def main(argv: Sequence[str]) -> int:
     except (OSError, ValueError, ConfigurationError) as error:
         print(f"commgraph report: {error}", file=sys.stderr)
         return 2
-    if is_folder:
-        count = flight_records(records, output)
-        print(f"{count} calls of {len(records)} ranks in {output}: torchfrtrace --prefix rank_ {output}")
-    else:
-        write = chrome_trace if output.suffix == ".json" else json_lines
-        print(f"{write(records, output)} calls of {len(records)} ranks in {output}")
+    write = flight_records if is_folder else chrome_trace if output.suffix == ".json" else json_lines
+    with progress("commgraph report", len(records), "ranks written") as advance:
+        count = write(records, output, advance)
+    then = f": torchfrtrace --prefix rank_ {output}" if is_folder else ""
+    print(f"{count} calls of {len(records)} ranks in {output}{then}")
     return 0
 
 
@@ -113,7 +112,12 @@ def _read_all(files: Sequence[Path]) -> list[RankRecord]:
     Raises:
         OSError, ValueError: one cannot be read, or they are of several worlds.
     """
-    records = sorted(map(read_file, files), key=lambda record: (record.world, record.rank))
+    records = []
+    with progress("commgraph report", len(files), "records read") as advance:
+        for file in files:
+            records.append(read_file(file))
+            advance()
+    records.sort(key=lambda record: (record.world, record.rank))
     if len(worlds := {record.world for record in records if not record.facts.get("queue")}) > 1:
         names = ", ".join(sorted(world[:12] for world in worlds))
         raise ValueError(f"the records are of {len(worlds)} worlds ({names}), whose ranks have equal numbers: give those of one")

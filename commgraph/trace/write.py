@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -49,46 +49,55 @@ _FLIGHT_DTYPES: Final = MappingProxyType(
 )
 
 
-def chrome_trace(records: Sequence[RankRecord], path: Path) -> int:
+def _nothing() -> None:
+    pass
+
+
+def chrome_trace(records: Sequence[RankRecord], path: Path, advance: Callable[[], None] = _nothing) -> int:
     """Write a trace that Perfetto and chrome://tracing open: a process for each rank, a row for each of its threads.
 
     Times are microseconds since the first call of any rank, by rank 0's clock. Calls that have not ended last until the latest time.
 
+    Args:
+        records: of the ranks.
+        path: of the file.
+        advance: called after each rank.
+
     Returns:
         How many calls were written.
     """
-    calls = [(record, call) for record in records for call in calls_of(record)]
-    start = min((call.begin + record.to_real for record, call in calls), default=0)
-    latest = max((max(call.begin, call.end) + record.to_real for record, call in calls), default=0)
+    times = [time + record.to_real for record in records for call in calls_of(record) for time in (call.begin, call.end) if time]
+    start, latest = min(times, default=0), max(times, default=0)
+    count = 0
     with path.open("w") as file:
-        file.write('{"displayTimeUnit":"ns","traceEvents":[\n')
-        lines: list[dict[str, Any]] = [
+        heads = [
             {"ph": "M", "name": "process_name", "pid": record.rank, "args": {"name": f"rank {record.rank} ({record.facts['host']})"}}
             for record in records
         ]
-        threads: dict[tuple[int, int], int] = {}
-        for record, call in calls:
-            begin, end = call.begin + record.to_real, (call.end + record.to_real) if call.end else latest
-            thread = threads.setdefault((record.rank, call.thread), sum(rank == record.rank for rank, _ in threads))
-            lines.append(
-                {
+        file.write('{"displayTimeUnit":"ns","traceEvents":[\n' + ",\n".join(map(json.dumps, heads)))
+        for record in records:
+            threads: dict[int, int] = {}
+            for call in calls_of(record):
+                begin, end = call.begin + record.to_real, (call.end + record.to_real) if call.end else latest
+                event = {
                     "ph": "X",
                     "cat": "commgraph" if call.state != FAILED else "commgraph,failed",
                     "name": f"{call.group.label}/{call.operation}",
                     "pid": record.rank,
-                    "tid": thread,
+                    "tid": threads.setdefault(call.thread, len(threads)),
                     "ts": (begin - start) / 1e3,
                     "dur": max(end - begin, 0) / 1e3,
                     "args": _facts(call),
                 }
-            )
-        file.write(",\n".join(map(json.dumps, lines)))
+                file.write(",\n" + json.dumps(event))
+                count += 1
+            advance()
         file.write("\n]}\n")
-    return len(calls)
+    return count
 
 
-def json_lines(records: Sequence[RankRecord], path: Path) -> int:
-    """Write one line of JSON for each call, rank by rank; return how many."""
+def json_lines(records: Sequence[RankRecord], path: Path, advance: Callable[[], None] = _nothing) -> int:
+    """Write one line of JSON for each call, rank by rank, calling `advance` after each; return how many."""
     count = 0
     with path.open("w") as file:
         for record in records:
@@ -99,13 +108,14 @@ def json_lines(records: Sequence[RankRecord], path: Path) -> int:
                     + "\n"
                 )
                 count += 1
+            advance()
     return count
 
 
-def flight_records(records: Sequence[RankRecord], folder: Path) -> int:
+def flight_records(records: Sequence[RankRecord], folder: Path, advance: Callable[[], None] = _nothing) -> int:
     """Write a flight record of each rank, ``rank_N``, which torch's own ``torchfrtrace --prefix rank_ FOLDER`` reads.
 
-    Only what torch has a name for is written: collectives of tensors, and sends and receives of them.
+    Only what torch has a name for is written: collectives of tensors, and sends and receives of them. `advance` is called after each rank.
 
     Returns:
         How many calls were written.
@@ -130,6 +140,7 @@ def flight_records(records: Sequence[RankRecord], folder: Path) -> int:
         }
         with (folder / f"rank_{record.rank}").open("wb") as file:
             pickle.dump(whole, file)
+        advance()
     return count
 
 

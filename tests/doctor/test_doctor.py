@@ -8,7 +8,7 @@ import os
 import pytest
 
 import commgraph as cg
-from commgraph import selftest
+from commgraph import progress, selftest
 from commgraph.cli import main
 from commgraph.doctor import machine
 from commgraph.shm import native_module
@@ -53,10 +53,13 @@ def test_what_is_missing_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_every_operation_of_every_group(nodes: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_operation_of_every_group(nodes: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     layout = cg.Layout(4, tp=2, pp=2)
     assert spmd(lambda world: selftest.run(world, layout), 4, nodes=nodes) == [0] * 4
-    said = capsys.readouterr().out
+    said, shown = capsys.readouterr()
+    total = 4 * len(selftest.OPERATIONS)
+    assert shown.splitlines()[-1] == f"commgraph.selftest: {total} of {total} operations"
     assert f"all right: {len(selftest.OPERATIONS)} operations on 4 kinds of groups" in said
     rows = {line.split("  ")[0]: line.split()[-4:] for line in said.splitlines() if line}
     assert all(cell.isdigit() for operation, _ in selftest.OPERATIONS for cell in rows[operation])

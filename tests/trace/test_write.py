@@ -12,6 +12,7 @@ import torch
 from torch.distributed.flight_recorder import fr_trace
 
 import commgraph as cg
+from commgraph import progress
 from commgraph.cli import main
 from commgraph.testing import spmd
 from commgraph.trace.read import RankRecord, read_file
@@ -103,11 +104,19 @@ def test_torch_finds_the_call_that_a_rank_skipped(
     assert "barrier" in read_by_torch(tmp_path / "flight", capsys, monkeypatch)
 
 
-def test_the_command_writes_each_form(records: list[RankRecord], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_each_form(
+    records: list[RankRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     source = str(Path(records[0].source).parent)
     for name, count in (("trace.json", 16), ("calls.jsonl", 16), ("flight/", 12)):
         assert main(["report", source, "-o", f"{tmp_path}/{name}"]) == 0
-        assert f"{count} calls of 2 ranks" in capsys.readouterr().out
+        said, shown = capsys.readouterr()
+        assert f"{count} calls of 2 ranks" in said
+        assert [line for line in shown.splitlines() if " 2 of 2 " in line] == [
+            "commgraph report: 2 of 2 records read",
+            "commgraph report: 2 of 2 ranks written",
+        ]
     assert sorted(path.name for path in (tmp_path / "flight").iterdir()) == ["rank_0", "rank_1"]
     assert main(["report", source, "-o", str(tmp_path / "x.txt")]) == 2
     assert "no form of output" in capsys.readouterr().err
