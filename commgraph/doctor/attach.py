@@ -78,7 +78,7 @@ def attach_to_records(paths: Sequence[Path]) -> list[Diagnosis]:
     def read() -> list[RankRecord]:
         found = []
         for file in files:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(OSError, ValueError):
                 found.append(read_file(file))
         return found
 

@@ -194,7 +194,7 @@ def sleeper() -> Iterator[int]:
 
 
 def test_what_is_not_recorded_is_said(sleeper: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for asked in (["--pid", str(sleeper)], ["--job", "no such job"], ["--record", str(tmp_path)]):
+    for asked in (["--pid", str(sleeper)], ["--job", "no such job"], ["--record", str(tmp_path)], ["--record", str(tmp_path / "nowhere")]):
         assert main(["doctor", *asked]) == 2
         assert "COMMGRAPH_RECORD" in capsys.readouterr().err
     assert main(["doctor", "--pid", str(2**22 + 1)]) == 2
