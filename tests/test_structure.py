@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import copy
+import functools
 import os
 import subprocess
 import sys
@@ -87,6 +89,7 @@ def unit_of(name: str) -> str:
     return next((unit for unit in units if unit in LAYER_OF), parts[0])
 
 
+@functools.cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
@@ -515,7 +518,7 @@ def outside_functions(tree: ast.Module) -> ast.Module:
         def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
             del node
 
-    return cast(ast.Module, Cut().visit(tree))
+    return cast(ast.Module, Cut().visit(copy.deepcopy(tree)))
 
 
 def circles_in(edges: Mapping[str, Collection[str]]) -> list[tuple[str, ...]]:

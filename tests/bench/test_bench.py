@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -65,7 +67,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Compl
         (folder / name).write_text(code)
     done = subprocess.run(
         command(
-            *("--op", "all_reduce_", "all_reduce", "all_gather", "send_recv", "barrier", "overhead", "object_small", "object_rate"),
+            *("--op", "all_reduce_", "all_reduce", "all_gather", "send_recv", "barrier", "object_small", "object_rate"),
             *("--sizes", "4Ki,16Ki", "--iters", "2", "--strategy", "gloo"),
             *("--compare", "gloo", "pipe", "queue", "deepspeed", "oneccl", "mine.py", "liar.py"),
             *("--json", "run.json", "--markdown", "run.md"),
@@ -99,8 +101,6 @@ def test_two_processes_give_every_row_and_every_column(measured: tuple[subproces
         *("commgraph", "torch gloo", "multiprocessing.Pipe", "multiprocessing.Queue")
     }
     assert {row["strategy"] for row in rows if row["operation"] == "all_gather" and row["who"] == "commgraph"} == {"gloo"}
-    ways = {row["strategy"] for row in rows if row["operation"] == "overhead"}
-    assert {"ctx.tp, gloo", "gloo's method", "with timeout=", "gather", "reduce_from", "all_reduce_async, waited for"} <= ways
     heads = next(line for line in done.stdout.splitlines() if line.startswith("operation"))
     assert " ".join(heads.split()) == "operation size dtype who strategy placement samples p10 median p90 unit algbw GB/s busbw GB/s"
 
@@ -491,3 +491,15 @@ def test_tensors_of_a_device_are_measured_beside_those_of_the_host(tmp_path: Pat
     strategies = {(row.operation, row.strategy) for row in found.rows if row.who == "commgraph"}
     assert {("all_reduce_", "custom_all_reduce, fake"), ("all_gather", "fakeccl, fake")} <= strategies
     assert [strategy for operation, strategy in strategies if operation == "barrier"] == ["shm"]
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_the_overhead_of_every_kind_of_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    asked = plan.parse(["--op", "overhead", "--sizes", "4Ki", "--iters", "2", "--strategy", "gloo"])
+    found, _ = spmd(lambda world: bench_run.run(Job(world, "threads", tmp_path), asked, {}), 2)
+    assert {row.operation for row in found.rows} == {"overhead"}
+    assert all(0 < row.p10 <= row.median <= row.p90 for row in found.rows)
+    ways = {row.strategy for row in found.rows}
+    assert {"ctx.tp, gloo", "gloo's method", "with timeout=", "gather", "reduce_from", "all_reduce_async, waited for"} <= ways
+    assert ("compiled" in ways) == (shutil.which("g++") is not None)

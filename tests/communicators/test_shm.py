@@ -1173,7 +1173,7 @@ with cg.World.connect("file://{tmp_path}/store", rank=rank, world_size=2) as wor
     assert errors[1].count("RuntimeWarning: commgraph's native module is missing") == 1
 
 
-@pytest.mark.slow  # builds the package in a copy, with build requirements from the package index
+@pytest.mark.long  # with build requirements from the package index; the suite names such a wheel, and runs without the module
 def test_the_package_installs_without_a_compiler(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()

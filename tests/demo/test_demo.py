@@ -8,10 +8,11 @@ import sys
 import pytest
 
 from commgraph.cli import main
+from tests.processes import Processes
 
 
-def run(*arguments: str, module: tuple[str, ...] = ("-m", "commgraph.cli")) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *module, *arguments], capture_output=True, text=True, timeout=110, check=False)
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "commgraph.cli", *arguments], capture_output=True, text=True, timeout=110, check=False)
 
 
 def test_the_demo_generates_what_the_target_alone_and_an_unsharded_process_generate() -> None:
@@ -28,29 +29,12 @@ def test_the_demo_generates_what_the_target_alone_and_an_unsharded_process_gener
     assert "Traceback" not in done.stderr
 
 
-def test_under_torchrun_with_two_engines_and_a_sharded_draft() -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "commgraph.demo")
-    done = run(
-        "--dp",
-        "2",
-        "--pp",
-        "1",
-        "--tp",
-        "2",
-        "--draft-tp",
-        "2",
-        "--tokens",
-        "12",
-        "--prompt",
-        "A list is",
-        "--prompt",
-        "The module",
-        module=launcher,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("same tokens as one unsharded process") == 2
-    assert "A list is" in done.stdout
-    assert "The module" in done.stdout
+def test_launched_with_two_engines_and_a_sharded_draft(processes: Processes) -> None:
+    asked = ("--dp", "2", "--pp", "1", "--tp", "2", "--draft-tp", "2", "--tokens", "12", "--prompt", "A list is", "--prompt", "The module")
+    said = "".join(processes.launch(4, "-m", "commgraph.demo", *asked))
+    assert said.count("same tokens as one unsharded process") == 2
+    assert "A list is" in said
+    assert "The module" in said
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from commgraph.hosts import Hosts, Identity, Probe, alone, group_by_verdicts
 from commgraph.meeting import Meeting
 from commgraph.processes import Process
 from tests.helpers import may_unshare
+from tests.processes import Processes, outputs
 
 TIMEOUT = timedelta(seconds=30)
 
@@ -289,15 +290,20 @@ def on_processes(where: str, prefixes: Sequence[Sequence[str]]) -> list[Hosts]:
         subprocess.Popen([*prefix, sys.executable, "-c", RANK, where, str(rank), str(len(prefixes))], stdout=subprocess.PIPE, text=True)
         for rank, prefix in enumerate(prefixes)
     ]
-    outputs = [child.communicate(timeout=120)[0] for child in children]
+    said = [child.communicate(timeout=120)[0] for child in children]
     assert [child.returncode for child in children] == [0] * len(prefixes)
-    told = [json.loads(output) for output in outputs]
-    return [Hosts(rank, tuple(nodes), bytes.fromhex(key), tuple(networks)) for rank, nodes, networks, key in told]
+    return told(said)
 
 
-def test_processes_share_a_node_over_tcp() -> None:
+def told(lines: Sequence[str]) -> list[Hosts]:
+    """What RANK has printed."""
+    found = map(json.loads, lines)
+    return [Hosts(rank, tuple(nodes), bytes.fromhex(key), tuple(networks)) for rank, nodes, networks, key in found]
+
+
+def test_processes_share_a_node_over_tcp(processes: Processes) -> None:
     store = tcp_store()
-    check(on_processes(str(store.port), [[]] * 3), [0] * 3)
+    check(told(outputs([processes.start("-c", RANK, str(store.port), str(rank), "3") for rank in range(3)])), [0] * 3)
 
 
 @pytest.mark.skipif(not may_unshare(), reason="needs root and unshare")

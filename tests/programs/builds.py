@@ -16,8 +16,9 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,13 @@ import commgraph as cg
 from tests.helpers import free_port
 
 FORK = mp.get_context("fork")
-PATIENCE = timedelta(seconds=20)
 _CLONE_NEWNET = 0x40000000  # from linux/sched.h
+PATIENCE = timedelta(seconds=20)
+# Seconds that are far from that deadline, on a machine that has much else to do.
+EARLY = 10
+# Most of a cell's time is waiting.
+AT_ONCE = 4
+Cell = Callable[[], dict[str, Any]]
 
 
 def processes(n: int, body: Callable[[int], object], *, late: Sequence[int] = ()) -> list[Any]:
@@ -69,10 +75,6 @@ def processes(n: int, body: Callable[[int], object], *, late: Sequence[int] = ()
     return said
 
 
-def tell(**cell: Any) -> None:
-    print(json.dumps(cell), flush=True)
-
-
 def use(world: cg.World, what: str) -> int:
     """Use a World as far as `what` says, and leave everything open."""
     if what == "nothing":
@@ -83,39 +85,43 @@ def use(world: cg.World, what: str) -> int:
     return int(ctx.tp.all_reduce(torch.tensor(1))) if what == "context and reduce" else world.size
 
 
-def ends(folder: Path) -> None:
+def ends(folder: Path) -> Iterator[Cell]:
     """Ranks build, and just end: rank 0 takes the store along."""
+
+    def cell(n: int, what: str, late: Sequence[int]) -> dict[str, Any]:
+        where = f"tcp://127.0.0.1:{free_port()}"
+        said = processes(n, lambda rank: use(cg.World.connect(where, rank=rank, world_size=n, timeout=PATIENCE), what), late=late)
+        return {"n": n, "what": what, "late": late, "said": said, "fine": said == [n] * n}
+
     for n in (2, 4):
         for what in ("nothing", "reduce", "context", "context and reduce"):
             for late in ((), (1,)) if n == 2 else ((),):
-                where = f"tcp://127.0.0.1:{free_port()}"
-
-                def body(rank: int) -> int:
-                    return use(cg.World.connect(where, rank=rank, world_size=n, timeout=PATIENCE), what)  # noqa: B023 - run at once
-
-                said = processes(n, body, late=late)
-                tell(n=n, what=what, late=late, said=said, fine=said == [n] * n)
+                yield partial(cell, n, what, late)
 
 
-def again(folder: Path) -> None:
+def again(folder: Path) -> Iterator[Cell]:
     """Worlds one after another at one port and in one file, closed and not, the last one still held or not."""
+
+    def cell(way: str, held: bool) -> dict[str, Any]:
+        where = f"tcp://127.0.0.1:{free_port()}" if way == "tcp" else f"file://{folder}/again-{held}"
+
+        def body(rank: int) -> int:
+            sums = 0
+            world = None
+            for _ in range(6):
+                if not held:
+                    world = None
+                world = cg.World.connect(where, rank=rank, world_size=3, timeout=PATIENCE)
+                sums += int(world.group.all_reduce(torch.tensor(1)))
+                world.close()
+            return sums
+
+        said = processes(3, body)
+        return {"way": way, "held": held, "said": said, "fine": said == [18] * 3}
+
     for way in ("tcp", "file"):
         for held in (False, True):
-            where = f"tcp://127.0.0.1:{free_port()}" if way == "tcp" else f"file://{folder}/again-{held}"
-
-            def body(rank: int) -> int:
-                sums = 0
-                world = None
-                for _ in range(6):
-                    if not held:  # noqa: B023 - run at once
-                        world = None
-                    world = cg.World.connect(where, rank=rank, world_size=3, timeout=PATIENCE)  # noqa: B023 - run at once
-                    sums += int(world.group.all_reduce(torch.tensor(1)))
-                    world.close()
-                return sums
-
-            said = processes(3, body)
-            tell(way=way, held=held, said=said, fine=said == [18] * 3)
+            yield partial(cell, way, held)
 
 
 class Mortal(dist.Store):
@@ -159,74 +165,85 @@ class Mortal(dist.Store):
         return False
 
 
-def deaths(folder: Path) -> None:
+def deaths(folder: Path) -> Iterator[Cell]:
     """A rank is killed at the n-th operation on the store of a build, the first excepted, which says that it is there.
 
-    The others say so within two seconds, and who it was.
+    The others say so long before their deadline, and who it was.
     """
+
+    def cell(shm: bool, victim: int, at: int) -> dict[str, Any]:
+        path = folder / f"deaths-{shm}-{victim}-{at}"
+
+        def body(rank: int) -> str:
+            store: dist.Store = dist.FileStore(str(path), -1)
+            store = Mortal(store, at) if rank == victim else store
+            world = cg.World.from_store(store, rank=rank, world_size=3, timeout=PATIENCE)
+            world.context(cg.Layout(3, tp=3), name="a", options=cg.CommunicatorOptions(shm=shm))
+            return "built"
+
+        said = processes(3, body)
+        others = [said[rank] for rank in range(3) if rank != victim]
+        # After the last operation that the others need, everything is built: also then the victim is killed.
+        fine = said[victim] in (-9, "built") and all(
+            one == "built" or (one[0] == "BuildError" and one[1] < EARLY and f"rank {victim}" in one[2]) for one in others
+        )
+        return {"shm": shm, "victim": victim, "at": at, "said": said, "fine": fine}
+
     for shm in (True, False):
         for victim in (0, 2):
             for at in (2, 14, 23, 34, 47, 60) if shm else (47,):
-                path = folder / f"deaths-{shm}-{victim}-{at}"
-
-                def body(rank: int) -> str:
-                    store: dist.Store = dist.FileStore(str(path), -1)  # noqa: B023 - run at once
-                    store = Mortal(store, at) if rank == victim else store  # noqa: B023 - run at once
-                    world = cg.World.from_store(store, rank=rank, world_size=3, timeout=PATIENCE)
-                    world.context(cg.Layout(3, tp=3), name="a", options=cg.CommunicatorOptions(shm=shm))  # noqa: B023 - run at once
-                    return "built"
-
-                said = processes(3, body)
-                others = [said[rank] for rank in range(3) if rank != victim]
-                # After the last operation that the others need, everything is built: also then the victim is killed.
-                fine = said[victim] in (-9, "built") and all(
-                    one == "built" or (one[0] == "BuildError" and one[1] < 4 and f"rank {victim}" in one[2]) for one in others
-                )
-                tell(shm=shm, victim=victim, at=at, said=said, fine=fine)
+                yield partial(cell, shm, victim, at)
 
 
-def closes(folder: Path) -> None:
+def closes(folder: Path) -> Iterator[Cell]:
     """A rank dies while the others close."""
-    for shm in (True, False):
-        for victim in (0,) if shm else (0, 2):
-            path = folder / f"closes-{shm}-{victim}"
 
-            def body(rank: int) -> float:
-                world = cg.World.connect(f"file://{path}", rank=rank, world_size=3, timeout=PATIENCE)  # noqa: B023 - run at once
-                world.context(cg.Layout(3, tp=3), name="a", options=cg.CommunicatorOptions(shm=shm))  # noqa: B023 - run at once
-                world.group.barrier()
-                if rank == victim:  # noqa: B023 - run at once
-                    time.sleep(0.5)
-                    os.kill(os.getpid(), signal.SIGKILL)
-                begun = time.monotonic()
-                world.close()
-                return time.monotonic() - begun
+    def cell(shm: bool, victim: int) -> dict[str, Any]:
+        path = folder / f"closes-{shm}-{victim}"
 
-            said = processes(3, body)
-            fine = all(isinstance(one, float) and one < 3 for rank, one in enumerate(said) if rank != victim) and said[victim] == -9
-            tell(shm=shm, victim=victim, said=said, fine=fine)
+        def body(rank: int) -> float:
+            world = cg.World.connect(f"file://{path}", rank=rank, world_size=3, timeout=PATIENCE)
+            world.context(cg.Layout(3, tp=3), name="a", options=cg.CommunicatorOptions(shm=shm))
+            world.group.barrier()
+            if rank == victim:
+                time.sleep(0.5)
+                os.kill(os.getpid(), signal.SIGKILL)
+            begun = time.monotonic()
+            world.close()
+            return time.monotonic() - begun
+
+        said = processes(3, body)
+        fine = all(isinstance(one, float) and one < EARLY for rank, one in enumerate(said) if rank != victim) and said[victim] == -9
+        return {"shm": shm, "victim": victim, "said": said, "fine": fine}
+
+    for shm, victim in ((True, 0), (False, 0), (False, 2)):
+        yield partial(cell, shm, victim)
 
 
-def leavings(folder: Path) -> None:
+def leavings(folder: Path) -> Iterator[Cell]:
     """A job died early, in the middle of a build, or with everything built; the next one meets in the same file."""
-    for at in (5, 12, 30, 1000):
+
+    def cell(at: int) -> dict[str, Any]:
         path = folder / f"leavings-{at}"
 
         def dies(rank: int) -> None:
-            store: dist.Store = Mortal(dist.FileStore(str(path), 2), at + rank)  # noqa: B023 - run at once
+            store: dist.Store = Mortal(dist.FileStore(str(path), 2), at + rank)
             cg.World.from_store(store, rank=rank, world_size=2, timeout=timedelta(seconds=1))
             os.kill(os.getpid(), signal.SIGKILL)
 
         def works(rank: int) -> int:
-            with cg.World.connect(f"file://{path}", rank=rank, world_size=2, timeout=PATIENCE) as world:  # noqa: B023 - run at once
+            with cg.World.connect(f"file://{path}", rank=rank, world_size=2, timeout=PATIENCE) as world:
                 return use(world, "context and reduce")
 
         processes(2, dies)
         said = processes(2, works)
-        tell(at=at, said=said, fine=said == [2, 2])
+        return {"at": at, "said": said, "fine": said == [2, 2]}
+
+    for at in (5, 12, 30, 1000):
+        yield partial(cell, at)
 
 
-def stopped(folder: Path) -> None:
+def stopped(folder: Path) -> Iterator[Cell]:
     """The process that serves the store is stopped: the others' errors still come at their deadline."""
     where = f"tcp://127.0.0.1:{free_port()}"
 
@@ -253,20 +270,23 @@ def stopped(folder: Path) -> None:
             os.kill(pids[0], signal.SIGKILL)
         return [*operation, built]
 
-    said = processes(3, body)
-    fine = all(one[0] == "CollectiveTimeoutError" and one[1] < 4 and one[2] < 8 for one in said[1:])
-    tell(said=said, fine=fine)
+    def cell() -> dict[str, Any]:
+        said = processes(3, body)
+        fine = all(one[0] == "CollectiveTimeoutError" and one[1] < EARLY and one[2] < EARLY for one in said[1:])
+        return {"said": said, "fine": fine}
+
+    yield cell
 
 
-def leaves(folder: Path) -> None:
+def leaves(folder: Path) -> Iterator[Cell]:
     """A rank leaves its context or its World by an exception, or closes it, and lives; the others, who build, hear of it at once."""
-    leaves_in("context", folder / "sibling", lambda world, ctx: ctx.tp.sibling("b"))
-    leaves_in("context", folder / "torch group", lambda world, ctx: ctx.tp.torch_group("cpu"))
-    leaves_in("world", folder / "context", lambda world, ctx: world.context(cg.Layout(3, tp=3), name="b"))
-    leaves_in("close", folder / "closed", lambda world, ctx: ctx.tp.sibling("b"))
+    yield partial(leaves_in, "context", folder / "sibling", lambda world, ctx: ctx.tp.sibling("b"))
+    yield partial(leaves_in, "context", folder / "torch group", lambda world, ctx: ctx.tp.torch_group("cpu"))
+    yield partial(leaves_in, "world", folder / "context", lambda world, ctx: world.context(cg.Layout(3, tp=3), name="b"))
+    yield partial(leaves_in, "close", folder / "closed", lambda world, ctx: ctx.tp.sibling("b"))
 
 
-def leaves_in(left: str, path: Path, build: Callable[[cg.World, Any], object]) -> None:
+def leaves_in(left: str, path: Path, build: Callable[[cg.World, Any], object]) -> dict[str, Any]:
     have_ended = FORK.Semaphore(0)
 
     def body(rank: int) -> Any:
@@ -291,18 +311,18 @@ def leaves_in(left: str, path: Path, build: Callable[[cg.World, Any], object]) -
 
     said = processes(3, body)
     kind = {"context": "PeerLostError", "world": "BuildError", "close": "CollectiveMismatchError"}[left]
-    fine = said[1] is True and all(one[0] == kind and one[1] < 8 and "rank 1" in one[2] for one in said[::2])
-    tell(left=left, build=path.name, said=said, fine=fine)
+    fine = said[1] is True and all(one[0] == kind and one[1] < EARLY and "rank 1" in one[2] for one in said[::2])
+    return {"left": left, "build": path.name, "said": said, "fine": fine}
 
 
-def continued(folder: Path) -> None:
+def continued(folder: Path) -> Iterator[Cell]:
     """A rank is stopped until the others have given up and ended, the store with them; its error then blames none of them."""
     for shm in (True, False):
         for when in ("before", "in"):
-            continues(when, folder / f"{shm}-{when}", shm=shm)
+            yield partial(continues, when, folder / f"{shm}-{when}", shm=shm)
 
 
-def continues(when: str, sign: Path, *, shm: bool) -> None:
+def continues(when: str, sign: Path, *, shm: bool) -> dict[str, Any]:
     where = f"tcp://127.0.0.1:{free_port()}"
     pids, may_stop, may_call = FORK.Array("i", 3), FORK.Event(), FORK.Event()
 
@@ -339,7 +359,7 @@ def continues(when: str, sign: Path, *, shm: bool) -> None:
     others = all(one[0] == "CollectiveTimeoutError" and "no word from rank 1" in one[2] for one in said[::2])
     late = "this one, which was late or stopped", "where this process was late or stopped, the others gave up", "was not run itself"
     fine = others and any(words in text for words in late) and (not shm or kind == "CollectiveTimeoutError")
-    tell(shm=shm, when=when, said=said, fine=fine)
+    return {"shm": shm, "when": when, "said": said, "fine": fine}
 
 
 def await_state(pid: int, letters: str) -> None:
@@ -355,17 +375,42 @@ def status_of(pid: int) -> list[str]:
         return []
 
 
-def no_loopback(folder: Path) -> None:
+def no_loopback(folder: Path) -> Iterator[Cell]:
     """The loopback interface is down, as in a new network namespace. The error says so on every rank, at once."""
+    yield partial(connects_without_loopback, folder)
+
+
+def connects_without_loopback(folder: Path) -> dict[str, Any]:
     assert ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
 
     def body(rank: int) -> int:
         return cg.World.connect(f"file://{folder}/store", rank=rank, world_size=2, timeout=PATIENCE).size
 
     said = processes(2, body)
-    tell(said=said, fine=all(one[0] == "BuildError" and one[1] < 8 and "loopback interface" in one[2] for one in said))
+    return {"said": said, "fine": all(one[0] == "BuildError" and one[1] < EARLY and "loopback interface" in one[2] for one in said)}
+
+
+def told(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """What each of some cells gives, which run at the same time."""
+    pipes = [FORK.Pipe(duplex=False) for _ in cells]
+    children = [FORK.Process(target=lambda cell=cell, said=said: said.send(cell())) for cell, (_, said) in zip(cells, pipes, strict=True)]
+    for one in children:
+        one.start()
+    for _, said in pipes:
+        said.close()
+    found = [heard.recv() for heard, _ in pipes]
+    for one in children:
+        one.join()
+    return found
+
+
+def main() -> None:
+    scenarios = (ends, again, deaths, closes, leavings, stopped, leaves, continued, no_loopback)
+    cells = list(next(one for one in scenarios if one.__name__ == sys.argv[1])(Path(sys.argv[2])))
+    for first in range(0, len(cells), AT_ONCE):
+        for found in told(cells[first : first + AT_ONCE]):
+            print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
-    scenarios: tuple[Callable[[Path], None], ...] = (ends, again, deaths, closes, leavings, stopped, leaves, continued, no_loopback)
-    next(one for one in scenarios if one.__name__ == sys.argv[1])(Path(sys.argv[2]))
+    main()

@@ -1,6 +1,7 @@
 """Interrupt the main thread in an operation that waits, for every operation that waits, and print how soon the wait ended.
 
-Two programs are started: ``interrupts.py 0 FILE`` waits, ``interrupts.py 1 FILE`` builds what the other one builds and then does not come.
+Two programs are started for each KIND: ``interrupts.py KIND 0 FILE`` waits, and ``interrupts.py KIND 1 FILE`` builds what the other one
+builds and then does not come. KIND is ``shm`` or ``gloo``, operations over these; ``builds``; or ``alone``, which needs no second one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import torch.distributed as dist
 
 import commgraph as cg
 from commgraph.communicators import gloo_transport
-from commgraph.shm import native_module
 
 LONG = timedelta(seconds=60)
 # Seconds after which the signal comes.
@@ -217,39 +217,37 @@ def options_of(kind: str, name: str) -> cg.CommunicatorOptions:
     return cg.CommunicatorOptions(shm=kind == "shm", host_timeout=LONG, check=name == "checked")
 
 
-def kinds() -> list[str]:
-    return ["gloo"] if native_module.why_missing() is not None else ["shm", "gloo"]
-
-
 def names(kind: str) -> list[str]:
     return [*OPERATIONS, *(one.__name__ for one in ON_CONTEXT if one is not empty or kind == "shm")]
 
 
-def waits(path: str) -> None:
-    """Be rank 0, which waits."""
+def say(kind: str, name: str, found: dict[str, Any]) -> None:
+    print(json.dumps({"kind": kind, "name": name} | found), flush=True)
 
-    def say(kind: str, name: str, found: dict[str, Any]) -> None:
-        print(json.dumps({"kind": kind, "name": name} | found), flush=True)
 
-    signal.signal(signal.SIGALRM, interrupt)
+def wait_alone(path: str) -> None:
     for one in ALONE:
         say("alone", one.__name__, measured(partial(one, f"{path}-{one.__name__}", free_port())))
-    world = connected(f"file://{path}", 0)
-    for kind in kinds():
-        for name in names(kind):
-            ctx = world.context(cg.Layout(2, tp=2), name=f"{kind} {name}", options=options_of(kind, name))
-            ctx.tp.barrier()
-            if name in OPERATIONS:
-                found = measured(partial(OPERATIONS[name], ctx.tp))
-            else:
-                found = measured(partial(next(one for one in ON_CONTEXT if one.__name__ == name), ctx))
-            began = time.monotonic()
-            if name in CLOSED:
-                ctx.close(timeout=0.2)
-            else:
-                ctx._drop()  # as `with` does where an exception leaves it
-            say(kind, name, found | {"closed": round(time.monotonic() - began, 3)})
-            world.store.set(f"done {kind} {name}", "")
+
+
+def wait_in_operations(world: cg.World, kind: str) -> None:
+    for name in names(kind):
+        ctx = world.context(cg.Layout(2, tp=2), name=f"{kind} {name}", options=options_of(kind, name))
+        ctx.tp.barrier()
+        if name in OPERATIONS:
+            found = measured(partial(OPERATIONS[name], ctx.tp))
+        else:
+            found = measured(partial(next(one for one in ON_CONTEXT if one.__name__ == name), ctx))
+        began = time.monotonic()
+        if name in CLOSED:
+            ctx.close(timeout=0.2)
+        else:
+            ctx._drop()  # as `with` does where an exception leaves it
+        say(kind, name, found | {"closed": round(time.monotonic() - began, 3)})
+        world.store.set(f"done {kind} {name}", "")
+
+
+def wait_in_builds(world: cg.World) -> None:
     say("build", "connecting", measured(lambda: world.context(cg.Layout(2, tp=2), name="a", options=options_of("gloo", ""))))
     for build in BUILDS:
         say("build", build.__name__, measured(partial(build, world)))
@@ -259,18 +257,29 @@ def waits(path: str) -> None:
     # The threads of waits that were left behind are daemons, which must not hold up the end.
 
 
-def stays_away(path: str) -> None:
+def stay_away(world: cg.World, kind: str) -> None:
     """Be rank 1, which builds what rank 0 builds, and then does not come."""
-    world = connected(f"file://{path}", 1)
-    for kind in kinds():
-        for name in names(kind):
-            ctx = world.context(cg.Layout(2, tp=2), name=f"{kind} {name}", options=options_of(kind, name))
-            ctx.tp.barrier()
-            world.store.wait([f"done {kind} {name}"], LONG)
-            ctx._drop()
-    gloo_transport.GlooTransport.__init__ = lambda *_, **__: time.sleep(600)  # type: ignore[method-assign]  # it comes, and never connects
-    world.context(cg.Layout(2, tp=2), name="a", options=options_of("gloo", ""))
+    if kind == "builds":
+        # It comes, and never connects.
+        gloo_transport.GlooTransport.__init__ = lambda *_, **__: time.sleep(600)  # type: ignore[method-assign]
+        world.context(cg.Layout(2, tp=2), name="a", options=options_of("gloo", ""))
+    for name in names(kind):
+        ctx = world.context(cg.Layout(2, tp=2), name=f"{kind} {name}", options=options_of(kind, name))
+        ctx.tp.barrier()
+        world.store.wait([f"done {kind} {name}"], LONG)
+        ctx._drop()
+
+
+def main() -> None:
+    kind, rank, path = sys.argv[1:]
+    signal.signal(signal.SIGALRM, interrupt)
+    if kind == "alone":
+        return wait_alone(path)
+    world = connected(f"file://{path}", int(rank))
+    if rank == "1":
+        return stay_away(world, kind)
+    return wait_in_builds(world) if kind == "builds" else wait_in_operations(world, kind)
 
 
 if __name__ == "__main__":
-    (waits if sys.argv[1] == "0" else stays_away)(sys.argv[2])
+    main()

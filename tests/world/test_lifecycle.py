@@ -220,7 +220,6 @@ def test_no_operation_leaves_a_cycle() -> None:
         assert spmd(run, 2)[0] == dict.fromkeys(operations, 0)
     finally:
         gc.enable()
-        gc.unfreeze()
 
 
 def test_a_world_forgets_its_closed_contexts_and_splits() -> None:

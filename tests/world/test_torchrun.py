@@ -16,17 +16,15 @@ import attrs
 import pytest
 
 from tests.helpers import free_port
-from tests.processes import PROGRAMS, Processes, environment
+from tests.processes import PROGRAMS, Processes, environment, outputs
 
 ABORTED = ("terminate called", "Aborted", "Segmentation fault", "Fatal Python error", "leaked")
 
 
-def torchrun(ranks: int, program: str, *args: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    """Runs a program under torch's launcher, which gives it a port of its own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options]
-    return subprocess.run(
-        [*command, str(PROGRAMS / program), *args], capture_output=True, text=True, timeout=90, check=False, env=environment()
-    )
+def torchrun(processes: Processes, ranks: int, program: str, *args: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """Runs a program under torch's launcher, which gives it a port of its own and starts an interpreter for each rank."""
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options)
+    return processes.run(*command, PROGRAMS / program, *args)
 
 
 @attrs.frozen
@@ -104,33 +102,31 @@ def slurm(rank: int, size: int) -> dict[str, str]:
 # torchrun itself.
 
 
-def test_every_operation_under_torchrun() -> None:
-    done = torchrun(4, "smoke.py", "close")
+def test_every_operation_under_torchrun(processes: Processes) -> None:
+    done = torchrun(processes, 4, "smoke.py", "close")
     well([End(done.returncode, done.stdout, done.stderr)])
 
 
-def test_an_end_with_everything_open_under_torchrun() -> None:
-    done = torchrun(2, "smoke.py", "exit")
+def test_an_end_with_everything_open_under_torchrun(processes: Processes) -> None:
+    done = torchrun(processes, 2, "smoke.py", "exit")
     well([End(done.returncode, done.stdout, done.stderr)])
 
 
-def test_torchrun_restarts_the_workers_into_a_store_that_remembers(tmp_path: Path) -> None:
+def test_torchrun_restarts_the_workers_into_a_store_that_remembers(tmp_path: Path, processes: Processes) -> None:
     """The agent's store outlives the workers: what the first attempt left in it must not be taken for the second's."""
-    done = torchrun(2, "fail_once.py", str(tmp_path / "failed"), options=("--max-restarts", "1"))
+    done = torchrun(processes, 2, "fail_once.py", str(tmp_path / "failed"), options=("--max-restarts", "1"))
     assert done.returncode == 0, done.stderr
     assert done.stdout == "attempt 1 done\n"
 
 
-def test_one_of_two_agents_restarts_its_workers(tmp_path: Path) -> None:
+def test_one_of_two_agents_restarts_its_workers(tmp_path: Path, processes: Processes) -> None:
     """Each agent of torchrun counts the restarts of its own workers, so that the ranks are told different numbers of them."""
     port = str(free_port())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "1"]
+    command = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "1"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
     command += [str(PROGRAMS / "fail_once.py"), str(tmp_path / "failed")]
-    agents = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()) for _ in range(2)]
-    said = [agent.communicate(timeout=90) for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], said
-    assert "".join(out for out, _ in said) == "attempt 1 done\n"
+    said = outputs([processes.start(*command) for _ in range(2)])
+    assert "".join(said) == "attempt 1 done\n"
 
 
 @pytest.mark.hosts
