@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -165,6 +166,34 @@ def may_unshare() -> bool:
     if os.getuid() != 0 or shutil.which("unshare") is None:
         return False
     return subprocess.run(["unshare", "-n", "-m", "-p", "-f", "--mount-proc", "true"], capture_output=True, check=False).returncode == 0
+
+
+def until(condition: Callable[[], object], seconds: float = 30) -> None:
+    """Return once a condition holds; raise TimeoutError where it does not within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {seconds:g} s: {condition}")
+        time.sleep(0.001)
+
+
+def until_it_waits(thread: threading.Thread) -> None:
+    """Return once a thread has ended, or waits for something else than its turn in the interpreter, as it does in a call.
+
+    The kernel says that it sleeps, several times while this thread sleeps, which leaves the interpreter to it.
+    """
+    asleep = 0
+
+    def waits() -> bool:
+        nonlocal asleep
+        try:
+            state = Path(f"/proc/self/task/{thread.native_id}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        asleep = asleep + 1 if state == "S" else 0
+        return asleep > 5
+
+    until(waits)
 
 
 class TooLateError(AssertionError):

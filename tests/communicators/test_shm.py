@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -26,7 +25,7 @@ from commgraph.coordinator import GroupCoordinator
 from commgraph.shm.host_memory import Sizes
 from commgraph.testing import spmd
 from tests import helpers
-from tests.helpers import ROOT, same
+from tests.helpers import ROOT, same, until_it_waits
 from tests.processes import Processes
 
 T = TypeVar("T")
@@ -311,11 +310,13 @@ def test_large_pieces_are_read_where_they_lie(n: int) -> None:
 def test_a_tensor_that_was_given_up_is_freed(entries: int, deadline: float | None) -> None:
     """A sender that comes late finds that the receiver has taken its memory back."""
 
+    given_up = threading.Event()
+
     def run(world: cg.World) -> bool | None:
         options = cg.CommunicatorOptions(host_timeout=timedelta(seconds=0.3))
         with world.context(cg.Layout(2, tp=2), name="main", options=options) as ctx:
             if ctx.tp.is_first_rank:
-                time.sleep(0.6)
+                assert given_up.wait(30)
                 with pytest.raises(cg.CollectiveError):
                     ctx.tp.broadcast(torch.ones(entries), 0)
                 return None
@@ -323,6 +324,7 @@ def test_a_tensor_that_was_given_up_is_freed(entries: int, deadline: float | Non
             ref = weakref.ref(x)
             with pytest.raises(cg.CollectiveTimeoutError):
                 ctx.tp.broadcast(x, 0, timeout=deadline)
+            given_up.set()
             del x
         gc.collect()
         return ref() is None
@@ -335,17 +337,21 @@ def test_a_tensor_that_was_given_up_is_freed(entries: int, deadline: float | Non
 def test_a_late_thread_does_not_touch_what_others_have_taken_back(operation: str, deadline: float | None) -> None:
     """Threads reduce where their tensors lie: those of one that has given up are its own again, and may go."""
 
+    others_gave_up, all_did = threading.Barrier(3), threading.Barrier(3)
+
     def run(world: cg.World) -> bool:
         options = cg.CommunicatorOptions(host_timeout=timedelta(seconds=0.3))
         with world.context(cg.Layout(3, tp=3), name="main", options=options) as ctx:
             x = torch.zeros(300_000)
             ref = weakref.ref(x)
             if ctx.tp.is_first_rank:
-                time.sleep(0.6)
+                others_gave_up.wait(30)
             with pytest.raises(cg.CollectiveError):
                 getattr(ctx.tp, operation)(x, timeout=deadline)
             x.fill_(5)
-            time.sleep(0.8)
+            if not ctx.tp.is_first_rank:
+                others_gave_up.wait(30)
+            all_did.wait(30)
             assert x.eq(5).all()
             del x
         gc.collect()
@@ -837,9 +843,7 @@ def test_a_second_thread_in_the_same_group_is_told() -> None:
         if world.rank == 0:
             waiting = threading.Thread(target=lambda: results.append(tp.all_reduce(torch.ones(3))))
             waiting.start()
-            while not tp._state.sequence:
-                time.sleep(0.001)
-            time.sleep(0.05)
+            until_it_waits(waiting)
             for call in (lambda: tp.all_reduce(torch.ones(3)), lambda: tp.barrier(timeout=5), lambda: tp.broadcast_object(1)):
                 with pytest.raises(RuntimeError, match="another thread") as caught:
                     call()

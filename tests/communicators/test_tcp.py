@@ -180,15 +180,18 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_wait_that_runs_out_harms_nothing_and_goes_on_later() -> None:
+    ran_out = threading.Event()
+
     def body(transport: TcpTransport) -> float:
         tag, x = make_tag(MESSAGE, 1), torch.zeros(3)
         if transport.rank_in_group == 0:
-            time.sleep(0.5)
+            assert ran_out.wait(SECONDS)
             transport.exchange([(torch.arange(3.0), 1)], [], tag=tag, deadline=Deadline.after(SECONDS))
             return 0.0
         waiting = transport.receive_later(x, 0, tag=tag)
         assert not waiting.wait(0.05)
         assert not waiting.wait(0.05)
+        ran_out.set()
         assert waiting.wait(SECONDS)
         return float(x.sum())
 
@@ -307,7 +310,7 @@ def test_strangers_do_not_get_in_and_hold_nobody_up() -> None:
         wrong = listening(b"another")
         begun = time.monotonic()
         low, high = meet(ends)
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < SECONDS / 2
         high.sendall(b"x")
         low.setblocking(True)
         assert low.recv(1) == b"x"

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -444,6 +446,7 @@ def test_quantized_tensors() -> None:
 @pytest.mark.parametrize("then", ["nothing", "another call"])
 def test_raised_on_one_rank_only(title: str, then: str) -> None:
     """The others end within their deadline, and from then on the group is broken for them."""
+    given_up = threading.Barrier(3)
 
     def body(group: GroupCoordinator) -> None:
         started = time.monotonic()
@@ -453,13 +456,15 @@ def test_raised_on_one_rank_only(title: str, then: str) -> None:
                 with pytest.raises((cg.CollectiveTimeoutError, cg.CollectiveMismatchError)):
                     group.all_gather(torch.ones(3), timeout=0.5)
                 return
-            time.sleep(2.2)
+            given_up.wait(30)
             with pytest.raises(cg.CollectiveError):
                 group.barrier(timeout=0.5)
             return
         with pytest.raises((cg.CollectiveTimeoutError, cg.CollectiveMismatchError)) as caught:
             group.all_reduce(x46(), timeout=0.5)
-        assert time.monotonic() - started < 4
+        if then == "nothing":
+            given_up.wait(30)
+        assert time.monotonic() - started < 20
         first = caught.value
         assert "all_reduce on group 'tp'" in str(first)
         assert (first.group, first.operation) == ("tp", "all_reduce")
@@ -612,7 +617,7 @@ def test_with_check_a_mismatch_raises_on_every_rank_at_once(kind: str) -> None:
         started = time.monotonic()
         with pytest.raises(cg.CollectiveMismatchError) as caught:
             MISMATCHES[kind](group)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 15
         assert caught.value.group == "tp"
         assert caught.value.sequence is not None
         with pytest.raises(cg.CollectiveMismatchError):
@@ -630,7 +635,7 @@ def test_with_check_a_mismatch_raises_on_every_rank_at_once(kind: str) -> None:
 @pytest.mark.parametrize("kind", MISMATCHES)
 def test_without_check_a_mismatch_ends_at_the_deadline_and_tells_what_each_was_doing(kind: str) -> None:
     def body(group: GroupCoordinator) -> str | None:
-        group.barrier()
+        group.barrier(timeout=20)
         started = time.monotonic()
         said = None
         try:
@@ -640,7 +645,7 @@ def test_without_check_a_mismatch_ends_at_the_deadline_and_tells_what_each_was_d
         # One whose part was done (a source that was heard by all) learns of it in its next call.
         with pytest.raises((cg.CollectiveMismatchError, cg.CollectiveTimeoutError)):
             group.all_gather_object(1)
-        assert time.monotonic() - started < 6
+        assert time.monotonic() - started < 15
         return said
 
     messages = [message for message in on(3, body, host_timeout=timedelta(seconds=0.4), timeout=20, shm=False) if message]
@@ -666,7 +671,7 @@ def test_in_shared_memory_a_mismatch_raises_without_check(kind: str) -> None:
         # Whoever only puts an object waits for nobody, and learns of it in the next call.
         with pytest.raises(cg.CollectiveMismatchError):
             group.all_gather_object(1)
-        assert time.monotonic() - started < 10  # far from any deadline
+        assert time.monotonic() - started < 15  # far from any deadline
         assert said is not None or objects
         return said
 
@@ -679,19 +684,24 @@ def test_in_shared_memory_a_mismatch_raises_without_check(kind: str) -> None:
 
 
 def test_with_check_objects_are_still_polled_for() -> None:
+    ran_out = threading.Semaphore(0)
+
     def body(group: GroupCoordinator) -> int:
         tries = 0
         objects: tuple[Any, ...] = ("one", "two", list(range(100_000)))
         for expected in objects:
             if group.rank == 1:
-                time.sleep(0.3)
+                for _ in range(4):
+                    assert ran_out.acquire(timeout=30)
                 group.broadcast_object(expected, 1)
                 continue
-            while True:
+            for number in itertools.count():
                 tries += 1
                 try:
                     got: Any = group.broadcast_object(None, 1, timeout=0.05)
                 except cg.CollectiveTimeoutError:
+                    if number < 2:
+                        ran_out.release()
                     continue
                 assert got == expected
                 break
@@ -741,17 +751,18 @@ def test_tags_tell_sizes_and_calls_apart() -> None:
 
 
 def test_a_short_deadline_is_a_timeout_and_no_lost_peer() -> None:
-    def body(group: GroupCoordinator) -> str:
+    def body(group: GroupCoordinator, given_up: threading.Event) -> str:
         try:
             if group.rank == 0:
-                time.sleep(0.06)
+                assert given_up.wait(30)
             group.all_reduce(torch.ones(2), timeout=0.0203 + 0.0007 * group.rank)
         except cg.CollectiveError as error:
+            given_up.set()
             return type(error).__name__
         return "done"
 
     for _ in range(10):
-        assert set(on(2, body)) == {"CollectiveTimeoutError"}
+        assert set(on(2, partial(body, given_up=threading.Event()))) == {"CollectiveTimeoutError"}
 
 
 @pytest.mark.parametrize("timeout", [1e9, 1e13, 1e300, timedelta.max])

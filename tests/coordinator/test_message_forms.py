@@ -270,7 +270,7 @@ def test_from_any_source_until_none_is_left(options: dict[str, Any]) -> None:
             begun = time.monotonic()
             with pytest.raises(cg.CollectiveTimeoutError, match=r"came from any rank within 0\.2 s\. The group is unharmed"):
                 g.recv(2, torch.int64, cg.ANY, timeout=0.2)
-            assert 0.1 < time.monotonic() - begun < 5
+            assert 0.1 < time.monotonic() - begun < 20
         g.barrier()
         # What was asked for in vain is there for the next one, from any rank or from one.
         if me == n - 1:
@@ -466,10 +466,9 @@ def said_in(processes: Processes, *scenarios: str, n: int = 3) -> dict[str, dict
     return {scenario: {int(rank): said for rank, said in re.findall(r"rank (\d+): (.*)", text)} for scenario, text in found}
 
 
-@pytest.mark.parametrize("scenario", ["ring", "laid_aside"])
+@pytest.mark.parametrize("scenario", ["ring", "ring/gloo", "laid_aside", "laid_aside/gloo"])
 def test_large_messages_between_processes(scenario: str, processes: Processes) -> None:
-    for said in said_in(processes, scenario, f"{scenario}/gloo").values():
-        assert set(said.values()) <= {"done", "sent"}
+    assert set(said_in(processes, scenario)[scenario].values()) <= {"done", "sent"}
 
 
 def test_every_source_is_served_in_its_turn(processes: Processes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -142,13 +143,15 @@ def test_without_check_a_skipped_call_ends_at_the_deadline_and_says_who_was_wher
 
 
 def test_a_receive_that_runs_out_keeps_its_place() -> None:
+    ran_out = threading.Semaphore(0)
+
     def program(world: cg.World) -> list[Any]:
         tp = world.context(cg.Layout(2, tp=2), name="main").tp
         got: list[Any] = []
         if world.rank == 0:
-            time.sleep(0.5)
+            assert ran_out.acquire(timeout=30)
             tp.broadcast_object("first", 0)
-            time.sleep(0.3)
+            assert ran_out.acquire(timeout=30)
             tp.send_object("second", 1)
             return got
         receives: tuple[Callable[[], Any], ...] = (
@@ -164,6 +167,8 @@ def test_a_receive_that_runs_out_keeps_its_place() -> None:
                     break
                 except cg.CollectiveTimeoutError:
                     assert tries < 200
+                    if tries == 1:
+                        ran_out.release()
             assert tries > 1
         return got
 

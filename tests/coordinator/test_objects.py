@@ -332,7 +332,8 @@ def test_other_authkeys_on_other_ranks_build_nothing() -> None:
 # Receives that run out
 
 
-def poll(receive: Callable[[], Any]) -> tuple[Any, int]:
+def poll(receive: Callable[[], Any], ran_out: threading.Semaphore) -> tuple[Any, int]:
+    """Receive until it does not run out; say once that it has, twice."""
     tries = 0
     while True:
         tries += 1
@@ -340,23 +341,33 @@ def poll(receive: Callable[[], Any]) -> tuple[Any, int]:
         try:
             return receive(), tries
         except cg.CollectiveTimeoutError:
-            continue
+            if tries == 2:
+                ran_out.release()
+
+
+def wait_for(receivers: int, ran_out: threading.Semaphore) -> None:
+    """Return once each of so many receives has run out twice."""
+    for _ in range(receivers):
+        assert ran_out.acquire(timeout=30)
 
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_a_receive_that_ran_out_keeps_its_place(n: int) -> None:
+    ran_out = threading.Semaphore(0)
+
     def body(group: GroupCoordinator) -> int:
         total = 0
         for i, size in enumerate((3, 100_000, 0)):
             src = (i + 1) % n
             obj = Point(b"x" * size)
             if group.rank == src:
-                time.sleep(0.15)
+                wait_for(n - 1, ran_out)
                 group.broadcast_object(obj, src)
-                time.sleep(0.15)
+                wait_for(n - 1, ran_out)
                 for rank in range(n):
                     if rank != src:
                         group.send_object(obj, rank)
+                wait_for(n - 1, ran_out)
                 group.broadcast_object_list([obj], src)
                 continue
             for receive in (
@@ -364,7 +375,7 @@ def test_a_receive_that_ran_out_keeps_its_place(n: int) -> None:
                 lambda src=src: group.recv_object(src, timeout=0.02),  # type: ignore[misc]
                 lambda src=src: group.broadcast_object_list([None], src, timeout=0.02)[0],  # type: ignore[misc]
             ):
-                got, tries = poll(receive)
+                got, tries = poll(receive, ran_out)
                 total += tries
                 assert got == obj
         assert float(group.all_reduce(torch.ones(()))) == n
@@ -374,16 +385,18 @@ def test_a_receive_that_ran_out_keeps_its_place(n: int) -> None:
 
 
 def test_a_tensor_dict_is_polled_for() -> None:
+    ran_out = threading.Semaphore(0)
+
     def body(group: GroupCoordinator) -> None:
         tree: dict[str, Any] = {"a": torch.arange(6.0), "n": 3}
         if group.is_first_rank:
-            time.sleep(0.2)
+            wait_for(1, ran_out)
             group.send_tensor_dict(tree)
-            time.sleep(0.2)
+            wait_for(1, ran_out)
             group.broadcast_tensor_dict(tree)
             return
         for receive in (lambda: group.recv_tensor_dict(timeout=0.05), lambda: group.broadcast_tensor_dict(timeout=0.05)):
-            got, tries = poll(receive)
+            got, tries = poll(receive, ran_out)
             assert tries > 1
             assert got["n"] == 3
             assert got["a"].tolist() == tree["a"].tolist()
@@ -434,7 +447,7 @@ def test_a_receive_left_behind_leaves_no_thread_after_close(check: bool, shm: bo
     before = threading.enumerate()  # what another test may have left is not this one's
     # Isolated: the barrier in close is not the next call of a group with an announcement that nobody joined.
     on(2, body, check=check, isolate=True, shm=shm)
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 20
     while commgraph_threads(beside=before) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not commgraph_threads(beside=before)
@@ -457,7 +470,7 @@ def test_receives_left_behind_end_though_every_other_rank_left_before() -> None:
 
     before = threading.enumerate()
     on(4, body, isolate=True, shm=False)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while commgraph_threads(beside=before) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not commgraph_threads(beside=before)

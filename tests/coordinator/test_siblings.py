@@ -105,7 +105,7 @@ def test_a_name_that_is_none_on_one_rank_is_an_error_on_all_at_once() -> None:
         else:
             with pytest.raises(cg.BuildError, match=r"sibling 'x' of group .*rank 1 could not build it: ValueError: .*name=''"):
                 tp.sibling("x")
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < 20
         assert tp.sibling("x").all_reduce(torch.ones(1)).item() == 2
 
     spmd(run, 2)

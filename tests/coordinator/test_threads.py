@@ -21,7 +21,7 @@ from commgraph.assembly import Terms
 from commgraph.coordinator import GroupCoordinator
 from commgraph.testing import spmd
 from commgraph.testing.spmd import ThreadStore
-from tests.helpers import on
+from tests.helpers import on, until, until_it_waits
 
 Call = Callable[[GroupCoordinator], Any]
 STRATEGIES = pytest.mark.parametrize("strategy", ["shm", "gloo", "tcp"])
@@ -90,8 +90,8 @@ MESSAGES: dict[str, tuple[str, Call, Call]] = {
 }
 
 
-def waiting(call: Callable[[], Any]) -> tuple[threading.Thread, list[BaseException]]:
-    """Make a call on another thread, which waits in it by the time that this returns."""
+def begun(call: Callable[[], Any]) -> tuple[threading.Thread, list[BaseException]]:
+    """Make a call on another thread."""
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -102,7 +102,13 @@ def waiting(call: Callable[[], Any]) -> tuple[threading.Thread, list[BaseExcepti
 
     thread = threading.Thread(target=run)
     thread.start()
-    time.sleep(0.05)
+    return thread, errors
+
+
+def waiting(call: Callable[[], Any]) -> tuple[threading.Thread, list[BaseException]]:
+    """Make a call on another thread, which waits in it by the time that this returns."""
+    thread, errors = begun(call)
+    until_it_waits(thread)
     return thread, errors
 
 
@@ -463,9 +469,9 @@ def test_a_signal_handler_that_calls_in_is_refused(strategy: str) -> None:
                     errors.clear()
                 else:
                     group.barrier()
-                    time.sleep(0.1)
+                    until_it_waits(threading.main_thread())
                     signal.pthread_kill(main, signal.SIGUSR1)
-                    time.sleep(0.15)
+                    until(lambda: len(errors) == len(calls))  # noqa: B023 - it ends before the next one
                     end(group)
 
     before = signal.signal(signal.SIGUSR1, handle)
@@ -480,6 +486,7 @@ def test_a_signal_handler_that_calls_in_is_refused(strategy: str) -> None:
 
 def test_a_signal_handler_that_dequeues_is_refused() -> None:
     errors: list[BaseException] = []
+    dequeues = threading.Event()
     with cg.MessageQueue.create(1) as queue, cg.MessageQueue.attach(queue.handle, 0) as reader:
 
         def handle(number: int, frame: Any) -> None:
@@ -490,14 +497,16 @@ def test_a_signal_handler_that_dequeues_is_refused() -> None:
 
         def write() -> None:
             queue.enqueue(0)
-            time.sleep(0.1)
+            dequeues.wait(20)
+            until_it_waits(threading.main_thread())
             signal.pthread_kill(main, signal.SIGUSR1)
-            time.sleep(0.15)
+            until(lambda: errors)
             queue.enqueue(1)
 
         main, before = threading.get_ident(), signal.signal(signal.SIGUSR1, handle)
         try:
             thread, failed = waiting(write)
+            dequeues.set()
             assert [reader.dequeue(20), reader.dequeue(20)] == [0, 1]
             thread.join()
         finally:
@@ -547,8 +556,8 @@ def test_a_context_leaves_beside_calls(strategy: str) -> None:
                     call(context.tp)  # noqa: B023
 
             with contextlib.suppress(KeyError), world.context(cg.Layout(2, tp=2), name=name, options=options) as context:
-                thread, errors = waiting(loop)
-                time.sleep(0.001 * (number % 5))
+                thread, errors = begun(loop)
+                time.sleep(0.05 + 0.001 * (number % 5))
                 raise KeyError
             left = True
             thread.join()

@@ -69,6 +69,6 @@ def test_an_address_of_nobody_is_one_line_within_the_deadline(rank: int, host: s
     begun = time.monotonic()
     with pytest.raises(cg.BuildError, match=says) as caught:
         cg.World.connect(f"tcp://{host}:29577", rank=rank, world_size=2, timeout=0.5)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 20
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""

@@ -211,7 +211,7 @@ def test_ranks_that_do_not_come_are_named(make: Callable[[], Any]) -> None:
     began = time.monotonic()
     with pytest.raises(BuildError) as caught:
         discover(store, 7, 30, timeout=timedelta(seconds=0.5))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     assert "rank 7: the world: ranks 0, 1, 2, 3, 4, 5, 6, 8, " in str(caught.value)
     assert "and 13 more of 30 did not come within 0.5 s" in str(caught.value)
     assert "MASTER_ADDR" in str(caught.value)

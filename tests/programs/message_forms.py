@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import tempfile
@@ -48,12 +49,13 @@ def laid_aside(g: GroupCoordinator) -> str:
 
 def fair(g: GroupCoordinator) -> str:
     """All others have much to send: each is served in its turn."""
-    times, n = 300, g.world_size
+    times, n = 50, g.world_size  # which a ring holds
     if not g.is_first_rank:
         for i in range(times):
             g.send(torch.tensor([i]), 0, tag=5)
+        g.barrier()
         return "sent"
-    time.sleep(0.5)  # they have filled their rings
+    g.barrier()
     seen = [0] * n
     spread = 0
     for i in range(times * (n - 1)):
@@ -96,20 +98,25 @@ def idle_later(g: GroupCoordinator) -> str:
     return f"share {share:.5f} late {(now - int(x)) * 1e-9:.5f}"
 
 
+def ended(pid: int) -> None:
+    """Return once a process has ended."""
+    assert select.select([os.pidfd_open(pid)], [], [], 60)[0]
+
+
 def killed(g: GroupCoordinator) -> str:
     """A source dies; what it sent before still arrives."""
     shm = "shm" in g.communicators["send"]
+    pids = g.all_gather_object(os.getpid())
     if g.is_last_rank:
         if shm:  # over a network the message of a dead rank is lost with it
             g.send(torch.ones(2), 0, tag=1)
         g.barrier()
-        time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGKILL)
     g.barrier()
     if not g.is_first_rank:
-        time.sleep(2)
+        ended(pids[0])
         return "sent"
-    time.sleep(0.6)
+    ended(pids[-1])
     if shm:
         x, src = g.recv(2, torch.float32, cg.ANY, tag=1)
         assert (x.tolist(), src) == ([1, 1], g.world_size - 1)

@@ -288,12 +288,12 @@ def test_real_tensors_and_objects_of_peers_are_refused() -> None:
 
 
 def test_a_world_of_a_hundred_thousand_ranks_costs_nothing() -> None:
-    started = time.monotonic()
+    started = time.thread_time()
     world = fake_world(100_000, 77_777)
     context = world.context(cg.Layout(100_000, dp=125, pp=10, tp=8), name="a")
     assert context.tp.all_gather(torch.empty(2, device="meta")).shape == (16,)
     assert world.split([3, 77_777]).rank == 1
-    assert time.monotonic() - started < 5
+    assert time.thread_time() - started < 5
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         del world, context

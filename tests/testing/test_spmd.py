@@ -145,7 +145,7 @@ def test_the_first_failure_is_raised_and_the_others_are_released(place: Callable
     begun = time.monotonic()
     with pytest.raises(KeyError, match="mine") as caught:
         spmd(run, 4)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 20
     assert caught.value.__notes__ == ["(raised on rank 3 of 4)"]
     assert any(entry.name == "run" and "test_spmd" in str(entry.path) for entry in caught.traceback)
 
@@ -167,7 +167,7 @@ def test_a_failure_before_a_world_is_complete(rank: int, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="no network") as caught:
         spmd(lambda world: None, 3)
     assert caught.value.__notes__ == [f"(raised on rank {rank} of 3)"]
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 20
 
 
 def test_the_first_of_several_failures() -> None:
@@ -210,22 +210,27 @@ def test_the_time_of_a_run_is_limited_and_the_message_says_where_each_rank_was(p
     begun = time.monotonic()
     with pytest.raises(cg.CollectiveTimeoutError, match=r"ranks 0, 1, 2 of 3 were not done after 1 s") as caught:
         spmd(run, 3, timeout=1)
-    assert time.monotonic() - begun < 8
+    assert time.monotonic() - begun < 20
     assert "commgraph-rank-2" in str(caught.value)
     assert "spmd.py" in str(caught.value)
 
 
 def test_the_time_of_a_run_is_the_default_deadline_of_its_operations() -> None:
+    gave_up = threading.Event()
+
     def run(world: cg.World) -> None:
-        if world.rank == 0:
+        if world.rank:
+            assert gave_up.wait(30)
+            return
+        try:
             world.group.recv((1,), torch.float32, src=1)
-        else:
-            time.sleep(1.5)
+        finally:
+            gave_up.set()
 
     begun = time.monotonic()
     with pytest.raises(cg.CollectiveTimeoutError):
         spmd(run, 2, timeout=1)
-    assert time.monotonic() - begun < 8
+    assert time.monotonic() - begun < 20
 
 
 def test_an_interrupt_of_the_caller_releases_the_ranks() -> None:
@@ -249,7 +254,7 @@ def test_an_interrupt_of_the_caller_releases_the_ranks() -> None:
             spmd(run, 2)
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert time.monotonic() - begun < 8
+    assert time.monotonic() - begun < 20
 
 
 # Several runs.

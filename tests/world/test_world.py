@@ -260,7 +260,7 @@ def test_ranks_that_never_come_are_named_in_time(way: str, tmp_path: Path) -> No
     with pytest.raises(cg.BuildError, match=r"1, 2") as caught:
         make()
     assert "2 of 3" in str(caught.value)
-    assert time.monotonic() - begun < 6
+    assert time.monotonic() - begun < 20
 
 
 def test_nobody_serves_or_somebody_else_does() -> None:
@@ -468,7 +468,7 @@ def test_what_cannot_be_split() -> None:
 
 
 def test_a_rank_that_never_comes_to_a_split_is_a_build_error() -> None:
-    store = dist.HashStore()
+    store, given_up = dist.HashStore(), threading.Event()
 
     def run(rank: int) -> Any:
         world = cg.World.from_store(store, rank=rank, world_size=2, timeout=timedelta(seconds=2))
@@ -477,13 +477,14 @@ def test_a_rank_that_never_comes_to_a_split_is_a_build_error() -> None:
             if rank == 0:
                 with pytest.raises(cg.BuildError, match=r"rank 1 of 2 did not come within 2 s"):
                     world.split([0, 1])
+                given_up.set()
             else:
-                time.sleep(2.5)
+                assert given_up.wait(30)
             return time.monotonic() - begun
         finally:
             world.close(timeout=timedelta(seconds=5))
 
-    assert all(1.5 < seconds < 10 for seconds in together(lambda: run(0), lambda: run(1)))
+    assert all(1.5 < seconds < 20 for seconds in together(lambda: run(0), lambda: run(1)))
 
 
 def test_closing_a_world_closes_its_splits_and_their_contexts() -> None:
@@ -541,7 +542,7 @@ def test_an_exception_in_a_with_statement_releases_the_peers_at_once() -> None:
 
     begun = time.monotonic()
     first, raiser, last = together(*(lambda r=r: run(r) for r in range(3)))
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 20
     assert isinstance(raiser, ZeroDivisionError)
     # The one that raised, or one that it took along.
     assert isinstance(first, cg.PeerLostError)
@@ -571,8 +572,8 @@ def test_closing_without_the_others_is_bounded(caplog: pytest.LogCaptureFixture)
         return time.monotonic() - begun
 
     first, second = together(lambda: run(0), lambda: run(1))
-    assert 1 <= first < 8
-    assert second < 5, "the peer was known to be gone"
+    assert 1 <= first < 20
+    assert second < 15, "the peer was known to be gone"
     assert "was closed on rank 0 without its peers" in caplog.text
 
 
