@@ -381,7 +381,7 @@ def test_a_receive_that_ran_out_keeps_its_place(n: int) -> None:
         assert float(group.all_reduce(torch.ones(()))) == n
         return total
 
-    assert all(total > 9 for total in on(n, body))
+    assert all(total >= 9 for total in on(n, body))
 
 
 def test_a_tensor_dict_is_polled_for() -> None:
