@@ -12,25 +12,28 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.helpers import TooLateError, again_if_late
 from tests.processes import PROGRAMS, Processes
 
-Scenario = Callable[..., str]
+Scenario = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
 def scenario(forks: socket.socket) -> Iterator[Scenario]:
-    """Runs a scenario by name; what it found."""
+    """Runs a scenario by name."""
     processes = Processes(forks)
     server = processes.start(PROGRAMS / "faults.py", "serve")
 
-    def run(*what: str | int) -> str:
+    @again_if_late
+    def run(*what: str | int) -> None:
         server.stdin.write(json.dumps(what) + "\n")
         server.stdin.flush()
         how, text = json.loads(server.stdout.readline())
         if how == "skip":
             pytest.skip(text)
+        if how == "late":
+            raise TooLateError(text)
         assert how == "fine", text
-        return str(text)
 
     yield run
     server.stdin.close()

@@ -50,6 +50,15 @@ class Become(BaseException):
         self.run = run
 
 
+class Late(Exception):  # noqa: N818 - the machine may have been busy: whoever asked for the scenario asks again
+    """Something took longer than it may."""
+
+
+def in_time(seconds: float, limit: float, what: str) -> None:
+    if seconds >= limit:
+        raise Late(f"{what} took {seconds:.2f} s, and may take {limit:g} s")
+
+
 class Skip(Exception):  # noqa: N818 - no error
     """This machine lacks what the scenario needs."""
 
@@ -332,9 +341,9 @@ def kill_one(seed: int) -> str:
             heard = ranks.find(rank, "error", 15)
             assert (heard["error"], heard["lost"]) == ("PeerLostError", victim), f"rank {rank}: {heard}"
             latest = max(latest, heard["at"] - killed)
-            assert heard["at"] - killed < 2, f"rank {rank} heard after {heard['at'] - killed:.2f} s: {heard}"
+            in_time(heard["at"] - killed, 2, f"rank {rank} to hear of it: {heard}")
             closed = ranks.find(rank, "closed", 15)
-            assert closed["at"] - heard["at"] < 3, f"rank {rank} took {closed['at'] - heard['at']:.2f} s to close"
+            in_time(closed["at"] - heard["at"], 3, f"rank {rank} to close")
         calls = ranks.find((victim + 1) % n, "error")["calls"]
         ranks.finish(killed=[victim])
     how = "reaped" if reaped else "unreaped"
@@ -352,6 +361,8 @@ def kills(cycles: int, seed: int) -> str:
     for cycle in range(cycles):
         try:
             line = kill_one(seed + cycle)
+        except Late:
+            raise
         except Exception as error:
             raise AssertionError(f"cycle of seed {seed + cycle}: {error}") from error
         print(f"{cycle}: {line}", flush=True)
@@ -383,7 +394,7 @@ def zombie() -> str:
         heard = ranks.find(0, "lost", 10)
         os.kill(ranks.pids[1], 0)  # it is still there
         assert heard["lost"] == 1
-        assert heard["at"] - killed < 2
+        in_time(heard["at"] - killed, 2, "to hear of it")
         ranks.finish(killed=[1])
     return f"heard after {heard['at'] - killed:.3f} s"
 
@@ -520,10 +531,10 @@ def interrupted(every: int) -> str:
             heard = ranks.find(0, f"{name}: interrupted", 10)
             ranks.sign(name)
             longest = max(longest, heard["at"] - sent)
-            assert heard["at"] - sent < 1, f"{name}: KeyboardInterrupt after {heard['at'] - sent:.2f} s"
+            in_time(heard["at"] - sent, 1, f"{name}: KeyboardInterrupt")
             released = ranks.find(1, f"{name}: lost", 10)
             assert released[f"{name}: lost"] == 0, released
-            assert released["at"] - heard["at"] < 2, f"{name}: the peer was released after {released['at'] - heard['at']:.2f} s"
+            in_time(released["at"] - heard["at"], 2, f"{name}: the release of the peer")
         ranks.finish()
     return f"{len(kinds)} kinds of wait, at most {longest:.3f} s"
 
@@ -726,8 +737,8 @@ def cpu() -> str:
     with job(reads, writes) as ranks:
         idle, busy = ranks.find(0, "idle")["idle"], ranks.find(0, "busy")["busy"]
         ranks.finish()
-    assert idle < 0.01, f"an idle reader used {idle:.2%} of a core"
-    assert busy < 0.1, f"a reader of 100 messages/s used {busy:.2%} of a core"
+    if idle >= 0.01 or busy >= 0.1:
+        raise Late(f"an idle reader used {idle:.2%} of a core, one of 100 messages/s {busy:.2%}")
     return f"idle {idle:.2%}, at 100 messages/s {busy:.2%}"
 
 
@@ -911,6 +922,8 @@ def serve() -> None:
                 answer = ["fine", SCENARIOS[name](*arguments)]
             except Skip as skip:
                 answer = ["skip", str(skip)]
+            except Late as late:
+                answer = ["late", str(late)]
             except Exception:
                 answer = ["wrong", traceback.format_exc()[-10_000:]]
             with os.fdopen(writer, "w") as file:
