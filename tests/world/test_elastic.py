@@ -288,13 +288,13 @@ def run(fates: Mapping[int, str], size: int, method: str, processes: Processes, 
             ranks[rank].stdin.write("\n")
             ranks[rank].stdin.flush()
     errors = []
-    for rank in ranks:
-        if rank.returncode is None:
-            out, err = rank.communicate(timeout=100)
+    for one in ranks:
+        if one.returncode is None:
+            out, err = one.communicate(timeout=100)
             said += map(json.loads, out.splitlines())
             errors.append(err)
-    for number, rank in enumerate(ranks):
-        assert rank.returncode == (-signal.SIGKILL if fates.get(number, "stop") != "stop" else 0), "\n".join(errors)
+    for rank, one in enumerate(ranks):
+        assert one.returncode == (-signal.SIGKILL if fates.get(rank, "stop") != "stop" else 0), "\n".join(errors)
     return said
 
 
