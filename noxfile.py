@@ -161,9 +161,13 @@ def launchers(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def torch_backend(session: nox.Session) -> None:
-    """torch's own tests of torch.distributed over gloo and over commgraph: what passes there has to pass here. After --: names of tests."""
+    """torch's own tests of torch.distributed over gloo and over commgraph: what passes there has to pass here. After --: names of tests.
+
+    Before them, a training script of accelerate.
+    """
     python, place = str(with_torch(session, "test", "torch_tests") / "python"), Path(session.create_tmp()).absolute()
     program, outcomes = "tests/programs/torch_tests.py", str(place / "gloo.json")
+    session.run(python, "-m", "pytest", "-q", "tests/torch_backend/test_accelerate.py", external=True)
     session.run(python, program, "gloo", "--json", outcomes, *session.posargs, external=True)
     session.run(python, program, "commgraph", "--expect", outcomes, "--verbose", *session.posargs, external=True)
 
