@@ -1,6 +1,7 @@
 """commgraph beside transformers' own tensor parallelism, on one model, in the same two processes, by turns; under torchrun.
 
-Argument: the folder of a checkpoint. Prints one line: seconds to load, greedy tokens a second, prompt tokens a second, anonymous memory.
+Arguments: the folder of a checkpoint, and how many rounds (3). Prints a line each, medians over the rounds: seconds to load and seconds of
+a processor within them (which others on a busy machine change less), MiB of anonymous memory, greedy and prompt tokens a second.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import transformers
 import commgraph as cg
 from commgraph.integrations.transformers import from_checkpoint
 
-ROUNDS, TOKENS, PROMPT = 3, 12, 256
+TOKENS, PROMPT = 12, 256
 
 
 def anonymous() -> int:
@@ -50,7 +51,7 @@ def prefill(model: Any) -> Any:
 
 
 def main() -> None:
-    folder = sys.argv[1]
+    folder, rounds = sys.argv[1], int((sys.argv[2:] or ["3"])[0])
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     dist.init_process_group("gloo")  # transformers needs it; commgraph does not
@@ -63,25 +64,28 @@ def main() -> None:
             "transformers": lambda: transformers.LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2)),
         }
         models: dict[str, Any] = {}
-        said: dict[str, dict[str, list[float]]] = {name: {"load": [], "memory": [], "decode": [], "prefill": []} for name in loads}
-        for turn in range(ROUNDS):
+        said: dict[str, dict[str, list[float]]] = {
+            name: {"load": [], "cpu": [], "memory": [], "decode": [], "prefill": []} for name in loads
+        }
+        for turn in range(rounds):
             for name in sorted(loads, reverse=bool(turn % 2)):
                 models.pop(name, None)
-                before = anonymous()
+                before, began = anonymous(), time.process_time()
                 seconds, models[name] = timed(loads[name])
                 said[name]["load"].append(seconds)
+                said[name]["cpu"].append(time.process_time() - began)
                 said[name]["memory"].append((anonymous() - before) / 2**20)
         for model in models.values():
             decode(model)
             prefill(model)
-        for turn in range(ROUNDS):
+        for turn in range(rounds):
             for name in sorted(loads, reverse=bool(turn % 2)):
                 said[name]["decode"].append(TOKENS / timed(functools.partial(decode, models[name]))[0])
                 said[name]["prefill"].append(PROMPT / timed(functools.partial(prefill, models[name]))[0])
         if world.rank == 0:
             for name, figures in said.items():
                 middle = {key: sorted(values)[len(values) // 2] for key, values in figures.items()}
-                print(name, " ".join(f"{key} {value:.2f}" for key, value in middle.items()), flush=True)
+                print(name, " ".join(f"{key} {value:.3f}" for key, value in middle.items()), flush=True)
         ctx.close()
     dist.destroy_process_group()
 

@@ -76,12 +76,13 @@ def from_checkpoint(
                 tensors |= {name: source for name in names if name not in tensors}
         parallelize(model, ctx, plan=plan, experts=experts, stages=stages)
         ties = ties_of(model)
-        model.to_empty(device=ctx.device)
+        # Not by to_empty, which goes through a decomposition in Python for each tensor that leaves the meta device.
+        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=ctx.device))
         tie(model, ties)
-        own = {name: tensor for name, tensor in tensors.items() if name in model.state_dict()}
+        held = {name: tensor.numel() for name, tensor in model.state_dict().items() if name in tensors}
         # The largest first: what is read in passing is then on top of little.
-        sized = sorted(own, key=lambda name: -model.state_dict()[name].numel())
-        report = load_full_state_dict(model, {name: own[name] for name in sized}, strict=False, adopt=True)
+        sized = sorted(held, key=lambda name: -held[name])
+        report = load_full_state_dict(model, {name: tensors[name] for name in sized}, strict=False, adopt=True)
     _check_missing(model, report.missing, path)
     with torch.no_grad():
         for tensor in model.state_dict(keep_vars=True).values():
