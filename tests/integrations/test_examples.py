@@ -34,7 +34,7 @@ def launched(name: str, ranks: int, *arguments: str) -> str:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [*launcher, str(EXAMPLES / f"{name}.py"), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1400, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -57,7 +57,7 @@ def test_training_and_generating_in_threads() -> None:
 
 
 @pytest.mark.models
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("name", ["mixture_of_experts", "train_and_generate", "fsdp_over_a_mesh"])
 def test_in_processes(name: str) -> None:
     assert launched(name, 4)
@@ -89,7 +89,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.models
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(4500)
 def test_smollm2_writes_the_same_however_it_is_cut(smollm2: Path) -> None:
     """Each run itself compares the tokens with and without a draft."""
     from transformers import AutoTokenizer, LlamaForCausalLM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -11,24 +12,31 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ROOT
+from tests.processes import PROGRAMS, Processes
 
 pytest.importorskip("transformers", reason="the extra `transformers`")
 
-pytestmark = [pytest.mark.models, pytest.mark.timeout(600)]
+from tests.integrations.models.shrink import configuration_classes, small_model
+
+pytestmark = [pytest.mark.models, pytest.mark.timeout(1500)]  # seconds; on a busy machine an import of transformers takes half a minute
 
 
 def launched(program: str, ranks: int, *arguments: str) -> str:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [*launcher, str(ROOT / "tests/programs" / program), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=550, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1400, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize("how", ["plain", "compiled"])
-def test_cut_models_are_the_whole_ones(how: str) -> None:
-    launched("cut_models.py", 4, how)
+def test_seven_cut_models_are_the_whole_ones() -> None:
+    launched("cut_models.py", 4, "plain")
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_three_compiled_ones_too(backend: str) -> None:
+    launched("cut_models.py", 2, "compiled", backend)
 
 
 def test_a_rank_reads_and_holds_its_quarter(tmp_path: Path) -> None:
@@ -51,3 +59,23 @@ def test_a_rank_reads_and_holds_its_quarter(tmp_path: Path) -> None:
     for _, asked, peak in said:
         assert float(asked) <= 0.26
         assert float(peak) <= 0.28
+
+
+@pytest.mark.parametrize(("sizes", "drafts"), [({"tp": 2}, False), ({"pp": 2}, False), ({"tp": 2}, True)])
+def test_ranks_draw_alike(sizes: dict[str, int], drafts: bool, tmp_path: Path, processes: Processes) -> None:
+    """Each rank has a seed of its own before; the first one's decides, and the tokens are those of the whole model with that seed."""
+    import torch
+
+    model = small_model(configuration_classes(only="LlamaConfig")["LlamaConfig"], overrides={"eos_token_id": None})
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    torch.manual_seed(0)
+    with torch.no_grad():
+        mask = torch.ones_like(ids)
+        expected = model.generate(ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=16, pad_token_id=0)[0].tolist()
+    said = processes.launch(2, PROGRAMS / "sampled.py", tmp_path, json.dumps(sizes), str(int(drafts)), timeout=700)
+    first, second = map(json.loads, said)
+    assert first == second
+    assert len(first) == 20
+    if not drafts:  # which draws of its own
+        assert first == expected

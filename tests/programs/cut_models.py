@@ -1,6 +1,6 @@
 """Models of transformers in processes without a default group, under torchrun: seven compared with themselves whole, or three compiled.
 
-Arguments: ``plain`` or ``compiled``.
+Arguments: ``plain``, or ``compiled`` and the compiler's backend, inductor unless it is given.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ def plain(world: cg.World) -> None:
         assert result.gradient is not None and result.gradient < 1e-3, (name, result)  # noqa: PT018 - a program
 
 
-def compiled(world: cg.World) -> None:
+def compiled(world: cg.World, backend: str = "inductor") -> None:
     """Each layer without a graph break, with backward; and one model as a whole."""
     ids = prompt()
-    with world.context(cg.Layout(4, tp=2), name="model") as ctx:
+    with world.context(cg.Layout(world.size, tp=2), name="model") as ctx:
         for name in ("LlamaConfig", "MixtralConfig", "DeepseekV3Config"):
             model = model_of(name)
             expected = output_of(model, ids)
             own = parallelize(copy.deepcopy(model), ctx)
             for layer in own.model.layers:
-                layer.compile(fullgraph=True, backend="aot_eager")
+                layer.compile(fullgraph=True, backend=backend)
             found = output_of(own, ids)
             assert relative(found.detach(), expected.detach()) < TOLERANCE, name
             objective(expected).backward()
@@ -64,14 +64,14 @@ def compiled(world: cg.World) -> None:
         with torch.no_grad():
             expected = output_of(model, ids)
             own = parallelize(copy.deepcopy(model), ctx)
-            own.compile(fullgraph=True, backend="aot_eager")
+            own.compile(fullgraph=True, backend=backend)
             assert relative(output_of(own, ids), expected) < TOLERANCE
 
 
 def main() -> None:
     torch.set_num_threads(1)
     with cg.World.from_env() as world:
-        {"plain": plain, "compiled": compiled}[sys.argv[1]](world)
+        {"plain": plain, "compiled": compiled}[sys.argv[1]](world, *sys.argv[2:])
         assert not dist.is_initialized()
 
 
