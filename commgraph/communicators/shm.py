@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
 
+import attrs
 import torch
 
 from commgraph import ambient
@@ -29,6 +30,9 @@ from commgraph.shm.pickling import tensor_over
 from commgraph.shm.stopped import Busy
 
 __all__ = ["ShmCommunicator", "exchange_bytes", "kernel_of"]
+
+# Bytes of the ring from one rank to all others of its host, in a group over several hosts.
+_RELAYED_BYTES = 64 * 1024
 
 # Most bytes of a message between ranks while the memory is made.
 _WORD_BYTES = 1024
@@ -109,6 +113,9 @@ class ShmCommunicator(Communicator):
         sizes = host_memory.Sizes.plan(
             gloo.world_size, shm_bytes=options.shm_bytes, queue_bytes=options.queue_bytes, queues=options.message_queue
         )
+        if numbers is not None and sizes.broadcast_bytes:
+            # A rank that stops reading is noticed when the ring is full; what comes over a link is never far ahead, either.
+            sizes = attrs.evolve(sizes, broadcast_bytes=min(sizes.broadcast_bytes, _RELAYED_BYTES))
         deadline = Deadline.after(limits.build_timeout)
         exchange = _signed(exchange_bytes(gloo, cls.name, deadline), limits.handover_key, gloo.rank_in_group)
         found = host_memory.join(exchange, sizes, gloo.rank_in_group, local_size=limits.local_size)

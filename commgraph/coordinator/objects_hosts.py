@@ -6,6 +6,7 @@ as it was sent: every rank checks the signature itself.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -31,6 +32,9 @@ __all__ = ["HostObjects", "objects_of"]
 
 # Set in what peers read of a call of objects: apart from the operations of the native module (native/module.h).
 _POSTED: Final = 128
+
+# Seconds between two looks whether the readers of a broadcast live.
+_LOOK_EVERY: Final = 0.1
 
 
 def objects_of(state: GroupState) -> Objects:
@@ -64,6 +68,8 @@ class HostObjects(LinkObjects):
         self._here = next(ranks for ranks in over.hosts if state.members.rank_in_group in ranks)
         # Of the ranks of this host; None where there is no other one.
         self._rings = over.rings
+        # When to look next whether the readers of this host live: a writer that never waits would not notice.
+        self._look_at = 0.0
         self._near = None if over.rings is None else ShmObjects(state, over, over.rings, over.rings.mailbox)
 
     def _near_to(self, peer: Any) -> ShmObjects | None:
@@ -149,7 +155,9 @@ class HostObjects(LinkObjects):
 
         def act() -> None:
             try:
-                self._mailbox(group).broadcast(OBJECT, make_tag(COLLECTIVE, sequence, what), parts, deadline.left_ns(), posted)
+                mailbox = self._mailbox(group)
+                self._look_at_readers(mailbox)
+                mailbox.broadcast(OBJECT, make_tag(COLLECTIVE, sequence, what), parts, deadline.left_ns(), posted)
             except Stopped as stopped:
                 raise self._translated(stopped) from None
             except BaseException:
@@ -157,6 +165,15 @@ class HostObjects(LinkObjects):
                 raise
 
         perform(group, operation, sequence, what, deadline, act, 0)
+
+    def _look_at_readers(self, mailbox: Mailbox) -> None:
+        """Raise where a rank of this host has died or left, at times."""
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + _LOOK_EVERY
+            lost = mailbox.team.lost()
+            if lost is not None:
+                raise Stopped(*lost)
 
     def _get_here(self, group: Group, operation: str, src: int, relay: int, sequence: int, deadline: Deadline, context: str) -> Parts:
         """Return the parts of a broadcast that a rank of this host puts for all."""
