@@ -277,8 +277,8 @@ def frames(how: Frames) -> Model:
                     yield f"rank {me} takes a piece of {piece[0]}", put((*done[:3], "wrong data") if mixed else done, out, rest)
             if how.may_give_up and me == 1 and got < 2 and not inn:
                 if how.ends:
-                    left = out if how.delivers else ()
-                    yield "rank 1 gives up", put((call, sent, got, "gave up"), (*left, "end") if how.tells else left, inn)
+                    kept = out if how.delivers else ()
+                    yield "rank 1 gives up", put((call, sent, got, "gave up"), (*kept, "end") if how.tells else kept, inn)
                 elif call + 1 < len(how.calls[me]):
                     yield "rank 1 gives up, and makes its next call", put((call + 1, 0, 0, ""))
                 else:

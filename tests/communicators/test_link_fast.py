@@ -213,7 +213,8 @@ def test_a_first_call_natively_makes_the_links_that_it_needs(operation: str) -> 
             elif operation == "broadcast":
                 got, expected = group.broadcast(x * (me == root), root), x
             else:
-                got, expected = group.barrier(), None
+                group.barrier()
+                continue
             assert got is expected is None or torch.equal(got, expected)
 
     on(n, body, nodes=n)

@@ -481,8 +481,8 @@ def test_a_rank_that_closes_in_order_says_goodbye_behind_what_it_has_sent(unread
             closed.set()
             return
         sending = torch.zeros(unread, dtype=torch.uint8)
+        sender = threading.Thread(target=_ignored, args=(transport, sending, tags[1]))
         if unread:
-            sender = threading.Thread(target=_ignored, args=(transport, sending, tags[1]))
             sender.start()
         assert closed.wait(SECONDS)
         y = torch.empty_like(x)

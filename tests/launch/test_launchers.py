@@ -15,7 +15,7 @@ import attrs
 import pytest
 
 from tests.helpers import ROOT, free_port
-from tests.world.test_torchrun import environment
+from tests.processes import environment
 
 PROGRAMS = ROOT / "tests" / "programs"
 # Environments that `nox -s launchers` makes, of a launcher each: two MPIs would both be `mpiexec`.

@@ -6,6 +6,7 @@ accelerated.py FOLDER
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -75,7 +76,7 @@ def main() -> None:
     assert done == steps
     expected = alone(steps)
     for name, tensor in accelerator.unwrap_model(module).state_dict().items():
-        torch.testing.assert_close(tensor, expected.state_dict()[name], msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(tensor, expected.state_dict()[name], msg=partial("{0}: {1}".format, name))
 
     # Metrics over rows that do not divide: each row counts once.
     with torch.no_grad():
@@ -95,7 +96,7 @@ def main() -> None:
         parameter.data.zero_()
     accelerator.load_state(folder)
     for name, tensor in accelerator.unwrap_model(module).state_dict().items():
-        torch.testing.assert_close(tensor, expected.state_dict()[name], msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(tensor, expected.state_dict()[name], msg=partial("{0}: {1}".format, name))
     assert group.world.group.bytes_sent > 0
     accelerator.end_training()  # which destroys the group
     assert not dist.is_initialized()

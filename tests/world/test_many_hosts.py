@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,12 @@ def test_the_words_of_a_build_reach_every_rank_over_few_links(n: int, monkeypatc
     """Of one host's memory, say. Over a tree: each rank but the first makes one link; four ranks or fewer link all pairs."""
     ends: list[bytes] = []
     attach = TcpTransport._attach
-    monkeypatch.setattr(TcpTransport, "_attach", lambda self, *args: (ends.append(self._group), attach(self, *args))[1])
+
+    def counted(self: TcpTransport, *args: Any) -> Any:
+        ends.append(self._group)
+        return attach(self, *args)
+
+    monkeypatch.setattr(TcpTransport, "_attach", counted)
 
     def program(world: cg.World) -> bytes:
         host = world.group.communicator("tcp")
