@@ -141,10 +141,14 @@ class HostObjects(LinkObjects):
             if relay == group.rank_in_group:
                 message = self._get(group, operation, src, sequence, deadline, context)
                 head, _, beside = message
-                self._put_here(group, operation, src, sequence, deadline.at_least(self._state.timeouts.host), (head, *beside))
+                self._put_here(group, operation, src, sequence, self._relaying(deadline), (head, *beside))
             else:
                 message = self._get_here(group, operation, src, relay, sequence, deadline, context)
         return self._decode_message(group, operation, src, message, context)
+
+    def _relaying(self, deadline: Deadline) -> Deadline:
+        """Return the deadline for passing on what came by another one: as long, but a poll may not end halfway."""
+        return Deadline.after(deadline.seconds if deadline.seconds >= 1.0 else self._state.timeouts.host)
 
     def _put_here(self, group: Group, operation: str, src: int, sequence: int, deadline: Deadline, parts: tuple[Any, ...]) -> None:
         """Put the parts of a broadcast for all ranks of this host."""
