@@ -38,8 +38,8 @@ def admit(store: dist.Store, size: int, extra: int, deadline: Deadline) -> Calla
     """Give `extra` newcomers the ranks from `size` on, in the order in which they came. Called by rank 0.
 
     Returns:
-        A function that raises `DeadRankError` where one of them has died since: nobody else knows its process before it has come again,
-        as a rank of the World that follows.
+        A function that raises `DeadRankError` where one of them has died since. Nobody else knows its process before it has come again, as
+        a rank of the World that follows.
 
     Raises:
         BuildError: they did not come in time, or the store failed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import socket
 from collections.abc import Iterator
 
@@ -14,6 +15,12 @@ from tests.processes import Processes, fork_server
 # A machine that stands still for a moment is no fault of the example that it met.
 settings.register_profile("without deadlines", deadline=None)
 settings.load_profile("without deadlines")
+
+
+def pytest_configure() -> None:
+    """Have the processes of tests take Ctrl-C, which a shell that starts this in the background has it ignore, and them with it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -143,8 +144,8 @@ class Estimate:
         return ", ".join(parts)
 
 
-def placements(axes: Mapping[str, int], nodes: int, *, device: bool) -> dict[str, Placement]:
-    """How the groups of a layout lie on hosts; of each name the group that lies worst.
+def hosts_of_groups(axes: Mapping[str, int], nodes: int) -> dict[str, list[int]]:
+    """The host of each rank of the groups of a layout; of each name those of the group that lies worst.
 
     Raises:
         LayoutError: sizes that do not factor, or ranks that cannot be divided among so many hosts.
@@ -156,7 +157,7 @@ def placements(axes: Mapping[str, int], nodes: int, *, device: bool) -> dict[str
     for name in ("tp", "pp", "dp", "engine"):
         pattern = layout.pattern(name)
         first = crossing(pattern, hosts).first
-        found[name] = Placement.of([hosts.of_rank(rank) for rank in pattern.ranks(first or 0)], device=device)
+        found[name] = [hosts.of_rank(rank) for rank in pattern.ranks(first or 0)]
     return found
 
 
@@ -181,7 +182,10 @@ def estimate(shapes: ModelShapes, axes: Mapping[str, int], nodes: int, links: Li
     part = math.ceil(sequences / parts)
     tokens = part * workload.tokens
     calls = step_calls(shapes, axes, tokens, logits=part, object_bytes=8 * part)
-    where = placements(axes, nodes, device=device.accelerator)
+    lying = hosts_of_groups(axes, nodes)
+    where = {name: Placement.of(hosts, device=device.accelerator) for name, hosts in lying.items()}
+    # A message between ranks of one host goes through shared memory, whatever the group.
+    hops = [Placement.of(pair, device=device.accelerator) for pair in itertools.pairwise(lying["pp"])]
     communication: dict[str, float] = {}
     sent: dict[str, int] = {}
     computing, stages = 0.0, []
@@ -189,7 +193,8 @@ def estimate(shapes: ModelShapes, axes: Mapping[str, int], nodes: int, links: Li
         seconds = 0.0
         mine: dict[str, int] = {}
         for call in of_stage:
-            cost = cost_of(call.operation, call.nbytes, where[call.group], links, itemsize=shapes.itemsize, sliced=call.sliced)
+            placement = hops[stage] if call.operation == "send_tensor_dict" else where[call.group]
+            cost = cost_of(call.operation, call.nbytes, placement, links, itemsize=shapes.itemsize, sliced=call.sliced)
             mine[call.group] = mine.get(call.group, 0) + call.count * cost.sent * parts
             if call.operation == "broadcast_object" and stage < pp - 1:
                 continue  # once for all stages

@@ -274,7 +274,7 @@ def test_who_leaves_and_who_closes_ends_a_wait(operation: str) -> None:
     def leaves(world: cg.World) -> None:
         context = world.context(cg.Layout(2, tp=2), name="a", options=cg.CommunicatorOptions(isolate=True, queue_bytes=16384))
         if world.rank == 0:
-            with pytest.raises(cg.PeerLostError, match=f"{operation} on group 'tp' .*rank 1 is gone") as caught:
+            with pytest.raises(cg.PeerLostError, match=f"{operation} on group 'tp' .*rank 1 has closed context 'a'") as caught:
                 WAITS[operation](context.tp)
             assert caught.value.rank == 1
             context.tp.close()

@@ -68,9 +68,10 @@ def predicted(world: cg.World, ctx: cg.ParallelContext, shapes: ModelShapes, tok
     axes = {"tp": ctx.tp.world_size, "pp": ctx.pp.world_size, "dp": 1}
     sent = {"tp": 0, "pp": 0}
     for call in step_calls(shapes, axes, tokens, objects=0)[ctx.pp.rank_in_group]:
-        cost = cost_of(
-            call.operation, call.nbytes, place(world, ctx[call.group].ranks), LINKS, itemsize=shapes.itemsize, sliced=call.sliced
-        )
+        group = ctx[call.group]
+        # A message between ranks of one host goes through shared memory, whatever the group.
+        ranks = (group.rank, group.ranks[group.next_in_group]) if call.operation == "send_tensor_dict" else group.ranks
+        cost = cost_of(call.operation, call.nbytes, place(world, ranks), LINKS, itemsize=shapes.itemsize, sliced=call.sliced)
         sent[call.group] += call.count * cost.sent
     return sent
 
