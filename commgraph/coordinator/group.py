@@ -282,7 +282,7 @@ class GroupCoordinator(compat.OpaqueBase):
 
     @property
     def _may_be_left(self) -> bool:
-        """Whether a rank may not come to close the group, which is broken, or where an object was waited for in vain and none came since."""
+        """Whether a rank may not come to close the group, which is broken, or where an object was waited for in vain, none came since."""
         return self.is_broken or self._state.waited_in_vain
 
     @property
