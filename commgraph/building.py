@@ -37,7 +37,7 @@ from commgraph.meeting import STORE_ERRORS, Meeting, PeerLeftError, attend
 from commgraph.options import CommunicatorOptions
 from commgraph.platforms.base import GroupFacts, Platform
 from commgraph.platforms.detection import Plugins
-from commgraph.processes import Process
+from commgraph.processes import Process, count_sharing
 from commgraph.reach import Reach
 from commgraph.recording import Recording
 
@@ -292,7 +292,8 @@ class Builder:
             nodes = tuple(self.hosts.nodes[rank] for rank in ranks)
             # The ranks of this node have the key because they have read each other's memory.
             key = hmac.digest(self.hosts.node_key, self.authkey or b"", hashlib.sha256)
-            limits = Limits(timeouts.host, deadline.left(), self.hosts.local_size, device_timeout, key)
+            sharing = count_sharing(self.processes[rank].pid for rank in self.hosts.local_ranks)
+            limits = Limits(timeouts.host, deadline.left(), sharing, device_timeout, key)
             store = dist.PrefixStore("strategies", connection.store)
             facts = GroupFacts(ranks, rank_in_group, nodes, options, wants_device, limits, store, device, self.proofs, partition)
             chain = self._chain(uid, platform, facts, connection, plugins)

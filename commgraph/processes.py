@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
@@ -68,6 +69,19 @@ class Process(msgspec.Struct, frozen=True):
 def seconds_since_boot() -> float:
     """Return the time on the clock that processes' start times are of; another where the system has none."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def count_sharing(pids: Iterable[int]) -> int:
+    """Return how many of these processes of this host may run on a core on which the calling thread may; those that do not tell count."""
+    mine, here = _cores_of(0), os.getpid()
+    return sum(pid == here or mine is None or (theirs := _cores_of(pid)) is None or not mine.isdisjoint(theirs) for pid in pids)
+
+
+def _cores_of(pid: int) -> set[int] | None:
+    try:
+        return os.sched_getaffinity(pid)
+    except (OSError, AttributeError):  # AttributeError: another system than Linux
+        return None
 
 
 def start_time(pid: int) -> str:

@@ -93,14 +93,14 @@ class Limits:
     Attributes:
         timeout: default deadline of an operation on the host, in seconds.
         build_timeout: deadline of the build, in seconds.
-        local_size: ranks of the job on this host, which share its cores (another number on another host).
+        sharing: ranks of the job that may run on a core of this one's, itself included: on this host, and not bound to other cores.
         device_timeout: default deadline of an operation that is enqueued on a device, in seconds.
         handover_key: authenticates the words by which the ranks of one host hand memory to each other.
     """
 
     timeout: float
     build_timeout: float
-    local_size: int
+    sharing: int
     device_timeout: float = 300.0
     handover_key: bytes = attrs.field(default=b"", repr=False)
 

@@ -118,7 +118,7 @@ class ShmCommunicator(Communicator):
             sizes = attrs.evolve(sizes, broadcast_bytes=min(sizes.broadcast_bytes, _RELAYED_BYTES))
         deadline = Deadline.after(limits.build_timeout)
         exchange = _signed(exchange_bytes(gloo, cls.name, deadline), limits.handover_key, gloo.rank_in_group)
-        found = host_memory.join(exchange, sizes, gloo.rank_in_group, local_size=limits.local_size)
+        found = host_memory.join(exchange, sizes, gloo.rank_in_group, sharing=limits.sharing)
         if isinstance(found, str):
             return Refused(cls.name, found)
         strategy = cls(found, limits.timeout, numbers)

@@ -76,13 +76,13 @@ class HostMemory:
         nbytes: of the whole.
     """
 
-    def __init__(self, native: Any, fd: int, nbytes: int, sizes: Sizes, rank_in_group: int, local_size: int) -> None:
+    def __init__(self, native: Any, fd: int, nbytes: int, sizes: Sizes, rank_in_group: int, sharing: int) -> None:
         self.native = native
         self.segment = native.Segment(fd, nbytes)
         self.sizes = sizes
         self.nbytes = nbytes
         self.rank_in_group = rank_in_group
-        self.team = native.Team(self.segment, _PAGE, sizes.n, rank_in_group, local_size)
+        self.team = native.Team(self.segment, _PAGE, sizes.n, rank_in_group, sharing)
         self.pool = native.Pool(_POOL_BYTES)
 
     @property
@@ -106,14 +106,14 @@ class HostMemory:
         return self.native.Ring(self.team, self.pool, offset, src, dst, 1, self.sizes.pair_bytes, False, True)
 
 
-def join(exchange: Callable[[bytes], list[bytes]], sizes: Sizes, rank_in_group: int, *, local_size: int) -> HostMemory | str:
+def join(exchange: Callable[[bytes], list[bytes]], sizes: Sizes, rank_in_group: int, *, sharing: int) -> HostMemory | str:
     """Make the memory of a group, or return why there is none. Collective: every rank gets memory, or every rank the same reason.
 
     Args:
         exchange: sends a rank's bytes (up to 1,000) to all ranks and returns those of all in rank order.
         sizes: of the parts.
         rank_in_group: this rank.
-        local_size: ranks of the whole job on this host, which share its cores.
+        sharing: ranks of the whole job that may run on a core of this one's, itself included.
     """
     native, fd, word = None, -1, _Word(pid=os.getpid())
     try:
@@ -135,7 +135,7 @@ def join(exchange: Callable[[bytes], list[bytes]], sizes: Sizes, rank_in_group: 
             return problem
         memory = None
         try:
-            memory = _open(native, words[0], sizes, rank_in_group, local_size)
+            memory = _open(native, words[0], sizes, rank_in_group, sharing)
             verdict = _Word()
         except (OSError, Stopped, MemoryError) as error:
             verdict = _Word(problem=f"the segment of the group's first rank (process {words[0].pid}) could not be opened: {error}")
@@ -147,12 +147,12 @@ def join(exchange: Callable[[bytes], list[bytes]], sizes: Sizes, rank_in_group: 
             os.close(fd)
 
 
-def _open(native: Any, first: _Word, sizes: Sizes, rank_in_group: int, local_size: int) -> HostMemory:
+def _open(native: Any, first: _Word, sizes: Sizes, rank_in_group: int, sharing: int) -> HostMemory:
     fd = segments.open_peer(first.pid, first.fd, first.nbytes)
     try:
         if os.pread(fd, _NONCE_BYTES, 0) != first.nonce:
             raise OSError("another segment is open there")
-        return HostMemory(native, fd, first.nbytes, sizes, rank_in_group, local_size)
+        return HostMemory(native, fd, first.nbytes, sizes, rank_in_group, sharing)
     finally:
         os.close(fd)
 

@@ -19,7 +19,7 @@ int cg_cores_allowed(void) {
     return sched_getaffinity(0, sizeof allowed, &allowed) == 0 ? CPU_COUNT(&allowed) : 1;
 }
 
-void cg_cores_init(cg_cores *cores, int local_size) { *cores = (cg_cores){.local_size = local_size, .patience = PATIENCE_NS}; }
+void cg_cores_init(cg_cores *cores, int sharing) { *cores = (cg_cores){.sharing = sharing, .patience = PATIENCE_NS}; }
 
 void cg_cores_free(cg_cores *cores) {
     free(cores->idle);
@@ -94,7 +94,7 @@ int cg_cores_wait(cg_cores *cores, int beside, int64_t now) {
     cpu_set_t allowed;
     uint32_t ticks = 0;
     int64_t passed = cores->since == 0 ? 0 : now - cores->since;
-    int target = -1, many = sched_getaffinity(0, sizeof allowed, &allowed) == 0 && CPU_COUNT(&allowed) > 1 && CPU_COUNT(&allowed) >= cores->local_size;
+    int target = -1, many = sched_getaffinity(0, sizeof allowed, &allowed) == 0 && CPU_COUNT(&allowed) > 1 && CPU_COUNT(&allowed) >= cores->sharing;
     if (many && cores->idle == NULL) cores->idle = calloc(CPU_SETSIZE, sizeof *cores->idle);
     if (many && cores->idle != NULL) target = longest_idle(cores, &allowed, sched_getcpu(), &ticks);
     cores->since = now;

@@ -6,7 +6,7 @@
  * core they run on. A rank that waits, finds its peer on its own core again and again, and another core idle all the while, moves there. It
  * narrows the affinity of its thread to that core, which moves it at once, and restores the former affinity immediately.
  *
- * A rank does not move if its affinity names one core, if the ranks of this host are more than the cores, or if no other core was idle for
+ * A rank does not move if its affinity names one core, if the ranks that share its cores are more than these, or if no other core was idle for
  * more than half of the time (by /proc/stat) during which it was seen beside its peer, because other programs need it then. It then checks
  * half as often, down to once in 0.4 s.
  */
@@ -16,7 +16,7 @@
 #include <stdint.h>
 
 typedef struct {
-    int local_size;    /* ranks of this host */
+    int sharing;       /* ranks that may run on a core of this one's, itself included */
     int64_t since;     /* when the rank was first seen beside a peer, without a break since; 0: it is not beside one */
     int64_t patience;  /* ns beside a peer before the rank searches for an idle core */
     uint32_t *idle;    /* ticks for which each core had been idle at `since`; NULL before the first time */
@@ -27,7 +27,7 @@ int cg_cores_allowed(void);
 /* The core that the calling thread runs on; -1 where that cannot be known. */
 int cg_core(void);
 
-void cg_cores_init(cg_cores *cores, int local_size);
+void cg_cores_init(cg_cores *cores, int sharing);
 void cg_cores_free(cg_cores *cores);
 /* Called by a thread that waits; `beside`: for a peer on its own core. Returns whether the thread has moved to another core. */
 int cg_cores_wait(cg_cores *cores, int beside, int64_t now);

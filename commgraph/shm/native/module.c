@@ -309,15 +309,15 @@ static PyObject *team_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     (void)kwargs;
     PyObject *segment;
     Py_ssize_t offset;
-    int n, me, local_size;
-    if (!PyArg_ParseTuple(args, "Oniii", &segment, &offset, &n, &me, &local_size)) return NULL;
+    int n, me, sharing;
+    if (!PyArg_ParseTuple(args, "Oniii", &segment, &offset, &n, &me, &sharing)) return NULL;
     module_state *state = PyType_GetModuleState(type);
     if (state == NULL || !PyObject_TypeCheck(segment, state->segment)) return PyErr_Format(PyExc_TypeError, "a Segment is needed");
     if (me < 0 || me >= n || offset < 0 || offset % CG_LINE || !fits((Segment *)segment, offset, (size_t)n * sizeof(cg_member)))
         return PyErr_Format(PyExc_ValueError, "member %d of %d at %zd does not fit into the segment", me, n, offset);
     Team *self = (Team *)allocate(type);
     if (self == NULL) return NULL;
-    int error = cg_team_join(&self->team, (cg_member *)(((Segment *)segment)->base + offset), n, me, local_size);
+    int error = cg_team_join(&self->team, (cg_member *)(((Segment *)segment)->base + offset), n, me, sharing);
     if (error) {
         Py_DECREF(self);
         return error == EBUSY ? PyErr_Format(PyExc_ValueError, "member %d of %d has joined already", me, n) : PyErr_NoMemory();
@@ -394,15 +394,21 @@ static PyObject *team_unpost(PyObject *self, PyObject *unused) {
     Py_RETURN_NONE;
 }
 
+static PyObject *team_spins(PyObject *self, PyObject *unused) {
+    (void)unused;
+    return PyBool_FromLong(((Team *)self)->team.spin_ns > 0);
+}
+
 static PyMethodDef team_methods[] = {
     {"close", team_close, METH_VARARGS, "close(failed=False)\n--\n\nCloses this side and wakes every member; from any thread."},
     {"disown", team_disown, METH_NOARGS, "disown()\n--\n\nRefuses every call and leaves the memory alone: for the copies of a forked child."},
     {"state", team_state, METH_O, "state(member)\n--\n\n0 empty, 1 joined, 2 closed, 3 failed."},
     {"lost", team_lost, METH_NOARGS, "lost()\n--\n\n(code, member) of one that left or died, as in Stopped; None: there is none, or a thread waits and checks."},
     {"unpost", team_unpost, METH_NOARGS, "unpost()\n--\n\nUndoes that the last call was posted."},
+    {"spins", team_spins, METH_NOARGS, "spins()\n--\n\nWhether a wait spins before it sleeps: each rank has a core."},
     {0}};
 static PyType_Slot team_slots[] = {
-    {Py_tp_doc, "Team(segment, offset, n, me, local_size)\n--\n\nMember `me` of n, in memory that all have mapped. `local_size`: how many ranks share the cores of this host."},
+    {Py_tp_doc, "Team(segment, offset, n, me, sharing)\n--\n\nMember `me` of n, in memory that all have mapped. `sharing`: how many ranks may run on a core of this one's, itself included."},
     {Py_tp_new, team_new}, {Py_tp_dealloc, team_dealloc}, {Py_tp_methods, team_methods}, {0}};
 static PyType_Spec team_spec = {"commgraph.shm._native.Team", sizeof(Team), 0, Py_TPFLAGS_DEFAULT, team_slots};
 

@@ -43,7 +43,7 @@ static int process_alive(int pid, uint64_t *born) {
     return 1;
 }
 
-int cg_team_join(cg_team *team, cg_member *members, int n, int me, int local_size) {
+int cg_team_join(cg_team *team, cg_member *members, int n, int me, int sharing) {
     memset(team, 0, sizeof *team);
     team->watch = malloc(sizeof(int) * (size_t)n);
     if (team->watch == NULL) return ENOMEM;
@@ -55,10 +55,10 @@ int cg_team_join(cg_team *team, cg_member *members, int n, int me, int local_siz
     team->same_process = -1;
     for (int i = 0; i < n; i++) team->watch[i] = WATCH_UNKNOWN;
     int cores = cg_cores_allowed();
-    cg_cores_init(&team->cores, local_size);
+    cg_cores_init(&team->cores, sharing);
     /* A spin is lost time where the peer has no core of its own. */
-    team->spin_ns = local_size <= cores ? SPIN_NS : 0;
-    team->yields = local_size <= cores ? 200 : 20;
+    team->spin_ns = sharing <= cores ? SPIN_NS : 0;
+    team->yields = sharing <= cores ? 200 : 20;
     int32_t none = 0;
     if (!atomic_compare_exchange_strong(&members[me].pid, &none, getpid())) return EBUSY;
     process_alive(members[me].pid, &members[me].born);
@@ -73,7 +73,7 @@ int cg_team_view(cg_team *view, cg_team *of, cg_bell *bell, cg_bell *theirs) {
     for (int i = 0; i < of->n; i++) view->watch[i] = WATCH_UNKNOWN;
     view->bell = bell;
     view->theirs = theirs;
-    cg_cores_init(&view->cores, of->cores.local_size);
+    cg_cores_init(&view->cores, of->cores.sharing);
     view->first = NULL;
     view->next = of->first;
     of->first = view;

@@ -52,7 +52,7 @@ typedef struct {
 typedef struct cg_team {
     cg_member *members;
     int n, me;
-    int64_t spin_ns;   /* shortest spin of a wait; 0 where the ranks of this host are more than its cores */
+    int64_t spin_ns;   /* shortest spin of a wait; 0 where those that share its cores are more than these */
     int64_t recent_ns; /* how long recent waits lasted, of those that a spin could have covered */
     int yields;
     cg_cores cores;
@@ -68,9 +68,9 @@ typedef struct cg_team {
     struct cg_team *first, *next; /* list of the further views of a member */
 } cg_team;
 
-/* Joins as member `me` of `n`; `members` is zeroed memory for all. `local_size`: ranks of this host. 0, or an errno: EBUSY where a process
- * has joined as that member before. */
-int cg_team_join(cg_team *team, cg_member *members, int n, int me, int local_size);
+/* Joins as member `me` of `n`; `members` is zeroed memory for all. `sharing`: ranks that may run on a core of this one's, itself included.
+ * 0, or an errno: EBUSY where a process has joined as that member before. */
+int cg_team_join(cg_team *team, cg_member *members, int n, int me, int sharing);
 /* A further view of the member of `of`, whose owner sleeps on `bell` and whose one peer sleeps on `theirs`. */
 int cg_team_view(cg_team *view, cg_team *of, cg_bell *bell, cg_bell *theirs);
 void cg_team_leave(cg_team *team); /* frees the view; the member's state stays as it is */
