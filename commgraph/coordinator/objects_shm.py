@@ -457,7 +457,7 @@ class ShmObjects(Objects):
     def _begin(self, group: Group, operation: str, timeout: Timeout, turn: Turn) -> tuple[int, int]:
         """Count a collective, as `begin` does; return its number and its deadline in nanoseconds."""
         pending = self._state.pending
-        if timeout is None and not pending.lanes and pending.side_streams is None:
+        if timeout is None and pending.side_streams is None and (not pending.lanes or pending.is_idle(None)):
             sequence, timeout_ns = self._state.begin(group.name, operation, turn), self._timeout_ns
         else:
             sequence, deadline = begin(group, operation, timeout, turn)
