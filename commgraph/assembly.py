@@ -77,6 +77,10 @@ class Terms:
             constructor: name of the public call, for messages.
             local_rank, timeout, device, platform, authkey, address, options: as for `World.from_store`.
             environ: has the authkey where the caller gave none; None: `os.environ`.
+
+        Raises:
+            TypeError, ValueError: a timeout, an authkey or a platform that is none.
+            ConfigurationError: `options` of another type.
         """
         return cls(
             timeout=timedelta_of(timeout),
@@ -103,6 +107,10 @@ def open_meeting_point(
 
     Returns:
         The store, and what opens it anew, where a rank that waits in it may do so.
+
+    Raises:
+        LaunchError: an init method of another form.
+        BuildError: the store was not there in time.
     """
 
     def open_it() -> dist.Store:

@@ -193,13 +193,13 @@ def test_what_cannot_be_is_said_in_one_line(capsys: pytest.CaptureFixture[str], 
     assert said in err
 
 
-def test_a_million_ranks_take_seconds() -> None:
+def test_a_million_ranks_take_less_than_a_second() -> None:
     layout = Layout(1_000_000, dp=5, pp=4, tp=10, groups={"embd": Positions("pp", (0, -1)), "engine": ("pp", "tp")})
     started = time.thread_time()  # of this thread: other tests may be using the cores
     drawing = svg(layout, 125_000)
     page = html(layout, 125_000)
     changes = difference(layout, Layout(1_000_000, tp=8))
-    assert time.thread_time() - started < 5
+    assert time.thread_time() - started < 1
     assert len(drawing) < 1_000_000
     assert len(page) < 1_500_000
     assert sum(change.changed for change in changes) > 1_000_000
