@@ -354,3 +354,17 @@ def test_the_fit_of_two_threads_writes_figures_that_the_planner_reads(tmp_path: 
     figures = Links.read(str(file)).table["shm"][2]
     assert figures.call("all_reduce") + figures.step > 0
     assert {"all_reduce", "all_gather", "send_tensor_dict"} <= set(figures.calls)
+
+
+def test_a_small_all_reduce_among_many_hosts_takes_the_bytes_and_steps_of_the_code() -> None:
+    def rank(world: cg.World) -> int:
+        group = world.group
+        group.all_reduce(torch.ones(64))  # makes the links
+        before = group.bytes_sent
+        group.all_reduce(torch.ones(64))
+        return group.bytes_sent - before
+
+    for hosts, steps in ((8, 1), (9, 4)):
+        (use,) = uses_of("all_reduce", 256, Placement((1,) * hosts), itemsize=4)
+        assert use.steps == steps
+        assert spmd(rank, hosts, nodes=hosts) == [use.sent] * hosts
