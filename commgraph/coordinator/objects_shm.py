@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import msgspec
 import torch
 
-from commgraph import ambient
+from commgraph import ambient, compat
 from commgraph.communicators.base import CallsDiffer, Communicator, FastPath
 from commgraph.communicators.memory import is_dense
 from commgraph.communicators.tags import COLLECTIVE, digest, make_tag, tag_of
@@ -59,13 +59,28 @@ class ShmObjects(Objects):
         self._fast = fast
         self._mailbox: Mailbox | None = mailbox
         self._pickler = mailbox.pickler
+        self._room = mailbox.room
         self._digests: dict[tuple[str, int | None], int] = {}
         self._timeout_ns = int(state.timeouts.host * 1e9)
+        # Of native calls (native/module_objects.c), which are not ordered after side streams.
+        self._rings: tuple[Any, ...] | None = None if state.pending.side_streams is not None else mailbox.broadcast_rings
 
     # Objects.
 
-    @spanned
     def send(self, group: Group, operation: str, obj: object, dst: Any, timeout: Timeout) -> None:
+        if self._state.recorder is not None or compat.is_profiling():
+            self._send_observed(group, operation, obj, dst, timeout)
+            return
+        mailbox = self._open(group)
+        dst, timeout_ns = self._begin_message(group, operation, dst, "dst", timeout)
+        parts = self._dumps(group, operation, obj)
+        try:
+            mailbox.send(dst, OBJECT, 0, parts, timeout_ns)
+        except BaseException as error:
+            self._stop(group, operation, timeout_ns, error)
+
+    @spanned
+    def _send_observed(self, group: Group, operation: str, obj: object, dst: Any, timeout: Timeout) -> None:
         mailbox = self._open(group)
         dst, timeout_ns = self._begin_message(group, operation, dst, "dst", timeout)
         parts = self._dumps(group, operation, obj)
@@ -75,29 +90,46 @@ class ShmObjects(Objects):
             except BaseException as error:
                 self._stop(group, operation, timeout_ns, error)
 
-    @spanned
     def recv(self, group: Group, operation: str, src: Any, timeout: Timeout) -> Any:
+        if self._state.recorder is not None or compat.is_profiling():
+            return self._recv_observed(group, operation, src, timeout)
         mailbox = self._open(group)
         src, timeout_ns = self._begin_message(group, operation, src, "src", timeout)
-        key, turn = (src, False, OBJECTS), Turn()
-        with entry(group, operation, peer=src, message=(OBJECT_FAMILY, INCOMING, 0)) as call:
-            try:
-                self._state.begin_message(group.name, operation, key, turn)
-                _, parts = mailbox.receive(src, OBJECT, timeout_ns)
-                self._state.waited_in_vain = False
-            except BaseException as error:
-                self._stop(group, operation, timeout_ns, error, awaited=src)
-            finally:
-                self._state.turns.release(key, turn)
-            if call is not None:
-                call.came(parts)
+        parts = self._receive(group, operation, mailbox, src, timeout_ns)
         try:
             return loads(parts[0], parts[1:])
         except Exception as error:
             raise unreadable(group, operation, src, error) from error
 
+    @spanned
+    def _recv_observed(self, group: Group, operation: str, src: Any, timeout: Timeout) -> Any:
+        mailbox = self._open(group)
+        src, timeout_ns = self._begin_message(group, operation, src, "src", timeout)
+        with entry(group, operation, peer=src, message=(OBJECT_FAMILY, INCOMING, 0)) as call:
+            parts = self._receive(group, operation, mailbox, src, timeout_ns)
+            if call is not None:
+                call.came(parts)
+        return _read(group, operation, src, parts)
+
+    def _receive(self, group: Group, operation: str, mailbox: Mailbox, src: int, timeout_ns: int) -> list[Any]:
+        """Return the parts of the next object from a rank."""
+        state, key, turn = self._state, (src, False, OBJECTS), Turn()
+        try:
+            state.begin_message(group.name, operation, key, turn)
+            _, parts = mailbox.receive(src, OBJECT, timeout_ns)
+            state.waited_in_vain = False
+        except BaseException as error:
+            self._stop(group, operation, timeout_ns, error, awaited=src)
+        finally:
+            state.turns.release(key, turn)
+        return parts
+
     @observed
     def broadcast(self, group: Group, operation: str, obj: object, src: Any, timeout: Timeout) -> Any:
+        if (fast := group._fast) is not None and (rings := self._rings) is not None:
+            parts = self._broadcast_natively(fast, rings, group, operation, obj, src, timeout)
+            if parts is not None:
+                return obj if src == group.rank_in_group else _read(group, operation, src, parts)
         mailbox, turn = self._open(group), Turn()
         try:
             sequence, timeout_ns = self._begin(group, operation, timeout, turn)
@@ -109,31 +141,78 @@ class ShmObjects(Objects):
             parts = self._get(group, operation, mailbox, src, OBJECT, sequence, timeout_ns)
         finally:
             self._state.turns.release(None, turn)
+        return _read(group, operation, src, parts)
+
+    def _broadcast_natively(
+        self, fast: Any, rings: tuple[Any, ...], group: Group, operation: str, obj: object, src: Any, timeout: Timeout
+    ) -> Sequence[Any] | None:
+        """Return the parts of the record of `src` (native/module_objects.c); None where the general path has to make the call."""
+        if type(src) is not int:
+            return None
+        state, mine = self._state, src == group.rank_in_group
         try:
-            return loads(parts[0], parts[1:])
-        except Exception as error:
-            raise unreadable(group, operation, src, error) from error
+            parts: Sequence[Any] | None = fast.broadcast_object(
+                rings, self._hash(operation, src), src, self._dumps, (group, operation, obj), timeout
+            )
+        except Busy:
+            raise state.refused(group.name, operation) from None  # it was not counted
+        except BaseException as error:
+            seconds, sequence = deadline_of(group, operation, timeout).seconds, max(state.sequence - 1, 0)
+            awaited = None if mine else src
+            self._stop(group, operation, int(seconds * 1e9), error, sequence=sequence, awaited=awaited, take_back=True)
+        if parts is None:
+            return None
+        if not mine:
+            state.waited_in_vain = False
+        elif (mailbox := self._mailbox) is not None:
+            mailbox.count_broadcast(parts)
+        if state.recorder is not None:
+            self._grow(group, parts)
+        return parts
 
     @observed
     def all_gather(self, group: Group, operation: str, obj: object, timeout: Timeout) -> list[Any]:
         # Each rank puts its record for all, then reads those of all. As nobody reads before it has put its own, a record that does not fit
         # into its ring is replaced by its sizes, and follows as a tensor.
+        me, found = group.rank_in_group, None
+        if (fast := group._fast) is not None and (rings := self._rings) is not None:
+            try:
+                found = fast.all_gather_object(
+                    rings, self._room, self._hash(operation, None), self._dumps, (group, operation, obj), timeout
+                )
+            except Busy:
+                raise self._state.refused(group.name, operation) from None
+            except BaseException as error:
+                seconds = deadline_of(group, operation, timeout).seconds
+                self._stop(group, operation, int(seconds * 1e9), error, sequence=max(self._state.sequence - 1, 0))
+        if type(found) is list:
+            if (mailbox := self._mailbox) is not None:
+                mailbox.count_broadcast((found[me],))
+            if self._state.recorder is not None:
+                self._grow(group, (found[me],))
+            return [obj if rank == me else _read(group, operation, rank, (one,)) for rank, one in enumerate(found)]
         turn = Turn()
         try:
-            found = self._all_gather(group, operation, obj, timeout, turn)
+            if found is None:
+                sequence, timeout_ns = self._begin(group, operation, timeout, turn)
+                parts, records = self._dumps(group, operation, obj), None
+            else:
+                sequence, timeout_ns = self._state.sequence - 1, deadline_of(group, operation, timeout).left_ns()
+                parts, records = found
+            self._grow(group, parts)
+            theirs = self._exchange(group, operation, sequence, parts, records, timeout_ns)
         finally:
             self._state.turns.release(None, turn)
-        me = group.rank_in_group
-        return [obj if rank == me else _read(group, operation, rank, found[rank]) for rank in range(group.world_size)]
+            if found is not None:
+                self._state.turns.release_held(found)
+        return [obj if rank == me else _read(group, operation, rank, theirs[rank]) for rank in range(group.world_size)]
 
-    def _all_gather(self, group: Group, operation: str, obj: object, timeout: Timeout, turn: Turn) -> dict[int, list[Any]]:
-        """Return the parts of the other ranks' records."""
-        mailbox = self._open(group)
-        n, me = group.world_size, group.rank_in_group
-        sequence, timeout_ns = self._begin(group, operation, timeout, turn)
+    def _exchange(
+        self, group: Group, operation: str, sequence: int, parts: tuple[Any, ...], records: Sequence[Any] | None, timeout_ns: int
+    ) -> dict[int, list[Any]]:
+        """Return the parts of the other ranks' records; `records`: what came natively, and this rank's own record went, or None."""
+        mailbox, n, me = self._open(group), group.world_size, group.rank_in_group
         meta, call_id = self._number(operation, sequence, None)
-        parts = self._dumps(group, operation, obj)
-        self._grow(group, parts)
         # A small object is one part, of bytes.
         if len(parts) == 1 and type(parts[0]) is bytes and len(parts[0]) <= mailbox.room:
             fits, record, sizes = True, parts, []
@@ -144,11 +223,17 @@ class ShmObjects(Objects):
         found: dict[int, list[Any]] = {}
         later: dict[int, list[int]] = {} if fits else {me: sizes}
         try:
-            mailbox.broadcast(OBJECT if fits else SIZES, meta, record, timeout_ns, call_id)
+            if records is None:
+                mailbox.broadcast(OBJECT if fits else SIZES, meta, record, timeout_ns, call_id)
+            else:
+                mailbox.count_broadcast(parts)
             for src in range(n):
                 if src == me:
                     continue
-                kind, number, got = mailbox.receive_broadcast(src, timeout_ns, call_id)
+                if records is None:
+                    kind, number, got = mailbox.receive_broadcast(src, timeout_ns, call_id)
+                else:
+                    kind, number, got = records[src] if type(records[src]) is tuple else (OBJECT, meta, [records[src]])
                 if number != meta or kind not in (OBJECT, SIZES):
                     raise CallsDiffer(src)
                 if kind == OBJECT:
@@ -517,13 +602,17 @@ class ShmObjects(Objects):
 
     def _number(self, operation: str, sequence: int, src: int | None) -> tuple[int, int]:
         """Return the meta of a record for all, and the call id that peers read while this rank waits (native/team.h). `src`: its writer."""
+        tag = tag_of(COLLECTIVE, sequence, self._hash(operation, src))
+        # Operations of objects are numbered from 128, apart from those of the native module.
+        return sequence << 32 | tag, sequence + 1 << 8 | 128 | (tag & 127)
+
+    def _hash(self, operation: str, src: int | None) -> int:
+        """Return the digest of a call's text, which is a part of its records' tag."""
         key = operation, src
         hashed = self._digests.get(key)
         if hashed is None:
             hashed = self._digests[key] = digest(f"{operation}({'' if src is None else f'src={src}'})")
-        tag = tag_of(COLLECTIVE, sequence, hashed)
-        # Operations of objects are numbered from 128, apart from those of the native module.
-        return sequence << 32 | tag, sequence + 1 << 8 | 128 | (tag & 127)
+        return hashed
 
     def _dumps(self, group: Group, operation: str, obj: object) -> tuple[Any, ...]:
         try:
@@ -584,7 +673,7 @@ class ShmObjects(Objects):
 
     def join(self, timeout: float) -> None:
         # There is no thread to wait for; the rings' memory is unmapped with their last reference.
-        self._mailbox = None
+        self._mailbox = self._rings = None
 
 
 def _plain_bytes(tree: Any) -> int:

@@ -195,7 +195,7 @@ class Mailbox:
         A part is a buffer, or (address, bytes) of memory that the caller keeps alive.
         """
         writing = self.writing[dst]
-        if not writing.take(timeout_ns * 1e-9):
+        if not (writing.try_take() or writing.take(timeout_ns * 1e-9)):
             raise Stopped(TIMEOUT, self._positions[dst])
         try:
             self.outgoing[dst].put(kind, meta, parts, timeout_ns, 0)
@@ -363,6 +363,15 @@ class Mailbox:
         """Put a record for all others."""
         self.mine.put(kind, meta, parts, timeout_ns, call_id)
         self._sent[self._me] += _nbytes(parts)
+
+    def count_broadcast(self, parts: Sequence[Any]) -> None:
+        """Count the bytes of a record for all that was put natively."""
+        self._sent[self._me] += _nbytes(parts)
+
+    @property
+    def broadcast_rings(self) -> tuple[Any, ...]:
+        """The rings of records for all, by the ranks that write them."""
+        return tuple(self._broadcast.values())
 
     @property
     def bytes_sent(self) -> int:

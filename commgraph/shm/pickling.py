@@ -38,8 +38,13 @@ class Pickler:
         Raises:
             Exception: whatever pickling raises.
         """
-        pieces, buffers = self.dumps_in_pieces(obj)
-        return (pieces[0] if len(pieces) == 1 else b"".join(pieces), *buffers)
+        one = self._take()
+        pieces = one.pieces
+        try:
+            one.dump(obj)
+            return (pieces[0] if len(pieces) == 1 else b"".join(pieces), *one.buffers)
+        finally:
+            self._give_back(one)
 
     def dumps_in_pieces(self, obj: object) -> tuple[list[bytes], list[memoryview]]:
         """Return the pieces in which pickle writes an object, and its buffers, as `dumps`.
@@ -47,44 +52,45 @@ class Pickler:
         Raises:
             Exception: whatever pickling raises.
         """
+        one = self._take()
         try:
-            one = self._idle.pop()
-        except IndexError:
-            one = _Parts()
-        try:
-            return one.dumps(obj)
+            one.dump(obj)
+            return one.pieces[:], one.buffers[:]
         finally:
-            if len(self._idle) < _IDLE:
-                self._idle.append(one)
+            self._give_back(one)
+
+    def _take(self) -> _Parts:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return _Parts()
+
+    def _give_back(self, one: _Parts) -> None:
+        # The memo knows objects by address, which another object may have by the next call.
+        one.clear_memo()
+        one.pieces.clear()
+        one.buffers.clear()
+        if len(self._idle) < _IDLE:
+            self._idle.append(one)
 
 
 class _Parts:
-    """Pickles one object at a time."""
+    """Pickles one object at a time: `dump(obj)` fills `pieces` and `buffers`."""
+
+    __slots__ = ("buffers", "clear_memo", "dump", "pieces")
 
     def __init__(self) -> None:
-        # Pieces that pickle writes: one, and three for each large bytes object in it.
-        self._pieces: list[bytes] = []
-        self._buffers: list[memoryview] = []
-        pickler = _Pickler(SimpleNamespace(write=self._pieces.append), protocol=5, buffer_callback=self._take)
-        self._dump, self._clear_memo = pickler.dump, pickler.clear_memo
-
-    def dumps(self, obj: object) -> tuple[list[bytes], list[memoryview]]:
-        """Return the pieces of a pickle, and its buffers."""
-        pieces, buffers = self._pieces, self._buffers
-        try:
-            self._dump(obj)
-            return pieces[:], buffers[:]
-        finally:
-            # The memo knows objects by address, which another object may have by the next call.
-            self._clear_memo()
-            pieces.clear()
-            buffers.clear()
+        # What pickle writes: one piece, and three for each large bytes object in it.
+        self.pieces: list[bytes] = []
+        self.buffers: list[memoryview] = []
+        pickler = _Pickler(SimpleNamespace(write=self.pieces.append), protocol=5, buffer_callback=self._take)
+        self.dump, self.clear_memo = pickler.dump, pickler.clear_memo
 
     def _take(self, buffer: pickle.PickleBuffer) -> bool:
         view = buffer.raw()
         if view.nbytes < _OUT_OF_BAND:
             return True  # in band
-        self._buffers.append(view)
+        self.buffers.append(view)
         return False
 
 

@@ -136,6 +136,12 @@ typedef struct {
 
 /* Whether this member writes, or reads, the ring; 0 with an error set. */
 int may_use(const Ring *ring, int writing);
+/* Puts a record on a ring that was claimed; a part is a buffer, or (address, bytes) of memory that the caller keeps alive. -1 with an error
+ * set, else the result. */
+int put_parts(Ring *ring, uint32_t kind, uint64_t meta, PyObject *parts, int64_t deadline, uint64_t posted, int *who);
+/* The parts of the next record of a ring that was claimed, which is then ring->ring.record: a list, the first part as bytes, the others as
+ * Blocks. NULL with an error set, where the next call goes on reading. */
+PyObject *next_parts(Ring *ring, int64_t deadline, unsigned long long posted);
 
 extern PyType_Spec group_spec, ring_spec, tensors_spec, fast_spec, messages_spec, net_spec, late_spec, link_group_spec;
 

@@ -108,7 +108,7 @@ static cg_entry *record(FastCalls *fast, const Calls *group, const native_call *
     return record_begin(fast->recorder, call->name, fast->group_text, fast->strategy_text, group->sequence, call->viewed, root, op < 0 ? NULL : ops[op]);
 }
 
-static int is_usable(const FastCalls *fast, const Calls *group) {
+int is_usable(const FastCalls *fast, const Calls *group) {
     return fast->open && (group == NULL || (group->enabled && !group->paused));
 }
 
@@ -786,6 +786,8 @@ CALL(reduce)
 CALL(scatter)
 CALL(barrier)
 CALL(begin_all_reduce)
+CALL(all_gather_object)
+CALL(broadcast_object)
 
 static PyObject *fast_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     (void)kwargs;
@@ -825,6 +827,8 @@ static PyMethodDef fast_methods[] = {
     FAST(reduce_scatter, "reduce_scatter(x, dim, op, out, timeout)\n--\n\nThe result, or None."),
     FAST(all_to_all, "all_to_all(x, scatter_dim, gather_dim, input_sizes, output_sizes, out, timeout)\n--\n\nThe result, or None."),
     FAST(broadcast, "broadcast(x, src, timeout)\n--\n\nTrue, or None."),
+    FAST(all_gather_object, "all_gather_object(rings, room, hash, dumps, arguments, timeout)\n--\n\nA list, a tuple, or None."),
+    FAST(broadcast_object, "broadcast_object(rings, hash, src, dumps, arguments, timeout)\n--\n\nA list or a tuple of parts, or None."),
     FAST(all_gatherv, "all_gatherv(x, dim, sizes, timeout)\n--\n\nA new tensor, or None."),
     FAST(reduce_scatterv, "reduce_scatterv(x, dim, sizes, op, timeout)\n--\n\nA new tensor, or None."),
     FAST(gather, "gather(x, dst, dim, sizes, timeout)\n--\n\nA new tensor on dst and False elsewhere, or None."),

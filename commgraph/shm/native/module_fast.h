@@ -1,4 +1,5 @@
-/* What the native calls of a coordinator share: module_fast.c has them, and module_lists.c those of lists of tensors. */
+/* What the native calls of a coordinator share: module_fast.c has them, module_lists.c those of lists of tensors, and
+ * module_objects.c those of objects. */
 #ifndef COMMGRAPH_MODULE_FAST_H
 #define COMMGRAPH_MODULE_FAST_H
 
@@ -50,6 +51,8 @@ int reduces(const view *v, int *dtype, int *op);
 int dim_of(PyObject *value, const view *v);
 /* A rank of the group; -1 if it is none. */
 int rank_of(PyObject *value, int n);
+/* Whether native calls are handled now. */
+int is_usable(const FastCalls *fast, const Calls *group);
 /* Whether native calls of an operation are handled now; of one with a root `is_near` says so as well. */
 int is_open(const FastCalls *fast, Calls *group, int operation);
 int is_near(Calls *group, int operation, int root);
@@ -73,5 +76,9 @@ PyObject *all_reduce_list(FastCalls *fast, Calls *group, PyObject *const *args, 
 PyObject *all_gather_list(FastCalls *fast, Calls *group, PyObject *const *args);
 PyObject *reduce_scatter_list(FastCalls *fast, Calls *group, PyObject *const *args);
 PyObject *broadcast_list(FastCalls *fast, Calls *group, PyObject *const *args);
+
+/* The calls of objects (module_objects.c). */
+PyObject *do_all_gather_object(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs);
+PyObject *do_broadcast_object(FastCalls *fast, Calls *group, PyObject *const *args, Py_ssize_t nargs);
 
 #endif

@@ -71,28 +71,20 @@ int may_use(const Ring *ring, int writing) {
 
 enum { FEW_PARTS = 8 };
 
-/* put(kind, meta, parts, timeout_ns, posted): a part is a buffer, or (address, bytes) of memory that the caller keeps alive. */
-static PyObject *ring_put(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
-    Ring *ring = (Ring *)self;
-    if (nargs != 5) return PyErr_Format(PyExc_TypeError, "put(kind, meta, parts, timeout_ns, posted)");
-    unsigned long kind = PyLong_AsUnsignedLong(args[0]);
-    unsigned long long meta = PyLong_AsUnsignedLongLong(args[1]), posted = PyLong_AsUnsignedLongLong(args[4]);
-    int64_t timeout = PyLong_AsLongLong(args[3]);
-    if (PyErr_Occurred()) return NULL;
-    Py_ssize_t n = PyTuple_Size(args[2]);
-    if (n < 0 || !may_use(ring, 1)) return NULL;
+int put_parts(Ring *ring, uint32_t kind, uint64_t meta, PyObject *given, int64_t deadline, uint64_t posted, int *who) {
+    Py_ssize_t n = PyTuple_Size(given), held = 0;
+    if (n < 0 || !may_use(ring, 1)) return -1;
     cg_part few[FEW_PARTS], *parts = few;
     Py_buffer few_views[FEW_PARTS], *views = few_views;
     if (n > FEW_PARTS) {
         parts = PyMem_Malloc(sizeof *parts * (size_t)n);
         views = PyMem_Malloc(sizeof *views * (size_t)n);
     }
-    Py_ssize_t held = 0;
     size_t total = 0;
-    int who = 0, result = CG_NOMEM, entered = 0;
+    int result = CG_NOMEM;
     if (parts != NULL && views != NULL) {
         for (; held < n; held++) {
-            PyObject *item = PyTuple_GetItem(args[2], held);
+            PyObject *item = PyTuple_GetItem(given, held);
             views[held].obj = NULL; /* no buffer to release */
             if (PyTuple_Check(item)) {
                 unsigned long long address;
@@ -107,19 +99,32 @@ static PyObject *ring_put(PyObject *self, PyObject *const *args, Py_ssize_t narg
             parts[held] = (cg_part){views[held].buf, (size_t)views[held].len};
         }
         for (Py_ssize_t i = 0; i < held; i++) total += parts[i].bytes;
-        if (held == n && enter_for(ring->team, total)) {
-            entered = 1;
+        if (held == n) {
+            begin_work(ring->team, keeps_interpreter(ring->team, total));
             if (posted) publish_posted(ring, posted);
-            result = cg_ring_put(&ring->ring, (uint32_t)kind, meta, parts, (uint32_t)n, deadline_after(timeout), &who);
-            leave(ring->team);
-        }
+            result = cg_ring_put(&ring->ring, kind, meta, parts, (uint32_t)n, deadline, who);
+            end_work(ring->team);
+        } else result = -1;
     }
     for (Py_ssize_t i = 0; i < held; i++) PyBuffer_Release(&views[i]);
     if (n > FEW_PARTS) {
         PyMem_Free(parts);
         PyMem_Free(views);
     }
-    if (!entered && PyErr_Occurred()) return NULL;
+    return result;
+}
+
+/* put(kind, meta, parts, timeout_ns, posted): a part is a buffer, or (address, bytes) of memory that the caller keeps alive. */
+static PyObject *ring_put(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    Ring *ring = (Ring *)self;
+    if (nargs != 5) return PyErr_Format(PyExc_TypeError, "put(kind, meta, parts, timeout_ns, posted)");
+    unsigned long kind = PyLong_AsUnsignedLong(args[0]);
+    unsigned long long meta = PyLong_AsUnsignedLongLong(args[1]), posted = PyLong_AsUnsignedLongLong(args[4]);
+    int64_t timeout = PyLong_AsLongLong(args[3]);
+    if (PyErr_Occurred() || !claim(ring->team)) return NULL;
+    int who = 0, result = put_parts(ring, (uint32_t)kind, meta, args[2], deadline_after(timeout), posted, &who);
+    unclaim(ring->team);
+    if (result < 0) return NULL;
     return result == CG_OK ? Py_NewRef(Py_None) : raise_stopped(self, result, who);
 }
 
@@ -192,8 +197,7 @@ static int read_parts(Ring *ring, int64_t deadline, int *who) {
     }
 }
 
-/* The next record's parts; NULL with an error set, where `get` can be called again. On a ring that was claimed. */
-static PyObject *next_parts(Ring *ring, int64_t deadline, unsigned long long posted) {
+PyObject *next_parts(Ring *ring, int64_t deadline, unsigned long long posted) {
     int who = 0, result;
     do {
         if (ring->parts == NULL) {
