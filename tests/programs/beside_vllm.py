@@ -119,9 +119,16 @@ class Running:
 
     def ask(self, **what: Any) -> Any:
         assert self.process.stdin is not None
+        os.killpg(self.process.pid, signal.SIGCONT)
         self.process.stdin.write(json.dumps(what) + "\n")
         self.process.stdin.flush()
-        return self.answer()
+        answer = self.answer()
+        self.pause()
+        return answer
+
+    def pause(self) -> None:
+        """Stop it until it is asked again: the workers of an idle engine poll, and would take the processors from the other one."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
 
 
 @contextlib.contextmanager
@@ -146,6 +153,7 @@ def running(given: argparse.Namespace, place: Path) -> Iterator[dict[str, Runnin
             by = one.answer()
             print(f"{name} has started, served by {by}", flush=True)
             assert all(("CommGraph" in kind) == (name == "commgraph") for kind in by), by
+            one.pause()
         yield engines
     finally:
         for one in engines.values():
