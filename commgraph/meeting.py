@@ -22,7 +22,7 @@ from commgraph.errors import BuildError, LayoutMismatchError
 from commgraph.processes import Process
 from commgraph.waiting import Background
 
-__all__ = ["STORE_ERRORS", "Meeting", "PeerLeftError", "attend", "end_builds", "forget", "listing", "poll", "write"]
+__all__ = ["STORE_ERRORS", "ForeignValueError", "Meeting", "PeerLeftError", "attend", "end_builds", "forget", "listing", "poll", "write"]
 
 logger = logging.getLogger("commgraph")
 
@@ -46,6 +46,18 @@ _LINGER = 2.0
 _FAILED, _HEARD = "failed", "failed/heard"
 # Key of a world's store: why nothing can be built in it any more.
 _ENDED = "ended"
+
+
+class ForeignValueError(BuildError):
+    """What a store holds was not written by a rank of this job.
+
+    Attributes:
+        key: under which it is.
+    """
+
+    def __init__(self, text: str, key: str) -> None:
+        super().__init__(text)
+        self.key = key
 
 
 class PeerLeftError(BuildError):
@@ -190,7 +202,7 @@ class Meeting:
             else:
                 # The others are needed as well: the first rank may be on another host than one that has died.
                 self._await([verdict], dict(enumerate(keys)), is_left, first=verdict)
-                result = self.store.get(verdict)
+                (result,) = self._read([verdict])
                 forget(self.store, [keys[self.rank]])
                 self.store.add(heard, 1)
             return bytes(result)
@@ -353,8 +365,13 @@ class Meeting:
         return _ReportedError(f"{self._head}: rank {rank} could not build it: {why}")
 
     def _read(self, keys: list[str]) -> list[bytes]:
+        """Return the values of keys, each of the rank at that position."""
         extended = self.store.has_extended_api()  # type: ignore[attr-defined]  # missing in torch's stub
-        return [bytes(value) for value in (self.store.multi_get(keys) if extended else map(self.store.get, keys))]
+        try:
+            return [bytes(value) for value in (self.store.multi_get(keys) if extended else map(self.store.get, keys))]
+        except ForeignValueError as error:
+            ranks = [self.ranks[peer] for peer, key in enumerate(keys) if f"/{error.key}".endswith(f"/{key}")]
+            raise ForeignValueError(f"{self._head}: rank {listing(ranks)} has not the authkey: {error}", error.key) from None
 
     def _absent(self, needed: Mapping[int, str]) -> tuple[str, bool]:
         absent = [self.ranks[peer] for peer, key in needed.items() if not self.store.check([key])] or [self.ranks[0]]

@@ -9,8 +9,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from commgraph.errors import BuildError
-from commgraph.meeting import write
+from commgraph.meeting import ForeignValueError, write
 
 __all__ = ["SealedStore"]
 
@@ -37,9 +36,10 @@ class SealedStore(dist.Store):
     def _open(self, key: str, sealed: bytes) -> bytes:
         data, mac = bytes(sealed[:-_MAC_BYTES]), bytes(sealed[-_MAC_BYTES:])
         if not hmac.compare_digest(mac, self._mac(key, data)):
-            raise BuildError(
+            raise ForeignValueError(
                 f"the value of {key!r} in the store that the ranks meet in was not written by a rank with this authkey. Somebody else can "
-                "write to the store; nothing of it was used"
+                "write to the store; nothing of it was used",
+                key,
             )
         return data
 
