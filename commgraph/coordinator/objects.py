@@ -11,23 +11,21 @@ import abc
 import itertools
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from commgraph import ambient, wire
 from commgraph.communicators.base import Communicator
-from commgraph.communicators.tags import COLLECTIVE, OBJECT, OBJECT_REST, make_tag
+from commgraph.communicators.tags import COLLECTIVE, OBJECT_REST, make_tag
 from commgraph.communicators.transport import Pending
 from commgraph.coordinator import checks
 from commgraph.coordinator.checks import BadArgument
 from commgraph.coordinator.failures import Call, call_site
+from commgraph.coordinator.frames import STREAMS, Frames
 from commgraph.coordinator.operation import Group, collective, deadline_of, explain, perform, wait_pending
 from commgraph.coordinator.pending import DICTS, OBJECTS, MessageKey
-from commgraph.coordinator.recorded import DICTS as DICT_FAMILY
-from commgraph.coordinator.recorded import OBJECTS as OBJECT_FAMILY
-from commgraph.coordinator.recorded import Message, recorded
+from commgraph.coordinator.recorded import recorded
 from commgraph.coordinator.state import GroupState, Network
 from commgraph.coordinator.tensor_dict import Entry
 from commgraph.coordinator.turns import Turn
@@ -55,10 +53,6 @@ _LENGTH = struct.Struct("<Q")
 _INLINE = _BLOCK - _LENGTH.size
 # A frame beyond this is not a message but a mistake (or an attack); nothing is allocated for it.
 _MAX_FRAME = 1 << 40
-
-
-# Streams of messages between two ranks: objects, and the descriptions of dicts.
-_STREAMS: Mapping[int, str] = MappingProxyType({OBJECTS: "message", DICTS: "dict"})
 
 
 class UnreadableDictError(Exception):
@@ -182,14 +176,12 @@ class NetworkObjects(Objects):
         try:
             state.begin_message(group.name, operation, key, turn)
             number = state.counted(key)
-            frame = self._encode_message(group, operation, obj, f"{_STREAMS[kind]} {group.rank_in_group} {dst} {number}")
+            frame = self._encode_message(group, operation, obj, f"{STREAMS[kind]} {group.rank_in_group} {dst} {number}")
             # Counted only now: the receiver goes on waiting for the number of an object that is refused, and the next one takes it.
             state.count(key)
         finally:
             state.turns.release(key, turn)
-        tags = make_tag(OBJECT, number, _STREAMS[kind]), make_tag(OBJECT_REST, number, _STREAMS[kind])
-        message = (OBJECT_FAMILY if kind == OBJECTS else DICT_FAMILY, OUTGOING, 0)
-        return lambda deadline: self._send_frames(group, operation, {dst: frame}, *tags, deadline, message=message)
+        return lambda deadline: self._send_frames(Frames.of_message(group, operation, deadline, kind, number, OUTGOING), {dst: frame})
 
     def recv(self, group: Group, operation: str, src: Any, timeout: Timeout) -> Any:
         deadline, src = _begin_message(group, operation, src, "src", timeout)
@@ -200,10 +192,8 @@ class NetworkObjects(Objects):
         try:
             state.begin_message(group.name, operation, key, turn)
             number = state.counted(key)
-            tags = make_tag(OBJECT, number, _STREAMS[kind]), make_tag(OBJECT_REST, number, _STREAMS[kind])
-            message = (OBJECT_FAMILY if kind == OBJECTS else DICT_FAMILY, INCOMING, 0)
-            context = f"{_STREAMS[kind]} {src} {group.rank_in_group} {number}"
-            frame = self._await(group, operation, src, *tags, deadline, context, message=message)
+            context = f"{STREAMS[kind]} {src} {group.rank_in_group} {number}"
+            frame = self._await(Frames.of_message(group, operation, deadline, kind, number, INCOMING), src, context)
             if frame is None:
                 raise nothing_yet(group, operation, state.sequence, src, deadline.seconds)
             state.waited_in_vain = False
@@ -219,13 +209,14 @@ class NetworkObjects(Objects):
             if group.world_size == 1:
                 return obj
             context = f"broadcast {src} {sequence}"
+            frames = Frames.of_collective(group, operation, deadline, sequence, src)
 
-            def frames() -> Mapping[int, Any]:
+            def make() -> Mapping[int, Any]:
                 return dict.fromkeys(_others(group), self._encode_message(group, operation, obj, context))
 
-            if self._give(group, operation, src, sequence, deadline, frames):
+            if self._give(frames, src, make):
                 return obj
-            frame = self._get(group, operation, src, sequence, deadline, context)
+            frame = self._get(frames, src, context)
         return self._decode_message(group, operation, src, frame, context)
 
     @recorded
@@ -233,70 +224,66 @@ class NetworkObjects(Objects):
         with collective(group, operation, timeout) as (sequence, deadline):
             src, me = checked_peer(group, operation, src, "src", sequence), group.rank_in_group
             given: list[Any] = []
+            frames = Frames.of_collective(group, operation, deadline, sequence, src)
 
-            def frames() -> Mapping[int, Any]:
+            def make() -> Mapping[int, Any]:
                 given[:] = checked_objects(group, operation, objs, sequence)
                 return {
                     peer: self._encode_message(group, operation, given[peer], f"scatter {src} {peer} {sequence}") for peer in _others(group)
                 }
 
-            if self._give(group, operation, src, sequence, deadline, frames):
+            if self._give(frames, src, make):
                 return given[me]
             context = f"scatter {src} {me} {sequence}"
-            frame = self._get(group, operation, src, sequence, deadline, context)
+            frame = self._get(frames, src, context)
         return self._decode_message(group, operation, src, frame, context)
 
-    def _give(
-        self, group: Group, operation: str, src: int, sequence: int, deadline: Deadline, frames: Callable[[], Mapping[int, Any]]
-    ) -> bool:
+    def _give(self, frames: Frames, src: int, make: Callable[[], Mapping[int, Any]]) -> bool:
         """Send every other rank its frame, on `src`; return False elsewhere."""
+        group, state = frames.group, self._state
         if group.rank_in_group != src:
             return False
-        state = self._state
         try:
-            made = frames()
+            made = make()
         except BaseException:
             # The others wait for this call's object, and get that of the next call.
             state.uncount_collective()
             raise
         if group.world_size == 1:
             return True
-        what = f"{operation}(src={src})"
         if (comparison := state.comparison) is not None:
-            call = Call(group.name, operation, state.members, sequence)
-            perform(group, operation, sequence, what, deadline, lambda: comparison.compare(call, what, deadline), 0)
-        tag, rest = make_tag(COLLECTIVE, sequence, what), make_tag(OBJECT_REST, sequence, "broadcast")
-        self._send_frames(group, operation, made, tag, rest, deadline, sequence)
+            call = Call(group.name, frames.operation, state.members, frames.sequence)
+            frames.perform(lambda: comparison.compare(call, frames.what, frames.deadline), 0)
+        self._send_frames(frames, made)
         return True
 
-    def _get(self, group: Group, operation: str, src: int, sequence: int, deadline: Deadline, context: str) -> Any:
+    def _get(self, frames: Frames, src: int, context: str) -> Any:
         """Return the frame of `src` on another rank."""
         state = self._state
-        what = f"{operation}(src={src})"
-        tag, rest = make_tag(COLLECTIVE, sequence, what), make_tag(OBJECT_REST, sequence, "broadcast")
         received = None
-        if state.comparison is None or self._compared(group, operation, sequence, what, tag, deadline):
-            received = self._await(group, operation, src, tag, rest, deadline, context, sequence)
+        if state.comparison is None or self._compared(frames):
+            received = self._await(frames, src, context)
         if received is None:
             state.uncount_collective()
-            raise nothing_yet(group, operation, sequence, src, deadline.seconds)
+            raise nothing_yet(frames.group, frames.operation, frames.sequence, src, frames.deadline.seconds)
         state.waited_in_vain = False
-        self._comparing.pop(tag, None)
+        self._comparing.pop(frames.tag, None)
         return received
 
-    def _compared(self, group: Group, operation: str, sequence: int, what: str, tag: int, deadline: Deadline) -> bool:
+    def _compared(self, frames: Frames) -> bool:
         """Compare this call with those of the peers, once; False if not all came in time: the next call goes on waiting."""
-        comparison, call = self._state.comparison, Call(group.name, operation, self._state.members, sequence)
+        comparison, tag = self._state.comparison, frames.tag
+        call = Call(frames.group.name, frames.operation, self._state.members, frames.sequence)
         assert comparison is not None
 
         def act() -> bool:
             if tag not in self._comparing:
                 at = call_site()
                 # The deadline is enforced by the wait below, and not by the thread.
-                self._comparing[tag] = Background(lambda: comparison.compare(call, what, Deadline.after(LONGEST), at=at))
-            return self._comparing[tag].wait(deadline.left())
+                self._comparing[tag] = Background(lambda: comparison.compare(call, frames.what, Deadline.after(LONGEST), at=at))
+            return self._comparing[tag].wait(frames.deadline.left())
 
-        return perform(group, operation, sequence, what, deadline, act, 0)
+        return frames.perform(act, 0)
 
     @recorded
     def all_gather(self, group: Group, operation: str, obj: object, timeout: Timeout) -> list[Any]:
@@ -408,50 +395,28 @@ class NetworkObjects(Objects):
         """Return the object of what `_await` returned."""
         return self._decode(group, operation, src, message, context)
 
-    def _send_frames(
-        self,
-        group: Group,
-        operation: str,
-        frames: Mapping[int, Any],
-        tag: int,
-        rest: int,
-        deadline: Deadline,
-        sequence: int | None = None,
-        message: Message | None = None,
-    ) -> None:
+    def _send_frames(self, frames: Frames, to: Mapping[int, Any]) -> None:
+        """Send ranks what `_encode_message` made for each."""
         # A frame that goes to several ranks is copied once.
-        parts = {id(frame): _split(frame) for frame in frames.values()}
+        distinct = {id(frame): frame for frame in to.values()}
+        parts = {key: _split(frame) for key, frame in distinct.items()}
 
         def act() -> None:
-            transport = self._network(group).transport
-            transport.exchange([(parts[id(frame)][0], peer) for peer, frame in frames.items()], [], tag=tag, deadline=deadline)
-            tails = [(tail, peer) for peer, frame in frames.items() if (tail := parts[id(frame)][1]) is not None]
+            transport = self._network(frames.group).transport
+            heads = [(parts[id(frame)][0], peer) for peer, frame in to.items()]
+            transport.exchange(heads, [], tag=frames.tag, deadline=frames.deadline)
+            tails = [(tail, peer) for peer, frame in to.items() if (tail := parts[id(frame)][1]) is not None]
             if tails:
-                transport.exchange(tails, [], tag=rest, deadline=deadline)
+                transport.exchange(tails, [], tag=frames.rest, deadline=frames.deadline)
 
-        number, size = (
-            self._state.sequence if sequence is None else sequence,
-            sum(map(len, {id(one): one for one in frames.values()}.values())),
-        )
-        peer = -1 if message is None else next(iter(frames))
-        perform(group, operation, number, f"{operation}(...)", deadline, act, size, peer=peer, message=message)
+        frames.perform(act, sum(map(len, distinct.values())), peer=next(iter(to)))
 
-    def _await(
-        self,
-        group: Group,
-        operation: str,
-        src: int,
-        tag: int,
-        rest: int,
-        deadline: Deadline,
-        context: str,
-        sequence: int | None = None,
-        message: Message | None = None,
-    ) -> Any:
+    def _await(self, frames: Frames, src: int, context: str) -> Any:
         """Return the next message from `src`, None if none began to arrive in time."""
+        tag, deadline = frames.tag, frames.deadline
 
         def act() -> memoryview | None:
-            transport = self._network(group).transport
+            transport = self._network(frames.group).transport
             waiting: tuple[Pending, bytearray] | None = self._late.pop((tag, src), None)
             if waiting is None:
                 block, staging = _buffer(_BLOCK)
@@ -464,18 +429,16 @@ class NetworkObjects(Objects):
             if length <= _INLINE:
                 return memoryview(block)[_LENGTH.size : _LENGTH.size + length]
             if length > _MAX_FRAME:
-                where = Call(group.name, operation, self._state.members, self._state.sequence).where
+                where = Call(frames.group.name, frames.operation, self._state.members, self._state.sequence).where
                 raise wire.WireError(f"{where}: rank {src} in the group announced an object of {length} bytes")
             whole, staging = _buffer(length)
             whole[:_INLINE] = memoryview(block)[_LENGTH.size :]
             # The sender has begun: from here on a timeout is a failure of the group, and not only of this receive.
             left = deadline.at_least(self._state.timeouts.host)
-            transport.exchange([], [(staging[_INLINE:], src)], tag=rest, deadline=left)
+            transport.exchange([], [(staging[_INLINE:], src)], tag=frames.rest, deadline=left)
             return memoryview(whole)
 
-        number = self._state.sequence if sequence is None else sequence
-        peer = -1 if message is None else src
-        return perform(group, operation, number, f"{operation}(...)", deadline, act, peer=peer, message=message, is_made=has_come)
+        return frames.perform(act, peer=src, is_made=has_come)
 
     def _network(self, group: Group) -> Network:
         """Return the connections of a group that is open; another thread may close it at any moment."""

@@ -14,13 +14,13 @@ import torch
 
 from commgraph.communicators.base import CallsDiffer
 from commgraph.communicators.hierarchical import HierarchicalCommunicator
-from commgraph.communicators.tags import COLLECTIVE, make_tag
 from commgraph.communicators.tcp_transport import TcpTransport
+from commgraph.coordinator.frames import Frames
 from commgraph.coordinator.objects import NetworkObjects, Objects, checked_peer, has_come, nothing_yet
 from commgraph.coordinator.objects_links import LinkObjects, Parts, bytes_of_parts
 from commgraph.coordinator.objects_shm import ShmObjects
 from commgraph.coordinator.operation import Group, collective, perform
-from commgraph.coordinator.recorded import Message, recorded
+from commgraph.coordinator.recorded import recorded
 from commgraph.coordinator.state import GroupState
 from commgraph.coordinator.tensor_dict import Entry
 from commgraph.deadline import Deadline, Timeout
@@ -129,46 +129,46 @@ class HostObjects(LinkObjects):
         with collective(group, operation, timeout) as (sequence, deadline):
             src = checked_peer(group, operation, src, "src", sequence)
             context, relay = f"broadcast {src} {sequence}", self._relay(src, self._here)
+            frames = Frames.of_collective(group, operation, deadline, sequence, src)
             parts: list[tuple[Any, ...]] = []
 
-            def frames() -> Mapping[int, Any]:
+            def make() -> Mapping[int, Any]:
                 parts.append(self._encode_message(group, operation, obj, context))
                 return {self._relay(src, host): parts[0] for host in self._hosts if src not in host}
 
-            if self._give(group, operation, src, sequence, deadline, frames):
-                self._put_here(group, operation, src, sequence, deadline, parts[0])
+            if self._give(frames, src, make):
+                self._put_here(frames, deadline, parts[0])
                 return obj
             if relay == group.rank_in_group:
-                message = self._get(group, operation, src, sequence, deadline, context)
+                message = self._get(frames, src, context)
                 head, _, beside = message
-                self._put_here(group, operation, src, sequence, self._relaying(deadline), (head, *beside))
+                self._put_here(frames, self._relaying(deadline), (head, *beside))
             else:
-                message = self._get_here(group, operation, src, relay, sequence, deadline, context)
+                message = self._get_here(frames, src, relay, context)
         return self._decode_message(group, operation, src, message, context)
 
     def _relaying(self, deadline: Deadline) -> Deadline:
         """Return the deadline for passing on what came by another one: as long, but a poll may not end halfway."""
         return Deadline.after(deadline.seconds if deadline.seconds >= 1.0 else self._state.timeouts.host)
 
-    def _put_here(self, group: Group, operation: str, src: int, sequence: int, deadline: Deadline, parts: tuple[Any, ...]) -> None:
-        """Put the parts of a broadcast for all ranks of this host."""
+    def _put_here(self, frames: Frames, deadline: Deadline, parts: tuple[Any, ...]) -> None:
+        """Put the parts of a broadcast for all ranks of this host, by a deadline of its own."""
         if len(self._here) == 1:
             return
-        what = f"{operation}(src={src})"
-        posted = self._post(sequence, what)
+        posted = self._post(frames)
 
         def act() -> None:
             try:
-                mailbox = self._mailbox(group)
+                mailbox = self._mailbox(frames.group)
                 self._look_at_readers(mailbox)
-                mailbox.broadcast(OBJECT, make_tag(COLLECTIVE, sequence, what), parts, deadline.left_ns(), posted)
+                mailbox.broadcast(OBJECT, frames.tag, parts, deadline.left_ns(), posted)
             except Stopped as stopped:
                 raise self._translated(stopped) from None
             except BaseException:
                 self._transport.abort()  # other hosts have it, and this one perhaps a part
                 raise
 
-        perform(group, operation, sequence, what, deadline, act, 0)
+        perform(frames.group, frames.operation, frames.sequence, frames.what, deadline, act, 0)
 
     def _look_at_readers(self, mailbox: Mailbox) -> None:
         """Raise where a rank of this host has died or left, at times."""
@@ -179,10 +179,10 @@ class HostObjects(LinkObjects):
             if lost is not None:
                 raise Stopped(*lost)
 
-    def _get_here(self, group: Group, operation: str, src: int, relay: int, sequence: int, deadline: Deadline, context: str) -> Parts:
+    def _get_here(self, frames: Frames, src: int, relay: int, context: str) -> Parts:
         """Return the parts of a broadcast that a rank of this host puts for all."""
-        what, state = f"{operation}(src={src})", self._state
-        posted = self._post(sequence, what)
+        group, operation, deadline, state = frames.group, frames.operation, frames.deadline, self._state
+        posted = self._post(frames)
 
         def act() -> Parts | None:
             kept = True
@@ -198,22 +198,22 @@ class HostObjects(LinkObjects):
                 if kept:  # it may be asked for again
                     self._unpost()
                     state.uncount_collective()
-            if kind != OBJECT or number != make_tag(COLLECTIVE, sequence, what):
+            if kind != OBJECT or number != frames.tag:
                 raise CallsDiffer(relay)
             return self._parts(group, operation, src, parts, context)
 
-        received = perform(group, operation, sequence, what, deadline, act, is_made=has_come, received=bytes_of_parts)
+        received = frames.perform(act, is_made=has_come, received=bytes_of_parts)
         if received is None:
-            raise nothing_yet(group, operation, sequence, relay, deadline.seconds)
+            raise nothing_yet(group, operation, frames.sequence, relay, deadline.seconds)
         state.waited_in_vain = False
         return received
 
-    def _post(self, sequence: int, what: str) -> int:
+    def _post(self, frames: Frames) -> int:
         """Count a call of this host's ranks, as if it were a group of its own; return what peers read while this rank waits."""
         assert self._rings is not None
         counter = self._rings.counter
         counter.sequence += 1
-        return int(counter.sequence) << 8 | _POSTED | (make_tag(COLLECTIVE, sequence, what) & _POSTED - 1)
+        return int(counter.sequence) << 8 | _POSTED | (frames.tag & _POSTED - 1)
 
     def _unpost(self) -> None:
         """Take back the count of a call that may be made again."""
@@ -228,63 +228,40 @@ class HostObjects(LinkObjects):
 
     # To each its own: `scatter`.
 
-    def _send_frames(
-        self,
-        group: Group,
-        operation: str,
-        frames: Mapping[int, Any],
-        tag: int,
-        rest: int,
-        deadline: Deadline,
-        sequence: int | None = None,
-        message: Message | None = None,
-    ) -> None:
-        far = {peer: parts for peer, parts in frames.items() if self._near_to(peer) is None}
+    def _send_frames(self, frames: Frames, to: Mapping[int, Any]) -> None:
+        far = {peer: parts for peer, parts in to.items() if self._near_to(peer) is None}
         if far:
-            super()._send_frames(group, operation, far, tag, rest, deadline, sequence, message)
+            super()._send_frames(frames, far)
 
         def act() -> None:
             try:
-                for peer in frames.keys() - far.keys():
-                    self._mailbox(group).send(peer, PIECES, tag, frames[peer], deadline.left_ns())
+                for peer in to.keys() - far.keys():
+                    self._mailbox(frames.group).send(peer, PIECES, frames.tag, to[peer], frames.deadline.left_ns())
             except Stopped as stopped:
                 raise self._translated(stopped) from None
             except BaseException:
                 self._transport.abort()
                 raise
 
-        if len(far) < len(frames):
-            number = self._state.sequence if sequence is None else sequence
-            perform(group, operation, number, f"{operation}(...)", deadline, act, 0)
+        if len(far) < len(to):
+            frames.perform(act, 0)
 
-    def _await(
-        self,
-        group: Group,
-        operation: str,
-        src: int,
-        tag: int,
-        rest: int,
-        deadline: Deadline,
-        context: str,
-        sequence: int | None = None,
-        message: Message | None = None,
-    ) -> Any:
+    def _await(self, frames: Frames, src: int, context: str) -> Any:
         if self._near_to(src) is None:
-            return super()._await(group, operation, src, tag, rest, deadline, context, sequence, message)
+            return super()._await(frames, src, context)
 
         def act() -> Parts | None:
             try:
-                found, parts = self._mailbox(group).receive(src, PIECES, deadline.left_ns())
+                found, parts = self._mailbox(frames.group).receive(src, PIECES, frames.deadline.left_ns())
             except Stopped as stopped:
                 if stopped.code == TIMEOUT:
                     return None
                 raise self._translated(stopped) from None
-            if found != tag:
+            if found != frames.tag:
                 raise CallsDiffer(src)
-            return self._parts(group, operation, src, parts, context)
+            return self._parts(frames.group, frames.operation, src, parts, context)
 
-        number = self._state.sequence if sequence is None else sequence
-        return perform(group, operation, number, f"{operation}(...)", deadline, act, is_made=has_come, received=bytes_of_parts)
+        return frames.perform(act, is_made=has_come, received=bytes_of_parts)
 
     # The memory of this host.
 

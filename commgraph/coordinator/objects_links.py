@@ -7,29 +7,28 @@ one frame, of plain data (`commgraph.wire`). The caller's thread sends and recei
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NoReturn
 
 from commgraph import wire
 from commgraph.communicators.base import PeerLate
 from commgraph.communicators.tags import OBJECT, OBJECT_REST, make_tag
 from commgraph.communicators.tcp_transport import TcpTransport
 from commgraph.coordinator.checks import BadArgument
+from commgraph.coordinator.frames import Frames
 from commgraph.coordinator.objects import NetworkObjects, has_come, nothing_yet, refuse_object, unreadable
-from commgraph.coordinator.operation import Group, explain, perform
+from commgraph.coordinator.operation import Group, explain
 from commgraph.coordinator.pending import OBJECTS
-from commgraph.coordinator.recorded import Message
 from commgraph.coordinator.spans import spanned
 from commgraph.coordinator.state import GroupState
 from commgraph.coordinator.turns import Turn
 from commgraph.deadline import Deadline, Timeout
 from commgraph.errors import ConcurrentCallError, ContextClosedError
 from commgraph.shm.pickling import Pickler
+from commgraph.shm.recorder import INCOMING, OUTGOING
 from commgraph.shm.sealed_pickle import Sealed, key_of, open_sealed, seal
 
 __all__ = ["LinkObjects", "Parts", "bytes_of_parts"]
-
-T = TypeVar("T")
 
 # A message that came: its first frame, what that says if it is signed, and the frames that followed it.
 Parts = tuple[Any, Sealed | None, Sequence[Any]]
@@ -47,9 +46,10 @@ class LinkObjects(NetworkObjects):
         self._transport = transport
         self._uid = state.members.uid
         self._timeout_ns = int(state.timeouts.host * 1e9)
+        self._others = [peer for peer in range(transport.world_size) if peer != transport.rank_in_group]
         self._signing = None if self._key is None else key_of(self._key)
 
-    # Messages of a call without a deadline of its own, where nothing is pending and there is a link: with less Python.
+    # A call without a deadline of its own, where nothing is pending and there are links: with less Python.
 
     def _is_plain(self, peer: Any, outgoing: bool, timeout: Timeout) -> bool:
         state, net = self._state, self._transport.messages
@@ -68,7 +68,7 @@ class LinkObjects(NetworkObjects):
 
     @spanned
     def _send(self, group: Group, operation: str, obj: object, dst: int, _: Timeout) -> None:
-        state, key, turn = self._state, (dst, True, OBJECTS), Turn()
+        state, key, turn, net = self._state, (dst, True, OBJECTS), Turn(), self._transport.messages
         state.ensure_open(group.name)
         try:
             state.begin_message(group.name, operation, key, turn)
@@ -78,42 +78,97 @@ class LinkObjects(NetworkObjects):
         finally:
             state.turns.release(key, turn)
         tag = make_tag(OBJECT, number, "message")
-        self._native(group, operation, self._transport.messages.send_parts, [dst], tag, tag + _REST, parts, self._timeout_ns)
+        try:
+            net.send_parts([dst], tag, tag + _REST, parts, self._timeout_ns)
+        except BaseException as error:
+            self._end(Frames.of_message(group, operation, Deadline.after(state.timeouts.host), OBJECTS, number, OUTGOING), net, error)
 
     def recv(self, group: Group, operation: str, src: Any, timeout: Timeout) -> Any:
         return (self._receive if self._is_plain(src, False, timeout) else super().recv)(group, operation, src, timeout)
 
     @spanned
     def _receive(self, group: Group, operation: str, src: int, _: Timeout) -> Any:
-        state, key, turn, net, signing = self._state, (src, False, OBJECTS), Turn(), self._transport.messages, self._signing
+        state, key, turn = self._state, (src, False, OBJECTS), Turn()
         state.ensure_open(group.name)
         try:
             state.begin_message(group.name, operation, key, turn)
             number = state.counts.get(key, 0)
             context = f"message {src} {self._transport.rank_in_group} {number}"
-            tag, seconds = make_tag(OBJECT, number, "message"), self._timeout_ns
-            message = self._native(group, operation, net.take, src, tag, seconds, seconds)
+            frames = Frames.of_message(group, operation, Deadline.after(state.timeouts.host), OBJECTS, number, INCOMING)
+            message = self._take(frames, self._transport.messages, src, context)
             if message is None:
                 raise nothing_yet(group, operation, state.sequence, src, state.timeouts.host)
-            sealed, beside = None, ()
-            if signing is not None:
-                sealed = self._opened(group, operation, src, message, context)
-                lengths = sealed.lengths
-                beside = self._native(group, operation, net.take_all, src, tag + _REST, lengths, seconds) if lengths else ()
             state.counts[key] = number + 1
             state.waited_in_vain = False
         finally:
             state.turns.release(key, turn)
-        return self._decode_message(group, operation, src, (message, sealed, beside), context)
+        return self._decode_message(group, operation, src, message, context)
 
-    def _native(self, group: Group, operation: str, call: Callable[..., T], *args: Any) -> T:
-        """Call the links; raise the public error where that fails."""
+    def broadcast(self, group: Group, operation: str, obj: object, src: Any, timeout: Timeout) -> Any:
+        state, transport = self._state, self._transport
+        if (
+            timeout is None
+            and state.recorder is None
+            and state.comparison is None
+            and state.pending.side_streams is None
+            and type(src) is int
+            and 0 <= src < transport.world_size
+            and (not state.pending.lanes or state.pending.is_idle(None))
+            and transport.collectives.are_linked(self._others if src == transport.rank_in_group else (src,))
+        ):
+            return self._broadcast(group, operation, obj, src)
+        return super().broadcast(group, operation, obj, src, timeout)
+
+    @spanned
+    def _broadcast(self, group: Group, operation: str, obj: object, src: int) -> Any:
+        state, turn, net = self._state, Turn(), self._transport.collectives
         try:
-            return call(*args)
+            sequence = state.begin(group.name, operation, turn)
+            frames = Frames.of_collective(group, operation, Deadline.after(state.timeouts.host), sequence, src)
+            context = f"broadcast {src} {sequence}"
+            if src == self._transport.rank_in_group:
+                try:
+                    parts = self._encode_message(group, operation, obj, context)
+                except BaseException:
+                    state.uncount_collective()  # the others wait for this call's object, and get that of the next call
+                    raise
+                try:
+                    net.send_parts(self._others, frames.tag, frames.rest, parts, self._timeout_ns)
+                except BaseException as error:
+                    self._end(frames, net, error)
+                return obj
+            message = self._take(frames, net, src, context)
+            if message is None:
+                state.uncount_collective()
+                raise nothing_yet(group, operation, sequence, src, state.timeouts.host)
+            state.waited_in_vain = False
+        finally:
+            state.turns.release(None, turn)
+        return self._decode_message(group, operation, src, message, context)
+
+    def _take(self, frames: Frames, net: Any, src: int, context: str) -> Parts | None:
+        """Return the next message from `src`, None if none began to arrive in time."""
+        try:
+            head = net.take(src, frames.tag, self._timeout_ns, self._timeout_ns)
         except BaseException as error:
-            fail = functools.partial(self._transport.fail, self._transport.messages, error)
-        deadline = Deadline.after(self._state.timeouts.host)
-        return perform(group, operation, self._state.sequence, f"{operation}(...)", deadline, fail)
+            self._end(frames, net, error)
+        if head is None or self._signing is None:
+            return None if head is None else (head, None, ())
+        sealed = self._opened(frames.group, frames.operation, src, head, context)
+        if not sealed.lengths:
+            return head, sealed, ()
+        try:
+            return head, sealed, net.take_all(src, frames.rest, sealed.lengths, self._timeout_ns)
+        except BaseException as error:
+            self._end(frames, net, error)
+
+    def _end(self, frames: Frames, net: Any, error: BaseException) -> NoReturn:
+        """Raise the public error for that of a native call."""
+        try:
+            frames.perform(functools.partial(self._transport.fail, net, error))
+            raise AssertionError("TcpTransport.fail has not raised")
+        finally:
+            del error  # whose traceback holds this frame
 
     def _opened(self, group: Group, operation: str, src: int, head: Any, context: str) -> Sealed:
         assert self._signing is not None
@@ -146,42 +201,19 @@ class LinkObjects(NetworkObjects):
         except Exception as error:
             raise unreadable(group, operation, src, error) from error
 
-    def _send_frames(
-        self,
-        group: Group,
-        operation: str,
-        frames: Mapping[int, Any],
-        tag: int,
-        rest: int,
-        deadline: Deadline,
-        sequence: int | None = None,
-        message: Message | None = None,
-    ) -> None:
+    def _send_frames(self, frames: Frames, to: Mapping[int, Any]) -> None:
         by_message: dict[int, list[int]] = {}
-        for peer, parts in frames.items():
+        for peer, parts in to.items():
             by_message.setdefault(id(parts), []).append(peer)
 
         def act() -> None:
             for peers in by_message.values():
-                self._transport.send_parts(frames[peers[0]], peers, tag, rest, deadline)
+                self._transport.send_parts(to[peers[0]], peers, frames.tag, frames.rest, frames.deadline)
 
-        peer, size = -1 if message is None else next(iter(frames)), sum(_bytes_of(frames[peers[0]]) for peers in by_message.values())
-        number = self._state.sequence if sequence is None else sequence
-        perform(group, operation, number, f"{operation}(...)", deadline, act, size, peer=peer, message=message)
+        frames.perform(act, sum(_bytes_of(to[peers[0]]) for peers in by_message.values()), peer=next(iter(to)))
 
-    def _await(
-        self,
-        group: Group,
-        operation: str,
-        src: int,
-        tag: int,
-        rest: int,
-        deadline: Deadline,
-        context: str,
-        sequence: int | None = None,
-        message: Message | None = None,
-    ) -> Any:
-        transport, patience = self._transport, self._state.timeouts.host
+    def _await(self, frames: Frames, src: int, context: str) -> Any:
+        transport, patience, tag, deadline = self._transport, self._state.timeouts.host, frames.tag, frames.deadline
 
         def act() -> Parts | None:
             try:
@@ -193,14 +225,12 @@ class LinkObjects(NetworkObjects):
                 return None
             if self._signing is None:
                 return head, None, ()
-            sealed = self._opened(group, operation, src, head, context)
+            sealed = self._opened(frames.group, frames.operation, src, head, context)
             # The sender has begun: from here on a timeout is a failure of the group, and not only of this receive.
-            beside = transport.take_all(src, tag, rest, sealed.lengths, deadline.at_least(patience)) if sealed.lengths else ()
+            beside = transport.take_all(src, tag, frames.rest, sealed.lengths, deadline.at_least(patience)) if sealed.lengths else ()
             return head, sealed, beside
 
-        number, peer = self._state.sequence if sequence is None else sequence, -1 if message is None else src
-        what = f"{operation}(...)"
-        return perform(group, operation, number, what, deadline, act, peer=peer, message=message, is_made=has_come, received=bytes_of_parts)
+        return frames.perform(act, peer=src, is_made=has_come, received=bytes_of_parts)
 
 
 def bytes_of_parts(received: Parts | None) -> int:
