@@ -4,7 +4,8 @@
 
     reader -> writer    hello     magic, queue, reader, nonce, HMAC: sent while attaching, which waits for no answer
     writer -> reader    answer    magic, verdict, nonce, HMAC
-    writer -> reader    frames    kind, length, body as `commgraph.wire` makes it
+    writer -> reader    frames    kind, length, body: plain data (`commgraph.wire`); with an authkey a signed pickle, and what it
+                                  says that follows it (`commgraph.shm.sealed_pickle`)
 
 Both prove that they have the secret of the queue's handle and, where there is one, the authkey; neither is sent. A frame is encoded under
 the queue, its kind and its number: the same bytes for every reader, and with an authkey good for nothing elsewhere. The writer listens
@@ -31,6 +32,8 @@ from typing import Any
 import attrs
 
 from commgraph import wire
+from commgraph.shm.pickling import Pickler
+from commgraph.shm.sealed_pickle import Key, Sealed, key_of, open_sealed, seal
 
 __all__ = ["CLOSED", "LOST", "OBJECT", "READY", "Entrance", "HungUp", "Incoming", "Late", "Secret", "Senders"]
 
@@ -79,19 +82,35 @@ class Secret:
     queue: bytes
     secret: bytes = attrs.field(repr=False)
     authkey: bytes | None = attrs.field(repr=False)
+    _key: Key | None = attrs.field(init=False, eq=False, repr=False)
+    _pickler: Pickler = attrs.field(init=False, eq=False, repr=False, factory=Pickler)
+
+    @_key.default
+    def _key_of_frames(self) -> Key | None:
+        return None if self.authkey is None else key_of(self.authkey)
 
     def sign(self, *pieces: bytes) -> bytes:
         """HMAC of pieces, each of a length that both sides know."""
         key = self.secret if self.authkey is None else hmac.digest(self.authkey, self.secret, hashlib.sha256)
         return hmac.digest(key, _MAGIC + self.queue + b"".join(pieces), hashlib.sha256)
 
-    def encode(self, kind: int, number: int, obj: Any) -> bytes:
-        """Return the body of a frame; raises as `commgraph.wire.encode` does."""
-        return wire.encode(obj, key=self.authkey, context=self._context(kind, number))
+    def encode(self, kind: int, number: int, obj: Any) -> tuple[Any, ...]:
+        """Return the parts of a frame: its body, and what follows that, views of the object among them.
+
+        Raises:
+            Exception: as `commgraph.wire.encode`, with an authkey as `seal`.
+        """
+        context = self._context(kind, number)
+        return (wire.encode(obj, key=None, context=context),) if self._key is None else seal(obj, self._pickler, self._key, context)
 
     def decode(self, kind: int, number: int, body: bytearray) -> Any:
-        """Return the object in the body of a frame; raises as `commgraph.wire.decode` does."""
-        return wire.decode(body, key=self.authkey, context=self._context(kind, number))
+        """Return the object in the body of a frame, where there is no authkey; raises as `commgraph.wire.decode` does."""
+        return wire.decode(body, key=None, context=self._context(kind, number))
+
+    def open(self, kind: int, number: int, body: bytearray) -> Sealed:
+        """Return the body of a frame, where there is an authkey; raises WireError if it is not signed as this frame."""
+        assert self._key is not None
+        return open_sealed(body, self._key, self._context(kind, number))
 
     def _context(self, kind: int, number: int) -> bytes:
         return _MAGIC + self.queue + struct.pack(">BQ", kind, number)
@@ -340,12 +359,19 @@ class Senders:
             self._all[reader] = _Sender(self, reader, connection)
 
     def frame(self, kind: int, obj: Any) -> list[memoryview]:
-        """Return the next frame; raises as `commgraph.wire.encode` does, and ValueError where it is too large."""
-        body = self._secret.encode(kind, self._number, obj)
-        if len(body) > _MAX_FRAME:
-            raise ValueError(f"an object of {len(body)} bytes does not go through a socket: {_MAX_FRAME} are the most")
+        """Return the next frame, which no later change of the object reaches.
+
+        Raises:
+            ValueError: it is too large.
+            Exception: as `Secret.encode`.
+        """
+        body, *beside = self._secret.encode(kind, self._number, obj)
+        nbytes = len(body) + sum(memoryview(part).nbytes for part in beside)
+        if nbytes > _MAX_FRAME:
+            raise ValueError(f"an object of {nbytes} bytes does not go through a socket: {_MAX_FRAME} are the most")
         head = _HEAD.pack(kind, len(body))
-        return [memoryview(head + body)] if len(body) <= _SMALL else [memoryview(head), memoryview(body)]
+        first = [memoryview(head + body)] if len(body) <= _SMALL else [memoryview(head), memoryview(body)]
+        return first + [memoryview(part if type(part) is bytes else bytes(part)) for part in beside]
 
     def wait_for_room(self, frame: list[memoryview], deadline: float) -> int | None:
         """Wait until every backlog has room for a frame, or `end` was called; return the reader whose backlog is full at the deadline."""
@@ -419,6 +445,10 @@ class Incoming:
         self._kind = 0
         self._wanted = bytearray(_ANSWER.size)
         self._have = 0
+        # Of a frame whose body has come: what follows it, and how many of these parts are there.
+        self._sealed: Sealed | None = None
+        self._beside: list[bytearray] = []
+        self._filled = 0
         self._connection = socket.create_connection(address, timeout=_CONNECT_TIMEOUT)
         try:
             proof = secret.sign(b"hello", struct.pack(">I", reader), self._nonce)
@@ -448,11 +478,27 @@ class Incoming:
                 raise wire.WireError(f"no frame begins with kind {kind} and length {length}")
             # Memory is taken from the system as it is written to: an announced length alone costs nothing.
             self._kind, self._wanted, self._have = kind, bytearray(length), 0
-        self._fill(deadline)
-        kind, body, number = self._kind, self._wanted, self._number
-        self._kind, self._wanted, self._have = 0, bytearray(_HEAD.size), 0
+        if self._sealed is None:
+            self._fill(deadline)
+            kind, number, body = self._kind, self._number, self._wanted
+            if self._secret.authkey is None:
+                self._expect_frame()
+                return kind, self._secret.decode(kind, number, body)
+            sealed = self._secret.open(kind, number, body)
+            if sum(sealed.lengths) > _MAX_FRAME:
+                raise wire.WireError(f"{sum(sealed.lengths)} bytes are announced to follow a frame")
+            self._sealed, self._beside, self._have = sealed, [bytearray(length) for length in sealed.lengths], 0
+        while self._filled < len(self._beside):
+            self._wanted = self._beside[self._filled]
+            self._fill(deadline)
+            self._filled, self._have = self._filled + 1, 0
+        kind, sealed, beside = self._kind, self._sealed, self._beside
+        self._expect_frame()
+        return kind, sealed.load(beside)
+
+    def _expect_frame(self) -> None:
         self._number += 1
-        return kind, self._secret.decode(kind, number, body)
+        self._kind, self._sealed, self._beside, self._filled, self._wanted, self._have = 0, None, [], 0, bytearray(_HEAD.size), 0
 
     def interrupt(self) -> None:
         """End a `receive` of another thread, and all later ones, in `HungUp`. The writer sees the connection close."""

@@ -8,6 +8,7 @@ import ctypes
 import errno
 import functools
 import gc
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -1013,7 +1014,7 @@ class FalseWriter:
         self.reader.wait_until_ready(5)
 
     def say(self, kind: int, number: int, obj: Any, *, secret: Secret | None = None) -> None:
-        body = (secret or self.secret).encode(kind, number, obj)
+        (body,) = (secret or self.secret).encode(kind, number, obj)
         self.connection.sendall(struct.pack(">BQ", kind, len(body)) + body)
 
     def close(self) -> None:
@@ -1036,7 +1037,7 @@ def test_a_frame_that_is_not_the_writers_is_not_unpickled(attack: str) -> None:
         elif attack == "plain":
             writer.say(OBJECT, 2, "x", secret=Secret(queue.handle.queue, queue.handle.secret, None))
         elif attack == "another kind":
-            body = writer.secret.encode(READY, 2, "x")
+            (body,) = writer.secret.encode(READY, 2, "x")
             writer.connection.sendall(struct.pack(">BQ", OBJECT, len(body)) + body)
         elif attack == "too large":
             writer.connection.sendall(struct.pack(">BQ", OBJECT, 1 << 60))
@@ -1048,6 +1049,40 @@ def test_a_frame_that_is_not_the_writers_is_not_unpickled(attack: str) -> None:
         for _ in range(2):  # and again, in the same words
             with pytest.raises((WireError, cg.PeerLostError), match="dequeue on message queue"):
                 writer.reader.dequeue(5)
+        writer.close()
+
+
+def test_with_an_authkey_large_contents_follow_a_signed_frame() -> None:
+    """What the writer changes after `enqueue` has returned reaches no reader."""
+    with pair(2, n_local_readers=0, authkey=b"key") as (queue, readers):
+        x, raw = torch.arange(300_000.0), bytearray(b"a" * 100_000)
+        queue.enqueue({"x": x, "columns": x.view(3, -1).t(), "raw": raw, "text": "é" * 70_000, "bytes": bytes(200_000), "own": Path("x")})
+        wanted = x.clone()
+        x.zero_()
+        raw[:] = b"b" * 100_000
+        queue.enqueue("after")
+        for reader in readers:
+            got = reader.dequeue(20)
+            assert torch.equal(got["x"], wanted)
+            assert torch.equal(got["columns"], wanted.view(3, -1).t())
+            assert got["raw"] == b"a" * 100_000
+            assert (got["text"], got["bytes"], got["own"]) == ("é" * 70_000, bytes(200_000), Path("x"))
+            assert reader.dequeue(20) == "after"
+
+
+def test_a_deadline_in_the_midst_of_what_follows_a_frame_loses_nothing() -> None:
+    with cg.MessageQueue.create(1, n_local_readers=0, authkey=b"right") as queue:
+        writer, x = FalseWriter(queue, b"right"), torch.arange(50_000.0)
+        body, *beside = writer.secret.encode(OBJECT, 1, [x, bytes(70_000)])
+        assert len(beside) == 2
+        stream = b"".join([struct.pack(">BQ", OBJECT, len(body)), body, *beside])
+        for begin, end in itertools.pairwise([0, 5, 100, 60_000, len(stream) - 1, len(stream)]):
+            with pytest.raises(cg.CollectiveTimeoutError, match="call again"):
+                writer.reader.dequeue(0.02)
+            writer.connection.sendall(stream[begin:end])
+        got = writer.reader.dequeue(20)
+        assert torch.equal(got[0], x)
+        assert got[1] == bytes(70_000)
         writer.close()
 
 
