@@ -231,7 +231,8 @@ class Failures:
             in_time: this rank's own deadline had not passed.
         """
         ranks, me = self._members.ranks, self._members.rank_in_group
-        faults = self._read_faults(range(len(ranks)), wait=1.0)
+        # A rank that closes is about to leave, and what it learns here is for its log.
+        faults = self._read_faults(range(len(ranks)), wait=_CLOSING if call.operation == CLOSE else 1.0)
         lines = [f"  rank {ranks[peer]} gave up in call #{fault.sequence}, {fault.text}" for peer, fault in sorted(faults.items())]
         silent = [ranks[i] for i in range(len(ranks)) if i != me and i not in faults]
         if silent:
