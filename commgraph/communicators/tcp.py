@@ -20,10 +20,10 @@ __all__ = ["TcpCommunicator"]
 class TcpCommunicator(GlooCommunicator):
     """Collectives from messages, with reductions in the native module (native/net_reduce.c).
 
-    An all-reduce of up to 64 KiB takes one step, in which every rank sends its whole tensor to all others; among more than eight ranks
-    log2(n) steps, in which it passes on those of others, so that each rank has links to 2 log2(n) of them. A larger one is a reduce-scatter
-    and a gather of chunks that overlap: each rank reduces its share as the parts come, and sends the result back. Sums are taken in the
-    order of the ranks, small floats in float32, so that every rank gets the same bits.
+    An all-reduce of up to 64 KiB (of two ranks 1 MiB) takes one step, in which every rank sends its whole tensor to all others; among more
+    than eight ranks log2(n) steps, in which it passes on those of others, so that each rank has links to 2 log2(n) of them. A larger one is
+    a reduce-scatter and a gather of chunks that overlap: each rank reduces its share as the parts come, and sends the result back. Sums are
+    taken in the order of the ranks, small floats in float32, so that every rank gets the same bits.
     """
 
     name = "tcp"

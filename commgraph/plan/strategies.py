@@ -28,6 +28,7 @@ _ZERO_COPY_FROM: Final = 512 * _KIB
 _SHM_BYTES: Final = 1024 * _KIB
 # shm/native/net_reduce.c, communicators/gloo.py
 _NET_ONE_SHOT: Final = 64 * _KIB
+_NET_ONE_SHOT_OF_TWO: Final = 1024 * _KIB
 # Ranks up to which it is one step; of more it takes log2(n), in which a rank passes on what others have sent.
 _NET_ONE_SHOT_RANKS: Final = 8
 _DIRECT_RANKS: Final = 4
@@ -194,7 +195,7 @@ def _across(operation: str, nbytes: int, n: int, call: str | None) -> Use:
     if operation == "all_gather":
         sent = (n - 1) * nbytes
         return Use("net", n, call, 1 if n <= _DIRECT_RANKS else math.ceil(math.log2(n)), sent, sent)
-    if nbytes <= _NET_ONE_SHOT:
+    if nbytes <= (_NET_ONE_SHOT if n > 2 else _NET_ONE_SHOT_OF_TWO):
         steps = 1 if n <= _NET_ONE_SHOT_RANKS else math.ceil(math.log2(n))
         return Use("net", n, call, steps, (n - 1) * nbytes, (n - 1) * nbytes)
     # A rank sends all partitions but its own, and its result to all others.

@@ -1,7 +1,7 @@
 """`commgraph bench` over two simulated hosts that are joined by a veth, with reno as TCP's congestion control.
 
-Arguments: those of `commgraph bench`, in the place of `_USUAL`. With `mpi` among the peers MPICH's launcher starts the ranks, so that MPI is
-measured in the same processes, in turn: that of the `mpich` wheel, beside this interpreter.
+Arguments: those of `commgraph bench`, in the place of `_USUAL`. With `mpi` among the peers MPICH's launcher starts the ranks, so that MPI
+is measured in the same processes, in turn: that of the `mpich` wheel, beside this interpreter.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def by_mpiexec(pair: Sequence[hosts.Host], words: Sequence[str], environ: Mappin
         enter.chmod(0o700)
         placed = ["-iface", "switch", "-hosts", ",".join(host.address for host in pair), "-ppn", "1", "-n", "2"]
         given = [word for name, value in environ.items() for word in ("-genv", name, value)]
-        tcp = ["-genv", "FI_PROVIDER", "tcp", "-genv", "FI_TCP_IFACE", "eth0"]
+        tcp = ["-genv", "MPIR_CVAR_CH4_NETMOD", "ofi", "-genv", "FI_PROVIDER", "tcp", "-genv", "FI_TCP_IFACE", "eth0"]
         command = [*inside, str(mpiexec), *placed, "-launcher", "ssh", "-launcher-exec", str(enter), *given, *tcp, *words]
         return subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode
 

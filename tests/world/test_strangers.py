@@ -186,7 +186,7 @@ with Probe() as probe:
 
 @pytest.mark.parametrize("gives", ["another's", "its own, unsigned", "its own, signed by a guess"])
 def test_a_false_rank_at_the_store_is_named(processes: Processes, gives: str) -> None:
-    """It finds the others, and says of itself what a true rank has said, but has not their authkey. It is another user's where root runs this."""
+    """It finds the others, and says of itself what a true rank has said, without their authkey. It is another user's, if root runs this."""
     uid = 65534 if os.geteuid() == 0 else os.getuid()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     false = processes.start("-c", FALSE_RANK, str(store.port), gives, str(uid))

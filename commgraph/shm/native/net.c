@@ -22,6 +22,7 @@ enum {
     LARGE = 64 * 1024,           /* bytes to be moved from which a wait does not spin: each look at the socket would delay what comes */
     UNANSWERED = 4,              /* sends of the same bytes, or probes, without an answer, of a host that has vanished */
     VANISHED_MS = 12 * 1000,     /* for so long (commgraph/communicators/endpoint.py has the other limit, of 15 s) */
+    LONGEST_SPIN_NS = 100 * 1000,
     SLICE_NS = 100 * 1000 * 1000 /* longest sleep between two checks for signals */
 };
 
@@ -527,14 +528,16 @@ static int attend(cg_net *net, const cg_net_call *call, int why) {
 
 int cg_net_wait(cg_net *net, const cg_net_call *call, cg_net_ready ready, void *arg, int *who) {
     int result;
-    int64_t spin_until = 0;
+    int64_t spin_until = 0, began = 0, spin = net->spin_ns;
     int looked = 0;
     const int64_t deadline = call->deadline;
     pthread_mutex_lock(&net->lock);
+    if (spin > 0 && 2 * net->recent_ns > spin) spin = 2 * net->recent_ns < LONGEST_SPIN_NS ? 2 * net->recent_ns : LONGEST_SPIN_NS;
     for (;;) {
         result = ready(arg, who);
         if (result != CG_PENDING) break;
         int64_t now = cg_clock_ns();
+        if (began == 0) began = now;
         if (now >= deadline) {
             /* One look at the sockets: a wait of no time finds what has come. */
             if (!net->polling && !looked && move(net)) {
@@ -558,7 +561,7 @@ int cg_net_wait(cg_net *net, const cg_net_call *call, cg_net_ready ready, void *
         if (move(net)) {
             spin_until = 0;
         } else {
-            if (spin_until == 0) spin_until = net->spin_ns == 0 || moves_much(net) ? now : now + net->spin_ns;
+            if (spin_until == 0) spin_until = moves_much(net) ? now : now + spin;
             if (now < spin_until) {
                 pthread_mutex_unlock(&net->lock);
                 for (int i = 0; i < 20; i++) cg_pause();
@@ -572,6 +575,11 @@ int cg_net_wait(cg_net *net, const cg_net_call *call, cg_net_ready ready, void *
         if (stop != CG_PENDING && (result = stop == CG_NOMEM ? stop : attend(net, call, stop)) != CG_OK) break;
     }
     if (net->sleepers > 0) pthread_cond_broadcast(&net->moved);
+    if (result == CG_OK && began != 0 && net->spin_ns > 0) {
+        const int64_t lasted = cg_clock_ns() - began;
+        net->recent_ns -= net->recent_ns / 8;
+        if (lasted <= LONGEST_SPIN_NS && lasted > net->recent_ns) net->recent_ns = lasted;
+    }
     pthread_mutex_unlock(&net->lock);
     return result;
 }

@@ -1,6 +1,6 @@
 /* Messages between the ranks of a group over connected TCP sockets.
  *
- * The thread that waits does the work: it spins a few microseconds, then polls the sockets. If several threads wait, one of them polls for
+ * The thread that waits does the work: it spins as one in shared memory does (wait.h), then polls the sockets. If several threads wait, one of them polls for
  * all (`polling`), and the others sleep on a condition variable. A frame is a header and its bytes. Frames of one link arrive in order;
  * they pair with receives by tag. A link is read only while a receive of it is posted, so that a sender which is ahead fills the socket
  * buffers and nothing else; a frame that no receive has asked for is kept in memory only if it stands before one that a receive waits for.
@@ -60,7 +60,8 @@ typedef struct {
 typedef struct {
     int n, me;
     int ordered;     /* frames of one kind of tag arrive as they are waited for: another one is a mismatch */
-    int64_t spin_ns; /* how long a wait spins before it polls */
+    int64_t spin_ns; /* how long a wait spins before it polls, at least; 0: it never spins */
+    int64_t recent_ns; /* the longest of the recent waits that a spin could cover */
     int knocks;      /* a descriptor whose readability ends a wait with CG_KNOCK; -1: none */
     int poke;        /* an eventfd that wakes the thread that polls */
     int polling, sleepers, closed;

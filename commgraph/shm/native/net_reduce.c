@@ -8,6 +8,7 @@ enum {
     ONE_SHOT = 64 * 1024, /* bytes up to which every rank sends its whole tensor to all others */
     ONE_SHOT_RANKS = 8,   /* ranks up to which it does so at once; of more ranks in log2(n) steps, in which it passes on those of others */
     CHUNK = 256 * 1024,   /* bytes of one message of a larger tensor */
+    BOTH_WHOLE = 4,       /* chunks up to which two ranks send each other all of it */
     DEPTH = 4             /* chunks that are received ahead of their reduction: they stay in a cache until then */
 };
 
@@ -57,6 +58,38 @@ int cg_net_reduces_with(const cg_net *net, size_t bytes, int peer) {
     return bytes > ONE_SHOT || net->n <= ONE_SHOT_RANKS || cg_net_gathers_with(net, peer);
 }
 
+static size_t at_most(size_t a, size_t b) { return a < b ? a : b; }
+
+/* Two ranks send each other all chunks: as many bytes as in two_shot, of which none waits for a reduction before it is sent. Each rank reduces
+ * twice as many elements, chunk by chunk as they come. */
+static int whole_to_each(cg_net *net, const cg_net_call *call, const char *from, char *to, size_t count, size_t size, cg_kernel kernel, int *who) {
+    const int me = net->me, peer = 1 - me, chunks = (int)((count * size + CHUNK - 1) / CHUNK);
+    char *scratch = cg_pool_take(call->pool, count * size);
+    if (scratch == NULL) return CG_NOMEM;
+    cg_message messages[2 * BOTH_WHOLE], *sends = messages, *coming = messages + chunks;
+    for (int k = 0; k < 2 * chunks; k++) {
+        const size_t at = (size_t)(k % chunks) * CHUNK, bytes = at_most(count * size - at, CHUNK);
+        if (k < chunks) cg_net_receive(net, &coming[k], peer, call->tag, scratch + at, bytes);
+        else cg_net_send(net, &sends[k - chunks], peer, call->tag, from + at, bytes);
+    }
+    int result = CG_OK;
+    for (int k = 0; k < chunks && result == CG_OK; k++) {
+        const size_t at = (size_t)k * CHUNK;
+        cg_messages part = {&coming[k], 1}, own = {&sends[k], 1};
+        result = cg_net_wait(net, call, cg_net_all, &part, who);
+        if (result == CG_OK && to == from) result = cg_net_wait(net, call, cg_net_all, &own, who); /* the sum takes its place */
+        if (result != CG_OK) break;
+        const void *sources[2];
+        sources[me] = from + at, sources[peer] = scratch + at;
+        kernel(to + at, sources, 2, at_most(count * size - at, CHUNK) / size, NULL, NULL);
+    }
+    cg_messages all = {sends, chunks};
+    if (result == CG_OK) result = cg_net_wait(net, call, cg_net_all, &all, who);
+    if (result != CG_OK) cg_net_withdraw(net, messages, 2 * chunks);
+    cg_pool_give(scratch);
+    return result;
+}
+
 /* One chunked all-reduce. */
 typedef struct {
     cg_net *net;
@@ -68,8 +101,6 @@ typedef struct {
     cg_message *sends, *coming, *results; /* coming[chunk * (n - 1) + i - 1]: of rank me + i */
     size_t n_sends, n_results;
 } chunked;
-
-static size_t at_most(size_t a, size_t b) { return a < b ? a : b; }
 
 /* Begins to receive the parts of one chunk of this rank's partition. */
 static void expect(chunked *c, size_t number) {
@@ -160,6 +191,7 @@ int cg_net_all_reduce(cg_net *net, const cg_net_call *call, const void *from, vo
     if (count == 0) return CG_OK;
     if (count * size <= ONE_SHOT && net->n > ONE_SHOT_RANKS) return by_gathering(net, call, from, to, count, size, kernel, who);
     if (count * size <= ONE_SHOT) return one_shot(net, call, from, to, count, size, kernel, who);
+    if (count * size <= BOTH_WHOLE * CHUNK && net->n == 2) return whole_to_each(net, call, from, to, count, size, kernel, who);
     return two_shot(net, call, from, to, count, size, kernel, who);
 }
 
