@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -64,8 +65,8 @@ class CountingStore(dist.Store):
         self.keys += keys
 
     def _count_look(self, *keys: str) -> None:
-        """Count a look once: a wait looks for its keys again and again, and if it lasts, whether a rank has failed."""
-        if keys not in self._looked_for and not keys[0].endswith("/failed"):
+        """Count a look once: a wait looks for its keys again and again, and if it lasts, whether a rank has failed or left the world."""
+        if keys not in self._looked_for and not keys[0].endswith(("/failed", "/ended")):
             self._looked_for.add(keys)
             self._count(len(keys))
 
@@ -200,14 +201,39 @@ class TooLateError(AssertionError):
     """Something took longer than it may."""
 
 
+# Interpreters that the machine could have started in the time that it may be slower than it should.
+STARTS = 100
+
+
+def start_seconds() -> float:
+    """Return how long this machine takes now to start an interpreter and see its end: some 0.01 s where nothing else runs."""
+    started = time.monotonic()
+    for _ in range(3):
+        subprocess.run([sys.executable, "-I", "-S", "-c", "pass"], check=True)
+    return (time.monotonic() - started) / 3
+
+
+def in_time(took: float, seconds: float, what: object = "it") -> None:
+    """Raise TooLateError where something took longer than users are promised, and that is not this machine's slowness.
+
+    A machine is measured where the promise was missed only. One that starts interpreters in 0.01 s is granted a second more, one that is
+    ten times slower ten.
+
+    Args:
+        took: what it took, in seconds.
+        seconds: what the documentation promises, or at a deadline: the deadline and two seconds.
+        what: it, for the error.
+    """
+    if took >= seconds and took >= seconds + (more := STARTS * start_seconds()):
+        raise TooLateError(f"{what} took {took:.2f} s, and may take {seconds:g} s and {more:.2f} s on a machine as slow as this is now")
+
+
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raise TooLateError where what is done inside takes so many seconds or more."""
+    """Raise TooLateError where what is done inside takes longer than so many seconds, as `in_time` does."""
     started = time.monotonic()
     yield
-    took = time.monotonic() - started
-    if took >= seconds:
-        raise TooLateError(f"took {took:.2f} s, and may take {seconds:g} s")
+    in_time(time.monotonic() - started, seconds)
 
 
 def again_if_late(test: Callable[P, None]) -> Callable[P, None]:

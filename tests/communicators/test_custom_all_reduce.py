@@ -25,6 +25,7 @@ from commgraph.communicators.gloo import GlooCommunicator
 from commgraph.deadline import Deadline
 from commgraph.platforms import GroupFacts
 from commgraph.testing import check_communicator, spmd
+from tests.helpers import again_if_late, in_time
 from tests.stand_ins import GOOD, FakeDevice, HostKernels, Memory, by_name
 
 CPU = torch.device("cpu")
@@ -440,6 +441,7 @@ def test_threads_of_one_process_have_none() -> None:
 
 
 @pytest.mark.parametrize("where", ["capability", "peer_trial", "make_backend", "make_kernels"])
+@again_if_late
 def test_a_rank_that_fails_to_build_its_part_keeps_nobody_waiting(where: str) -> None:
     """Also where the others are in a library that would wait for it as long as its deadline is."""
     memory = Memory()
@@ -455,7 +457,7 @@ def test_a_rank_that_fails_to_build_its_part_keeps_nobody_waiting(where: str) ->
         started = time.monotonic()
         with pytest.raises(OSError if world.rank == 1 else cg.BuildError, match=f"{where} is broken") as caught:
             world.context(cg.Layout(2, tp=2), name="a", platform=platform)
-        assert time.monotonic() - started < 20
+        in_time(time.monotonic() - started, 2)
         # The world is as it was, and so is the name.
         with world.context(cg.Layout(2, tp=2), name="a", platform=FakeDevice(memory)) as ctx:
             assert ctx.tp.all_reduce(torch.ones(64)).tolist() == [2.0] * 64
@@ -597,6 +599,7 @@ LIES = {
 
 
 @pytest.mark.parametrize("lie", LIES)
+@again_if_late
 def test_peer_access_is_shown_by_moving_data_and_all_ranks_come_to_one_verdict(lie: str) -> None:
     """A real child of one rank misbehaves as drivers do: all ranks do without, in time, and nothing of the child is left."""
     program, words = LIES[lie]
@@ -618,7 +621,7 @@ def test_peer_access_is_shown_by_moving_data_and_all_ranks_come_to_one_verdict(l
     assert len(set(texts)) == 1
     assert f"{NAME}: not used, rank 1: " in texts[0]
     assert words in texts[0]
-    assert time.monotonic() - started < 30
+    in_time(time.monotonic() - started, 2 + 4)
 
 
 def test_the_children_meet_where_they_are_told() -> None:

@@ -21,7 +21,7 @@ import torch
 import commgraph as cg
 from commgraph.communicators.tags import CHECK, COLLECTIVE, MESSAGE, OBJECT, OBJECT_REST, make_tag
 from commgraph.coordinator import GroupCoordinator
-from tests.helpers import on
+from tests.helpers import again_if_late, in_time, on
 
 Body = Callable[[GroupCoordinator], Any]
 
@@ -444,6 +444,7 @@ def test_quantized_tensors() -> None:
 
 @pytest.mark.parametrize("title", ["all_reduce: meta", "broadcast src = 7", "all_gather dim = 2", "all_to_all: uneven"])
 @pytest.mark.parametrize("then", ["nothing", "another call"])
+@again_if_late
 def test_raised_on_one_rank_only(title: str, then: str) -> None:
     """The others end within their deadline, and from then on the group is broken for them."""
     given_up = threading.Barrier(3)
@@ -464,7 +465,7 @@ def test_raised_on_one_rank_only(title: str, then: str) -> None:
             group.all_reduce(x46(), timeout=0.5)
         if then == "nothing":
             given_up.wait(30)
-        assert time.monotonic() - started < 20
+        in_time(time.monotonic() - started, 2.5)
         first = caught.value
         assert "all_reduce on group 'tp'" in str(first)
         assert (first.group, first.operation) == ("tp", "all_reduce")
@@ -611,13 +612,14 @@ MISMATCHES: dict[str, Callable[[GroupCoordinator], Any]] = {
 
 
 @pytest.mark.parametrize("kind", MISMATCHES)
+@again_if_late
 def test_with_check_a_mismatch_raises_on_every_rank_at_once(kind: str) -> None:
     def body(group: GroupCoordinator) -> str:
         group.barrier()
         started = time.monotonic()
         with pytest.raises(cg.CollectiveMismatchError) as caught:
             MISMATCHES[kind](group)
-        assert time.monotonic() - started < 15
+        in_time(time.monotonic() - started, 2)
         assert caught.value.group == "tp"
         assert caught.value.sequence is not None
         with pytest.raises(cg.CollectiveMismatchError):
@@ -633,6 +635,7 @@ def test_with_check_a_mismatch_raises_on_every_rank_at_once(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MISMATCHES)
+@again_if_late
 def test_without_check_a_mismatch_ends_at_the_deadline_and_tells_what_each_was_doing(kind: str) -> None:
     def body(group: GroupCoordinator) -> str | None:
         group.barrier(timeout=20)
@@ -645,7 +648,7 @@ def test_without_check_a_mismatch_ends_at_the_deadline_and_tells_what_each_was_d
         # One whose part was done (a source that was heard by all) learns of it in its next call.
         with pytest.raises((cg.CollectiveMismatchError, cg.CollectiveTimeoutError)):
             group.all_gather_object(1)
-        assert time.monotonic() - started < 15
+        in_time(time.monotonic() - started, 2 * 0.4 + 2)
         return said
 
     messages = [message for message in on(3, body, host_timeout=timedelta(seconds=0.4), timeout=20, shm=False) if message]
@@ -656,6 +659,7 @@ def test_without_check_a_mismatch_ends_at_the_deadline_and_tells_what_each_was_d
 
 
 @pytest.mark.parametrize("kind", MISMATCHES)
+@again_if_late
 def test_in_shared_memory_a_mismatch_raises_without_check(kind: str) -> None:
     """No rank hangs: each learns what all called, at once where tensors are concerned."""
     objects = "object" in kind
@@ -671,7 +675,7 @@ def test_in_shared_memory_a_mismatch_raises_without_check(kind: str) -> None:
         # Whoever only puts an object waits for nobody, and learns of it in the next call.
         with pytest.raises(cg.CollectiveMismatchError):
             group.all_gather_object(1)
-        assert time.monotonic() - started < 15  # far from any deadline
+        in_time(time.monotonic() - started, 2)
         assert said is not None or objects
         return said
 

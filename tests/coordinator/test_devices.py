@@ -15,6 +15,7 @@ import torch
 
 import commgraph as cg
 from commgraph.testing import spmd
+from tests.helpers import again_if_late, in_time
 from tests.stand_ins import FakeDevice, Memory
 
 
@@ -88,6 +89,7 @@ def test_warmup_allocates_what_first_use_would() -> None:
 # The order of several groups on one device
 
 
+@again_if_late
 def test_what_is_begun_in_another_order_on_a_device_raises_on_every_rank() -> None:
     """Two groups of the same two ranks: one begins the call of the first, the other that of the second, and each would wait."""
 
@@ -101,7 +103,7 @@ def test_what_is_begun_in_another_order_on_a_device_raises_on_every_rank() -> No
         started = time.monotonic()
         with pytest.raises(cg.CollectiveMismatchError) as caught:
             (context.tp if world.rank == 0 else context.ep).all_reduce(x)
-        assert time.monotonic() - started < 10
+        in_time(time.monotonic() - started, 2)
         with pytest.raises(cg.CollectiveError):
             (context.tp if world.rank == 0 else context.ep).all_reduce(x)
         context.close()

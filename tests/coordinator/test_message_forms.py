@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import commgraph as cg
 from commgraph.coordinator import GroupCoordinator
-from tests.helpers import TooLateError, again_if_late, on, same
+from tests.helpers import TooLateError, again_if_late, in_time, on, same
 from tests.processes import PROGRAMS, Processes, outputs
 
 HERE: list[dict[str, Any]] = [{}, {"shm": False}, {"check": True}, {"message_queue": False}]
@@ -254,6 +254,7 @@ def test_a_ring_of_sendrecv(n: int, options: dict[str, Any]) -> None:
 
 
 @WAYS
+@again_if_late
 def test_from_any_source_until_none_is_left(options: dict[str, Any]) -> None:
     def body(g: GroupCoordinator) -> None:
         n, me = g.world_size, g.rank_in_group
@@ -270,7 +271,9 @@ def test_from_any_source_until_none_is_left(options: dict[str, Any]) -> None:
             begun = time.monotonic()
             with pytest.raises(cg.CollectiveTimeoutError, match=r"came from any rank within 0\.2 s\. The group is unharmed"):
                 g.recv(2, torch.int64, cg.ANY, timeout=0.2)
-            assert 0.1 < time.monotonic() - begun < 20
+            took = time.monotonic() - begun
+            assert took > 0.1
+            in_time(took, 0.2 + 2)
         g.barrier()
         # What was asked for in vain is there for the next one, from any rank or from one.
         if me == n - 1:
@@ -479,12 +482,14 @@ def test_every_source_is_served_in_its_turn(processes: Processes) -> None:
 def test_an_idle_receive_costs_next_to_nothing(processes: Processes) -> None:
     found = said_in(processes, "idle", "idle/gloo", "idle_later", "idle_later/gloo")
     costs = {scenario: list(map(float, said[0].split()[1::2])) for scenario, said in found.items()}
-    if any(share >= 0.01 or late >= 0.5 for share, late in costs.values()):
+    if any(share >= 0.01 for share, _ in costs.values()):
         raise TooLateError(f"of a core, and in seconds: {costs}")
+    in_time(max(late for _, late in costs.values()), 0.5)
 
 
+@again_if_late
 def test_a_source_that_dies_is_told(processes: Processes) -> None:
     for said in said_in(processes, "killed", "killed/gloo").values():
         _, lost, _, seconds = said[0].split()
         assert lost == "2"
-        assert float(seconds) < 10, "far from the deadline"
+        in_time(float(seconds), 2)

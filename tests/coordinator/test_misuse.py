@@ -12,6 +12,7 @@ import torch
 
 import commgraph as cg
 from commgraph.testing import spmd
+from tests.helpers import again_if_late, in_time
 
 X = torch.ones(4, 6)
 REFUSED = (cg.UnsupportedTensorError, ValueError, TypeError)
@@ -109,6 +110,7 @@ def test_one_rank_checks_its_arguments_all_the_same() -> None:
         assert ctx.tp.broadcast_object_list([1, 2]) == [1, 2]
 
 
+@again_if_late
 def test_with_check_a_different_call_raises_on_every_rank_at_once_and_says_where() -> None:
     options = cg.CommunicatorOptions(check=True)
 
@@ -118,7 +120,7 @@ def test_with_check_a_different_call_raises_on_every_rank_at_once_and_says_where
         started = time.monotonic()
         with pytest.raises(cg.CollectiveMismatchError) as caught:
             tp.all_reduce(torch.ones(5 if world.rank == 2 else 4))
-        assert time.monotonic() - started < 20
+        in_time(time.monotonic() - started, 2)
         assert caught.value.sequence == 1
         return str(caught.value)
 

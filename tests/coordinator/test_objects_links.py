@@ -16,7 +16,7 @@ from commgraph.coordinator.objects_hosts import HostObjects
 from commgraph.coordinator.objects_links import LinkObjects
 from commgraph.shm import native_module
 from commgraph.testing import spmd
-from tests.helpers import on
+from tests.helpers import again_if_late, in_time, on
 
 pytestmark = pytest.mark.skipif(native_module.load() is None, reason="no native module")
 
@@ -151,6 +151,7 @@ class Own:
 
 
 @pytest.mark.parametrize("who", [1, 2, 3])
+@again_if_late
 def test_a_rank_that_calls_something_else_is_told(who: int) -> None:
     """Beside the source, its relay on the other host, and behind that one."""
 
@@ -168,7 +169,7 @@ def test_a_rank_that_calls_something_else_is_told(who: int) -> None:
 
         with pytest.raises((cg.CollectiveMismatchError, cg.CollectiveTimeoutError, cg.PeerLostError)):
             calls()
-        assert time.monotonic() - begun < 30
+        in_time(time.monotonic() - begun, 3 * 3 + 2)
 
     on(4, body, nodes=2)
 

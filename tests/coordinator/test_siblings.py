@@ -12,6 +12,7 @@ import torch
 
 import commgraph as cg
 from commgraph.testing import spmd
+from tests.helpers import again_if_late, in_time
 
 
 def test_operations_of_a_sibling_overlap_with_those_of_the_first() -> None:
@@ -95,6 +96,7 @@ def test_ranks_that_give_other_names_and_names_that_are_none() -> None:
     spmd(run, 2)
 
 
+@again_if_late
 def test_a_name_that_is_none_on_one_rank_is_an_error_on_all_at_once() -> None:
     def run(world: cg.World) -> None:
         tp = world.context(cg.Layout(2, tp=2), name="a").tp
@@ -105,7 +107,7 @@ def test_a_name_that_is_none_on_one_rank_is_an_error_on_all_at_once() -> None:
         else:
             with pytest.raises(cg.BuildError, match=r"sibling 'x' of group .*rank 1 could not build it: ValueError: .*name=''"):
                 tp.sibling("x")
-        assert time.monotonic() - begun < 20
+        in_time(time.monotonic() - begun, 2)
         assert tp.sibling("x").all_reduce(torch.ones(1)).item() == 2
 
     spmd(run, 2)

@@ -21,7 +21,7 @@ from commgraph.assembly import Terms
 from commgraph.coordinator import GroupCoordinator
 from commgraph.testing import spmd
 from commgraph.testing.spmd import ThreadStore
-from tests.helpers import on, until, until_it_waits
+from tests.helpers import again_if_late, in_time, on, until, until_it_waits
 
 Call = Callable[[GroupCoordinator], Any]
 STRATEGIES = pytest.mark.parametrize("strategy", ["shm", "gloo", "tcp"])
@@ -568,6 +568,7 @@ def test_a_context_leaves_beside_calls(strategy: str) -> None:
 
 @STRATEGIES
 @pytest.mark.parametrize("first", [0, 1], ids=["where it waits", "elsewhere"])
+@again_if_late
 def test_close_ends_a_call_that_waits(strategy: str, first: int, caplog: pytest.LogCaptureFixture) -> None:
     """Whichever rank closes first: the call ends in ContextClosedError, and both close within seconds."""
     waits: dict[str, Call] = {
@@ -588,7 +589,7 @@ def test_close_ends_a_call_that_waits(strategy: str, first: int, caplog: pytest.
             began = time.monotonic()
             context.close()
             assert context.closed
-            assert time.monotonic() - began < 10
+            in_time(time.monotonic() - began, 3)
             thread.join()
             assert [type(error) for error in errors] == [cg.ContextClosedError] * (world.rank == 0), (name, errors)
 

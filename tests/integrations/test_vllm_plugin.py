@@ -19,7 +19,7 @@ from commgraph.integrations import vllm
 from commgraph.integrations.vllm.communicator import Operations
 from commgraph.integrations.vllm.queue import EngineQueue
 from commgraph.testing import spmd
-from tests.helpers import ROOT
+from tests.helpers import ROOT, again_if_late, in_time
 
 PLUGIN = "commgraph.integrations.vllm"
 
@@ -144,6 +144,7 @@ def test_messages_in_a_batch() -> None:
     spmd(body, 2)
 
 
+@again_if_late
 def test_destroying_is_bounded_where_the_others_do_not_come() -> None:
     destroyed = threading.Event()
 
@@ -158,7 +159,7 @@ def test_destroying_is_bounded_where_the_others_do_not_come() -> None:
         return time.monotonic() - begun
 
     first, _ = spmd(body, 2)
-    assert first < 30
+    in_time(first, 7)
 
 
 def test_uneven_sizes_are_compiled_without_a_break() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import again_if_late, in_time
 from tests.hosts import Host, joined, relayed, why_impossible
 from tests.launch.test_over_hosts import finish, ranks_of
 
@@ -19,8 +20,8 @@ PROGRAM = str(Path(__file__).parent.parent / "programs" / "cases_over_hosts.py")
 reason = why_impossible()
 pytestmark = [pytest.mark.skipif(reason is not None, reason=str(reason)), pytest.mark.timeout(240), pytest.mark.hosts]
 
-# Seconds that a failure may take beyond its deadline, and what a busy machine adds.
-BEYOND, BUSY = 2.0, 2.0
+# Seconds that a failure may take beyond its deadline.
+BEYOND = 2.0
 KEY = {"COMMGRAPH_AUTHKEY": "a secret"}
 
 
@@ -84,20 +85,22 @@ def test_a_network_of_ipv6_alone(place: str) -> None:
 
 
 @pytest.mark.parametrize("place", ["nowhere.invalid", "10.77.0.99"])
+@again_if_late
 def test_a_master_that_is_nobody(place: str) -> None:
     with joined(2) as hosts:
         said = results(hosts, "environment", {"SECONDS_TO_BUILD": "3"}, place=place)
     for one in said:
         assert (one["raised"], place in one["text"], one["text"].count("\n")) == ("BuildError", True, 0), said
-        assert one["seconds"] < 3 + BEYOND + BUSY, said
+        in_time(one["seconds"], 3 + BEYOND, said)
 
 
+@again_if_late
 def test_nobody_comes_from_the_other_host() -> None:
     with joined(2) as hosts:
         (one,) = results(hosts, "environment", {"SECONDS_TO_BUILD": "3"}, ranks=[0])
     assert one["raised"] == "BuildError"
     assert "rank 1 of 2 did not come within 3 s" in one["text"]
-    assert one["seconds"] < 3 + BEYOND + BUSY
+    in_time(one["seconds"], 3 + BEYOND)
 
 
 # Builds that fail.
@@ -111,6 +114,7 @@ def test_nobody_comes_from_the_other_host() -> None:
         ("store_death", 1, "the store that the ranks meet in failed.*Rank 0"),
     ],
 )
+@again_if_late
 def test_a_build_that_fails_on_one_host_names_its_rank_on_the_other(case: str, left: int, words: str) -> None:
     with joined(2) as hosts:
         said = results(hosts, case, {"SECONDS_TO_BUILD": "6"})
@@ -118,7 +122,7 @@ def test_a_build_that_fails_on_one_host_names_its_rank_on_the_other(case: str, l
     assert one["raised"] == "BuildError", said
     assert re.search(words, one["text"]), said
     # From the start of the process on: the world, and then the context until its deadline.
-    assert one["seconds"] < 2 * 6 + BEYOND + BUSY, said
+    in_time(one["seconds"], 2 * 6 + BEYOND, said)
 
 
 def test_torchrun_ends_on_both_hosts_where_the_ranks_of_one_fail() -> None:
@@ -160,12 +164,13 @@ def test_any_object_with_a_key() -> None:
 
 
 @pytest.mark.parametrize("other", [{"COMMGRAPH_AUTHKEY": "another secret"}, {}], ids=["other keys", "one key"])
+@again_if_late
 def test_keys_that_differ_are_told_at_build(other: Mapping[str, str]) -> None:
     with joined(2) as hosts:
         said = results(hosts, "environment", {**KEY, "SECONDS_TO_BUILD": "5"}, {**other, "SECONDS_TO_BUILD": "5"})
     assert all(one["raised"] in ("LayoutMismatchError", "BuildError") for one in said), said
     assert any("authkey" in one["text"] for one in said), said
-    assert all(one["seconds"] < 5 + BEYOND + BUSY for one in said), said
+    in_time(max(one["seconds"] for one in said), 5 + BEYOND, said)
 
 
 # Queues.

@@ -31,7 +31,7 @@ from commgraph.errors import BuildError
 from commgraph.hosts import Hosts, Identity, Probe, alone, group_by_verdicts
 from commgraph.meeting import Meeting
 from commgraph.processes import Process
-from tests.helpers import may_unshare
+from tests.helpers import again_if_late, may_unshare, within
 from tests.processes import Processes, outputs
 
 TIMEOUT = timedelta(seconds=30)
@@ -206,12 +206,11 @@ def test_identities_that_differ_anywhere_are_not_tried(field: str) -> None:
 
 
 @pytest.mark.parametrize("make", [hash_store, tcp_store])
+@again_if_late
 def test_ranks_that_do_not_come_are_named(make: Callable[[], Any]) -> None:
     store = make()
-    began = time.monotonic()
-    with pytest.raises(BuildError) as caught:
+    with within(0.5 + 2), pytest.raises(BuildError) as caught:
         discover(store, 7, 30, timeout=timedelta(seconds=0.5))
-    assert time.monotonic() - began < 20
     assert "rank 7: the world: ranks 0, 1, 2, 3, 4, 5, 6, 8, " in str(caught.value)
     assert "and 13 more of 30 did not come within 0.5 s" in str(caught.value)
     assert "MASTER_ADDR" in str(caught.value)

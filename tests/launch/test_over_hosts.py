@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import again_if_late, in_time
 from tests.hosts import Host, joined, why_impossible
 
 PROGRAM = str(Path(__file__).parent.parent / "programs" / "over_hosts.py")
@@ -139,6 +140,7 @@ def test_an_address_that_reaches_nobody_is_named() -> None:
     assert all("no connection to rank" in output and "listens at 10.99.0." in output for output in outputs), "\n".join(outputs)
 
 
+@again_if_late
 def test_a_rank_that_dies_on_another_host_is_heard() -> None:
     with joined(2) as hosts:
         common = {"WORLD_SIZE": "2", "MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29514"}
@@ -149,10 +151,11 @@ def test_a_rank_that_dies_on_another_host_is_heard() -> None:
     assert processes[1].returncode == -9, second
     said = json.loads(next(line for line in first.splitlines() if line.startswith("{")))
     assert said["lost"] == 1, first
-    assert said["seconds"] < 5, first
+    in_time(said["seconds"], 5, first)
 
 
 @more
+@again_if_late
 def test_a_host_that_vanishes_is_noticed() -> None:
     with joined(2) as hosts:
         common = {"WORLD_SIZE": "2", "MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29515"}
@@ -168,7 +171,7 @@ def test_a_host_that_vanishes_is_noticed() -> None:
     for rank, output in enumerate(outputs):
         said = json.loads(next((line for line in output.splitlines() if line.startswith("{")), "{}"))
         assert said.get("lost") == 1 - rank, output
-        assert said["seconds"] < 25, output
+        in_time(said["seconds"], 20, output)
 
 
 @more

@@ -36,6 +36,9 @@ import commgraph.testing
 from commgraph.coordinator import GroupCoordinator
 from commgraph.testing import Fault, inject_faults
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.helpers import TooLateError, in_time
+
 NOISE = re.compile(r"resource_tracker|Traceback|leaked|terminate called|Segmentation|Fatal|Aborted|Exception ignored")
 # What a rank says that closes without its peers.
 EXPECTED = re.compile(r"was closed (on rank \d+ )?without its peers|^\s+(rank \d|no word)|^\s*$")
@@ -48,15 +51,6 @@ class Become(BaseException):
     def __init__(self, run: Callable[[], None]) -> None:
         super().__init__()
         self.run = run
-
-
-class Late(Exception):  # noqa: N818 - the machine may have been busy: whoever asked for the scenario asks again
-    """Something took longer than it may."""
-
-
-def in_time(seconds: float, limit: float, what: str) -> None:
-    if seconds >= limit:
-        raise Late(f"{what} took {seconds:.2f} s, and may take {limit:g} s")
 
 
 class Skip(Exception):  # noqa: N818 - no error
@@ -361,7 +355,7 @@ def kills(cycles: int, seed: int) -> str:
     for cycle in range(cycles):
         try:
             line = kill_one(seed + cycle)
-        except Late:
+        except TooLateError:
             raise
         except Exception as error:
             raise AssertionError(f"cycle of seed {seed + cycle}: {error}") from error
@@ -738,7 +732,7 @@ def cpu() -> str:
         idle, busy = ranks.find(0, "idle")["idle"], ranks.find(0, "busy")["busy"]
         ranks.finish()
     if idle >= 0.01 or busy >= 0.1:
-        raise Late(f"an idle reader used {idle:.2%} of a core, one of 100 messages/s {busy:.2%}")
+        raise TooLateError(f"an idle reader used {idle:.2%} of a core, one of 100 messages/s {busy:.2%}")
     return f"idle {idle:.2%}, at 100 messages/s {busy:.2%}"
 
 
@@ -922,7 +916,7 @@ def serve() -> None:
                 answer = ["fine", SCENARIOS[name](*arguments)]
             except Skip as skip:
                 answer = ["skip", str(skip)]
-            except Late as late:
+            except TooLateError as late:  # the machine may have been busy: whoever asked for the scenario asks again
                 answer = ["late", str(late)]
             except Exception:
                 answer = ["wrong", traceback.format_exc()[-10_000:]]

@@ -66,34 +66,34 @@ def from_env_file(path: str, port: int) -> None:
     cg.World.from_env({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, init_method=f"file://{path}")
 
 
-def queue_ready(path: str, port: int) -> None:
-    cg.MessageQueue.create(1).wait_until_ready(60)
+MEETINGS = (connect_client, connect_server, connect_file, from_store_tcp, from_store_file, from_store_hash, from_env, from_env_file)
+
+# Waits of a queue, given both its sides, and how the queue is made.
 
 
-def queue_dequeue(path: str, port: int) -> None:
-    queue = cg.MessageQueue.create(1)
-    reader = cg.MessageQueue.attach(queue.handle, 0)
+def queue_ready(queue: cg.MessageQueue, reader: None) -> None:
+    queue.wait_until_ready(60)
+
+
+def queue_dequeue(queue: cg.MessageQueue, reader: cg.MessageQueue) -> None:
     reader.dequeue(timeout=60)
 
 
-def queue_enqueue(path: str, port: int) -> None:
-    queue = cg.MessageQueue.create(1, chunk_bytes=4096, chunks=2)
-    reader = cg.MessageQueue.attach(queue.handle, 0)
+def queue_enqueue(queue: cg.MessageQueue, reader: cg.MessageQueue) -> None:
     for _ in range(100):
         queue.enqueue(bytes(4000), timeout=60)
-    reader.close()
 
 
-def queue_remote(path: str, port: int) -> None:
-    queue = cg.MessageQueue.create(1, n_local_readers=0, address="127.0.0.1", authkey=b"k" * 32)
-    reader = cg.MessageQueue.attach(queue.handle, 0, authkey=b"k" * 32)
+def queue_remote(queue: cg.MessageQueue, reader: cg.MessageQueue) -> None:
     reader.dequeue(timeout=60)
 
 
-ALONE = (
-    *(connect_client, connect_server, connect_file, from_store_tcp, from_store_file, from_store_hash, from_env, from_env_file),
-    *(queue_ready, queue_dequeue, queue_enqueue, queue_remote),
-)
+QUEUES: dict[Callable[[Any, Any], None], dict[str, Any]] = {
+    queue_ready: {},
+    queue_dequeue: {},
+    queue_enqueue: {"chunk_bytes": 4096, "chunks": 2},
+    queue_remote: {"n_local_readers": 0, "address": "127.0.0.1", "authkey": b"k" * 32},
+}
 
 # Builds in a world that has met.
 
@@ -226,8 +226,16 @@ def say(kind: str, name: str, found: dict[str, Any]) -> None:
 
 
 def wait_alone(path: str) -> None:
-    for one in ALONE:
+    for one in MEETINGS:
         say("alone", one.__name__, measured(partial(one, f"{path}-{one.__name__}", free_port())))
+    for wait, made in QUEUES.items():
+        queue = cg.MessageQueue.create(1, **made)
+        # Without a reader nobody is ready.
+        reader = None if wait is queue_ready else cg.MessageQueue.attach(queue.handle, 0, authkey=made.get("authkey"))
+        say("alone", wait.__name__, measured(partial(wait, queue, reader)))
+        for side in (reader, queue):
+            if side is not None:
+                side.close(timeout=0)
 
 
 def wait_in_operations(world: cg.World, kind: str) -> None:

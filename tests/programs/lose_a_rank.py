@@ -16,17 +16,17 @@ victim, place = int(sys.argv[1]), sys.argv[2]
 world = cg.World.from_env(timeout=timedelta(seconds=60))
 ctx = world.context(cg.Layout(world.size, tp=world.size), name="a")
 ctx.tp.barrier()
+killed_at = ctx.tp.broadcast_object(time.monotonic() + 0.5, victim)  # by the clock that all processes of a host share
 if world.rank == victim:
-    time.sleep(0.5)
+    time.sleep(max(killed_at - time.monotonic(), 0))
     os.kill(os.getpid(), signal.SIGKILL)
-begun = time.monotonic()
 try:
     if place == "all_reduce":
         ctx.tp.all_reduce(torch.ones(1000))
     else:
         ctx.tp.recv_object(victim)
 except cg.CollectiveError as error:
-    heard = f"{type(error).__name__} {error.rank} {time.monotonic() - begun:.1f}"
+    heard = f"{type(error).__name__} {error.rank} {time.monotonic() - killed_at:.1f}"
 else:
     heard = "nothing"
 begun = time.monotonic()

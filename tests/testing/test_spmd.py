@@ -19,6 +19,7 @@ import torch.distributed as dist
 import commgraph as cg
 from commgraph.meeting import Meeting
 from commgraph.testing import spmd
+from tests.helpers import again_if_late, within
 from tests.processes import Processes, outputs
 
 
@@ -135,6 +136,7 @@ PLACES = (
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
 @pytest.mark.parametrize("delay", [0.0, 0.3])
+@again_if_late
 def test_the_first_failure_is_raised_and_the_others_are_released(place: Callable[[cg.World], None], delay: float) -> None:
     def run(world: cg.World) -> None:
         if world.rank == 3:
@@ -142,15 +144,14 @@ def test_the_first_failure_is_raised_and_the_others_are_released(place: Callable
             raise KeyError("mine")
         place(world)
 
-    begun = time.monotonic()
-    with pytest.raises(KeyError, match="mine") as caught:
+    with within(delay + 2), pytest.raises(KeyError, match="mine") as caught:
         spmd(run, 4)
-    assert time.monotonic() - begun < 20
     assert caught.value.__notes__ == ["(raised on rank 3 of 4)"]
     assert any(entry.name == "run" and "test_spmd" in str(entry.path) for entry in caught.traceback)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+@again_if_late
 def test_a_failure_before_a_world_is_complete(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rank fails while it connects: the others wait for it in the store."""
     from commgraph import building
@@ -163,11 +164,9 @@ def test_a_failure_before_a_world_is_complete(rank: int, monkeypatch: pytest.Mon
         return connect(self, uid, ranks, meeting, options)
 
     monkeypatch.setattr(building.Builder, "connect", fail)
-    begun = time.monotonic()
-    with pytest.raises(OSError, match="no network") as caught:
+    with within(2), pytest.raises(OSError, match="no network") as caught:
         spmd(lambda world: None, 3)
     assert caught.value.__notes__ == [f"(raised on rank {rank} of 3)"]
-    assert time.monotonic() - begun < 20
 
 
 def test_the_first_of_several_failures() -> None:
@@ -202,19 +201,20 @@ def test_pytest_outcomes_pass_through() -> None:
 
 
 @pytest.mark.parametrize("place", [in_a_store_wait, in_a_store_get], ids=lambda place: place.__name__)
+@again_if_late
 def test_the_time_of_a_run_is_limited_and_the_message_says_where_each_rank_was(place: Callable[[cg.World], None]) -> None:
     def run(world: cg.World) -> None:
         if world.rank != 1:
             place(world)
 
-    begun = time.monotonic()
-    with pytest.raises(cg.CollectiveTimeoutError, match=r"ranks 0, 1, 2 of 3 were not done after 1 s") as caught:
+    # After the deadline the ranks are released, and the whole run ends.
+    with within(1 + 4), pytest.raises(cg.CollectiveTimeoutError, match=r"ranks 0, 1, 2 of 3 were not done after 1 s") as caught:
         spmd(run, 3, timeout=1)
-    assert time.monotonic() - begun < 20
     assert "commgraph-rank-2" in str(caught.value)
     assert "spmd.py" in str(caught.value)
 
 
+@again_if_late
 def test_the_time_of_a_run_is_the_default_deadline_of_its_operations() -> None:
     gave_up = threading.Event()
 
@@ -227,12 +227,11 @@ def test_the_time_of_a_run_is_the_default_deadline_of_its_operations() -> None:
         finally:
             gave_up.set()
 
-    begun = time.monotonic()
-    with pytest.raises(cg.CollectiveTimeoutError):
+    with within(1 + 2), pytest.raises(cg.CollectiveTimeoutError):
         spmd(run, 2, timeout=1)
-    assert time.monotonic() - begun < 20
 
 
+@again_if_late
 def test_an_interrupt_of_the_caller_releases_the_ranks() -> None:
     """Ctrl-C while the ranks wait for each other."""
 
@@ -248,13 +247,11 @@ def test_an_interrupt_of_the_caller_releases_the_ranks() -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGUSR1, interrupt)
-    begun = time.monotonic()
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with within(0.4 + 2), pytest.raises(KeyboardInterrupt):
             spmd(run, 2)
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert time.monotonic() - begun < 20
 
 
 # Several runs.

@@ -21,7 +21,7 @@ import commgraph as cg
 from commgraph import meeting
 from commgraph.testing import spmd
 from commgraph.testing.spmd import ThreadStore
-from tests.helpers import CountingStore, same
+from tests.helpers import CountingStore, again_if_late, in_time, same, within
 
 
 def outcomes(fn: Callable[[cg.World], Any], world_size: int, *, timeout: float = 20) -> list[Any]:
@@ -289,13 +289,14 @@ class Failing(cg.CpuPlatform):
 
 @pytest.mark.parametrize("bad", [0, 3])
 @pytest.mark.parametrize("error", [cg.BackendUnavailableError("no such device"), RuntimeError("driver exploded"), OSError("disk")])
+@again_if_late
 def test_one_rank_that_fails_in_a_build_fails_it_on_all(bad: int, error: Exception) -> None:
     def run(world: cg.World) -> Any:
         begun = time.monotonic()
         try:
             world.context(cg.Layout(4, tp=2, pp=2), name="a", platform=Failing(bad, error))
         except Exception as raised:
-            assert time.monotonic() - begun < 20
+            in_time(time.monotonic() - begun, 2)
             # Nothing is left half made, and the next build works.
             with world.context(cg.Layout(4, tp=2, pp=2), name="a") as ctx:
                 assert int(ctx.tp.all_reduce(torch.tensor(1))) == 2
@@ -323,19 +324,21 @@ def test_one_rank_that_fails_in_a_build_fails_it_on_all(bad: int, error: Excepti
         ({"options": cg.CommunicatorOptions(backend="nccl")}, cg.BuildError, "nccl"),
     ],
 )
+@again_if_late
 def test_a_wrong_argument_on_one_rank_raises_on_all_at_once(bad: int, asked: dict[str, Any], kind: type[Exception], text: str) -> None:
     def build(world: cg.World) -> Any:
         mine = {"layout": cg.Layout(3, tp=3), **(asked if world.rank == bad else {})}
         return world.context(mine.pop("layout"), name="a", **mine)
 
-    begun = time.monotonic()
-    for rank, error in enumerate(outcomes(build, 3)):
+    with within(2):
+        errors = outcomes(build, 3)
+    for rank, error in enumerate(errors):
         assert isinstance(error, kind if rank == bad else cg.BuildError), error
         assert text in str(error)
-    assert time.monotonic() - begun < 20
 
 
 @pytest.mark.parametrize("absent", [0, 2])
+@again_if_late
 def test_a_rank_that_never_comes_is_named_within_the_timeout(absent: int) -> None:
     store, given_up = ThreadStore(), threading.Barrier(3)
 
@@ -362,7 +365,7 @@ def test_a_rank_that_never_comes_is_named_within_the_timeout(absent: int) -> Non
         thread.join(40)
     present = [results[rank] for rank in range(3) if rank != absent]
     assert present[0][0] >= 1.5, present
-    assert all(seconds < 20 for seconds, _ in present), present
+    in_time(max(seconds for seconds, _ in present), 1.5 + 2)
 
 
 def test_a_strategy_that_only_one_rank_has_is_found_at_build() -> None:
@@ -581,6 +584,7 @@ def test_one_group_of_a_context_is_closed_alone() -> None:
     spmd(run, 2)
 
 
+@again_if_late
 def test_an_exception_inside_a_context_releases_its_peers_and_spares_the_world() -> None:
     def run(world: cg.World) -> Any:
         begun = time.monotonic()
@@ -590,21 +594,21 @@ def test_an_exception_inside_a_context_releases_its_peers_and_spares_the_world()
                     raise ZeroDivisionError
                 ctx.tp.all_reduce(torch.ones(1))
         except (ZeroDivisionError, cg.PeerLostError) as error:
-            assert time.monotonic() - begun < 20
+            in_time(time.monotonic() - begun, 2)
             return type(error), world.group.all_gather_object(world.rank)
 
     assert spmd(run, 2) == [(ZeroDivisionError, [0, 1]), (cg.PeerLostError, [0, 1])]
 
 
+@again_if_late
 def test_closing_with_a_broken_group_does_not_wait() -> None:
     def run(world: cg.World) -> Any:
         ctx = world.context(cg.Layout(2, tp=2), name="a")
         call = ctx.tp.all_reduce if world.rank == 0 else ctx.tp.all_gather
         with pytest.raises(cg.CollectiveError):
             call(torch.ones(1), timeout=0.3)
-        begun = time.monotonic()
-        ctx.close()
-        assert time.monotonic() - begun < 20
+        with within(2):
+            ctx.close()
         with world.context(cg.Layout(2, tp=2), name="a") as again:  # not even the name is lost
             return int(again.tp.all_reduce(torch.tensor(1)))
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from commgraph.reach import Reach
 from commgraph.rendezvous import open_store
 from commgraph.shm import native_module
 from commgraph.testing import spmd
-from tests.helpers import TooLateError, again_if_late, free_port
+from tests.helpers import again_if_late, free_port, in_time, within
 from tests.processes import PROGRAMS, Processes
 
 pytestmark = pytest.mark.skipif(native_module.load() is None, reason="there is no native module")
@@ -312,13 +313,13 @@ def check(said: Sequence[Mapping[str, Any]], fates: Mapping[int, str], size: int
 def test_three_of_four_processes_go_on_when_the_one_with_the_store_was_killed(processes: Processes) -> None:
     fates = {0: "work"}
     took = check(run(fates, 4, f"tcp://127.0.0.1:{free_port()}", processes), fates, 4)
-    if max(took) > 3:
-        raise TooLateError(f"{took} s")
+    in_time(max(took), 3)
 
 
+@again_if_late
 def test_a_process_that_was_stopped_and_goes_on_is_refused_everywhere(tmp_path: Path, processes: Processes) -> None:
     fates = {1: "stop"}
-    said = run(fates, 3, f"file://{tmp_path}/store", processes, seconds=1.5)
+    said = run(fates, 3, f"file://{mkdtemp(dir=tmp_path)}/store", processes, seconds=1.5)
     check(said, fates, 3)
     refused = {one["call"]: one for one in said if "call" in one}
     assert {name: one["error"] for name, one in refused.items()} == {
@@ -328,7 +329,7 @@ def test_a_process_that_was_stopped_and_goes_on_is_refused_everywhere(tmp_path: 
     }
     assert "ranks 0, 2 go on without this rank" in refused["context"]["text"]
     assert "ranks 0, 2 go on without this rank" in refused["survivors"]["text"]
-    assert all(one["seconds"] < 5 for one in refused.values()), refused
+    in_time(max(one["seconds"] for one in refused.values()), 3, refused)
 
 
 @pytest.mark.slow
@@ -421,6 +422,7 @@ def test_an_exception_leaves_the_world_of_the_survivors_as_well() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+@again_if_late
 def test_a_new_process_that_dies_with_its_rank_ends_the_growth() -> None:
     """It has a rank, and was not seen as one. Another one died between its two words, and is not waited for."""
 
@@ -437,10 +439,8 @@ def test_a_new_process_that_dies_with_its_rank_ends_the_growth() -> None:
     children: list[Any] = []
 
     def program(world: cg.World) -> float:
-        begun = time.monotonic()
-        with pytest.raises(cg.BuildError, match=r"rank 2 \(.*a new one, died before all ranks had come"):
+        with within(3), pytest.raises(cg.BuildError, match=r"rank 2 \(.*a new one, died before all ranks had come"):
             world.grow(1, announce=announce, timeout=60)
-        assert time.monotonic() - begun < 30
         return float(world.group.all_reduce(torch.ones(1)))
 
     assert spmd(program, 2) == [2.0, 2.0]

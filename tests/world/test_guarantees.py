@@ -296,6 +296,7 @@ def test_sixty_four_ranks_with_real_data_in_one_process() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("commgraph")]
 
 
+@again_if_late
 def test_a_fault_is_injected_and_told_by_rank() -> None:
     """The rank that failed is named, the others are released at once."""
 
@@ -306,10 +307,8 @@ def test_a_fault_is_injected_and_told_by_rank() -> None:
             raise OSError("injected")
         ctx.tp.all_reduce(torch.ones(3))
 
-    started = time.monotonic()
-    with pytest.raises(OSError, match="injected") as caught:
+    with within(2), pytest.raises(OSError, match="injected") as caught:
         spmd(program, 8)
-    assert time.monotonic() - started < 20
     assert any("rank 5 of 8" in note for note in caught.value.__notes__)
 
 

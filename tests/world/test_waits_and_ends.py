@@ -19,7 +19,7 @@ import commgraph as cg
 from commgraph.coordinator import GroupCoordinator
 from commgraph.shm import queue_sides
 from commgraph.testing import spmd
-from tests.helpers import ROOT, on, within
+from tests.helpers import ROOT, again_if_late, on, within
 
 # A coordinator and its world.
 
@@ -167,6 +167,7 @@ def until_late(call: Callable[[], object]) -> None:
     raise AssertionError("it is never late")
 
 
+@again_if_late
 def test_a_queue_that_waits_long_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(queue_sides, "_SAY_NS", 50_000_000)
     with cg.MessageQueue.create(1) as queue:
@@ -183,7 +184,7 @@ def test_a_queue_that_waits_long_says_so(monkeypatch: pytest.MonkeyPatch, caplog
             assert "has waited for 0.05 s for the writer" in caplog.text
             assert "has waited for 0.1 s for the writer" in caplog.text
             caplog.clear()
-            with within(20):
+            with within(3):
                 until_late(lambda: queue.enqueue(b"x" * 20_000, timeout=0.2))
             assert "enqueue on message queue" in caplog.text
             assert "for reader 0 to make room" in caplog.text

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import attrs
@@ -26,7 +27,7 @@ from hypothesis import strategies as st
 
 import commgraph as cg
 from commgraph.testing import spmd
-from tests.helpers import free_port
+from tests.helpers import again_if_late, free_port, in_time, within
 from tests.processes import Processes, outputs
 
 SOON = timedelta(seconds=20)
@@ -248,19 +249,18 @@ def test_what_cannot_be_a_launch(call: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("way", ["file", "store", "serve"])
+@again_if_late
 def test_ranks_that_never_come_are_named_in_time(way: str, tmp_path: Path) -> None:
-    method = {"file": f"file://{tmp_path}/meet", "serve": f"tcp://127.0.0.1:{free_port()}"}
+    method = {"file": f"file://{mkdtemp(dir=tmp_path)}/meet", "serve": f"tcp://127.0.0.1:{free_port()}"}
 
     def make() -> cg.World:
         if way == "store":
             return cg.World.from_store(dist.HashStore(), rank=0, world_size=3, timeout=MOMENT)
         return cg.World.connect(method[way], rank=0, world_size=3, timeout=MOMENT)
 
-    begun = time.monotonic()
-    with pytest.raises(cg.BuildError, match=r"1, 2") as caught:
+    with within(MOMENT.total_seconds() + 2), pytest.raises(cg.BuildError, match=r"1, 2") as caught:
         make()
     assert "2 of 3" in str(caught.value)
-    assert time.monotonic() - begun < 20
 
 
 def test_nobody_serves_or_somebody_else_does() -> None:
@@ -467,6 +467,7 @@ def test_what_cannot_be_split() -> None:
     spmd(run, 2)
 
 
+@again_if_late
 def test_a_rank_that_never_comes_to_a_split_is_a_build_error() -> None:
     store, given_up = dist.HashStore(), threading.Event()
 
@@ -484,7 +485,9 @@ def test_a_rank_that_never_comes_to_a_split_is_a_build_error() -> None:
         finally:
             world.close(timeout=timedelta(seconds=5))
 
-    assert all(1.5 < seconds < 20 for seconds in together(lambda: run(0), lambda: run(1)))
+    took = together(lambda: run(0), lambda: run(1))
+    assert min(took) > 1.5
+    in_time(max(took), 2 + 2)
 
 
 def test_closing_a_world_closes_its_splits_and_their_contexts() -> None:
@@ -529,6 +532,7 @@ def test_use_after_close_and_closing_twice_with_one_rank() -> None:
             call()
 
 
+@again_if_late
 def test_an_exception_in_a_with_statement_releases_the_peers_at_once() -> None:
     store = dist.HashStore()
 
@@ -540,9 +544,8 @@ def test_an_exception_in_a_with_statement_releases_the_peers_at_once() -> None:
                 raise ZeroDivisionError
             ctx.tp.all_reduce(torch.ones(1))
 
-    begun = time.monotonic()
-    first, raiser, last = together(*(lambda r=r: run(r) for r in range(3)))
-    assert time.monotonic() - begun < 20
+    with within(2):
+        first, raiser, last = together(*(lambda r=r: run(r) for r in range(3)))
     assert isinstance(raiser, ZeroDivisionError)
     # The one that raised, or one that it took along.
     assert isinstance(first, cg.PeerLostError)
@@ -551,6 +554,7 @@ def test_an_exception_in_a_with_statement_releases_the_peers_at_once() -> None:
     assert last.rank in (0, 1)
 
 
+@again_if_late
 def test_closing_without_the_others_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
     """Rank 1 is busy elsewhere and never closes: rank 0 waits as long as it was told, then leaves, and says so."""
     store = dist.HashStore()
@@ -572,8 +576,9 @@ def test_closing_without_the_others_is_bounded(caplog: pytest.LogCaptureFixture)
         return time.monotonic() - begun
 
     first, second = together(lambda: run(0), lambda: run(1))
-    assert 1 <= first < 20
-    assert second < 15, "the peer was known to be gone"
+    assert first >= 1
+    in_time(first, 2 * (MOMENT.total_seconds() + 2))  # of the context, then of the world
+    in_time(second, 2, "to close where the peer is known to be gone")
     assert "was closed on rank 0 without its peers" in caplog.text
 
 
