@@ -27,7 +27,7 @@ from commgraph.communicators.gloo_transport import GlooTransport
 from commgraph.communicators.tags import SETUP, make_tag
 from commgraph.communicators.tcp_transport import TcpTransport
 from commgraph.communicators.transport import Transport
-from commgraph.coordinator.recorded import GroupRecorder
+from commgraph.coordinator.recorded import GroupRecords
 from commgraph.coordinator.state import GroupState, Members, Network, Strategies, Timeouts
 from commgraph.deadline import Deadline
 from commgraph.errors import BackendUnavailableError, BuildError, ConfigurationError
@@ -308,7 +308,7 @@ class Builder:
             connection.transport.close()
             raise
         if (recorder := self.recording.recorder) is not None and options.recorded(os.environ):
-            state.recorder = GroupRecorder(recorder, uid, ranks, rank_in_group)
+            state.records = GroupRecords(recorder, uid, ranks, rank_in_group)
         self.states.add(state)
         return state
 

@@ -113,7 +113,7 @@ class Recording:
 def _align_clocks(recorder: Recorder, group: GroupCoordinator, nodes: tuple[int, ...]) -> None:
     """The first rank of each other host exchanges objects with rank 0: in the fastest exchange the answer was written in its middle."""
     state, me = group._state, group.rank_in_group
-    kept, state.recorder = state.recorder, None
+    kept, state.records = state.records, None
     try:
         best: tuple[int, int] | None = (0, 0) if nodes[me] == 0 else None
         for node in range(1, max(nodes) + 1):
@@ -136,7 +136,7 @@ def _align_clocks(recorder: Recorder, group: GroupCoordinator, nodes: tuple[int,
         if found is not None:
             recorder.set_clock(*found)
     finally:
-        state.recorder = kept
+        state.records = kept
 
 
 def _where(setting: Any) -> str:

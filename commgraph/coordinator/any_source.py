@@ -48,8 +48,8 @@ def receive_any(group: Group, operation: str, x: torch.Tensor, tag: int, deadlin
 
     def act() -> int | None:
         src = wait()
-        if src is not None and state.recorder is not None:
-            state.recorder.came_from(group.name, src)
+        if src is not None and state.records is not None:
+            state.records[group.name].assign(src)
         return src
 
     def wait() -> int | None:
@@ -103,12 +103,11 @@ def _has_come(src: int | None) -> bool:
 def to_self(group: Group, operation: str, x: torch.Tensor, tag: int) -> None:
     """Keep a copy of x as the next message of this rank to itself."""
     state = group._state
-    recorder = state.recorder
-    if recorder is not None and group.world_size > 1:
-        message = (TENSORS, OUTGOING, tag)
-        token = recorder.begin(group.name, operation, 0, [x], strategy="copy", peer=group.rank_in_group, message=message)
+    if state.records is not None and group.world_size > 1:
+        record = state.records[group.name]
+        token = record.begin(operation, "copy", 0, (TENSORS, OUTGOING, tag), group.rank_in_group, [x])
         if token is not None:
-            recorder.done(token)
+            record.done(token)
     copy = clone(x.detach())
     streams = state.streams(x.device)
     state.own_messages.put(tag, (copy, None if streams is None else streams.record_event()))

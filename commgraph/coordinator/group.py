@@ -176,11 +176,11 @@ class GroupCoordinator(compat.OpaqueBase):
 
     def _open_fast(self, name: str) -> Any:
         if self.world_size > 1:
-            fast, recorder = self._state.fast, self._state.recorder
+            fast, records = self._state.fast, self._state.records
             calls = None if fast is None else fast.open(Describe(OPERATIONS, LISTS, self), self._state.timeouts.host)
-            if calls is not None and recorder is not None:
+            if calls is not None and records is not None:
                 strategy = next((one.name for one in self._state.strategies.communicators if one.serves_host), "")
-                calls.record(recorder.native, recorder.group(name), recorder.native.text(strategy))
+                calls.record(records[name], records.text(strategy))
             return calls
         native = native_module.load()
         return None if native is None else native_calls(native, None, None, 0)

@@ -19,13 +19,11 @@ from commgraph.coordinator.asynchronous import submit
 from commgraph.coordinator.failures import Call
 from commgraph.coordinator.messages import BUFFERED, message_digest
 from commgraph.coordinator.operation import Group, deadline_of, interrupted_by
-from commgraph.coordinator.recorded import TENSORS
 from commgraph.coordinator.state import GroupState
 from commgraph.deadline import Timeout
 from commgraph.shm import native_module
 from commgraph.shm.kinds import KINDS
 from commgraph.shm.mailbox import Mailbox, tensors_with
-from commgraph.shm.recorder import INCOMING, OUTGOING
 from commgraph.shm.stopped import Busy
 
 __all__ = ["NativeMessages"]
@@ -83,20 +81,10 @@ class NativeMessages:
         access = self._mailbox.writing[dst]
         if not access.try_take():
             return False  # another call uses the ring: the general path waits for it, or refuses
-        recorder, token, message = state.recorder, None, (TENSORS, OUTGOING, tag)
         try:
-            if recorder is not None:
-                token = recorder.begin(group.name, "send", 0, x, strategy="shm", peer=dst, message=message)
-            sent = bool(self._calls.send(ring, x, (dst, True, tag), timeout))
-            if recorder is not None and token is not None:
-                if sent:
-                    recorder.done(token)
-                else:
-                    recorder.cancel(token)
-            return sent
+            record = None if state.records is None else state.records[group.name]
+            return self._calls.send(ring, x, (dst, True, tag), timeout, record) is True
         except BaseException as error:
-            if recorder is not None and token is not None:
-                recorder.fail(token)
             self._end(group, "send", x.dtype, x.shape, dst, tag, timeout, error, self._fast)
         finally:
             access.give_back()
@@ -122,23 +110,14 @@ class NativeMessages:
         inbox = self._mailbox.inboxes[src]
         if not inbox.access.try_take():
             return None  # another call uses the ring: the general path waits for it, or refuses
-        recorder, token, message = state.recorder, None, (TENSORS, INCOMING, tag)
         try:
             if inbox.has(tensors_with(tag)):
                 return None
-            if recorder is not None:
-                token = recorder.begin(group.name, "recv", 0, None, strategy="shm", peer=src, message=message)
+            record = None if state.records is None else state.records[group.name]
             # None: another kind of message is asked for, or is next in the ring. The general path handles it.
-            received: torch.Tensor | None = self._calls.recv(ring, size, kind, out, (src, False, tag), timeout)
-            if recorder is not None and token is not None:
-                if received is None:
-                    recorder.cancel(token)
-                else:
-                    recorder.done(token, received)
+            received: torch.Tensor | None = self._calls.recv(ring, size, kind, out, (src, False, tag), timeout, record)
             return received
         except BaseException as error:
-            if recorder is not None and token is not None:
-                recorder.fail(token)
             self._end(group, "recv", dtype, (size,) if type(size) is int else size, src, tag, timeout, error, self._fast)
         finally:
             inbox.pass_turn()
@@ -163,20 +142,11 @@ class NativeMessages:
         if tag and type(x) is torch.Tensor and x.nbytes <= BUFFERED:
             # As through a ring: the receiver may ask for messages of several tags in another order than that in which they are sent.
             return self._offer(group, "send", x, dst, tag, timeout)
-        recorder, token = self._state.recorder, None
+        records = self._state.records
         try:
-            if recorder is not None:
-                token = recorder.begin(group.name, "send", 0, x, strategy="tcp", peer=dst, message=(TENSORS, OUTGOING, tag))
-            sent = bool(self._calls.send_linked(links.messages, x, dst, (dst, True, tag), timeout))
-            if recorder is not None and token is not None:
-                if sent:
-                    recorder.done(token)
-                else:
-                    recorder.cancel(token)
-            return sent
+            record = None if records is None else records[group.name]
+            return self._calls.send_linked(links.messages, x, dst, (dst, True, tag), timeout, record) is True
         except BaseException as error:
-            if recorder is not None and token is not None:
-                recorder.fail(token)
             self._end(group, "send", x.dtype, x.shape, dst, tag, timeout, error, links)
 
     def _recv_linked(
@@ -186,20 +156,12 @@ class NativeMessages:
         assert links is not None
         if self._posted:
             return None  # of receives from any rank, which the general path takes up
-        recorder, token = self._state.recorder, None
+        records, lane = self._state.records, (src, False, tag)
         try:
-            if recorder is not None:
-                token = recorder.begin(group.name, "recv", 0, None, strategy="tcp", peer=src, message=(TENSORS, INCOMING, tag))
-            received: torch.Tensor | None = self._calls.recv_linked(links.messages, size, kind, out, src, (src, False, tag), timeout)
-            if recorder is not None and token is not None:
-                if received is None:
-                    recorder.cancel(token)
-                else:
-                    recorder.done(token, received)
+            record = None if records is None else records[group.name]
+            received: torch.Tensor | None = self._calls.recv_linked(links.messages, size, kind, out, src, lane, timeout, record)
             return received
         except BaseException as error:
-            if recorder is not None and token is not None:
-                recorder.fail(token)
             self._end(group, "recv", dtype, (size,) if type(size) is int else size, src, tag, timeout, error, links)
 
     def swap(
@@ -210,16 +172,18 @@ class NativeMessages:
         kind = KINDS.get(dtype) if type(dtype) is torch.dtype else None
         if links is None or kind is None or device is not None or (out is None and group.device.type != "cpu"):
             return None
-        if state.recorder is not None or not (self._is_linked(dst) and self._is_linked(src)):
+        if not (self._is_linked(dst) and self._is_linked(src)):
             return None
         state.ensure_open(group.name)
         if state.pending.lanes and not (state.pending.is_free(dst, True) and state.pending.is_free(src, False)):
             return None
         if self._posted:
             return None  # of receives from any rank, which the general path takes up
+        there, here = (dst, True, 0), (src, False, 0)
         try:
-            there, here = (dst, True, 0), (src, False, 0)
-            received: torch.Tensor | None = self._calls.swap_linked(links.messages, x, dst, size, kind, out, src, there, here, timeout)
+            record = None if state.records is None else state.records[group.name]
+            received: torch.Tensor | None
+            received = self._calls.swap_linked(links.messages, x, dst, size, kind, out, src, there, here, timeout, record)
         except BaseException as error:
             self._end(group, "sendrecv", dtype, (size,) if type(size) is int else size, src, 0, timeout, error, links)
         return received
@@ -233,20 +197,11 @@ class NativeMessages:
     def _offer(self, group: Group, operation: str, x: torch.Tensor, dst: int, tag: int, timeout: Timeout) -> bool:
         links, state = self._links, self._state
         assert links is not None
-        recorder, token = state.recorder, None
         deadline = deadline_of(group, operation, timeout)
         try:
-            if recorder is not None:
-                token = recorder.begin(group.name, operation, 0, x, strategy="tcp", peer=dst, message=(TENSORS, OUTGOING, tag))
-            sent = self._calls.offer_linked(links.messages, x, dst, (dst, True, tag))
-            if recorder is not None and token is not None:
-                if sent is None:
-                    recorder.cancel(token)
-                else:
-                    recorder.done(token)
+            record = None if state.records is None else state.records[group.name]
+            sent = self._calls.offer_linked(links.messages, x, dst, (dst, True, tag), operation, record)
         except BaseException as error:
-            if recorder is not None and token is not None:
-                recorder.fail(token)
             self._end(group, operation, x.dtype, x.shape, dst, tag, timeout, error, links)
         if sent is not None and sent is not True:
             # The socket took a part of it. A thread sends the rest, of a copy.

@@ -55,7 +55,7 @@ class LinkObjects(NetworkObjects):
         state, net = self._state, self._transport.messages
         return (
             timeout is None
-            and state.recorder is None
+            and state.records is None
             and type(peer) is int
             and 0 <= peer < self._transport.world_size
             and peer != self._transport.rank_in_group
@@ -108,7 +108,7 @@ class LinkObjects(NetworkObjects):
         state, transport = self._state, self._transport
         if (
             timeout is None
-            and state.recorder is None
+            and state.records is None
             and state.comparison is None
             and state.pending.side_streams is None
             and type(src) is int

@@ -30,8 +30,6 @@ from commgraph.coordinator.objects import (
 )
 from commgraph.coordinator.operation import Group, begin, collective, deadline_of, explain, wait_pending
 from commgraph.coordinator.pending import DICTS, OBJECTS
-from commgraph.coordinator.recorded import DICTS as DICT_FAMILY
-from commgraph.coordinator.recorded import OBJECTS as OBJECT_FAMILY
 from commgraph.coordinator.recorded import entry, observed, recorded
 from commgraph.coordinator.spans import span, spanned
 from commgraph.coordinator.state import GroupState
@@ -41,7 +39,7 @@ from commgraph.deadline import Deadline, Timeout
 from commgraph.errors import ConcurrentCallError, ContextClosedError
 from commgraph.shm.mailbox import DICT, OBJECT, PIECES, SIZES, Mailbox
 from commgraph.shm.pickling import buffer_of, loads, tensor_over
-from commgraph.shm.recorder import INCOMING, OUTGOING, bytes_of
+from commgraph.shm.recorder import bytes_of
 from commgraph.shm.stopped import TIMEOUT, Busy, Stopped
 
 __all__ = ["ShmObjects"]
@@ -68,55 +66,42 @@ class ShmObjects(Objects):
     # Objects.
 
     def send(self, group: Group, operation: str, obj: object, dst: Any, timeout: Timeout) -> None:
-        if self._state.recorder is not None or compat.is_profiling():
-            self._send_observed(group, operation, obj, dst, timeout)
-            return
         mailbox = self._open(group)
         dst, timeout_ns = self._begin_message(group, operation, dst, "dst", timeout)
-        parts = self._dumps(group, operation, obj)
+        parts, records = self._dumps(group, operation, obj), self._state.records
+        told = None if records is None else (records[group.name], operation, OBJECT, dst, None)
         try:
-            mailbox.send(dst, OBJECT, 0, parts, timeout_ns)
+            if compat.is_profiling():
+                with span(group, operation):
+                    mailbox.send(dst, OBJECT, 0, parts, timeout_ns, told)
+            else:
+                mailbox.send(dst, OBJECT, 0, parts, timeout_ns, told)
         except BaseException as error:
             self._stop(group, operation, timeout_ns, error)
 
-    @spanned
-    def _send_observed(self, group: Group, operation: str, obj: object, dst: Any, timeout: Timeout) -> None:
-        mailbox = self._open(group)
-        dst, timeout_ns = self._begin_message(group, operation, dst, "dst", timeout)
-        parts = self._dumps(group, operation, obj)
-        with entry(group, operation, peer=dst, message=(OBJECT_FAMILY, OUTGOING, 0), parts=parts):
-            try:
-                mailbox.send(dst, OBJECT, 0, parts, timeout_ns)
-            except BaseException as error:
-                self._stop(group, operation, timeout_ns, error)
-
     def recv(self, group: Group, operation: str, src: Any, timeout: Timeout) -> Any:
-        if self._state.recorder is not None or compat.is_profiling():
-            return self._recv_observed(group, operation, src, timeout)
         mailbox = self._open(group)
         src, timeout_ns = self._begin_message(group, operation, src, "src", timeout)
-        parts = self._receive(group, operation, mailbox, src, timeout_ns)
+        if compat.is_profiling():
+            with span(group, operation):
+                parts = self._receive(group, operation, mailbox, src, timeout_ns)
+        else:
+            parts = self._receive(group, operation, mailbox, src, timeout_ns)
         try:
             return loads(parts[0], parts[1:])
         except Exception as error:
             raise unreadable(group, operation, src, error) from error
 
-    @spanned
-    def _recv_observed(self, group: Group, operation: str, src: Any, timeout: Timeout) -> Any:
-        mailbox = self._open(group)
-        src, timeout_ns = self._begin_message(group, operation, src, "src", timeout)
-        with entry(group, operation, peer=src, message=(OBJECT_FAMILY, INCOMING, 0)) as call:
-            parts = self._receive(group, operation, mailbox, src, timeout_ns)
-            if call is not None:
-                call.came(parts)
-        return _read(group, operation, src, parts)
-
     def _receive(self, group: Group, operation: str, mailbox: Mailbox, src: int, timeout_ns: int) -> list[Any]:
         """Return the parts of the next object from a rank."""
         state, key, turn = self._state, (src, False, OBJECTS), Turn()
+        records = state.records
         try:
             state.begin_message(group.name, operation, key, turn)
-            _, parts = mailbox.receive(src, OBJECT, timeout_ns)
+            if records is None:
+                _, parts = mailbox.receive(src, OBJECT, timeout_ns)
+            else:
+                parts = mailbox.receive_object(src, timeout_ns, (records[group.name], operation, OBJECT, src, None))
             state.waited_in_vain = False
         except BaseException as error:
             self._stop(group, operation, timeout_ns, error, awaited=src)
@@ -124,7 +109,7 @@ class ShmObjects(Objects):
             state.turns.release(key, turn)
         return parts
 
-    @observed
+    @spanned
     def broadcast(self, group: Group, operation: str, obj: object, src: Any, timeout: Timeout) -> Any:
         if (fast := group._fast) is not None and (rings := self._rings) is not None:
             parts = self._broadcast_natively(fast, rings, group, operation, obj, src, timeout)
@@ -150,9 +135,10 @@ class ShmObjects(Objects):
         if type(src) is not int:
             return None
         state, mine = self._state, src == group.rank_in_group
+        record = None if (records := state.records) is None else records[group.name]
         try:
             parts: Sequence[Any] | None = fast.broadcast_object(
-                rings, self._hash(operation, src), src, self._dumps, (group, operation, obj), timeout
+                rings, self._hash(operation, src), src, self._dumps, (group, operation, obj), timeout, record
             )
         except Busy:
             raise state.refused(group.name, operation) from None  # it was not counted
@@ -166,19 +152,18 @@ class ShmObjects(Objects):
             state.waited_in_vain = False
         elif (mailbox := self._mailbox) is not None:
             mailbox.count_broadcast(parts)
-        if state.recorder is not None:
-            self._grow(group, parts)
         return parts
 
-    @observed
+    @spanned
     def all_gather(self, group: Group, operation: str, obj: object, timeout: Timeout) -> list[Any]:
         # Each rank puts its record for all, then reads those of all. As nobody reads before it has put its own, a record that does not fit
         # into its ring is replaced by its sizes, and follows as a tensor.
         me, found = group.rank_in_group, None
         if (fast := group._fast) is not None and (rings := self._rings) is not None:
+            record = None if (kept := self._state.records) is None else kept[group.name]
             try:
                 found = fast.all_gather_object(
-                    rings, self._room, self._hash(operation, None), self._dumps, (group, operation, obj), timeout
+                    rings, self._room, self._hash(operation, None), self._dumps, (group, operation, obj), timeout, record
                 )
             except Busy:
                 raise self._state.refused(group.name, operation) from None
@@ -188,19 +173,18 @@ class ShmObjects(Objects):
         if type(found) is list:
             if (mailbox := self._mailbox) is not None:
                 mailbox.count_broadcast((found[me],))
-            if self._state.recorder is not None:
-                self._grow(group, (found[me],))
             return [obj if rank == me else _read(group, operation, rank, (one,)) for rank, one in enumerate(found)]
         turn = Turn()
         try:
-            if found is None:
-                sequence, timeout_ns = self._begin(group, operation, timeout, turn)
-                parts, records = self._dumps(group, operation, obj), None
-            else:
-                sequence, timeout_ns = self._state.sequence - 1, deadline_of(group, operation, timeout).left_ns()
-                parts, records = found
-            self._grow(group, parts)
-            theirs = self._exchange(group, operation, sequence, parts, records, timeout_ns)
+            with entry(group, operation, sequence=self._state.sequence - (found is not None)):
+                if found is None:
+                    sequence, timeout_ns = self._begin(group, operation, timeout, turn)
+                    parts, records = self._dumps(group, operation, obj), None
+                else:
+                    sequence, timeout_ns = self._state.sequence - 1, deadline_of(group, operation, timeout).left_ns()
+                    parts, records = found
+                self._grow(group, parts)
+                theirs = self._exchange(group, operation, sequence, parts, records, timeout_ns)
         finally:
             self._state.turns.release(None, turn)
             if found is not None:
@@ -249,13 +233,10 @@ class ShmObjects(Objects):
 
     def pack(self, group: Group, operation: str, obj: object, dst: int) -> Callable[[Deadline], None] | None:
         mailbox, state = self._open(group), self._state
-        parts = self._dumps(group, operation, obj)
-        recorder, message = state.recorder, (OBJECT_FAMILY, OUTGOING, 0)
+        parts, records = self._dumps(group, operation, obj), state.records
+        told = None if records is None else (records[group.name], operation, OBJECT, dst, None)
         try:
-            if state.pending.is_idle((dst, True, OBJECTS)) and mailbox.offer(dst, OBJECT, 0, parts):
-                if recorder is not None:
-                    with entry(group, operation, peer=dst, message=message, parts=parts):
-                        pass  # it was sent
+            if state.pending.is_idle((dst, True, OBJECTS)) and mailbox.offer(dst, OBJECT, 0, parts, told):
                 return None
         except BaseException as error:
             self._stop(group, operation, self._timeout_ns, error)
@@ -264,11 +245,10 @@ class ShmObjects(Objects):
 
         def send(deadline: Deadline) -> None:
             timeout_ns = deadline.left_ns()
-            with entry(group, operation, peer=dst, message=message, parts=kept):
-                try:
-                    self._open(group).send(dst, OBJECT, 0, kept, timeout_ns)
-                except BaseException as error:
-                    self._stop(group, operation, timeout_ns, error)
+            try:
+                self._open(group).send(dst, OBJECT, 0, kept, timeout_ns, told)
+            except BaseException as error:
+                self._stop(group, operation, timeout_ns, error)
 
         return send
 
@@ -386,20 +366,11 @@ class ShmObjects(Objects):
         access = mailbox.writing[dst]
         if not access.try_take():
             return False  # another call uses the ring: the general path waits for it, or refuses
-        recorder, token, message = self._state.recorder, None, (DICT_FAMILY, OUTGOING, 0)
+        records = self._state.records
         try:
-            if recorder is not None:
-                token = recorder.begin(group.name, "send_tensor_dict", 0, _plain_bytes(tree), strategy="shm", peer=dst, message=message)
-            sent = mailbox.native.put_dict(mailbox.outgoing[dst], tree, 0, self._timeout_ns, 0) is True
-            if recorder is not None and token is not None:
-                if sent:
-                    recorder.done(token)
-                else:
-                    recorder.cancel(token)
-            return sent
+            told = None if records is None else (records[group.name], "send_tensor_dict", DICT, dst, None)
+            return mailbox.native.put_dict(mailbox.outgoing[dst], tree, 0, self._timeout_ns, 0, told) is True
         except BaseException as error:
-            if recorder is not None and token is not None:
-                recorder.fail(token)
             self._stop(group, "send_tensor_dict", self._timeout_ns, error)
         finally:
             access.give_back()
@@ -408,25 +379,12 @@ class ShmObjects(Objects):
         mailbox = self._open(group)
         if timeout is not None or not self._is_free(mailbox, src, outgoing=False):
             return None
-        key, turn = (src, False, DICTS), Turn()
-        recorder, token, message = self._state.recorder, None, (DICT_FAMILY, INCOMING, 0)
+        records, key, turn = self._state.records, (src, False, DICTS), Turn()
         try:
             self._state.begin_message(group.name, "recv_tensor_dict", key, turn)
-            if recorder is not None:
-                token = recorder.begin(group.name, "recv_tensor_dict", 0, None, strategy="shm", peer=src, message=message)
-            tree: dict[Any, Any] | None = mailbox.receive_next(src, DICT, self._timeout_ns, mailbox.unpack)
-            if recorder is not None and token is not None:
-                if tree is None:
-                    recorder.cancel(token)
-                else:
-                    recorder.done(token, _plain_bytes(tree))
-            return tree
+            told = None if records is None else (records[group.name], "recv_tensor_dict", DICT, src, None)
+            return mailbox.receive_dict(src, self._timeout_ns, told)
         except BaseException as error:
-            if recorder is not None and token is not None:
-                if self._state.failures.broken is None and isinstance(error, Stopped) and error.code == TIMEOUT:
-                    recorder.cancel(token)  # nothing has come yet
-                else:
-                    recorder.fail(token)
             self._stop(group, "recv_tensor_dict", self._timeout_ns, error, awaited=src)
         finally:
             self._state.turns.release(key, turn)
@@ -441,19 +399,12 @@ class ShmObjects(Objects):
         try:
             sequence, timeout_ns = self._begin(group, "broadcast_tensor_dict", None, turn)
             meta, call_id = self._number("broadcast_tensor_dict", sequence, src)
-            recorder, token = state.recorder, None
+            records = state.records
             try:
-                if recorder is not None:
-                    token = recorder.begin(group.name, "broadcast_tensor_dict", sequence, _plain_bytes(tree), strategy="shm", peer=src)
-                if mailbox.native.put_dict(mailbox.mine, tree, meta, timeout_ns, call_id):
-                    if recorder is not None and token is not None:
-                        recorder.done(token)
+                told = None if records is None else (records[group.name], "broadcast_tensor_dict", DICT, src, meta)
+                if mailbox.native.put_dict(mailbox.mine, tree, meta, timeout_ns, call_id, told):
                     return True
-                if recorder is not None and token is not None:
-                    recorder.cancel(token)
             except BaseException as error:
-                if recorder is not None and token is not None:
-                    recorder.fail(token)
                 self._stop(group, "broadcast_tensor_dict", timeout_ns, error, sequence=sequence, take_back=True)
             state.uncount_collective()
         finally:
@@ -547,14 +498,14 @@ class ShmObjects(Objects):
         else:
             sequence, deadline = begin(group, operation, timeout, turn)
             timeout_ns = deadline.left_ns()
-            if (recorder := self._state.recorder) is not None:
-                recorder.number(group.name, sequence)  # after those that were begun before it
+            if (records := self._state.records) is not None:
+                records[group.name].number(sequence)  # after those that were begun before it
         return sequence, timeout_ns
 
     def _grow(self, group: Group, parts: Sequence[Any]) -> None:
         """Add the bytes of parts to the entry of the call under way; of a dict those behind its description."""
-        if (recorder := self._state.recorder) is not None:
-            recorder.add(group.name, bytes_of(parts))
+        if (records := self._state.records) is not None:
+            records[group.name].add(bytes_of(parts))
 
     def _begin_message(self, group: Group, operation: str, peer: Any, name: str, timeout: Timeout) -> tuple[int, int]:
         """Wait for pending messages with that peer; return the peer and the deadline in nanoseconds."""
@@ -582,22 +533,23 @@ class ShmObjects(Objects):
             # The others wait for this call's record, and get that of the next call.
             self._state.uncount_collective()
             raise
-        self._grow(group, parts[1:] if kind == DICT else parts)
+        records = self._state.records
+        told = None if records is None else (records[group.name], operation, kind, group.rank_in_group, meta)
         try:
-            mailbox.broadcast(kind, meta, parts, timeout_ns, call_id)
+            mailbox.broadcast(kind, meta, parts, timeout_ns, call_id, told)
         except BaseException as error:
             self._stop(group, operation, timeout_ns, error, sequence=sequence, take_back=True)
 
     def _get(self, group: Group, operation: str, mailbox: Mailbox, src: int, kind: int, sequence: int, timeout_ns: int) -> list[Any]:
-        meta, call_id = self._number(operation, sequence, src)
+        (meta, call_id), records = self._number(operation, sequence, src), self._state.records
+        told = None if records is None else (records[group.name], operation, kind, src, meta)
         try:
-            found, number, parts = mailbox.receive_broadcast(src, timeout_ns, call_id)
+            found, number, parts = mailbox.receive_broadcast(src, timeout_ns, call_id, told)
             if found != kind or number != meta:
                 raise CallsDiffer(src)
             self._state.waited_in_vain = False
         except BaseException as error:
             self._stop(group, operation, timeout_ns, error, sequence=sequence, awaited=src, take_back=True)
-        self._grow(group, parts[1:] if kind == DICT else parts)
         return parts
 
     def _number(self, operation: str, sequence: int, src: int | None) -> tuple[int, int]:
@@ -674,11 +626,6 @@ class ShmObjects(Objects):
     def join(self, timeout: float) -> None:
         # There is no thread to wait for; the rings' memory is unmapped with their last reference.
         self._mailbox = self._rings = None
-
-
-def _plain_bytes(tree: Any) -> int:
-    """Return the bytes of the tensors in a plain dict."""
-    return sum([value.nbytes for value in tree.values() if isinstance(value, torch.Tensor)]) if type(tree) is dict else 0
 
 
 def _to_line(part: Any) -> bytes:

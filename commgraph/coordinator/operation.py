@@ -372,7 +372,7 @@ def _run_generally(operation: type[Operation], group: Group, args: tuple[Any, ..
         result = operation.serve(group, strategy, make_tag(COLLECTIVE, sequence, what), deadline, *moved)
         return result if moved is checked else bring_back(result, moved, checked)
 
-    about = {} if state.recorder is None else _about(operation, strategy, checked, routed)
+    about = {} if state.records is None else _about(operation, strategy, checked, routed)
     return perform(group, operation.name, sequence, what, deadline, act, **about)
 
 
@@ -429,28 +429,27 @@ def perform(
         what: the call with its arguments, as text.
         deadline: of the call.
         act: does it.
-        moved, strategy, peer, message, reduction: for the record of calls (`GroupRecorder.begin`).
+        moved, strategy, peer, message, reduction: for the record of calls (`GroupRecords`).
         is_made: whether such a result is that of a call that was made; None: every result is.
         received: bytes of such a result, for the record; None: those of a tensor or memory.
     """
-    recorder, token = group._state.recorder, None
+    records, token = group._state.records, None
+    record = None if records is None else records[group.name]
     try:
         with ambient.shelter(), span(group, operation):
-            if recorder is not None:
-                token = recorder.begin(
-                    group.name, operation, sequence, moved, strategy=strategy, peer=peer, message=message, reduction=reduction
-                )
+            if record is not None:
+                token = record.begin(operation, strategy, sequence, message, peer, moved, reduction)
             result = act()
-            if recorder is not None and token is None:
+            if record is not None and token is None:
                 if received is not None or isinstance(result, memoryview):
-                    recorder.add(group.name, result if received is None else received(result))
-            elif recorder is not None and token is not None:
+                    record.add(result if received is None else received(result))
+            elif record is not None and token is not None:
                 if is_made is not None and not is_made(result):
-                    recorder.cancel(token)
+                    record.cancel(token)
                 elif received is not None:
-                    recorder.done(token, received(result))
+                    record.done(token, received(result))
                 else:
-                    recorder.done(token, result if moved is None and isinstance(result, torch.Tensor | memoryview) else None)
+                    record.done(token, result if moved is None and isinstance(result, torch.Tensor | memoryview) else None)
         return result
     except EXPECTED as error:
         overrun = (time.monotonic_ns() - deadline.at_ns) * 1e-9
@@ -458,8 +457,8 @@ def perform(
         group._state.failures.end(call, what, deadline.seconds, error, overrun=overrun)
     except Busy:
         # A signal handler calls for another kind of message of a ring that the call around it uses; nothing was sent.
-        if recorder is not None and token is not None:
-            recorder.cancel(token)
+        if record is not None and token is not None:
+            record.cancel(token)
         raise concurrent(Call(group.name, operation, group._state.members, sequence), message=True) from None
     except BaseException as error:
         state, call = group._state, Call(group.name, operation, group._state.members, sequence)
@@ -470,8 +469,8 @@ def perform(
             state.failures.break_off(call, interrupted_by(error, what))
         raise
     finally:
-        if recorder is not None and token is not None:
-            recorder.fail(token)  # where it is open still
+        if record is not None and token is not None:
+            record.fail(token)  # where it is open still
 
 
 def begin(group: Group, operation: str, timeout: Timeout, turn: Turn) -> tuple[int, Deadline]:
@@ -529,16 +528,16 @@ def whole(group: Group, operation: str, timeout: Timeout, root: int = -1) -> Ite
     held = state.turns.claim_whole()
     if held is None:
         raise state.refused(group.name, operation)
-    recorder = state.recorder
-    token = None if recorder is None else recorder.begin(group.name, operation, state.sequence, peer=root, outer=True)
+    record = None if state.records is None else state.records[group.name]
+    token = None if record is None else record.begin(operation, None, state.sequence, None, root, None, None, True)
     try:
         yield
-        if recorder is not None and token is not None:
-            recorder.done(token)
+        if record is not None and token is not None:
+            record.done(token)
     finally:
         state.turns.release_held(held)
-        if recorder is not None and token is not None:
-            recorder.fail(token)  # where it is open still
+        if record is not None and token is not None:
+            record.fail(token)  # where it is open still
 
 
 def count_in_turn(group: Group, operation: str) -> None:

@@ -1,10 +1,13 @@
-"""The record of the calls of one group, where calls are recorded (`commgraph.shm.recorder`)."""
+"""The record of the calls of one group, where calls are recorded (`commgraph.shm.recorder`).
+
+Native calls write their own entries, where they are given the record of their coordinator. Others begin an entry and end it by its token.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -12,9 +15,9 @@ from commgraph import compat
 from commgraph.coordinator.spans import context_of, spanned
 from commgraph.errors import CollectiveTimeoutError, ConcurrentCallError
 from commgraph.shm import recorder as records
-from commgraph.shm.recorder import CANCELLED, COLLECTIVE, FAILED, Recorder, bytes_of
+from commgraph.shm.recorder import Recorder
 
-__all__ = ["DICTS", "OBJECTS", "TENSORS", "Entry", "GroupRecorder", "Message", "entry", "observed", "recorded"]
+__all__ = ["DICTS", "OBJECTS", "TENSORS", "Entry", "GroupRecords", "Message", "entry", "observed", "recorded"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -26,132 +29,70 @@ TENSORS, OBJECTS, DICTS = 1, 2, 3
 _ARGUMENTS_WITH_ROOT: Final = 6
 
 Message = tuple[int, int, int]
-"""Family, `OUTGOING` or `INCOMING`, and tag."""
+"""Family, direction (`OUTGOING`, `INCOMING`, `EXCHANGE`) and tag."""
 
 
-class GroupRecorder:
-    """Records the calls of the coordinators on one `GroupState`."""
+class GroupRecords(dict[str, Any]):
+    """The records of the coordinators on one `GroupState`, by their names: native objects (GroupRecord of native/module_recorder.c).
+
+    ``begin(operation, strategy, sequence, message, peer, moved=None, reduction=None, outer=False)`` of one begins an entry:
+
+    - operation, strategy: names; the latter may be None.
+    - sequence: number of a collective; messages are numbered natively.
+    - message: a `Message`, or None of a collective.
+    - peer: rank in the group: the other side of a message, the root of a collective; -1 none, or not known.
+    - moved: bytes, or the tensors, that the call is given; None where that is not known yet.
+    - reduction: name of the op.
+    - outer: further calls of this group on this thread, until it ends, are parts of this one.
+
+    It returns a token for ``done``, ``fail`` and ``cancel``; None where the call is a part of another one.
+    """
 
     def __init__(self, recorder: Recorder, uid: str, ranks: tuple[int, ...], rank_in_group: int) -> None:
         """`uid`, `ranks`, `rank_in_group`: of the group's `Members`."""
-        self.native = recorder.native
-        # Ends an entry that is open, by the result of its call: done(token, moved=None).
-        self.done: Callable[..., None] = recorder.native.done
+        super().__init__()
         self._recorder = recorder
         self._facts = {"context": context_of(uid), "uid": uid, "ranks": records.runs_of(ranks), "rank_in_group": rank_in_group}
-        self._groups: dict[str, int] = {}
         # Coordinators that share communicators share the numbers of their messages.
         self._lanes = recorder.native.text(uid)
 
-    def group(self, name: str) -> int:
-        """Return the number of the text about the group, as the coordinator of that name."""
-        found = self._groups.get(name)
-        if found is None:
-            found = self._groups[name] = self._recorder.note(records.GROUP, {"name": name, **self._facts})
+    def __missing__(self, name: str) -> Any:
+        found = self[name] = self._recorder.native.of(self._recorder.note(records.GROUP, {"name": name, **self._facts}), self._lanes)
         return found
 
-    def begin(
-        self,
-        name: str,
-        operation: str,
-        sequence: int,
-        moved: Any = None,
-        *,
-        strategy: str | None = None,
-        peer: int = -1,
-        message: Message | None = None,
-        reduction: str | None = None,
-        outer: bool = False,
-    ) -> int | None:
-        """Begin an entry.
-
-        Args:
-            name: of the coordinator.
-            operation: name of its method.
-            sequence: number of a collective; messages are numbered here.
-            moved: bytes, or the tensors, that the call is given; None where that is not known yet.
-            strategy: that serves the call.
-            peer: rank in the group: the other side of a message, the root of a collective; -1 none, or not known.
-            message: of what kind, where it is one.
-            reduction: name of the op.
-            outer: further calls of this group on this thread, until it ends, are parts of this one.
-
-        Returns:
-            A token; None where the call is a part of another one.
-        """
-        found = self._groups.get(name)
-        group = self.group(name) if found is None else found
-        if message is None:
-            return self.native.begin(  # type: ignore[no-any-return]  # native/module_recorder.c
-                group, self._lanes, operation, strategy, sequence, COLLECTIVE, 0, peer, 0, moved, reduction, outer
-            )
-        family, direction, tag = message
-        token: int | None = self.native.begin(
-            group, self._lanes, operation, strategy, 0, direction, family, peer, tag, moved, reduction, outer
-        )
-        return token
-
-    def fail(self, token: int) -> None:
-        """End an entry that is open, by an error; no other one is changed."""
-        self.native.end(token, 0, FAILED, None)
-
-    def cancel(self, token: int) -> None:
-        """Remove an entry that is open: the call was not made, or another path makes it."""
-        self.native.end(token, self._lanes, CANCELLED, None)
-
-    def came_from(self, name: str, src: int) -> None:
-        """Say from whom the message came that this thread has received from any rank."""
-        self.native.assign(self.group(name), self._lanes, src)
-
-    def number(self, name: str, sequence: int) -> None:
-        """Say the number of the collective that is under way on this thread."""
-        self.native.number(self.group(name), sequence)
-
-    def add(self, name: str, moved: Any) -> None:
-        """Add bytes or tensors to the call that is under way on this thread."""
-        self.native.grow(self.group(name), moved)
+    def text(self, name: str) -> int:
+        """Return the number of a text."""
+        number: int = self._recorder.native.text(name)
+        return number
 
 
 def entry(
-    group: Any, operation: str, *, peer: int = -1, message: Message | None = None, sequence: int = 0, parts: Sequence[Any] | None = None
+    group: Any, operation: str, *, peer: int = -1, message: Message | None = None, sequence: int = 0
 ) -> contextlib.AbstractContextManager[Entry | None]:
-    """Return a context manager in which all calls of a group on this thread are one entry; it gives None where nothing is recorded.
-
-    Args:
-        group, operation, peer, message, sequence: as for `GroupRecorder.begin`.
-        parts: of a record of the mailbox, where they are known before the call.
-    """
-    recorder: GroupRecorder | None = group._state.recorder
-    if recorder is None or group.world_size == 1:
+    """Return a context manager in which all calls of a group on this thread are one entry; it gives None where nothing is recorded."""
+    found: GroupRecords | None = group._state.records
+    if found is None or group.world_size == 1:
         return contextlib.nullcontext()
-    moved = None if parts is None else bytes_of(parts)
-    return Entry(group, recorder, recorder.begin(group.name, operation, sequence, moved, peer=peer, message=message, outer=True))
+    record = found[group.name]
+    return Entry(group, record, record.begin(operation, None, sequence, message, peer, None, None, True))
 
 
 class Entry:
     """Context manager of one entry."""
 
-    __slots__ = ("group", "moved", "recorder", "token")
+    __slots__ = ("group", "record", "token")
 
-    def __init__(self, group: Any, recorder: GroupRecorder, token: int | None) -> None:
-        self.group, self.recorder, self.token = group, recorder, token
-        self.moved: int | None = None
+    def __init__(self, group: Any, record: Any, token: int | None) -> None:
+        self.group, self.record, self.token = group, record, token
 
     def __enter__(self) -> Entry:
         return self
 
-    def came(self, parts: Sequence[Any]) -> None:
-        """Say of what parts the record of the mailbox is that has come."""
-        self.moved = bytes_of(parts)
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.token is None:
-            if self.moved is not None:
-                self.recorder.add(self.group.name, self.moved)
-        elif error is None:
-            self.recorder.done(self.token, self.moved)
-        else:
-            _end_with(self.recorder, self.token, self.group, error)
+        if self.token is not None and error is None:
+            self.record.done(self.token)
+        elif self.token is not None:
+            _end_with(self.record, self.token, self.group, error)
 
 
 def recorded(method: Callable[P, T]) -> Callable[P, T]:
@@ -164,22 +105,23 @@ def recorded(method: Callable[P, T]) -> Callable[P, T]:
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         group: Any = args[1]
         state = group._state
-        recorder: GroupRecorder | None = state.recorder
-        if recorder is None:
+        records: GroupRecords | None = state.records
+        if records is None:
             return method(*args, **kwargs)
         operation: Any = args[2]
         root: Any = args[4] if len(args) == _ARGUMENTS_WITH_ROOT else -1
         if type(root) is not int or not 0 <= root < group.world_size:
             root = -1  # which is refused
-        token = recorder.begin(group.name, operation, state.sequence, peer=root, outer=True)
+        record = records[group.name]
+        token = record.begin(operation, None, state.sequence, None, root, None, None, True)
         try:
             result = method(*args, **kwargs)
         except BaseException as error:
             if token is not None:
-                _end_with(recorder, token, group, error)
+                _end_with(record, token, group, error)
             raise
         if token is not None:
-            recorder.done(token)
+            record.done(token)
         return result
 
     return run
@@ -192,16 +134,16 @@ def observed(method: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         group: Any = args[1]
-        if group._state.recorder is None and not compat.is_profiling():
+        if group._state.records is None and not compat.is_profiling():
             return method(*args, **kwargs)
         return watched(*args, **kwargs)
 
     return run
 
 
-def _end_with(recorder: GroupRecorder, token: int, group: Any, error: BaseException) -> None:
+def _end_with(record: Any, token: int, group: Any, error: BaseException | None) -> None:
     """End an entry by an error; remove it where nothing has come yet, or nothing was sent, so that the call can be made again."""
     if isinstance(error, CollectiveTimeoutError | ConcurrentCallError) and group._state.failures.broken is None:
-        recorder.cancel(token)
+        record.cancel(token)
     else:
-        recorder.fail(token)
+        record.fail(token)

@@ -22,7 +22,7 @@ from commgraph.coordinator.failures import Call, Failures, Members, concurrent
 from commgraph.coordinator.order import Comparison
 from commgraph.coordinator.own_messages import OwnMessages
 from commgraph.coordinator.pending import ANY_RANK, LaneKey, Pending
-from commgraph.coordinator.recorded import GroupRecorder
+from commgraph.coordinator.recorded import GroupRecords
 from commgraph.coordinator.torch_groups import TorchGroups
 from commgraph.coordinator.turns import Turn, Turns
 from commgraph.deadline import Deadline
@@ -201,8 +201,8 @@ class GroupState:
         self.torch_groups = TorchGroups(self)
         # Whether the last receive of an object that was no poll has timed out.
         self.waited_in_vain = False
-        # Records the calls; None where they are not recorded.
-        self.recorder: GroupRecorder | None = None
+        # Of the calls; None where they are not recorded.
+        self.records: GroupRecords | None = None
         # A `commgraph.coordinator.native_messages.NativeMessages`, or None.
         self.native_messages: Any = None
         self._order = order
@@ -336,7 +336,7 @@ class GroupState:
         self.strategies = Strategies(self.members)
         self.counter = _Counter()
         self.turns = Turns(self.counter.claims, self.counter)
-        self.fast = self.mailbox = self.native_messages = self.network = self.comparison = self.rebuild = self.recorder = None
+        self.fast = self.mailbox = self.native_messages = self.network = self.comparison = self.rebuild = self.records = None
 
     def _abort(self) -> None:
         self.strategies.abort()
@@ -376,5 +376,5 @@ class GroupState:
         self.fast = None
         self.network = None
         self.comparison = None
-        self.recorder = None
+        self.records = None
         self.failures.forget()

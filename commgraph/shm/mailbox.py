@@ -10,21 +10,24 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from commgraph.shm.host_memory import HostMemory
 from commgraph.shm.pickling import Pickler
+from commgraph.shm.recorder import INCOMING
 from commgraph.shm.stopped import GONE, LOST, SELF, TIMEOUT, Busy, Stopped
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DICT", "OBJECT", "PIECES", "SIZES", "TENSORS", "Mailbox", "tensors_with"]
+__all__ = ["DICT", "OBJECT", "PIECES", "SIZES", "TENSORS", "Mailbox", "Told", "tensors_with"]
 
 TENSORS, OBJECT, DICT, SIZES, PIECES = 1, 2, 3, 4, 5
 
-T = TypeVar("T")
+Told = tuple[Any, str, int, int, int | None] | None
+"""Of a call that is recorded: the record of its coordinator (`commgraph.coordinator.recorded`), the operation, the kind of the record in a
+ring, the other rank or the root of a collective, and of a collective the meta of the record in a ring. None where nothing is recorded."""
 
 # Values of `Team.state` of a side that was closed, and of one closed after an error.
 _CLOSED, _FAILED = 2, 3
@@ -188,28 +191,28 @@ class Mailbox:
             # A part that fits the ring is sent without waiting for its reader.
             ring.zero_copy_from = max(self._pair_bytes, _RENDEZVOUS_FROM)
 
-    def send(self, dst: int, kind: int, meta: int, parts: tuple[Any, ...], timeout_ns: int) -> None:
+    def send(self, dst: int, kind: int, meta: int, parts: tuple[Any, ...], timeout_ns: int, told: Told = None) -> None:
         """Put a record for one rank.
 
         It returns when the ring has it, which may be before it is read, and the reader those parts that are copied by rendezvous.
-        A part is a buffer, or (address, bytes) of memory that the caller keeps alive.
+        A part is a buffer, or (address, bytes) of memory that the caller keeps alive. `told`: about the call, for the record of calls.
         """
         writing = self.writing[dst]
         if not (writing.try_take() or writing.take(timeout_ns * 1e-9)):
             raise Stopped(TIMEOUT, self._positions[dst])
         try:
-            self.outgoing[dst].put(kind, meta, parts, timeout_ns, 0)
+            self.outgoing[dst].put(kind, meta, parts, timeout_ns, 0, told)
             self._sent[dst] += _nbytes(parts)
         finally:
             writing.give_back()
 
-    def offer(self, dst: int, kind: int, meta: int, parts: tuple[Any, ...]) -> bool:
-        """Put a record where the ring has room for the whole of it; otherwise return False with nothing put."""
+    def offer(self, dst: int, kind: int, meta: int, parts: tuple[Any, ...], told: Told = None) -> bool:
+        """Put a record where the ring has room for the whole of it; otherwise return False with nothing put. `told`: as for `send`."""
         writing = self.writing[dst]
         if _nbytes(parts) + 8 * len(parts) > self._whole or not writing.try_take():
             return False
         try:
-            self.outgoing[dst].put(kind, meta, parts, 0, 0)
+            self.outgoing[dst].put(kind, meta, parts, 0, 0, told)
             self._sent[dst] += _nbytes(parts)
         except Stopped as stopped:
             if stopped.code == TIMEOUT:
@@ -233,23 +236,51 @@ class Mailbox:
         finally:
             inbox.pass_turn()
 
-    def receive_next(self, src: int, kind: int, timeout_ns: int, unpack: Callable[[list[Any]], T | None]) -> T | None:
-        """Receive the next record, if it is of that kind and `unpack` serves it; else keep it.
+    def receive_object(self, src: int, timeout_ns: int, told: Told) -> list[Any]:
+        """Return the parts of the next object; the call is recorded, as `told` says of it."""
+        assert told is not None
+        inbox, ring = self.inboxes[src], self.incoming[src]
+        if inbox.has(OBJECT) or not inbox.access.try_take():
+            # An earlier receive has kept it, or another thread reads.
+            record, operation, family, *_ = told
+            token = record.begin(operation, "shm", 0, (family, INCOMING, 0), src)
+            try:
+                _, parts = self.receive(src, OBJECT, timeout_ns)
+            except BaseException as error:
+                # Nothing is lost: the call can be made again.
+                (record.cancel if isinstance(error, Stopped) and error.code == TIMEOUT else record.fail)(token)
+                raise
+            record.done(token, sum(map(len, parts)))
+            return parts
+        try:
+            while True:
+                # The native call writes the entry of an object.
+                found, meta, parts = ring.get(timeout_ns, 0, told)
+                if found == OBJECT:
+                    return parts  # type: ignore[no-any-return]  # as native/module_ring.c has it
+                inbox.keep_unexpected(found, meta, parts)
+        finally:
+            inbox.pass_turn()
+
+    def receive_dict(self, src: int, timeout_ns: int, told: Told) -> dict[str, torch.Tensor] | None:
+        """Return the dict of the next record, if the native module describes it; else keep that. Native calls are open.
+
+        `told`: as for `send`.
 
         Returns:
-            What `unpack` returned. None, with nothing lost, for another record, where another thread reads, and where one was kept.
+            None, with nothing lost, for another record, where another thread reads, and where a dict was kept.
         """
         inbox = self.inboxes[src]
         if not inbox.access.try_take():
             return None
         try:
-            if inbox.has(kind):
+            if inbox.has(DICT):
                 return None
-            found, meta, parts = self.incoming[src].get(timeout_ns, 0)
-            result = unpack(parts) if found == kind else None
-            if result is None:
-                inbox.keep_unexpected(found, meta, parts)
-            return result
+            found = self.native.get_dict(self.incoming[src], timeout_ns, told)
+            if type(found) is dict:
+                return found
+            inbox.keep_unexpected(*found)
+            return None
         finally:
             inbox.pass_turn()
 
@@ -359,9 +390,9 @@ class Mailbox:
         """Return the dict that the native module described by itself; None for another record."""
         return None if self.native is None else self.native.unpack(parts)
 
-    def broadcast(self, kind: int, meta: int, parts: tuple[Any, ...], timeout_ns: int, call_id: int) -> None:
-        """Put a record for all others."""
-        self.mine.put(kind, meta, parts, timeout_ns, call_id)
+    def broadcast(self, kind: int, meta: int, parts: tuple[Any, ...], timeout_ns: int, call_id: int, told: Told = None) -> None:
+        """Put a record for all others. `told`: as for `send`."""
+        self.mine.put(kind, meta, parts, timeout_ns, call_id, told)
         self._sent[self._me] += _nbytes(parts)
 
     def count_broadcast(self, parts: Sequence[Any]) -> None:
@@ -378,9 +409,9 @@ class Mailbox:
         """Bytes put so far."""
         return sum(self._sent.values()) + (0 if self.native is None else self.native.bytes_sent)
 
-    def receive_broadcast(self, src: int, timeout_ns: int, call_id: int) -> tuple[int, int, list[Any]]:
-        """Return kind, meta and parts of the next record that `src` put for all."""
-        return self._broadcast[src].get(timeout_ns, call_id)  # type: ignore[no-any-return]  # as native/module_ring.c has it
+    def receive_broadcast(self, src: int, timeout_ns: int, call_id: int, told: Told = None) -> tuple[int, int, list[Any]]:
+        """Return kind, meta and parts of the next record that `src` put for all. `told`: as for `send`."""
+        return self._broadcast[src].get(timeout_ns, call_id, told)  # type: ignore[no-any-return]  # as native/module_ring.c has it
 
 
 def memory_at(address: int, nbytes: int) -> memoryview:

@@ -13,7 +13,7 @@ from commgraph.deadline import Timeout
 from commgraph.errors import CollectiveTimeoutError, ConcurrentCallError
 from commgraph.shm import recorder as records
 from commgraph.shm.queue_sides import Side, Writer
-from commgraph.shm.recorder import CANCELLED, DONE, EXCHANGE, FAILED, INCOMING, OUTGOING, Recorder
+from commgraph.shm.recorder import EXCHANGE, INCOMING, OUTGOING, Recorder
 
 __all__ = ["RecordedSide", "side_of"]
 
@@ -44,7 +44,8 @@ class RecordedSide:
         here = {"host": socket.gethostname(), "pid": os.getpid(), "thread": threading.get_ident(), "program": " ".join(sys.argv)[:500]}
         self._recorder.note(records.FACTS, {**facts, **here, "job": "", "queue": True})
         group = {"context": "", "name": side.name, "uid": side.name, "ranks": [[0, n_readers, 1]], "rank_in_group": rank}
-        self._group = self._recorder.note(records.GROUP, group)
+        number = self._recorder.note(records.GROUP, group)
+        self._calls = self._recorder.native.of(number, number)
         self._put_bytes = 0
         if isinstance(side, Writer):
             put = side._put
@@ -72,19 +73,18 @@ class RecordedSide:
         return self._record("dequeue", INCOMING, lambda: self._side.dequeue(timeout))
 
     def _record(self, operation: str, direction: int, act: Any) -> Any:
-        native = self._recorder.native
+        record = self._calls
         # The other side of an enqueue are all readers.
-        peer = 0 if direction == INCOMING else -1
-        token = native.begin(self._group, self._group, operation, "queue", 0, direction, _FAMILY, peer, 0, None, None, False)
+        token = record.begin(operation, "queue", 0, (_FAMILY, direction, 0), 0 if direction == INCOMING else -1)
         try:
             result = act()
         except BaseException as error:
             if token is not None:
                 unmade = isinstance(error, CollectiveTimeoutError | ConcurrentCallError)
-                native.end(token, self._group, CANCELLED if unmade else FAILED, None)
+                (record.cancel if unmade else record.fail)(token)
             raise
         if token is not None:
-            native.end(token, self._group, DONE, self._put_bytes if direction == OUTGOING else None)
+            record.done(token, self._put_bytes if direction == OUTGOING else None)
         return result
 
     def release(self) -> None:

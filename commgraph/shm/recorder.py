@@ -80,10 +80,10 @@ _PAGE: Final = 4096
 # Neighbours whose memory a rank keeps open.
 _NEIGHBOURS: Final = 4
 
-# Code between a call and its caller: commgraph's, torch's, and what torch's compilers have written (a graph's module; `_written_code`).
-# The first is that of the operations, between whose frames no user's can be.
-_PREFIXES: Final = (
-    f"{Path(__file__).parents[1] / 'coordinator'}/",
+# Files with the code of operations, between whose frames no user's can be.
+_OPERATIONS: Final = (f"{Path(__file__).parents[1] / 'coordinator'}/", str(Path(__file__).parent / "mailbox.py"))
+# Other code between a call and its caller: that of the package, of torch, and what torch writes (a graph; `_written_code`).
+_OURS: Final = (
     f"{Path(__file__).parents[1]}/",
     f"{Path(torch.__file__).parent}/",
     contextlib.__file__,
@@ -170,7 +170,8 @@ class Recorder:
             segment,
             None if native_tensors is None else native_tensors(module),
             site_of_job,
-            (*_PREFIXES, _written_code()),
+            _OPERATIONS,
+            (*_OURS, _written_code()),
             names,
             kinds,
         )

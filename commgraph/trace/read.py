@@ -139,7 +139,7 @@ class RankRecord:
     """
 
     facts: Mapping[str, Any]
-    entries: bytes = attrs.field(repr=False)
+    entries: bytes | bytearray = attrs.field(repr=False)
     texts: Sequence[Any] = attrs.field(repr=False)
     capacity: int
     begun: int
@@ -164,7 +164,7 @@ class RankRecord:
         return [text for text in self.texts if isinstance(text, Group)]
 
 
-def parse(data: bytes, source: str) -> RankRecord:
+def parse(data: bytes | bytearray, source: str) -> RankRecord:
     """Read a record.
 
     Raises:
@@ -266,7 +266,19 @@ def read_file(path: Path) -> RankRecord:
     Raises:
         OSError, ValueError: it cannot be read, or is none.
     """
-    return parse(path.read_bytes(), str(path))
+    return parse(_copied(path), str(path))
+
+
+def _copied(path: Path) -> bytearray:
+    """Return the bytes of a record, to which calls may be added meanwhile: texts are read last, so that those of each entry are there."""
+    with path.open("rb") as file:
+        data = bytearray(os.fstat(file.fileno()).st_size)
+        file.readinto(data)
+        if len(data) >= layout.HEADER.size:
+            entries_at = layout.HEADER.unpack_from(data)[6]
+            file.seek(0)
+            file.readinto(memoryview(data)[:entries_at])
+    return data
 
 
 def read_process(pid: int) -> list[RankRecord]:
@@ -282,7 +294,7 @@ def read_process(pid: int) -> list[RankRecord]:
             target = str((folder / name).readlink())
             if target.startswith(_LINK) or target.endswith(layout.SUFFIX):
                 with contextlib.suppress(ValueError):  # just being made
-                    record = parse((folder / name).read_bytes(), f"{folder / name}")
+                    record = parse(_copied(folder / name), f"{folder / name}")
                     found[record.world, record.rank] = record
     for path in _mapped_files(pid):
         with contextlib.suppress(OSError, ValueError):

@@ -19,6 +19,7 @@ import torch
 
 from commgraph.communicators.shm_fast import tensors_of
 from commgraph.shm import native_module, segments
+from commgraph.shm.recorder import Recorder
 
 SHOW = "SHOW" in os.environ
 NBYTES = 1 << 22
@@ -60,6 +61,8 @@ class Objects:
         here.setblocking(False)
         self.nets[0].attach(1, here.detach())
         self.block = self.pool.take(100)
+        self.recorder = Recorder(True, 64, "absurd", tensors_of).native
+        self.record = self.recorder.of(self.recorder.text("a group"), self.recorder.text("its messages"))
         self.kept: list[torch.Tensor] = []
 
     def close(self) -> None:
@@ -146,6 +149,14 @@ def fitting(o: Objects, parameter: str, dice: random.Random) -> Any:
         return dice.choice(((1, True, 0), (1, False, 0), (-1, False, 0)))
     if parameter in ("counts", "claims"):
         return {}
+    if parameter == "record":
+        return dice.choice((o.record, None))
+    if parameter == "told":
+        return dice.choice((None, (o.record, "send_object", dice.choice((2, 3)), 1, None), (o.record, "broadcast_object", 2, 0, 1 << 33)))
+    if parameter == "message":
+        return dice.choice((None, (1, 1, 0), (2, 2, 7), (1, 3, 0)))
+    if parameter in ("operation", "strategy", "reduction"):
+        return dice.choice(("send", "sum", None))
     if parameter == "fd":
         return o.fd
     return dice.choice((0, 1, 2, *NUMBERS))

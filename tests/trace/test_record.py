@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import commgraph as cg
 from commgraph.coordinator.operators import OPERATIONS
 from commgraph.shm import recorder as layout
-from commgraph.shm.recorder import COLLECTIVE, DONE, INCOMING, OUTGOING, runs_of
+from commgraph.shm.recorder import COLLECTIVE, DONE, FAILED, INCOMING, OPEN, OUTGOING, runs_of
 from commgraph.testing import spmd
 from commgraph.testing.faults import COUNTED
 from commgraph.trace.read import Call as RecordedCall
@@ -337,7 +337,7 @@ def test_nothing_is_recorded_unless_asked_for(monkeypatch: pytest.MonkeyPatch, t
             world.context(cg.Layout(2, tp=2), name="a") as context,
             world.context(cg.Layout(2, tp=2), name="b", options=cg.CommunicatorOptions(record=False)) as other,
         ):
-            return [world.group._state.recorder, context.tp._state.recorder, other.tp._state.recorder]
+            return [world.group._state.records, context.tp._state.records, other.tp._state.records]
 
     assert spmd(body, 2)[0] == [None, None, None]
     monkeypatch.setenv("COMMGRAPH_RECORD", str(tmp_path))
@@ -378,8 +378,8 @@ def plain_calls(g: cg.GroupCoordinator) -> list[Callable[[], object]]:
     return [*messages, lambda: g.all_reduce(x), g.barrier, lambda: g.all_gather(x, 0)]
 
 
-def test_a_call_that_is_not_recorded_runs_no_code_for_it() -> None:
-    """None at all in calls of tensors and dicts; objects ask once whether they are recorded."""
+def test_a_plain_call_runs_no_python_of_the_record() -> None:
+    """Neither where it is recorded, as native calls write their own entries, nor where it is not."""
 
     def body(world: cg.World) -> list[list[list[str]]]:
         found = []
@@ -391,9 +391,90 @@ def test_a_call_that_is_not_recorded_runs_no_code_for_it() -> None:
         return found
 
     for off, on in spmd(body, 2):
-        assert off == [[], [], [], [], ["entry"], ["entry"], [], [], []]
-        assert all(on[:6])
-        assert not any(on[6:])  # the native module records its collectives itself
+        assert off == on == [[]] * len(off)
+
+
+def calls_while(folder: Path, rank: int, operation: str) -> RecordedCall:
+    """Wait until the last call of a rank is one of that operation, under way; return it."""
+    while True:
+        (record,) = [record for record in map(read_file, folder.glob("*.cgrecord")) if record.rank == rank]
+        *_, last = [None, *calls_of(record)]
+        if last is not None and (last.operation, last.state) == (operation, OPEN):
+            return last
+        time.sleep(0.001)
+
+
+def test_a_message_that_is_awaited_shows_what_and_where(tmp_path: Path) -> None:
+    """The native call has its entry from its begin on."""
+    ways: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
+        "recv": (lambda g: g.recv((2, 3), torch.float64), lambda g: g.send(torch.ones(2, 3).double())),
+        "recv_object": (lambda g: g.recv_object(0), lambda g: g.send_object("x", 1)),
+        "recv_tensor_dict": (lambda g: g.recv_tensor_dict(), lambda g: g.send_tensor_dict({"x": torch.ones(2)})),
+        "broadcast_object": (lambda g: g.broadcast_object(None, 0), lambda g: g.broadcast_object("x", 0)),
+    }
+
+    def body(world: cg.World) -> list[RecordedCall]:
+        seen = []
+        with world.context(cg.Layout(2, tp=2), name="a", options=cg.CommunicatorOptions(record=tmp_path)) as context:
+            for operation, (receive, send) in ways.items():
+                if world.rank == 0:
+                    seen.append(calls_while(tmp_path, 1, operation))
+                (send if world.rank == 0 else receive)(context.tp)
+        return seen
+
+    seen, _ = spmd(body, 2)
+    assert [call.operation for call in seen] == list(ways)
+    assert all("test_record.py" in call.site for call in seen)
+    first = seen[0]
+    assert (first.dtype, first.shape, first.nbytes, first.peer) == ("float64", (2, 3), 48, 0)
+
+
+def test_objects_and_dicts_that_come_in_another_order_are_recorded_once(tmp_path: Path) -> None:
+    def body(world: cg.World) -> None:
+        with world.context(cg.Layout(2, tp=2), name="a", options=cg.CommunicatorOptions(record=tmp_path)) as context:
+            g, x = context.tp, torch.ones(5)
+            if world.rank == 0:
+                g.send_tensor_dict({"x": x})
+                g.send_tensor_dict({"x": x, "not plain": (1, 2)})
+                g.send(x)
+                g.send_object(b"x" * 100, 1)
+            else:
+                assert g.recv_object(0) == b"x" * 100
+                g.recv(5, torch.float32, 0)
+                assert g.recv_tensor_dict(0).keys() == {"x"}
+                assert g.recv_tensor_dict(0).keys() == {"x", "not plain"}
+
+    spmd(body, 2)
+    sent, came = sorted(map(read_file, tmp_path.glob("*.cgrecord")), key=lambda record: record.rank)
+    facts = [{(c.operation.split("_", 1)[-1], c.sequence, c.nbytes) for c in list(calls_of(one))[:-1]} for one in (sent, came)]
+    assert [(call.operation, call.sequence, call.state) for call in calls_of(came)][:-1] == [
+        ("recv_object", 0, DONE),
+        ("recv", 0, DONE),
+        ("recv_tensor_dict", 0, DONE),
+        ("recv_tensor_dict", 1, DONE),
+    ]
+    assert {fact for fact in facts[0] if fact[0] != "send"} == {fact for fact in facts[1] if fact[0] != "recv"}
+
+
+def test_a_poll_in_vain_leaves_no_entry_and_a_mismatch_one_that_failed(tmp_path: Path) -> None:
+    def body(world: cg.World) -> None:
+        with world.context(cg.Layout(2, tp=2), name="a", options=cg.CommunicatorOptions(record=tmp_path)) as context:
+            g, other = context.tp, 1 - world.rank
+            with pytest.raises(cg.CollectiveTimeoutError):
+                g.recv_object(other, timeout=0)
+            with pytest.raises(cg.CollectiveTimeoutError):
+                g.broadcast_object(None, other, timeout=0)
+            g.barrier()
+            if world.rank == 0:
+                g.broadcast_object("x", 0)
+            else:
+                with pytest.raises(cg.CollectiveMismatchError):
+                    g.broadcast_object_list([None], 0)
+
+    spmd(body, 2)
+    first, second = sorted(map(read_file, tmp_path.glob("*.cgrecord")), key=lambda record: record.rank)
+    assert [(call.operation, call.state) for call in calls_of(first)][:2] == [("barrier", DONE), ("broadcast_object", DONE)]
+    assert [(call.operation, call.state) for call in calls_of(second)][:2] == [("barrier", DONE), ("broadcast_object_list", FAILED)]
 
 
 def test_a_world_has_one_record(tmp_path: Path) -> None:

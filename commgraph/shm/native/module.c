@@ -87,6 +87,7 @@ static void take_turn(Team *self) {
 }
 
 static void release_interpreter(Team *self) {
+    if (self->before_release != NULL) self->before_release(self->releasing);
     self->saved = PyEval_SaveThread();
     uintptr_t me = (uintptr_t)pthread_self();
     atomic_compare_exchange_strong_explicit(&self->turn->thread, &me, 0, memory_order_relaxed, memory_order_relaxed);
@@ -473,7 +474,7 @@ static int module_exec(PyObject *module) {
         add_type(module, &state->tensors, &tensors_spec) < 0 || add_type(module, &state->fast, &fast_spec) < 0 ||
         add_type(module, &state->messages, &messages_spec) < 0 || add_type(module, &state->net, &net_spec) < 0 ||
         add_type(module, &state->late, &late_spec) < 0 || add_type(module, &state->link_group, &link_group_spec) < 0 ||
-        add_type(module, &state->recorder, &recorder_spec) < 0)
+        add_type(module, &state->recorder, &recorder_spec) < 0 || add_type(module, &state->group_record, &group_record_spec) < 0)
         return -1;
     state->requires_grad = PyUnicode_InternFromString("requires_grad");
     state->is_neg = PyUnicode_InternFromString("is_neg");
@@ -512,6 +513,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg) {
     Py_VISIT(state->late);
     Py_VISIT(state->link_group);
     Py_VISIT(state->recorder);
+    Py_VISIT(state->group_record);
     Py_VISIT(state->timedelta);
     return 0;
 }

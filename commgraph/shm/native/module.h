@@ -18,7 +18,7 @@ typedef struct {
 
 typedef struct {
     PyObject *stopped, *busy; /* exceptions */
-    PyTypeObject *segment, *pool, *block, *team, *group, *ring, *tensors, *fast, *messages, *net, *late, *link_group, *recorder, *timedelta;
+    PyTypeObject *segment, *pool, *block, *team, *group, *ring, *tensors, *fast, *messages, *net, *late, *link_group, *recorder, *group_record, *timedelta;
     PyObject *requires_grad, *is_neg, *version, *total_seconds; /* names, interned */
     turn turn;
 } module_state;
@@ -51,6 +51,8 @@ typedef struct Team {
     int *disowned, is_disowned; /* `is_disowned` of the member's first view: the process was forked, and this is a copy */
     int busy;  /* a call has claimed it; read and written under the interpreter's lock alone */
     int brief; /* the call releases the interpreter only while it waits */
+    void (*before_release)(void *); /* done before the interpreter is released, under its lock; NULL: nothing is */
+    void *releasing;                /* its argument */
 } Team;
 
 /* Operations: the low byte of a member's `posted`. */
@@ -136,12 +138,6 @@ typedef struct {
 
 /* Whether this member writes, or reads, the ring; 0 with an error set. */
 int may_use(const Ring *ring, int writing);
-/* Puts a record on a ring that was claimed; a part is a buffer, or (address, bytes) of memory that the caller keeps alive. -1 with an error
- * set, else the result. */
-int put_parts(Ring *ring, uint32_t kind, uint64_t meta, PyObject *parts, int64_t deadline, uint64_t posted, int *who);
-/* The parts of the next record of a ring that was claimed, which is then ring->ring.record: a list, the first part as bytes, the others as
- * Blocks. NULL with an error set, where the next call goes on reading. */
-PyObject *next_parts(Ring *ring, int64_t deadline, unsigned long long posted);
 
 extern PyType_Spec group_spec, ring_spec, tensors_spec, fast_spec, messages_spec, net_spec, late_spec, link_group_spec;
 

@@ -105,7 +105,7 @@ static cg_entry *record(FastCalls *fast, const Calls *group, const native_call *
             if (forms[i].op) op = parse_op(call->args[forms[i].op]);
             break;
         }
-    return record_begin(fast->recorder, call->name, fast->group_text, fast->strategy_text, group->sequence, call->viewed, root, op < 0 ? NULL : ops[op]);
+    return record_begin(fast->record, call->name, fast->strategy_text, group->sequence, call->viewed, root, op < 0 ? NULL : ops[op]);
 }
 
 int is_usable(const FastCalls *fast, const Calls *group) {
@@ -134,8 +134,8 @@ static int is_claimed(const Calls *group) {
 int begin(FastCalls *fast, Calls *group, native_call *call, int operation, int64_t timeout_ns, PyObject *filled, size_t bytes) {
     const cg_carrier *carrier = group->carrier;
     int keep = carrier->keeps(group, bytes);
-    cg_entry *entry = fast->recorder == NULL ? NULL : record(fast, group, call); /* first: it may make objects, and Python collect garbage */
-    if (entry != NULL && !keep) record_site(fast->recorder, entry);
+    cg_entry *entry = fast->record == NULL ? NULL : record(fast, group, call); /* first: it may make objects, and Python collect garbage */
+    if (entry != NULL && !keep) record_site(fast->record->recorder, entry);
     if (!is_usable(fast, group)) return record_cancel(entry), 0;
     if ((operation == OP_ALL_REDUCE || operation == OP_ALL_REDUCE_) && !carrier->is_ready_to_reduce(group, bytes)) return record_cancel(entry), 0;
     if (group->begun || is_claimed(group)) {
@@ -150,7 +150,7 @@ int begin(FastCalls *fast, Calls *group, native_call *call, int operation, int64
         return 0;
     }
     *call = (native_call){.tensors = fast->tensors, .filled = filled, .digest = call->digest, .timeout_ns = timeout_ns, .entry = entry,
-                          .recorder = entry != NULL && keep ? fast->recorder : NULL};
+                          .recorder = entry != NULL && keep ? fast->record->recorder : NULL};
     call->call.tag = make_tag(0, group->sequence++, call->digest); /* 0: a collective */
     call->call.call = call_word(group, operation);
     if (keep && (filled != NULL || entry != NULL)) call->call.meanwhile = finish_beginning, call->call.of = call;
@@ -666,7 +666,7 @@ static PyObject *do_scatter(FastCalls *fast, Calls *group, PyObject *const *args
             piece.shape[dim] = sizes[me];
             piece.bytes = v.bytes / (size_t)v.shape[dim] * (size_t)sizes[me];
         }
-        record_tensor(fast->recorder, call.entry, &piece);
+        record_tensor(fast->record->recorder, call.entry, &piece);
     }
     if (!plain) {
         record_cancel(call.entry); /* the general path begins one */
@@ -752,15 +752,15 @@ int set_number(PyObject *self, PyObject *value, void *field) {
 }
 
 static PyObject *fast_record(PyObject *self, PyObject *args) {
-    PyObject *recorder;
-    int group, strategy;
-    if (!PyArg_ParseTuple(args, "Oii", &recorder, &group, &strategy)) return NULL;
+    PyObject *given;
+    GroupRecord *record;
+    int strategy;
+    if (!PyArg_ParseTuple(args, "Oi", &given, &strategy) || !record_of(self, given, &record)) return NULL;
     FastCalls *fast = (FastCalls *)self;
-    if (recorder_of(self, recorder) == NULL) return NULL;
-    Py_XDECREF((PyObject *)fast->recorder);
-    fast->recorder = (Recorder *)Py_NewRef(recorder);
-    fast->group_text = (uint16_t)group;
+    GroupRecord *before = fast->record;
+    fast->record = (GroupRecord *)Py_XNewRef((PyObject *)record);
     fast->strategy_text = (uint16_t)strategy;
+    Py_XDECREF((PyObject *)before);
     Py_RETURN_NONE;
 }
 
@@ -815,7 +815,7 @@ static void fast_dealloc(PyObject *self) {
     Py_XDECREF((PyObject *)((FastCalls *)self)->group);
     Py_XDECREF((PyObject *)((FastCalls *)self)->tensors);
     Py_XDECREF(((FastCalls *)self)->describe);
-    Py_XDECREF((PyObject *)((FastCalls *)self)->recorder);
+    Py_XDECREF((PyObject *)((FastCalls *)self)->record);
     free_object(self);
 }
 
@@ -827,8 +827,8 @@ static PyMethodDef fast_methods[] = {
     FAST(reduce_scatter, "reduce_scatter(x, dim, op, out, timeout)\n--\n\nThe result, or None."),
     FAST(all_to_all, "all_to_all(x, scatter_dim, gather_dim, input_sizes, output_sizes, out, timeout)\n--\n\nThe result, or None."),
     FAST(broadcast, "broadcast(x, src, timeout)\n--\n\nTrue, or None."),
-    FAST(all_gather_object, "all_gather_object(rings, room, hash, dumps, arguments, timeout)\n--\n\nA list, a tuple, or None."),
-    FAST(broadcast_object, "broadcast_object(rings, hash, src, dumps, arguments, timeout)\n--\n\nA list or a tuple of parts, or None."),
+    FAST(all_gather_object, "all_gather_object(rings, room, hash, dumps, arguments, timeout, record)\n--\n\nA list, a tuple, or None."),
+    FAST(broadcast_object, "broadcast_object(rings, hash, src, dumps, arguments, timeout, record)\n--\n\nA list or a tuple of parts, or None."),
     FAST(all_gatherv, "all_gatherv(x, dim, sizes, timeout)\n--\n\nA new tensor, or None."),
     FAST(reduce_scatterv, "reduce_scatterv(x, dim, sizes, op, timeout)\n--\n\nA new tensor, or None."),
     FAST(gather, "gather(x, dst, dim, sizes, timeout)\n--\n\nA new tensor on dst and False elsewhere, or None."),
@@ -838,7 +838,7 @@ static PyMethodDef fast_methods[] = {
     FAST(begin_all_reduce, "begin_all_reduce(x, op, timeout)\n--\n\nTrue, or None. `end_all_reduce` comes next, before any other collective."),
     {"has_arrived", fast_has_arrived, METH_NOARGS, "has_arrived()\n--\n\nWhether `end_all_reduce` would wait for no rank."},
     {"end_all_reduce", fast_end_all_reduce, METH_NOARGS, "end_all_reduce()\n--\n\nThe new tensor."},
-    {"record", fast_record, METH_VARARGS, "record(recorder, group, strategy)\n--\n\nRecords every later call."},
+    {"record", fast_record, METH_VARARGS, "record(record, strategy)\n--\n\nRecords every later call."},
     {"close", fast_close, METH_NOARGS, "close()\n--\n\nMakes every later call return None."},
     {0}};
 static PyType_Slot fast_slots[] = {

@@ -40,8 +40,8 @@ typedef struct {
     int64_t timeout_ns; /* of calls without a timeout of their own */
     half_done begun;
     int open;           /* 0 after close(), which may have dropped the group */
-    Recorder *recorder; /* NULL: calls are not recorded */
-    uint16_t group_text, strategy_text;
+    GroupRecord *record; /* NULL: calls are not recorded */
+    uint16_t strategy_text;
 } FastCalls;
 
 int parse_op(PyObject *name);

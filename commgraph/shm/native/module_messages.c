@@ -3,10 +3,11 @@
  * As those of module_fast.c the methods return None, with nothing sent or read, if an argument is not plain. Fast and general path tag
  * alike, so that the two ranks of a message may take different ones. */
 #include "module_messages.h"
+#include "module_ring.h"
 
 #include <string.h>
 
-enum { TENSORS = 1, DICT = 3, LABEL_SHIFT = 8 }; /* kinds of records, as in commgraph/shm/mailbox.py */
+enum { LABEL_SHIFT = 8 }; /* of the kind of a record of tensors, as in commgraph/shm/mailbox.py */
 enum { FEW_TENSORS = 32, DESCRIPTION = 4096 };
 /* The first byte of the description of a plain dict, where a pickle has 0x80. */
 enum { PLAIN = 1 };
@@ -104,25 +105,41 @@ void unclaim_lane(Messages *messages, PyObject *lane, int64_t number) {
     PyErr_Restore(kind, value, trace);
 }
 
+void record_message(recording *r, GroupRecord *record, PyObject *lane, const char *operation, PyObject *named, const view *v, Team *team) {
+    *r = (recording){0};
+    if (record == NULL) return;
+    int peer = (int)PyLong_AsLong(PyTuple_GetItem(lane, 0)), tag = (int)PyLong_AsLong(PyTuple_GetItem(lane, 2));
+    if (PyErr_Occurred()) PyErr_Clear();
+    call_facts facts = {.operation = operation, .named = named, .strategy = team == NULL ? "tcp" : "shm", .family = FAMILY_TENSORS, .peer = peer,
+                        .kind = PyTuple_GetItem(lane, 1) == Py_True ? ENTRY_OUTGOING : ENTRY_INCOMING, .tag = tag, .tensor = v};
+    begin_recording(r, record, &facts, team);
+}
+
 static PyObject *messages_send(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     Messages *messages = (Messages *)self;
-    if (nargs != 4) return PyErr_Format(PyExc_TypeError, "send(ring, x, lane, timeout)");
+    if (nargs != 5) return PyErr_Format(PyExc_TypeError, "send(ring, x, lane, timeout, record)");
     view v;
     Ring *ring = ring_of(self, args[0]);
+    GroupRecord *record;
     int64_t timeout;
     int label;
-    if (ring == NULL || !label_of(args[2], &label) || !may_use(ring, 1) || is_unwatched(messages->tensors) <= 0 ||
+    if (ring == NULL || !label_of(args[2], &label) || !record_of(self, args[4], &record) || !may_use(ring, 1) || is_unwatched(messages->tensors) <= 0 ||
         parse_timeout(self, args[3], messages->timeout_ns, &timeout) <= 0 || view_tensor(messages->tensors, args[1], &v) <= 0)
         return not_handled();
     uint32_t digest;
     uint64_t number;
     if (!message_digest(messages, &v, label, &digest) || !claim_lane(messages, args[2], &number)) return NULL;
     int who = 0, result = -1;
-    if (enter_for(ring->team, v.bytes)) {
+    if (claim(ring->team)) {
         cg_part part = {v.data, v.bytes};
         const uint32_t kind = TENSORS | (uint32_t)label << LABEL_SHIFT;
+        recording written;
+        record_message(&written, record, args[2], "send", NULL, &v, ring->team);
+        begin_work(ring->team, keeps_interpreter(ring->team, v.bytes));
         result = cg_ring_put(&ring->ring, kind, make_tag(MESSAGE, number, digest), &part, 1, deadline_after(timeout), &who);
-        leave(ring->team);
+        end_work(ring->team);
+        end_recording(&written, result == CG_OK ? ENTRY_DONE : ENTRY_FAILED);
+        unclaim(ring->team);
     }
     unclaim_lane(messages, args[2], result < 0 ? -1 : (int64_t)number);
     if (result != CG_OK) return result < 0 ? NULL : raise_stopped(self, result, who);
@@ -148,30 +165,35 @@ static int parse_shape(PyObject *size, view *v) {
     return 1;
 }
 
-/* Reads the next message into `memory`, if it has this kind, tag and size: 1. 0 if it has not, and nothing was read. -1 with an error set, and
- * `*kept` if another process may still write to `memory`. */
-static int read_tensor(Ring *ring, uint32_t wanted, uint64_t tag, void *memory, size_t bytes, int64_t deadline, int *kept) {
+/* Reads the next message into the memory for it, if it has this kind, tag and size: 1. 0 if it has not, and nothing was read. -1 with an error
+ * set, and `*kept` if another process may still write to that memory. */
+static int read_tensor(Ring *ring, uint32_t wanted, uint64_t tag, const awaited *a, GroupRecord *record, PyObject *lane, int *kept) {
+    const size_t bytes = a->v.bytes;
     *kept = 0;
     if (!claim(ring->team)) return -1;
     if (ring->parts != NULL) { /* a record that another receive has begun to read */
         unclaim(ring->team);
         return 0;
     }
+    recording written;
+    record_message(&written, record, lane, "recv", NULL, &a->v, ring->team);
     begin_work(ring->team, keeps_interpreter(ring->team, bytes));
-    int who = 0, mine = 0, result = cg_ring_next(&ring->ring, deadline, &who);
+    int who = 0, mine = 0, result = cg_ring_next(&ring->ring, a->deadline, &who);
     if (result == CG_OK) {
-        const cg_record *record = &ring->ring.record;
-        mine = record->kind == wanted && record->meta == tag && record->n_parts == 1 && cg_ring_size(&ring->ring, 0) == bytes;
+        const cg_record *next = &ring->ring.record;
+        mine = next->kind == wanted && next->meta == tag && next->n_parts == 1 && cg_ring_size(&ring->ring, 0) == bytes;
         size_t done = 0;
-        if (mine) result = cg_ring_read(&ring->ring, 0, memory, &done, deadline, &who);
+        if (mine) result = cg_ring_read(&ring->ring, 0, a->memory, &done, a->deadline, &who);
     }
     if (mine && result != CG_RESTART) {
         if (result != CG_OK) *kept = !cg_ring_give_up(&ring->ring);
         cg_ring_finish(&ring->ring);
     }
-    leave(ring->team);
-    if (result == CG_OK) return mine;
-    if (result == CG_RESTART) return 0; /* the writer gave up on it */
+    end_work(ring->team);
+    const int elsewhere = result == CG_RESTART || (result == CG_OK && !mine); /* the writer gave up on it, or it is another one */
+    end_recording(&written, elsewhere ? 0 : result == CG_OK ? ENTRY_DONE : ENTRY_FAILED);
+    unclaim(ring->team);
+    if (elsewhere || result == CG_OK) return !elsewhere;
     raise_stopped((PyObject *)ring, result, who);
     return -1;
 }
@@ -203,18 +225,19 @@ PyObject *received(Messages *messages, const awaited *a) {
 
 static PyObject *messages_recv(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     Messages *messages = (Messages *)self;
-    if (nargs != 6) return PyErr_Format(PyExc_TypeError, "recv(ring, size, kind, out, lane, timeout)");
+    if (nargs != 7) return PyErr_Format(PyExc_TypeError, "recv(ring, size, kind, out, lane, timeout, record)");
     Ring *ring = ring_of(self, args[0]);
+    GroupRecord *record;
     awaited a;
     int label;
-    if (ring == NULL || !label_of(args[4], &label) || !may_use(ring, 0) || messages->tensors->exchange == NULL || is_unwatched(messages->tensors) <= 0 ||
+    if (ring == NULL || !label_of(args[4], &label) || !record_of(self, args[6], &record) || !may_use(ring, 0) || messages->tensors->exchange == NULL || is_unwatched(messages->tensors) <= 0 ||
         !parse_awaited(messages, ring->pool, args[1], args[2], args[3], args[5], &a))
         return not_handled();
     uint32_t digest;
     uint64_t number;
     int kept = 0, came = -1;
     if (message_digest(messages, &a.v, label, &digest) && claim_lane(messages, args[4], &number)) {
-        came = read_tensor(ring, TENSORS | (uint32_t)label << LABEL_SHIFT, make_tag(MESSAGE, number, digest), a.memory, a.v.bytes, a.deadline, &kept);
+        came = read_tensor(ring, TENSORS | (uint32_t)label << LABEL_SHIFT, make_tag(MESSAGE, number, digest), &a, record, args[4], &kept);
         unclaim_lane(messages, args[4], came > 0 ? (int64_t)number : -1);
     }
     if (came > 0) return received(messages, &a);
@@ -290,13 +313,14 @@ static int pack_item(Messages *messages, packed_dict *p, PyObject *key, PyObject
 
 static PyObject *messages_put_dict(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     Messages *messages = (Messages *)self;
-    if (nargs != 5) return PyErr_Format(PyExc_TypeError, "put_dict(ring, tensors, meta, timeout_ns, posted)");
+    if (nargs != 6) return PyErr_Format(PyExc_TypeError, "put_dict(ring, tensors, meta, timeout_ns, posted, told)");
     uint64_t meta = PyLong_AsUnsignedLongLong(args[2]), posted = PyLong_AsUnsignedLongLong(args[4]);
     int64_t timeout = PyLong_AsLongLong(args[3]);
     if (PyErr_Occurred()) return NULL;
     Ring *ring = ring_of(self, args[0]);
+    told_call told;
     /* A torch that could not read such a record sends none. */
-    if (ring == NULL || !may_use(ring, 1) || !PyDict_CheckExact(args[1]) || messages->tensors->exchange == NULL || is_unwatched(messages->tensors) <= 0) return not_handled();
+    if (ring == NULL || !parse_told(self, args[5], &told) || !may_use(ring, 1) || !PyDict_CheckExact(args[1]) || messages->tensors->exchange == NULL || is_unwatched(messages->tensors) <= 0) return not_handled();
     packed_dict p;
     p.description[0] = PLAIN;
     p.length = 1;
@@ -313,10 +337,16 @@ static PyObject *messages_put_dict(PyObject *self, PyObject *const *args, Py_ssi
         p.parts[0] = (cg_part){p.description, p.length};
         size_t bytes = 0;
         for (Py_ssize_t i = 0; i <= p.n; i++) bytes += p.parts[i].bytes;
-        if (enter_for(ring->team, bytes)) {
+        if (claim(ring->team)) {
+            recording written;
+            record_told(&written, &told, 1, ring->team);
+            add_to_recording(&written, bytes - p.length);
+            begin_work(ring->team, keeps_interpreter(ring->team, bytes));
             if (posted) publish_posted(ring, posted);
             int who = 0, result = cg_ring_put(&ring->ring, DICT, meta, p.parts, 1 + (uint32_t)p.n, deadline_after(timeout), &who);
-            leave(ring->team);
+            end_work(ring->team);
+            end_recording(&written, result == CG_OK ? ENTRY_DONE : ENTRY_FAILED);
+            unclaim(ring->team);
             sent = result == CG_OK ? Py_NewRef(Py_True) : raise_stopped(self, result, who);
             if (result == CG_OK) messages->sent += bytes;
         }
@@ -388,6 +418,14 @@ static int add_tensor(Messages *messages, PyObject *dict, const char *descriptio
     return added;
 }
 
+/* Whether the record of a dict, with these parts, is described by this module. */
+static int is_plain_dict(PyObject *parts) {
+    char *description;
+    Py_ssize_t length;
+    PyObject *first = PyList_Size(parts) > 0 ? PyList_GetItem(parts, 0) : NULL;
+    return first != NULL && PyBytes_AsStringAndSize(first, &description, &length) == 0 && length > 0 && description[0] == PLAIN;
+}
+
 /* The dict of a record; None if it is not a plain one. */
 static PyObject *messages_unpack(PyObject *self, PyObject *parts) {
     char *description;
@@ -411,6 +449,26 @@ static PyObject *messages_unpack(PyObject *self, PyObject *parts) {
         Py_CLEAR(dict);
     }
     return dict;
+}
+
+/* The dict of the next record, if that is a plain one; else (kind, meta, parts), as Ring.get has it. */
+static PyObject *messages_get_dict(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    if (nargs != 3) return PyErr_Format(PyExc_TypeError, "get_dict(ring, timeout_ns, told)");
+    Ring *ring = ring_of(self, args[0]);
+    int64_t timeout = PyLong_AsLongLong(args[1]);
+    told_call told;
+    if (ring == NULL || PyErr_Occurred() || !parse_told(self, args[2], &told)) return NULL;
+    uint32_t kind;
+    uint64_t meta;
+    PyObject *parts = get_parts(ring, timeout, 0, &told, is_plain_dict, &kind, &meta);
+    if (parts == NULL) return NULL;
+    PyObject *dict = kind == DICT ? messages_unpack(self, parts) : Py_NewRef(Py_None);
+    if (dict != Py_None) {
+        Py_DECREF(parts);
+        return dict;
+    }
+    Py_DECREF(dict);
+    return Py_BuildValue("(kKN)", (unsigned long)kind, (unsigned long long)meta, parts);
 }
 
 static PyObject *messages_sent(PyObject *self, void *closure) {
@@ -446,13 +504,14 @@ static void messages_dealloc(PyObject *self) {
 
 #define FAST(name, doc) {#name, (PyCFunction)(void (*)(void))messages_##name, METH_FASTCALL, doc}
 static PyMethodDef messages_methods[] = {
-    FAST(send, "send(ring, x, lane, timeout)\n--\n\nTrue, or None."),
-    FAST(recv, "recv(ring, size, kind, out, lane, timeout)\n--\n\nThe tensor, or None."),
-    FAST(send_linked, "send_linked(net, x, dst, lane, timeout)\n--\n\nTrue, or None."),
-    FAST(recv_linked, "recv_linked(net, size, kind, out, src, lane, timeout)\n--\n\nThe tensor, or None."),
-    FAST(swap_linked, "swap_linked(net, x, dst, size, kind, out, src, there, here, timeout)\n--\n\nThe tensor that came, or None. there, here: lanes."),
-    FAST(offer_linked, "offer_linked(net, x, dst, lane)\n--\n\nTrue once the kernel has all of it; else a Late: the net sends the rest. None: not plain."),
-    FAST(put_dict, "put_dict(ring, tensors, meta, timeout_ns, posted)\n--\n\nTrue, or None."),
+    FAST(send, "send(ring, x, lane, timeout, record)\n--\n\nTrue, or None."),
+    FAST(recv, "recv(ring, size, kind, out, lane, timeout, record)\n--\n\nThe tensor, or None."),
+    FAST(send_linked, "send_linked(net, x, dst, lane, timeout, record)\n--\n\nTrue, or None."),
+    FAST(recv_linked, "recv_linked(net, size, kind, out, src, lane, timeout, record)\n--\n\nThe tensor, or None."),
+    FAST(swap_linked, "swap_linked(net, x, dst, size, kind, out, src, there, here, timeout, record)\n--\n\nThe tensor that came, or None. there, here: lanes."),
+    FAST(offer_linked, "offer_linked(net, x, dst, lane, operation, record)\n--\n\nTrue once the kernel has all of it; else a Late: the net sends the rest. None: not plain."),
+    FAST(put_dict, "put_dict(ring, tensors, meta, timeout_ns, posted, told)\n--\n\nTrue, or None."),
+    FAST(get_dict, "get_dict(ring, timeout_ns, told)\n--\n\nThe plain dict of the next record, else (kind, meta, parts)."),
     {"unpack", messages_unpack, METH_O, "unpack(parts)\n--\n\nThe plain dict of a record, or None."},
     {0}};
 static PyGetSetDef messages_getset[] = {{"bytes_sent", messages_sent, NULL, "bytes that these calls sent", NULL}, {0}};

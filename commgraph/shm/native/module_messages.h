@@ -2,7 +2,7 @@
 #ifndef COMMGRAPH_MODULE_MESSAGES_H
 #define COMMGRAPH_MODULE_MESSAGES_H
 
-#include "module_tensors.h"
+#include "recorder.h"
 
 enum { MESSAGE = 1 };    /* as in commgraph/communicators/tags.py */
 enum { ANY_RANK = -1 };  /* as in commgraph/coordinator/pending.py */
@@ -40,6 +40,9 @@ int label_of(PyObject *lane, int *label);
 int claim_lane(Messages *messages, PyObject *lane, uint64_t *number);
 /* Ends the claim of a lane; `number`: that of the message that came or went, -1 if there was none. */
 void unclaim_lane(Messages *messages, PyObject *lane, int64_t number);
+/* Begins the entry of a message in that lane, of a tensor like v; `record`: NULL where nothing is recorded. `operation`: a literal, or NULL and
+ * `named` is a str. `team`: as for begin_recording. */
+void record_message(recording *r, GroupRecord *record, PyObject *lane, const char *operation, PyObject *named, const view *v, Team *team);
 /* Reads what is asked for, and takes memory where no `out` is given. 1; 0, with or without an error, if it is not plain. */
 int parse_awaited(Messages *messages, Pool *pool, PyObject *size, PyObject *kind, PyObject *out, PyObject *timeout, awaited *a);
 /* The tensor that came. NULL with an error set. */

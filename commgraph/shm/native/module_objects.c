@@ -1,13 +1,14 @@
 /* The fast path of all_gather_object and broadcast_object: pickles that go as records for all ranks. */
 #include "module_fast.h"
+#include "module_ring.h"
 
-enum { OBJECT = 2 };         /* as in commgraph/shm/mailbox.py */
 enum { OBJECT_CALLS = 128 }; /* operations of objects are numbered from it, apart from those of tensors (objects_shm.py) */
 
 /* A call, as the record names it and as ranks that wait for this one read it. */
 typedef struct {
     uint64_t meta, posted;
     int64_t deadline;
+    recording written;
 } object_call;
 
 /* The group, where it can make the call natively: rings (one by each rank) and hash are those of the call. NULL, with or without an error. */
@@ -26,16 +27,19 @@ static Group *open_group(FastCalls *fast, Calls *calls, PyObject *rings, PyObjec
     return calls->begun || (PyDict_Size(calls->claims) && PyDict_Contains(calls->claims, Py_None)) ? NULL : group;
 }
 
-/* Counts a call of a group that was claimed. */
-static object_call count(Group *group, uint32_t hash, int64_t timeout_ns) {
+/* Counts a call of a group that was claimed, and begins its entry. `arguments`: the second one is the name of the operation. */
+static void begin_object_call(object_call *call, Group *group, uint32_t hash, int64_t timeout_ns, GroupRecord *record, PyObject *arguments, int root) {
     uint64_t number = group->calls.sequence++;
     uint32_t tag = make_tag(0, number, hash); /* 0: a collective */
-    return (object_call){number << 32 | tag, (number + 1) << 8 | OBJECT_CALLS | (tag & (OBJECT_CALLS - 1)), deadline_after(timeout_ns)};
+    *call = (object_call){number << 32 | tag, (number + 1) << 8 | OBJECT_CALLS | (tag & (OBJECT_CALLS - 1)), deadline_after(timeout_ns), {0}};
+    if (record == NULL) return;
+    PyObject *operation = PyTuple_Size(arguments) > 1 ? PyTuple_GetItem(arguments, 1) : Py_None;
+    begin_recording(&call->written, record, &(call_facts){.named = operation, .strategy = "shm", .peer = root, .sequence = number}, group->team);
 }
 
 /* Puts this rank's record for all. 0 with an error set. */
-static int put_record(Ring *mine, const object_call *call, PyObject *parts) {
-    int who = 0, result = put_parts(mine, OBJECT, call->meta, parts, call->deadline, call->posted, &who);
+static int put_record(Ring *mine, object_call *call, PyObject *parts) {
+    int who = 0, result = put_parts(mine, OBJECT, call->meta, parts, call->deadline, call->posted, &call->written, &who);
     if (result > CG_OK) raise_stopped((PyObject *)mine, result, who);
     return result == CG_OK;
 }
@@ -51,7 +55,8 @@ static int is_small(PyObject *parts, Py_ssize_t room) {
 
 /* The record of one rank: its bytes, or (kind, meta, parts) where it is another record, or of several parts. */
 static PyObject *read_from(Ring *ring, const object_call *call) {
-    PyObject *parts = next_parts(ring, call->deadline, call->posted);
+    int result;
+    PyObject *parts = next_parts(ring, call->deadline, call->posted, &result);
     if (parts == NULL) return NULL;
     if (is_of(ring, call) && PyList_Size(parts) == 1) {
         PyObject *pickled = Py_NewRef(PyList_GetItem(parts, 0));
@@ -62,7 +67,7 @@ static PyObject *read_from(Ring *ring, const object_call *call) {
 }
 
 /* Puts this rank's record and reads the others: a list of `read_from` in rank order, in this rank's place its own pickle. */
-static PyObject *exchange(Group *group, PyObject *rings, PyObject *parts, const object_call *call) {
+static PyObject *exchange(Group *group, PyObject *rings, PyObject *parts, object_call *call) {
     int n = group->calls.n, me = group->calls.me;
     PyObject *found = PyList_New(n);
     int fine = found != NULL && put_record((Ring *)PyTuple_GetItem(rings, me), call, parts);
@@ -81,7 +86,7 @@ static int are_pickles(PyObject *found) {
 }
 
 /* Pickles and exchanges, on a group that was claimed. */
-static PyObject *gather(Group *group, PyObject *const *args, Py_ssize_t room, const object_call *call) {
+static PyObject *gather(Group *group, PyObject *const *args, Py_ssize_t room, object_call *call) {
     PyObject *parts = PyObject_CallObject(args[3], args[4]), *found = NULL;
     if (parts == NULL) return NULL;
     if (is_small(parts, room)) {
@@ -96,47 +101,59 @@ static PyObject *gather(Group *group, PyObject *const *args, Py_ssize_t room, co
     return rest;
 }
 
-/* all_gather_object(rings, room, hash, dumps, (group, operation, obj), timeout): None if the general path has to make the call. Else it has
+/* all_gather_object(rings, room, hash, dumps, (group, operation, obj), timeout, record): None if the general path has to make the call. Else it has
  * the number that was the group's `sequence`, and `dumps` has returned the parts of this rank's record. A list: what each rank put, pickles
  * all. A tuple, if the general path has to go on: the parts, and what each rank put (`exchange`), None where this rank has put nothing. The
  * turn of the collectives is then under way, claimed by this very tuple, until the caller ends it. */
 PyObject *do_all_gather_object(FastCalls *fast, Calls *calls, PyObject *const *args, Py_ssize_t nargs) {
-    if (nargs != 6) return PyErr_Format(PyExc_TypeError, "all_gather_object(rings, room, hash, dumps, arguments, timeout)");
+    if (nargs != 7) return PyErr_Format(PyExc_TypeError, "all_gather_object(rings, room, hash, dumps, arguments, timeout, record)");
     Py_ssize_t room = PyLong_AsSsize_t(args[1]);
     uint32_t hash = (uint32_t)PyLong_AsUnsignedLong(args[2]);
     int64_t timeout_ns;
-    Group *group = PyErr_Occurred() ? NULL : open_group(fast, calls, args[0], args[4], args[5], &timeout_ns);
+    GroupRecord *record;
+    Group *group = PyErr_Occurred() || !record_of((PyObject *)fast, args[6], &record) ? NULL : open_group(fast, calls, args[0], args[4], args[5], &timeout_ns);
     if (group == NULL) return not_handled();
     if (!claim(group->team)) return NULL;
-    object_call call = count(group, hash, timeout_ns);
+    object_call call;
+    begin_object_call(&call, group, hash, timeout_ns, record, args[4], -1);
     PyObject *found = gather(group, args, room, &call);
+    /* The general path goes on with an entry of its own. */
+    end_recording(&call.written, found == NULL ? ENTRY_FAILED : PyList_Check(found) ? ENTRY_DONE : 0);
     unclaim(group->team);
     return found;
 }
 
 /* The parts of the record of `src`, from there. */
-static PyObject *read_record(Ring *ring, int src, const object_call *call) {
-    PyObject *parts = next_parts(ring, call->deadline, call->posted);
+static PyObject *read_record(Ring *ring, int src, object_call *call, int *result) {
+    PyObject *parts = next_parts(ring, call->deadline, call->posted, result);
+    if (parts != NULL) add_to_recording(&call->written, size_of_record(ring));
     if (parts == NULL || is_of(ring, call)) return parts;
     Py_DECREF(parts);
     return raise_stopped((PyObject *)ring, CG_MISMATCH, src);
 }
 
-/* broadcast_object(rings, hash, src, dumps, (group, operation, obj), timeout): None if the general path has to make the call. Else it has the
+/* broadcast_object(rings, hash, src, dumps, (group, operation, obj), timeout, record): None if the general path has to make the call. Else it has the
  * number that was the group's `sequence`, whether it fails or not: on `src` the parts that `dumps` returned, elsewhere a list of those that
  * came. */
 PyObject *do_broadcast_object(FastCalls *fast, Calls *calls, PyObject *const *args, Py_ssize_t nargs) {
-    if (nargs != 6) return PyErr_Format(PyExc_TypeError, "broadcast_object(rings, hash, src, dumps, arguments, timeout)");
+    if (nargs != 7) return PyErr_Format(PyExc_TypeError, "broadcast_object(rings, hash, src, dumps, arguments, timeout, record)");
     uint32_t hash = (uint32_t)PyLong_AsUnsignedLong(args[1]);
     int64_t timeout_ns;
-    Group *group = PyErr_Occurred() ? NULL : open_group(fast, calls, args[0], args[4], args[5], &timeout_ns);
+    GroupRecord *record;
+    Group *group = PyErr_Occurred() || !record_of((PyObject *)fast, args[6], &record) ? NULL : open_group(fast, calls, args[0], args[4], args[5], &timeout_ns);
     int src = group == NULL ? -1 : rank_of(args[2], calls->n);
     if (src < 0) return not_handled();
     if (!claim(group->team)) return NULL;
-    object_call call = count(group, hash, timeout_ns);
+    object_call call;
+    begin_object_call(&call, group, hash, timeout_ns, record, args[4], src);
     Ring *ring = (Ring *)PyTuple_GetItem(args[0], src);
-    PyObject *parts = src == calls->me ? PyObject_CallObject(args[3], args[4]) : read_record(ring, src, &call);
-    if (parts != NULL && src == calls->me && !put_record(ring, &call, parts)) Py_CLEAR(parts);
+    const int mine = src == calls->me;
+    int result = CG_OK;
+    PyObject *parts = mine ? PyObject_CallObject(args[3], args[4]) : read_record(ring, src, &call, &result);
+    /* An object that nothing was sent of, or of which nothing came: the call can be made again. */
+    int failed = (mine && parts == NULL) || result == CG_TIMEOUT ? 0 : ENTRY_FAILED;
+    if (parts != NULL && mine && !put_record(ring, &call, parts)) Py_CLEAR(parts);
+    end_recording(&call.written, parts == NULL ? failed : ENTRY_DONE);
     unclaim(group->team);
     return parts;
 }

@@ -1,23 +1,14 @@
-/* The Python type Recorder: writes the record of one rank's calls. All of it runs under the interpreter's lock. */
+/* The Python types Recorder, which writes the record of one rank's calls, and GroupRecord, of those of one coordinator. All of it runs under the
+ * interpreter's lock. */
 #include "recorder.h"
+#include "module_sites.h"
 
 #include <string.h>
 #include <time.h>
 
-enum { SITES = 1024, NAMES = 64, OUTER = 64, PROBES = 256, LANES = 1 << 14, USUAL = 256, DEPTHS = 16 };
+enum { NAMES = 64, OUTER = 64, PROBES = 256, LANES = 1 << 14 };
 /* First byte of a text in the arena: a name, or JSON about a group or about the rank. */
-enum { MESSAGE_OUT = 1, MESSAGE_IN = 2 }; /* kinds of entries */
 enum { TEXT_NAME = 1, TEXT_GROUP = 2, TEXT_FACTS = 3 };
-
-/* Kinds of code, in the place of an instruction: of operations themselves, between whose frames are no others; and what else is not the user's. */
-enum { OF_OPERATIONS = -2, OURS = -1 };
-
-/* Place of a call in the code, by code object and index of its instruction, or the kind of the code. */
-typedef struct {
-    PyObject *code; /* a reference, so that no other code takes its address */
-    long lasti;
-    uint32_t site;
-} known_site;
 
 /* A call of several parts that is under way on a thread: the calls of the same group that it makes have no entries of their own. */
 typedef struct {
@@ -38,21 +29,15 @@ struct Recorder {
     PyObject_HEAD
     Segment *segment;
     Tensors *tensors;
-    PyObject *site_of_job; /* () -> str or None: where a job of another thread was begun */
-    PyObject *ours;        /* tuple of prefixes of the files whose frames are not the caller's */
-    PyObject *texts;       /* dict: text -> index */
-    PyObject *dtypes;      /* dict: dtype -> name */
-    PyObject *getframe;    /* sys._getframe */
-    PyObject *depths[DEPTHS]; /* numbers from 0 */
-    unsigned char usual[USUAL]; /* frames of an operation, innermost first, by its name; 0: not known */
-    PyObject *f_back, *f_lasti, *co_filename, *co_qualname, *shape, *nbytes, *dtype; /* names, interned */
+    PyObject *texts;  /* dict: text -> index */
+    PyObject *dtypes; /* dict: dtype -> name */
+    PyObject *shape, *nbytes, *dtype; /* names, interned */
     cg_record_header *header;
     cg_entry *entries;
     uint64_t count; /* of texts */
-    uint64_t thread; /* which made this: no thread of a lane */
     int n_outer;
     outer_call outer[OUTER];
-    known_site sites[SITES];
+    call_sites sites;
     lane_count lanes[LANES];
     struct {
         const char *name;
@@ -74,8 +59,7 @@ static uint32_t append_text(Recorder *self, int kind, const char *text, size_t b
     return (uint32_t)self->count++;
 }
 
-/* The index of a name, which is added if it is new. */
-static uint32_t index_of(Recorder *self, PyObject *text) {
+uint32_t index_of(Recorder *self, PyObject *text) {
     PyObject *known = PyDict_GetItemWithError(self->texts, text); /* borrowed */
     if (known != NULL) return (uint32_t)PyLong_AsUnsignedLong(known);
     Py_ssize_t bytes;
@@ -102,107 +86,6 @@ static uint16_t index_of_name(Recorder *self, const char *name) {
         }
     }
     return 0;
-}
-
-/* The kind of a code whose file was not compared yet; 0: it is the user's. */
-static int kind_of_code(Recorder *self, PyObject *code) {
-    PyObject *file = PyObject_GetAttr(code, self->co_filename);
-    int kind = 0;
-    for (Py_ssize_t i = 0; file != NULL && !kind && i < PyTuple_Size(self->ours); i++)
-        if (PyUnicode_Tailmatch(file, PyTuple_GetItem(self->ours, i), 0, PY_SSIZE_T_MAX, -1) == 1) kind = i == 0 ? OF_OPERATIONS : OURS;
-    Py_XDECREF(file);
-    if (PyErr_Occurred()) PyErr_Clear();
-    if (kind) {
-        known_site *cell = &self->sites[((uintptr_t)code >> 4) % SITES];
-        Py_XDECREF(cell->code);
-        *cell = (known_site){Py_NewRef(code), kind, 0};
-    }
-    return kind;
-}
-
-static int known_kind_of_code(const Recorder *self, const PyObject *code) {
-    const known_site *cell = &self->sites[((uintptr_t)code >> 4) % SITES];
-    return cell->code == code && cell->lasti < 0 ? (int)cell->lasti : 0;
-}
-
-static uint32_t describe_site(Recorder *self, PyFrameObject *frame, PyObject *code) {
-    PyObject *file = PyObject_GetAttr(code, self->co_filename), *name = PyObject_GetAttr(code, self->co_qualname);
-    PyObject *text = file == NULL || name == NULL ? NULL : PyUnicode_FromFormat("%U:%d in %U", file, PyFrame_GetLineNumber(frame), name);
-    uint32_t index = text == NULL ? 0 : index_of(self, text);
-    Py_XDECREF(text);
-    Py_XDECREF(file);
-    Py_XDECREF(name);
-    if (PyErr_Occurred()) PyErr_Clear();
-    return index;
-}
-
-/* The frame that called; takes the reference. */
-static PyFrameObject *back_of(Recorder *self, PyFrameObject *frame) {
-    PyObject *back = PyObject_GetAttr((PyObject *)frame, self->f_back);
-    Py_DECREF((PyObject *)frame);
-    if (back == Py_None) Py_CLEAR(back);
-    return (PyFrameObject *)back;
-}
-
-/* The frame so many calls above this one; NULL, without an error, if there is none. It makes no objects for those below, as `back_of` does. */
-static PyFrameObject *frame_above(Recorder *self, int depth) {
-    PyObject *frame = PyObject_CallFunctionObjArgs(self->getframe, self->depths[depth], NULL);
-    if (frame == NULL) PyErr_Clear();
-    return (PyFrameObject *)frame;
-}
-
-/* Whether the frame so many calls above is known to be of an operation. */
-static int is_of_operation(Recorder *self, int depth) {
-    PyFrameObject *frame = frame_above(self, depth);
-    if (frame == NULL) return 0;
-    PyObject *code = (PyObject *)PyFrame_GetCode(frame);
-    int kind = known_kind_of_code(self, code);
-    Py_DECREF(code);
-    Py_DECREF((PyObject *)frame);
-    return kind == OF_OPERATIONS;
-}
-
-/* The site of a frame's call, or the kind of its code where that is not the user's. */
-static int64_t site_in(Recorder *self, PyFrameObject *frame) {
-    PyObject *code = (PyObject *)PyFrame_GetCode(frame);
-    int64_t site = known_kind_of_code(self, code);
-    if (site == 0) {
-        PyObject *number = PyObject_GetAttr((PyObject *)frame, self->f_lasti);
-        long lasti = number == NULL ? 0 : PyLong_AsLong(number);
-        Py_XDECREF(number);
-        known_site *cell = &self->sites[(((uintptr_t)code >> 4) * 31 + (uintptr_t)lasti) % SITES];
-        if (cell->code == code && cell->lasti == lasti) site = cell->site;
-        else if ((site = kind_of_code(self, code)) == 0) {
-            site = describe_site(self, frame, code);
-            Py_XDECREF(cell->code);
-            *cell = (known_site){Py_NewRef(code), lasti, (uint32_t)site};
-        }
-    }
-    Py_DECREF(code);
-    return site;
-}
-
-/* The innermost caller outside of commgraph. */
-static uint32_t find_site(Recorder *self, uint64_t thread, uint16_t operation) {
-    if (thread != self->thread && self->site_of_job != Py_None) {
-        PyObject *given = PyObject_CallNoArgs(self->site_of_job);
-        uint32_t index = given != NULL && given != Py_None ? index_of(self, given) : 0;
-        int found = given != NULL && given != Py_None;
-        Py_XDECREF(given);
-        if (PyErr_Occurred()) PyErr_Clear();
-        if (found) return index;
-    }
-    /* An operation is recorded below as many frames of its own, as a rule: the walk begins at the outermost of them. */
-    unsigned char *usual = &self->usual[operation % USUAL];
-    int depth = *usual && is_of_operation(self, *usual - 1) ? *usual : 0, own = depth;
-    PyFrameObject *frame = depth ? frame_above(self, depth) : (PyFrameObject *)Py_XNewRef((PyObject *)PyEval_GetFrame());
-    int64_t site = 0;
-    for (; frame != NULL && (site = site_in(self, frame)) < 0; frame = back_of(self, frame), depth++)
-        if (site == OF_OPERATIONS && own == depth) own++;
-    Py_XDECREF((PyObject *)frame);
-    if (own < DEPTHS) *usual = (unsigned char)own;
-    if (PyErr_Occurred()) PyErr_Clear();
-    return site < 0 ? 0 : (uint32_t)site;
 }
 
 static void set_view(Recorder *self, cg_entry *entry, const view *v) {
@@ -271,16 +154,17 @@ static void open_entry(Recorder *self, cg_entry *entry, uint64_t sequence) {
 
 static uint64_t this_thread(void) { return (uint64_t)PyThread_get_thread_ident(); }
 
-cg_entry *record_begin(Recorder *self, const char *operation, uint16_t group, uint16_t strategy, uint64_t sequence, const view *v, int root,
+cg_entry *record_begin(const GroupRecord *record, const char *operation, uint16_t strategy, uint64_t sequence, const view *v, int root,
                        const char *reduction) {
+    Recorder *self = record->recorder;
     uint64_t thread = this_thread();
-    cg_entry *entry = self->n_outer ? outer_of(self, thread, group) : NULL;
+    cg_entry *entry = self->n_outer ? outer_of(self, thread, record->group) : NULL;
     if (entry != NULL) {
         entry->bytes += v->bytes;
         number_outer(entry, sequence);
         entry = NULL;
     } else if ((entry = take_entry(self, thread)) != NULL) {
-        entry->group = group;
+        entry->group = record->group;
         entry->operation = index_of_name(self, operation);
         entry->strategy = strategy;
         entry->peer = root;
@@ -291,27 +175,31 @@ cg_entry *record_begin(Recorder *self, const char *operation, uint16_t group, ui
     return entry;
 }
 
-void record_site(Recorder *self, cg_entry *entry) { entry->site = find_site(self, entry->thread, entry->operation); }
+void record_site(Recorder *self, cg_entry *entry) { entry->site = find_site(&self->sites, self, entry->thread, entry->operation); }
 
 void record_tensor(Recorder *self, cg_entry *entry, const view *v) {
     if (entry != NULL) set_view(self, entry, v);
 }
 
-void record_end(cg_entry *entry, int state) {
-    if (entry == NULL) return;
-    entry->end = cg_clock_ns();
+static void close_entry(cg_entry *entry, int64_t end, int state) {
+    entry->end = end;
     uint64_t number = atomic_load_explicit(&entry->state, memory_order_relaxed) >> 3;
     atomic_store_explicit(&entry->state, number << 3 | (uint64_t)state, memory_order_release);
+}
+
+void record_end(cg_entry *entry, int state) {
+    if (entry != NULL) close_entry(entry, cg_clock_ns(), state);
 }
 
 void record_cancel(cg_entry *entry) {
     if (entry != NULL) atomic_store_explicit(&entry->state, 0, memory_order_release);
 }
 
-Recorder *recorder_of(PyObject *self, PyObject *value) {
-    if (PyObject_TypeCheck(value, state_of(self)->recorder)) return (Recorder *)value;
-    PyErr_SetString(PyExc_TypeError, "a Recorder is needed");
-    return NULL;
+int record_of(PyObject *self, PyObject *value, GroupRecord **record) {
+    *record = value == Py_None ? NULL : (GroupRecord *)value;
+    if (*record == NULL || PyObject_TypeCheck(value, state_of(self)->group_record)) return 1;
+    PyErr_SetString(PyExc_TypeError, "a GroupRecord is needed, or None");
+    return 0;
 }
 
 /* Adds a tensor of any kind. 0 with an error set. */
@@ -390,42 +278,139 @@ static uint64_t *count_of(Recorder *self, uint16_t lanes, const cg_entry *entry)
     return NULL;
 }
 
-static PyObject *recorder_begin(PyObject *object, PyObject *const *args, Py_ssize_t nargs) {
-    Recorder *self = (Recorder *)object;
-    if (nargs != 12)
-        return PyErr_Format(PyExc_TypeError, "begin(group, lanes, operation, strategy, sequence, kind, family, peer, tag, moved, reduction, outer)");
-    PyObject *const *first = args;
-    args++; /* `lanes` is read below */
+static int is_message(const cg_entry *entry) { return entry->kind == ENTRY_OUTGOING || entry->kind == ENTRY_INCOMING; }
+
+/* The number of the next message of an entry's kind, which is one more then. */
+static uint64_t next_number(const GroupRecord *record, const cg_entry *entry) {
+    uint64_t *count = count_of(record->recorder, record->lanes, entry);
+    return count == NULL ? 0 : (*count)++;
+}
+
+static void cancel(const GroupRecord *record, cg_entry *entry) {
+    uint64_t *count = is_message(entry) ? count_of(record->recorder, record->lanes, entry) : NULL;
+    if (count != NULL) --*count;
+    record_cancel(entry);
+}
+
+/* Of native calls that write their own entries. */
+
+static void place(void *of) {
+    recording *r = of;
+    if (r->entry == NULL || r->part || r->placed) return;
+    r->placed = 1;
+    PyObject *kind, *value, *trace;
+    PyErr_Fetch(&kind, &value, &trace);
+    record_site(r->record->recorder, r->entry);
+    PyErr_Restore(kind, value, trace);
+}
+
+void begin_recording(recording *r, GroupRecord *record, const call_facts *facts, Team *team) {
+    *r = (recording){.record = record, .team = team};
+    if (record == NULL) return;
+    Recorder *self = record->recorder;
     uint64_t thread = this_thread();
-    uint16_t group = (uint16_t)PyLong_AsUnsignedLong(first[0]), lanes = (uint16_t)PyLong_AsUnsignedLong(first[1]);
-    cg_entry *outer = self->n_outer ? outer_of(self, thread, group) : NULL;
+    r->entry = self->n_outer ? outer_of(self, thread, record->group) : NULL;
+    if (r->entry != NULL) {
+        r->part = 1;
+        r->bytes = facts->tensor == NULL ? 0 : facts->tensor->bytes;
+        number_outer(r->entry, facts->sequence);
+        return;
+    }
+    cg_entry *entry = r->entry = take_entry(self, thread);
+    if (entry == NULL) return;
+    entry->group = record->group;
+    entry->operation = facts->named == NULL ? index_of_name(self, facts->operation) : (uint16_t)index_of(self, facts->named);
+    entry->strategy = index_of_name(self, facts->strategy);
+    entry->kind = (uint8_t)facts->kind;
+    entry->family = (uint8_t)facts->family;
+    entry->peer = facts->peer;
+    entry->tag = facts->tag;
+    if (facts->tensor != NULL) set_view(self, entry, facts->tensor);
+    open_entry(self, entry, is_message(entry) ? next_number(record, entry) : facts->sequence);
+    if (team == NULL) place(r);
+    else team->before_release = place, team->releasing = r;
+}
+
+void add_to_recording(recording *r, uint64_t bytes) {
+    if (r->part) r->bytes += bytes;
+    else if (r->entry != NULL) r->entry->bytes += bytes;
+}
+
+void end_recording(recording *r, int state) {
+    if (r->record == NULL) return;
+    if (r->team != NULL) r->team->before_release = NULL;
+    if (r->entry == NULL) return;
+    if (r->part) {
+        if (state) r->entry->bytes += r->bytes;
+    } else if (state) {
+        int64_t end = cg_clock_ns();
+        place(r);
+        close_entry(r->entry, end, state);
+    } else cancel(r->record, r->entry);
+}
+
+int parse_told(PyObject *self, PyObject *given, told_call *told) {
+    *told = (told_call){0};
+    if (given == Py_None) return 1;
+    if (!PyTuple_Check(given) || PyTuple_Size(given) != 5) {
+        PyErr_SetString(PyExc_TypeError, "(record, operation, kind, peer, meta) is needed, or None");
+        return 0;
+    }
+    if (!record_of(self, PyTuple_GetItem(given, 0), &told->record)) return 0;
+    told->operation = PyTuple_GetItem(given, 1); /* borrowed: the caller holds the tuple */
+    told->kind = (uint32_t)PyLong_AsUnsignedLong(PyTuple_GetItem(given, 2));
+    told->peer = (int)PyLong_AsLong(PyTuple_GetItem(given, 3));
+    PyObject *meta = PyTuple_GetItem(given, 4);
+    told->for_all = meta != Py_None;
+    told->meta = told->for_all ? PyLong_AsUnsignedLongLong(meta) : 0;
+    return !PyErr_Occurred();
+}
+
+void record_told(recording *r, const told_call *told, int outgoing, Team *team) {
+    call_facts facts = {.named = told->operation, .strategy = "shm", .peer = told->peer};
+    if (told->for_all) facts.sequence = told->meta >> 32;
+    else facts.kind = outgoing ? ENTRY_OUTGOING : ENTRY_INCOMING, facts.family = (int)told->kind;
+    begin_recording(r, told->record, &facts, team);
+}
+
+/* The type GroupRecord. */
+
+static PyObject *record_begin_call(PyObject *object, PyObject *const *args, Py_ssize_t nargs) {
+    const GroupRecord *record = (GroupRecord *)object;
+    Recorder *self = record->recorder;
+    if (nargs < 5 || nargs > 8)
+        return PyErr_Format(PyExc_TypeError, "begin(operation, strategy, sequence, message, peer, moved=None, reduction=None, outer=False)");
+    PyObject *moved = nargs > 5 ? args[5] : Py_None, *reduction = nargs > 6 ? args[6] : Py_None;
+    uint64_t thread = this_thread();
+    cg_entry *outer = self->n_outer ? outer_of(self, thread, record->group) : NULL;
     if (outer != NULL) {
         uint16_t tensors = outer->tensors;
         outer->tensors = (uint16_t)(tensors + 1); /* only bytes are added: the entry is of the call, and not of its parts */
-        add_moved(self, outer, args[8]);
+        add_moved(self, outer, moved);
         outer->tensors = tensors;
-        number_outer_by(outer, args[3]);
+        number_outer_by(outer, args[2]);
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
     }
+    int family = 0, kind = 0, tag = 0;
+    if (args[3] != Py_None && (!PyTuple_Check(args[3]) || !PyArg_ParseTuple(args[3], "iii", &family, &kind, &tag)))
+        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_TypeError, "a message is (family, kind, tag)");
     cg_entry *entry = take_entry(self, thread);
-    if (entry == NULL) return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
-    entry->group = group;
-    entry->operation = (uint16_t)index_of(self, args[1]);
-    entry->site = find_site(self, thread, entry->operation);
-    entry->strategy = args[2] == Py_None ? 0 : (uint16_t)index_of(self, args[2]);
-    uint64_t sequence = PyLong_AsUnsignedLongLong(args[3]);
-    entry->kind = (uint8_t)PyLong_AsLong(args[4]);
-    entry->family = (uint8_t)PyLong_AsLong(args[5]);
-    entry->peer = (int32_t)PyLong_AsLong(args[6]);
-    entry->tag = (int32_t)PyLong_AsLong(args[7]);
-    uint64_t *count = entry->kind == MESSAGE_OUT || entry->kind == MESSAGE_IN ? count_of(self, lanes, entry) : NULL;
-    if (count != NULL) sequence = (*count)++;
-    add_moved(self, entry, args[8]);
-    if (args[9] != Py_None) entry->reduction = (uint16_t)index_of(self, args[9]);
+    if (entry == NULL) Py_RETURN_NONE;
+    uint64_t number = entry->sequence + 1, sequence = PyLong_AsUnsignedLongLong(args[2]);
+    entry->group = record->group;
+    entry->operation = (uint16_t)index_of(self, args[0]);
+    record_site(self, entry);
+    entry->strategy = args[1] == Py_None ? 0 : (uint16_t)index_of(self, args[1]);
+    entry->family = (uint8_t)family;
+    entry->kind = (uint8_t)kind;
+    entry->tag = tag;
+    entry->peer = (int32_t)PyLong_AsLong(args[4]);
     if (PyErr_Occurred()) return NULL;
-    uint64_t number = entry->sequence + 1;
+    if (is_message(entry)) sequence = next_number(record, entry);
+    add_moved(self, entry, moved);
+    if (reduction != Py_None) entry->reduction = (uint16_t)index_of(self, reduction);
     open_entry(self, entry, sequence);
-    if (args[10] == Py_True && self->n_outer < OUTER) self->outer[self->n_outer++] = (outer_call){thread, group, entry, number};
+    if (nargs > 7 && args[7] == Py_True && self->n_outer < OUTER) self->outer[self->n_outer++] = (outer_call){thread, record->group, entry, number};
     return PyLong_FromUnsignedLongLong(number);
 }
 
@@ -438,8 +423,8 @@ static void drop_outer(Recorder *self, uint64_t number) {
         }
 }
 
-static PyObject *recorder_done(PyObject *object, PyObject *const *args, Py_ssize_t nargs) {
-    Recorder *self = (Recorder *)object;
+static PyObject *record_done(PyObject *object, PyObject *const *args, Py_ssize_t nargs) {
+    Recorder *self = ((GroupRecord *)object)->recorder;
     if (nargs != 1 && nargs != 2) return PyErr_Format(PyExc_TypeError, "done(token, moved=None)");
     uint64_t number;
     cg_entry *entry = entry_of(self, args[0], &number);
@@ -451,55 +436,87 @@ static PyObject *recorder_done(PyObject *object, PyObject *const *args, Py_ssize
     Py_RETURN_NONE;
 }
 
-static PyObject *recorder_end(PyObject *object, PyObject *const *args, Py_ssize_t nargs) {
-    Recorder *self = (Recorder *)object;
-    if (nargs != 4) return PyErr_Format(PyExc_TypeError, "end(token, lanes, state, moved)");
+static PyObject *record_fail(PyObject *object, PyObject *token) {
+    Recorder *self = ((GroupRecord *)object)->recorder;
     uint64_t number;
-    cg_entry *entry = entry_of(self, args[0], &number);
-    long state = PyLong_AsLong(args[2]);
-    if (PyErr_Occurred()) return NULL;
-    if (entry != NULL) {
-        add_moved(self, entry, args[3]);
-        if (state) record_end(entry, state == ENTRY_DONE ? ENTRY_DONE : ENTRY_FAILED);
-        else {
-            uint64_t *count = entry->kind == MESSAGE_OUT || entry->kind == MESSAGE_IN ? count_of(self, (uint16_t)PyLong_AsUnsignedLong(args[1]), entry) : NULL;
-            if (count != NULL) --*count;
-            record_cancel(entry);
-        }
-    }
-    if (self->n_outer) drop_outer(self, number);
+    record_end(entry_of(self, token, &number), ENTRY_FAILED);
+    drop_outer(self, number);
     Py_RETURN_NONE;
 }
 
-static PyObject *recorder_grow(PyObject *object, PyObject *const *args, Py_ssize_t nargs) {
-    Recorder *self = (Recorder *)object;
-    if (nargs != 2) return PyErr_Format(PyExc_TypeError, "grow(group, moved)");
-    cg_entry *outer = self->n_outer ? outer_of(self, this_thread(), (uint16_t)PyLong_AsUnsignedLong(args[0])) : NULL;
-    if (outer != NULL) add_moved(self, outer, args[1]);
-    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+static PyObject *record_cancel_call(PyObject *object, PyObject *token) {
+    const GroupRecord *record = (GroupRecord *)object;
+    uint64_t number;
+    cg_entry *entry = entry_of(record->recorder, token, &number);
+    if (entry != NULL) cancel(record, entry);
+    drop_outer(record->recorder, number);
+    Py_RETURN_NONE;
 }
 
-static PyObject *recorder_number(PyObject *object, PyObject *const *args, Py_ssize_t nargs) {
-    Recorder *self = (Recorder *)object;
-    if (nargs != 2) return PyErr_Format(PyExc_TypeError, "number(group, sequence)");
-    cg_entry *outer = self->n_outer ? outer_of(self, this_thread(), (uint16_t)PyLong_AsUnsignedLong(args[0])) : NULL;
-    if (outer != NULL) number_outer_by(outer, args[1]);
-    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+/* The call of several parts that is under way on this thread. */
+static cg_entry *under_way(const GroupRecord *record) {
+    return record->recorder->n_outer ? outer_of(record->recorder, this_thread(), record->group) : NULL;
 }
 
-static PyObject *recorder_assign(PyObject *object, PyObject *const *args, Py_ssize_t nargs) {
-    Recorder *self = (Recorder *)object;
-    if (nargs != 3) return PyErr_Format(PyExc_TypeError, "assign(group, lanes, peer)");
-    cg_entry *entry = last_of(self, this_thread(), (uint16_t)PyLong_AsUnsignedLong(args[0]));
+static PyObject *record_add(PyObject *object, PyObject *moved) {
+    const GroupRecord *record = (GroupRecord *)object;
+    cg_entry *outer = under_way(record);
+    if (outer != NULL) add_moved(record->recorder, outer, moved);
+    Py_RETURN_NONE;
+}
+
+static PyObject *record_number(PyObject *object, PyObject *sequence) {
+    cg_entry *outer = under_way((GroupRecord *)object);
+    if (outer != NULL) number_outer_by(outer, sequence);
+    Py_RETURN_NONE;
+}
+
+static PyObject *record_assign(PyObject *object, PyObject *peer) {
+    const GroupRecord *record = (GroupRecord *)object;
+    long rank = PyLong_AsLong(peer);
+    if (rank == -1 && PyErr_Occurred()) return NULL;
+    cg_entry *entry = last_of(record->recorder, this_thread(), record->group);
     if (entry != NULL) {
-        uint16_t lanes = (uint16_t)PyLong_AsUnsignedLong(args[1]);
-        uint64_t *count = count_of(self, lanes, entry);
+        uint64_t *count = count_of(record->recorder, record->lanes, entry);
         if (count != NULL) --*count;
-        entry->peer = (int32_t)PyLong_AsLong(args[2]);
-        count = count_of(self, lanes, entry);
-        if (count != NULL) entry->sequence = (*count)++;
+        entry->peer = (int32_t)rank;
+        entry->sequence = next_number(record, entry);
     }
-    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+    Py_RETURN_NONE;
+}
+
+static void record_dealloc(PyObject *object) {
+    Py_XDECREF((PyObject *)((GroupRecord *)object)->recorder);
+    free_object(object);
+}
+
+static PyMethodDef record_methods[] = {
+    {"begin", (PyCFunction)(void (*)(void))record_begin_call, METH_FASTCALL,
+     "begin(operation, strategy, sequence, message, peer, moved=None, reduction=None, outer=False)\n--\n\nA token of a new entry; None where the "
+     "call is a part of another one."},
+    {"done", (PyCFunction)(void (*)(void))record_done, METH_FASTCALL, "done(token, moved=None)\n--\n\nEnds an entry that is open: the call was made."},
+    {"fail", record_fail, METH_O, "fail(token)\n--\n\nEnds an entry that is open by an error."},
+    {"cancel", record_cancel_call, METH_O, "cancel(token)\n--\n\nRemoves an entry that is open: the call was not made, or another path makes it."},
+    {"assign", record_assign, METH_O, "assign(peer)\n--\n\nSets who has sent the message of the last entry of this thread, which is open."},
+    {"add", record_add, METH_O, "add(moved)\n--\n\nAdds to the call of several parts that is under way on this thread."},
+    {"number", record_number, METH_O, "number(sequence)\n--\n\nSays the number of that call."},
+    {0}};
+static PyType_Slot record_slots[] = {
+    {Py_tp_doc, "The record of the calls of one coordinator; see Recorder.of."}, {Py_tp_dealloc, record_dealloc}, {Py_tp_methods, record_methods}, {0}};
+PyType_Spec group_record_spec = {"commgraph.shm._native.GroupRecord", sizeof(GroupRecord), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                                 record_slots};
+
+/* The type Recorder. */
+
+static PyObject *recorder_of(PyObject *object, PyObject *args) {
+    int group, lanes;
+    if (!PyArg_ParseTuple(args, "ii", &group, &lanes)) return NULL;
+    GroupRecord *record = (GroupRecord *)allocate(state_of(object)->group_record);
+    if (record == NULL) return NULL;
+    record->recorder = (Recorder *)Py_NewRef(object);
+    record->group = (uint16_t)group;
+    record->lanes = (uint16_t)lanes;
+    return (PyObject *)record;
 }
 
 static PyObject *recorder_note(PyObject *object, PyObject *args) {
@@ -517,11 +534,11 @@ static PyObject *recorder_text(PyObject *object, PyObject *text) {
 
 static PyObject *recorder_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     (void)kwargs;
-    PyObject *segment, *tensors, *site_of_job, *ours, *dtypes, *kinds;
-    if (!PyArg_ParseTuple(args, "OOOO!O!O!", &segment, &tensors, &site_of_job, &PyTuple_Type, &ours, &PyDict_Type, &dtypes, &PyDict_Type, &kinds)) return NULL;
+    PyObject *segment, *tensors, *site_of_job, *operations, *ours, *dtypes, *kinds;
+    if (!PyArg_ParseTuple(args, "OOOO!O!O!O!", &segment, &tensors, &site_of_job, &PyTuple_Type, &operations, &PyTuple_Type, &ours, &PyDict_Type, &dtypes, &PyDict_Type, &kinds)) return NULL;
     module_state *state = PyType_GetModuleState(type);
     if (state == NULL || !PyObject_TypeCheck(segment, state->segment) || (tensors != Py_None && !PyObject_TypeCheck(tensors, state->tensors)))
-        return PyErr_Format(PyExc_TypeError, "Recorder(segment, tensors, site_of_job, ours, dtypes, kinds)");
+        return PyErr_Format(PyExc_TypeError, "Recorder(segment, tensors, site_of_job, operations, ours, dtypes, kinds)");
     cg_record_header *header = (cg_record_header *)((Segment *)segment)->base;
     size_t bytes = ((Segment *)segment)->bytes;
     if (bytes < sizeof *header || header->entry_bytes != sizeof(cg_entry) || header->capacity == 0 || header->capacity > bytes / sizeof(cg_entry) ||
@@ -532,18 +549,14 @@ static PyObject *recorder_new(PyTypeObject *type, PyObject *args, PyObject *kwar
     if (self == NULL) return NULL;
     self->segment = (Segment *)Py_NewRef(segment);
     self->tensors = tensors == Py_None ? NULL : (Tensors *)Py_NewRef(tensors);
-    self->site_of_job = Py_NewRef(site_of_job);
-    self->ours = Py_NewRef(ours);
     self->dtypes = Py_NewRef(dtypes);
     self->texts = PyDict_New();
     self->header = header;
     self->entries = (cg_entry *)((char *)header + header->entries_offset);
-    self->thread = this_thread();
-    static const char *const names[] = {"f_back", "f_lasti", "co_filename", "co_qualname", "shape", "nbytes", "dtype"};
-    PyObject **const held[] = {&self->f_back, &self->f_lasti, &self->co_filename, &self->co_qualname, &self->shape, &self->nbytes, &self->dtype};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) *held[i] = PyUnicode_InternFromString(names[i]);
-    self->getframe = Py_XNewRef(PySys_GetObject("_getframe")); /* borrowed */
-    for (int i = 0; i < DEPTHS; i++) self->depths[i] = PyLong_FromLong(i);
+    self->shape = PyUnicode_InternFromString("shape");
+    self->nbytes = PyUnicode_InternFromString("nbytes");
+    self->dtype = PyUnicode_InternFromString("dtype");
+    if (!begin_sites(&self->sites, site_of_job, operations, ours, this_thread())) PyErr_Clear(); /* no memory: what follows says so */
     PyObject *empty = PyUnicode_FromString(""), *kind, *name;
     if (self->texts != NULL && empty != NULL) index_of(self, empty);
     Py_XDECREF(empty);
@@ -555,28 +568,18 @@ static PyObject *recorder_new(PyTypeObject *type, PyObject *args, PyObject *kwar
 
 static void recorder_dealloc(PyObject *object) {
     Recorder *self = (Recorder *)object;
-    for (int i = 0; i < SITES; i++) Py_XDECREF(self->sites[i].code);
-    PyObject *const held[] = {(PyObject *)self->segment, (PyObject *)self->tensors, self->site_of_job, self->ours, self->texts, self->dtypes,
-                              self->f_back, self->f_lasti, self->co_filename, self->co_qualname, self->shape, self->nbytes, self->dtype};
+    end_sites(&self->sites);
+    PyObject *const held[] = {(PyObject *)self->segment, (PyObject *)self->tensors, self->texts, self->dtypes, self->shape, self->nbytes, self->dtype};
     for (size_t i = 0; i < sizeof held / sizeof *held; i++) Py_XDECREF(held[i]);
-    for (int i = 0; i < DEPTHS; i++) Py_XDECREF(self->depths[i]);
-    Py_XDECREF(self->getframe);
     free_object(object);
 }
 
 static PyMethodDef recorder_methods[] = {
-    {"begin", (PyCFunction)(void (*)(void))recorder_begin, METH_FASTCALL,
-     "begin(group, lanes, operation, strategy, sequence, kind, family, peer, tag, moved, reduction, outer)\n--\n\nA token of a new entry; None where the call is a part of another one."},
-    {"end", (PyCFunction)(void (*)(void))recorder_end, METH_FASTCALL, "end(token, lanes, state, moved)\n--\n\nEnds an entry that is open; state 0 removes it."},
-    {"done", (PyCFunction)(void (*)(void))recorder_done, METH_FASTCALL, "done(token, moved=None)\n--\n\nEnds an entry that is open: the call was made."},
-    {"assign", (PyCFunction)(void (*)(void))recorder_assign, METH_FASTCALL, "assign(group, lanes, peer)\n--\n\nSets who has sent the message of the last entry of this thread, which is open."},
-    {"grow", (PyCFunction)(void (*)(void))recorder_grow, METH_FASTCALL,
-     "grow(group, moved)\n--\n\nAdds to the call of several parts that is under way on this thread."},
-    {"number", (PyCFunction)(void (*)(void))recorder_number, METH_FASTCALL, "number(group, sequence)\n--\n\nSays the number of that call."},
+    {"of", recorder_of, METH_VARARGS, "of(group, lanes)\n--\n\nA GroupRecord; `group`: number of the text about it, `lanes`: distinguishes its messages."},
     {"note", recorder_note, METH_VARARGS, "note(kind, text)\n--\n\nAppends a text, and gives its index."},
     {"text", recorder_text, METH_O, "text(name)\n--\n\nIndex of a name."},
     {0}};
 static PyType_Slot recorder_slots[] = {
-    {Py_tp_doc, "Recorder(segment, tensors, site_of_job, ours, dtypes, kinds)\n--\n\nWrites the record of one rank's calls."},
+    {Py_tp_doc, "Recorder(segment, tensors, site_of_job, operations, ours, dtypes, kinds)\n--\n\nWrites the record of one rank's calls."},
     {Py_tp_new, recorder_new}, {Py_tp_dealloc, recorder_dealloc}, {Py_tp_methods, recorder_methods}, {0}};
 PyType_Spec recorder_spec = {"commgraph.shm._native.Recorder", sizeof(Recorder), 0, Py_TPFLAGS_DEFAULT, recorder_slots};

@@ -1,6 +1,6 @@
 /* The Python type Ring: records from one member of a team to others. */
-#include "module.h"
 #include "any_ring.h"
+#include "module_ring.h"
 
 #include <string.h>
 
@@ -71,7 +71,7 @@ int may_use(const Ring *ring, int writing) {
 
 enum { FEW_PARTS = 8 };
 
-int put_parts(Ring *ring, uint32_t kind, uint64_t meta, PyObject *given, int64_t deadline, uint64_t posted, int *who) {
+int put_parts(Ring *ring, uint32_t kind, uint64_t meta, PyObject *given, int64_t deadline, uint64_t posted, recording *written, int *who) {
     Py_ssize_t n = PyTuple_Size(given), held = 0;
     if (n < 0 || !may_use(ring, 1)) return -1;
     cg_part few[FEW_PARTS], *parts = few;
@@ -100,6 +100,7 @@ int put_parts(Ring *ring, uint32_t kind, uint64_t meta, PyObject *given, int64_t
         }
         for (Py_ssize_t i = 0; i < held; i++) total += parts[i].bytes;
         if (held == n) {
+            add_to_recording(written, total - (kind == DICT && n > 0 ? parts[0].bytes : 0));
             begin_work(ring->team, keeps_interpreter(ring->team, total));
             if (posted) publish_posted(ring, posted);
             result = cg_ring_put(&ring->ring, kind, meta, parts, (uint32_t)n, deadline, who);
@@ -114,15 +115,20 @@ int put_parts(Ring *ring, uint32_t kind, uint64_t meta, PyObject *given, int64_t
     return result;
 }
 
-/* put(kind, meta, parts, timeout_ns, posted): a part is a buffer, or (address, bytes) of memory that the caller keeps alive. */
+/* put(kind, meta, parts, timeout_ns, posted, told=None): a part is a buffer, or (address, bytes) of memory that the caller keeps alive. */
 static PyObject *ring_put(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     Ring *ring = (Ring *)self;
-    if (nargs != 5) return PyErr_Format(PyExc_TypeError, "put(kind, meta, parts, timeout_ns, posted)");
+    if (nargs != 5 && nargs != 6) return PyErr_Format(PyExc_TypeError, "put(kind, meta, parts, timeout_ns, posted, told=None)");
+    told_call told;
     unsigned long kind = PyLong_AsUnsignedLong(args[0]);
     unsigned long long meta = PyLong_AsUnsignedLongLong(args[1]), posted = PyLong_AsUnsignedLongLong(args[4]);
     int64_t timeout = PyLong_AsLongLong(args[3]);
-    if (PyErr_Occurred() || !claim(ring->team)) return NULL;
-    int who = 0, result = put_parts(ring, (uint32_t)kind, meta, args[2], deadline_after(timeout), posted, &who);
+    if (PyErr_Occurred() || !parse_told(self, nargs == 6 ? args[5] : Py_None, &told) || !claim(ring->team)) return NULL;
+    recording written;
+    record_told(&written, &told, 1, ring->team);
+    int who = 0, result = put_parts(ring, (uint32_t)kind, meta, args[2], deadline_after(timeout), posted, &written, &who);
+    /* A poll that has found no room was no call. */
+    end_recording(&written, result == CG_OK ? ENTRY_DONE : result == CG_TIMEOUT && timeout <= 0 ? 0 : ENTRY_FAILED);
     unclaim(ring->team);
     if (result < 0) return NULL;
     return result == CG_OK ? Py_NewRef(Py_None) : raise_stopped(self, result, who);
@@ -197,37 +203,64 @@ static int read_parts(Ring *ring, int64_t deadline, int *who) {
     }
 }
 
-PyObject *next_parts(Ring *ring, int64_t deadline, unsigned long long posted) {
-    int who = 0, result;
+PyObject *next_parts(Ring *ring, int64_t deadline, unsigned long long posted, int *result) {
+    int who = 0;
     do {
         if (ring->parts == NULL) {
-            result = wait_next(ring, deadline, posted, &who);
-            if (result != CG_OK) return raise_stopped((PyObject *)ring, result, who);
+            *result = wait_next(ring, deadline, posted, &who);
+            if (*result != CG_OK) return raise_stopped((PyObject *)ring, *result, who);
             ring->parts = PyList_New(0);
             ring->done = 0;
             if (ring->parts == NULL) return NULL;
         }
-        result = read_parts(ring, deadline, &who);
-        if (result == CG_RESTART) Py_CLEAR(ring->parts);
-    } while (result == CG_RESTART);
-    if (result != CG_OK) return result < 0 ? NULL : raise_stopped((PyObject *)ring, result, who);
+        *result = read_parts(ring, deadline, &who);
+        if (*result == CG_RESTART) Py_CLEAR(ring->parts);
+    } while (*result == CG_RESTART);
+    if (*result != CG_OK) return *result < 0 ? NULL : raise_stopped((PyObject *)ring, *result, who);
     cg_ring_finish(&ring->ring);
     PyObject *parts = ring->parts;
     ring->parts = NULL;
     return parts;
 }
 
-/* get(timeout_ns, posted): (kind, meta, parts); the first part is bytes, the others are Blocks. */
+/* How the entry of a receive ends that has got these parts, or NULL. */
+static int state_of_receive(const Ring *ring, const told_call *told, const PyObject *parts, int result, int is_its) {
+    if (parts == NULL) return result == CG_TIMEOUT ? 0 : ENTRY_FAILED; /* 0: nothing is lost, and the call can be made again */
+    const cg_record *record = &ring->ring.record;
+    if (told->for_all) return record->kind == told->kind && record->meta == told->meta ? ENTRY_DONE : ENTRY_FAILED;
+    return record->kind == told->kind && is_its ? ENTRY_DONE : 0; /* else it is kept, and the call goes on, or another path makes it */
+}
+
+uint64_t size_of_record(const Ring *ring) {
+    uint64_t bytes = 0;
+    for (uint32_t i = ring->ring.record.kind == DICT; i < ring->ring.record.n_parts; i++) bytes += cg_ring_size(&ring->ring, i);
+    return bytes;
+}
+
+PyObject *get_parts(Ring *ring, int64_t timeout_ns, uint64_t posted, const told_call *told, int (*is_its)(PyObject *), uint32_t *kind, uint64_t *meta) {
+    if (!may_use(ring, 0) || !claim(ring->team)) return NULL;
+    recording written;
+    record_told(&written, told, 0, ring->team);
+    int result;
+    PyObject *parts = next_parts(ring, deadline_after(timeout_ns), posted, &result);
+    *kind = ring->ring.record.kind;
+    *meta = ring->ring.record.meta;
+    if (parts != NULL) add_to_recording(&written, size_of_record(ring));
+    end_recording(&written, state_of_receive(ring, told, parts, result, is_its == NULL || parts == NULL || is_its(parts)));
+    unclaim(ring->team);
+    return parts;
+}
+
+/* get(timeout_ns, posted, told=None): (kind, meta, parts); the first part is bytes, the others are Blocks. */
 static PyObject *ring_get(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
-    Ring *ring = (Ring *)self;
-    if (nargs != 2) return PyErr_Format(PyExc_TypeError, "get(timeout_ns, posted)");
+    if (nargs != 2 && nargs != 3) return PyErr_Format(PyExc_TypeError, "get(timeout_ns, posted, told=None)");
     int64_t timeout = PyLong_AsLongLong(args[0]);
     unsigned long long posted = PyLong_AsUnsignedLongLong(args[1]);
-    if (PyErr_Occurred() || !may_use(ring, 0) || !claim(ring->team)) return NULL;
-    PyObject *parts = next_parts(ring, deadline_after(timeout), posted);
-    uint32_t kind = ring->ring.record.kind;
-    uint64_t meta = ring->ring.record.meta;
-    unclaim(ring->team);
+    told_call told;
+    if (PyErr_Occurred() || !parse_told(self, nargs == 3 ? args[2] : Py_None, &told)) return NULL;
+    uint32_t kind;
+    uint64_t meta;
+    PyObject *parts = get_parts((Ring *)self, timeout, posted, &told, NULL, &kind, &meta);
     return parts == NULL ? NULL : Py_BuildValue("(kKN)", (unsigned long)kind, (unsigned long long)meta, parts);
 }
 
@@ -323,8 +356,8 @@ static PyObject *ring_leave_out(PyObject *self, PyObject *arg) {
 }
 
 static PyMethodDef ring_methods[] = {
-    {"put", (PyCFunction)(void (*)(void))ring_put, METH_FASTCALL, "put(kind, meta, parts, timeout_ns, posted)\n--\n\nWrites a record."},
-    {"get", (PyCFunction)(void (*)(void))ring_get, METH_FASTCALL, "get(timeout_ns, posted)\n--\n\n(kind, meta, parts) of the next record."},
+    {"put", (PyCFunction)(void (*)(void))ring_put, METH_FASTCALL, "put(kind, meta, parts, timeout_ns, posted, told=None)\n--\n\nWrites a record."},
+    {"get", (PyCFunction)(void (*)(void))ring_get, METH_FASTCALL, "get(timeout_ns, posted, told=None)\n--\n\n(kind, meta, parts) of the next record."},
     {"peek", ring_peek, METH_VARARGS, "peek(timeout_ns, posted)\n--\n\n(kind, meta, sizes) of the next record, which stays."},
     {"take", ring_take, METH_VARARGS, "take(timeout_ns, targets, owner)\n--\n\nReads the parts of the record that `peek` returned; False: the writer gave up."},
     {"leave_out", ring_leave_out, METH_O, "leave_out(reader)\n--\n\nGoes on without a reader that has not joined; False if it has."},
