@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -249,3 +250,21 @@ def again_if_late(test: Callable[P, None]) -> Callable[P, None]:
         return test(*args, **kwargs)
 
     return patient
+
+
+def count_calls(run: Callable[[], Any]) -> int:
+    """Return how many functions of the package one call enters, on this thread; comprehensions are none from Python 3.12 on."""
+    found, package = 0, str(Path(cg.__file__).parent)
+
+    def look(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal found
+        code = frame.f_code
+        found += event == "call" and code.co_filename.startswith(package) and code.co_name != "<listcomp>"
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return found

@@ -15,6 +15,7 @@ __all__ = [
     "digest",
     "make_tag",
     "message_text",
+    "rest_of",
     "tag_of",
     "tagged_text",
 ]
@@ -52,3 +53,8 @@ def tag_of(kind: int, sequence: int, hashed: int) -> int:
     The native module computes it alike (`make_tag` in native/module.c). The multiplier is odd, so the tags of 2**28 equal calls differ.
     """
     return kind << 28 | ((hashed ^ sequence * 0x9E3779B1) & _MASK)
+
+
+def rest_of(tag: int) -> int:
+    """Return the tag of the frames of an object that follow the one with `tag`."""
+    return OBJECT_REST << 28 | (tag & _MASK)

@@ -8,7 +8,7 @@ from typing import Self, TypeVar
 
 import attrs
 
-from commgraph.communicators.tags import COLLECTIVE, OBJECT, OBJECT_REST, make_tag
+from commgraph.communicators.tags import COLLECTIVE, OBJECT, make_tag, rest_of
 from commgraph.coordinator.operation import Group, perform
 from commgraph.coordinator.pending import DICTS, OBJECTS
 from commgraph.coordinator.recorded import DICTS as DICT_FAMILY
@@ -35,7 +35,6 @@ class Frames:
         what: the call with its arguments, as text; of a collective the same on all ranks.
         deadline: of the call.
         tag: of a first frame.
-        rest: of the frames that follow it.
         message: what the record of calls holds of a message; None of a collective.
     """
 
@@ -45,22 +44,26 @@ class Frames:
     what: str
     deadline: Deadline
     tag: int
-    rest: int
     message: Message | None = None
+
+    @property
+    def rest(self) -> int:
+        """Tag of the frames that follow a first one."""
+        return rest_of(self.tag)
 
     @classmethod
     def of_message(cls, group: Group, operation: str, deadline: Deadline, kind: int, number: int, direction: int) -> Self:
         """Return those of the message with that number of its lane; `direction`: `OUTGOING` or `INCOMING`."""
         family, stream = OBJECT_FAMILY if kind == OBJECTS else DICT_FAMILY, STREAMS[kind]
-        tag, rest = make_tag(OBJECT, number, stream), make_tag(OBJECT_REST, number, stream)
-        return cls(group, operation, group._state.sequence, f"{operation}(...)", deadline, tag, rest, (family, direction, 0))
+        return cls(
+            group, operation, group._state.sequence, f"{operation}(...)", deadline, make_tag(OBJECT, number, stream), (family, direction, 0)
+        )
 
     @classmethod
     def of_collective(cls, group: Group, operation: str, deadline: Deadline, sequence: int, src: int) -> Self:
         """Return those of a collective whose objects are all of one rank."""
         what = f"{operation}(src={src})"
-        tag, rest = make_tag(COLLECTIVE, sequence, what), make_tag(OBJECT_REST, sequence, "broadcast")
-        return cls(group, operation, sequence, what, deadline, tag, rest)
+        return cls(group, operation, sequence, what, deadline, make_tag(COLLECTIVE, sequence, what))
 
     def perform(
         self,

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, NoReturn
+from typing import Any, NoReturn
 
 from commgraph import wire
 from commgraph.communicators.base import PeerLate
-from commgraph.communicators.tags import OBJECT, OBJECT_REST, make_tag
+from commgraph.communicators.tags import COLLECTIVE, OBJECT, make_tag, rest_of
 from commgraph.communicators.tcp_transport import TcpTransport
 from commgraph.coordinator.checks import BadArgument
 from commgraph.coordinator.frames import Frames
@@ -32,9 +32,6 @@ __all__ = ["LinkObjects", "Parts", "bytes_of_parts"]
 
 # A message that came: its first frame, what that says if it is signed, and the frames that followed it.
 Parts = tuple[Any, Sealed | None, Sequence[Any]]
-
-# From the tag of a first frame to that of those that follow it.
-_REST: Final = (OBJECT_REST - OBJECT) << 28
 
 
 class LinkObjects(NetworkObjects):
@@ -79,7 +76,7 @@ class LinkObjects(NetworkObjects):
             state.turns.release(key, turn)
         tag = make_tag(OBJECT, number, "message")
         try:
-            net.send_parts([dst], tag, tag + _REST, parts, self._timeout_ns)
+            net.send_parts([dst], tag, rest_of(tag), parts, self._timeout_ns)
         except BaseException as error:
             self._end(Frames.of_message(group, operation, Deadline.after(state.timeouts.host), OBJECTS, number, OUTGOING), net, error)
 
@@ -124,7 +121,6 @@ class LinkObjects(NetworkObjects):
         state, turn, net = self._state, Turn(), self._transport.collectives
         try:
             sequence = state.begin(group.name, operation, turn)
-            frames = Frames.of_collective(group, operation, Deadline.after(state.timeouts.host), sequence, src)
             context = f"broadcast {src} {sequence}"
             if src == self._transport.rank_in_group:
                 try:
@@ -132,11 +128,13 @@ class LinkObjects(NetworkObjects):
                 except BaseException:
                     state.uncount_collective()  # the others wait for this call's object, and get that of the next call
                     raise
+                tag = make_tag(COLLECTIVE, sequence, f"{operation}(src={src})")
                 try:
-                    net.send_parts(self._others, frames.tag, frames.rest, parts, self._timeout_ns)
+                    net.send_parts(self._others, tag, rest_of(tag), parts, self._timeout_ns)
                 except BaseException as error:
-                    self._end(frames, net, error)
+                    self._end(Frames.of_collective(group, operation, Deadline.after(state.timeouts.host), sequence, src), net, error)
                 return obj
+            frames = Frames.of_collective(group, operation, Deadline.after(state.timeouts.host), sequence, src)
             message = self._take(frames, net, src, context)
             if message is None:
                 state.uncount_collective()

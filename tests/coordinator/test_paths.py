@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -17,7 +14,7 @@ import torch
 import commgraph as cg
 from commgraph.coordinator import GroupCoordinator
 from commgraph.coordinator.failures import Failures
-from tests.helpers import on
+from tests.helpers import count_calls, on
 
 # Each of a group of four whose last rank is late. Rank 0 waits for it in all of them.
 COLLECTIVES: dict[str, Callable[..., Any]] = {
@@ -176,27 +173,6 @@ def test_ranks_on_different_paths_meet(name: str, way: Callable[..., Any]) -> No
 
 
 # Python calls
-
-PACKAGE = str(Path(cg.__file__).parent)
-
-
-def count_calls(run: Callable[[], Any]) -> int:
-    """Return how many functions of the package one call enters, on this thread; comprehensions are none from Python 3.12 on."""
-    found = 0
-
-    def look(frame: FrameType, event: str, _: Any) -> None:
-        nonlocal found
-        code = frame.f_code
-        found += event == "call" and code.co_filename.startswith(PACKAGE) and code.co_name != "<listcomp>"
-
-    before = sys.getprofile()
-    sys.setprofile(look)
-    try:
-        run()
-    finally:
-        sys.setprofile(before)
-    return found
-
 
 AT_MOST: dict[str, tuple[Callable[[GroupCoordinator], Any], int]] = {
     "all_reduce": (lambda g: g.all_reduce(torch.ones(4)), 1),
