@@ -39,6 +39,9 @@ _PUBLISH_SECONDS = 0.5
 CLOSE = "close"
 # Seconds within which ranks that close a group together do so.
 _CLOSING = 0.5
+# Seconds that a rank waits to hear how a call ended for its peers, at most and at least; between them as long as its deadline was. Peers that
+# are in the call end with it, and say so at once; who has a short deadline, or 0 to poll, does not want to wait for the others.
+_LONGEST_WORD, _SHORTEST_WORD = 1.0, 0.25
 # Seconds by which a wait ends after its deadline where the process was not run meanwhile: waits look at the clock many times a second.
 _STOOD_STILL = 0.5
 # How a note begins that says where a rank gave up; other notes say what it called.
@@ -180,7 +183,7 @@ class Failures:
             if isinstance(error, PeerLate):
                 self._timed_out(call, what, seconds, error, overrun)
             if isinstance(error, PeerClosed):
-                self._lost(call, what, error)
+                self._lost(call, what, seconds, error)
             if isinstance(error, CallsDiffer):
                 self._differ(call, what)
             if isinstance(error, AccessRefused):
@@ -218,21 +221,23 @@ class Failures:
         self._note(call, what, at)
         self._publish(_Fault("timeout", f"{call.sequence} {what}", None, call.sequence, f"{what} at {at}"))
         self._abort()
-        raise self._remember(self._late(call, head, what)) from None
+        raise self._remember(self._late(call, head, seconds, what)) from None
 
-    def _late(self, call: Call, head: str, what: str | None = None, *, in_time: bool = False) -> CollectiveError:
+    def _late(self, call: Call, head: str, seconds: float, what: str | None = None, *, in_time: bool = False) -> CollectiveError:
         """Return the error of a call for which some rank waited in vain: who gave up, and who has said nothing.
 
         Args:
             call: of this rank.
             head: of the message.
+            seconds: deadline of the call.
             what: the call with its arguments, to be compared with those of the ranks that gave up; None where this rank did not wait in
                 vain itself: a message that another one waited for differs from this call, and is no mismatch.
             in_time: this rank's own deadline had not passed.
         """
         ranks, me = self._members.ranks, self._members.rank_in_group
         # A rank that closes is about to leave, and what it learns here is for its log.
-        faults = self._read_faults(range(len(ranks)), wait=_CLOSING if call.operation == CLOSE else 1.0)
+        longest = _CLOSING if call.operation == CLOSE else _LONGEST_WORD
+        faults = self._read_faults(range(len(ranks)), wait=min(longest, max(seconds, _SHORTEST_WORD)))
         lines = [f"  rank {ranks[peer]} gave up in call #{fault.sequence}, {fault.text}" for peer, fault in sorted(faults.items())]
         silent = [ranks[i] for i in range(len(ranks)) if i != me and i not in faults]
         if silent:
@@ -249,7 +254,7 @@ class Failures:
         if self.closed or (self.closing and call.operation != CLOSE):
             raise ContextClosedError(f"{call.where}: its context was closed during the call") from None
 
-    def _lost(self, call: Call, what: str, error: PeerClosed) -> NoReturn:
+    def _lost(self, call: Call, what: str, seconds: float, error: PeerClosed) -> NoReturn:
         self._raise_if_closing(call)
         ranks = self._members.ranks
         # A peer whose deadline passed closes its connection a moment before it has published why.
@@ -286,7 +291,7 @@ class Failures:
             # The peer's deadline was a moment before this rank's, which waits in the same call: as in `_timed_out`, the arguments count.
             theirs = "" if fault is None else fault.at
             both = theirs.startswith(f"{call.sequence} {call.operation}(") and theirs != f"{call.sequence} {what}"
-            raise self._remember(self._late(call, message, what if both else None, in_time=True)) from None
+            raise self._remember(self._late(call, message, seconds, what if both else None, in_time=True)) from None
         raise self._remember(kind(message, **call.facts | ({} if lost is None else {"rank": lost}))) from None
 
     def _differ(self, call: Call, what: str) -> NoReturn:
