@@ -39,8 +39,8 @@ _PUBLISH_SECONDS = 0.5
 CLOSE = "close"
 # Seconds within which ranks that close a group together do so.
 _CLOSING = 0.5
-# Seconds that a rank waits to hear how a call ended for its peers, at most and at least; between them as long as its deadline was. Peers that
-# are in the call end with it, and say so at once; who has a short deadline, or 0 to poll, does not want to wait for the others.
+# Seconds that a rank waits to hear how a call ended for its peers, at most and at least; between them as long as its deadline was. Peers
+# that are in the call end with it, and say so at once; who has a short deadline, or 0 to poll, does not want to wait for the others.
 _LONGEST_WORD, _SHORTEST_WORD = 1.0, 0.25
 # Seconds by which a wait ends after its deadline where the process was not run meanwhile: waits look at the clock many times a second.
 _STOOD_STILL = 0.5
