@@ -8,11 +8,10 @@ from xml.etree import ElementTree as ET
 from commgraph.layout.hosts import Hosts, crossing, warnings
 from commgraph.layout.layout import Layout
 from commgraph.layout.picture import describe
-from commgraph.layout.svg import svg
+from commgraph.layout.svg import drawing
 
 __all__ = ["html"]
 
-_SVG: Final = "http://www.w3.org/2000/svg"
 _STYLE: Final = (
     "body{font:15px system-ui,sans-serif;color:#1f2328;margin:1.5rem;max-width:72rem}table{border-collapse:collapse;margin:1rem 0}"
     "td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #d0d7de}td:first-child,th:first-child{text-align:left}"
@@ -45,10 +44,7 @@ def html(layout: Layout, nodes: int = 1) -> str:
         pattern = layout.pattern(name)
         found = crossing(pattern, hosts)
         _row(table, "td", (name, pattern.size, pattern.count - pattern.alone, found.within, found.across, pattern.alone))
-    drawing = ET.fromstring(svg(layout, nodes))
-    for element in drawing.iter():  # HTML knows the elements of SVG without their namespace
-        element.tag = element.tag.removeprefix(f"{{{_SVG}}}")
-    body.append(drawing)
+    body.append(drawing(layout, nodes, headed=False))
     details = ET.SubElement(body, "details")
     ET.SubElement(details, "summary").text = "as text"
     ET.SubElement(details, "pre").text = describe(layout)

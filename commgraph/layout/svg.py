@@ -15,7 +15,7 @@ from commgraph.layout.hosts import Crossing, Hosts, crossing, warnings
 from commgraph.layout.layout import Layout
 from commgraph.layout.patterns import Pattern
 
-__all__ = ["Picture", "svg"]
+__all__ = ["Picture", "drawing", "svg"]
 
 _CELL_HEIGHT: Final = 24
 _PAD, _HEAD, _GAP, _MARGIN = 6, 20, 22, 16
@@ -25,6 +25,7 @@ _MOST_CELLS: Final = 512  # ranks of a world, and of a host, that is drawn with 
 _FIRST_CELLS: Final = 64  # ranks on the first hosts of a larger world that get cells
 _MOST_BOXES: Final = 12  # boxes that stand for runs of hosts
 _MOST_LINKS: Final = 96
+_LEAST_DEPTH, _MOST_DEPTH = 22, 44  # of an arc, whose lowest point is three quarters of that below the cells: between two rows of hosts
 _STYLE: Final = (
     "text{font:12px system-ui,sans-serif;fill:#1f2328;text-anchor:middle}.l{text-anchor:start}.t{font-weight:600;font-size:14px}"
     ".m{fill:#656d76}.w{fill:#9a3412}.h{fill:#f6f8fa;stroke:#afb8c1}.s{fill:#eaeef2;stroke:#afb8c1;stroke-dasharray:3 2}"
@@ -128,11 +129,20 @@ def svg(layout: Layout, nodes: int = 1) -> str:
     Raises:
         LayoutError: the ranks cannot be divided among so many hosts.
     """
+    root = drawing(layout, nodes)
+    ET.indent(root)
+    return ET.tostring(root, encoding="unicode") + "\n"
+
+
+def drawing(layout: Layout, nodes: int = 1, *, headed: bool = True) -> ET.Element:
+    """Return the element of `svg`; `headed`: with the layout and its warnings as text."""
     picture = Picture.of(layout, nodes)
     root = ET.Element("svg", xmlns="http://www.w3.org/2000/svg")
     ET.SubElement(root, "style").text = _STYLE
     background = _add(root, "rect", 0, 0, 0, 0, "p")
-    lines = [(repr(layout), "t l"), (_hosts_text(picture.hosts), "l m"), *((f"⚠ {text}", "l w") for text in picture.said)]
+    lines = [(_hosts_text(picture.hosts), "l m")]
+    if headed:
+        lines = [(repr(layout), "t l"), *lines, *((f"⚠ {text}", "l w") for text in picture.said)]
     y = _MARGIN
     for text, style in lines:
         for part in _wrapped(text):
@@ -148,8 +158,7 @@ def svg(layout: Layout, nodes: int = 1) -> str:
         element.set("width", str(width))
         element.set("height", str(height))
     root.set("viewBox", f"0 0 {width} {height}")
-    ET.indent(root)
-    return ET.tostring(root, encoding="unicode") + "\n"
+    return root
 
 
 def _draw_panel(root: ET.Element, picture: Picture, panel: _Panel, y: int) -> tuple[int, int]:
@@ -232,10 +241,11 @@ def _draw_links(links: ET.Element, picture: Picture, panel: _Panel, places: dict
         pairs += [(one, other, number) for one, other in steps if picture.hosts.of_rank(one) != picture.hosts.of_rank(other)]
     if len(pairs) > _MOST_LINKS:
         return
-    for one, other, number in pairs:
+    for at, (one, other, number) in enumerate(pairs):
         (x, y), (u, v) = places[one], places[other]
-        # Beside each other, by an arc below the cells; else down and up.
-        (a, b), (c, d) = ((x, y + 30), (u, v + 30)) if y == v else ((x, (y + v) // 2), (u, (y + v) // 2))
+        # Beside each other, by an arc below the cells, each at a depth of its own; else down and up.
+        depth = _LEAST_DEPTH + (_MOST_DEPTH - _LEAST_DEPTH) * (at + 1) // len(pairs)
+        (a, b), (c, d) = ((x, y + depth), (u, v + depth)) if y == v else ((x, (y + v) // 2), (u, (y + v) // 2))
         line = ET.SubElement(links, "path", {"class": "k", "stroke": _colour(number, 0.4)})
         line.set("d", f"M{x} {y}C{a} {b} {c} {d} {u} {v}")
         line.set("data-link", f"{one}-{other}")

@@ -80,16 +80,13 @@ _PAGE: Final = 4096
 # Neighbours whose memory a rank keeps open.
 _NEIGHBOURS: Final = 4
 
+_PACKAGE: Final = Path(__file__).parents[1]
 # Files with the code of operations, between whose frames no user's can be.
-_OPERATIONS: Final = (f"{Path(__file__).parents[1] / 'coordinator'}/", str(Path(__file__).parent / "mailbox.py"))
-# Other code between a call and its caller: that of the package, of torch, and what torch writes (a graph; `_written_code`).
-_OURS: Final = (
-    f"{Path(__file__).parents[1]}/",
-    f"{Path(torch.__file__).parent}/",
-    contextlib.__file__,
-    functools.__file__,
-    "<eval_with_key>",
-)
+_OPERATIONS: Final = (f"{_PACKAGE / 'coordinator'}/", str(_PACKAGE / "shm" / "mailbox.py"))
+# Parts of the package that use it as a program of a user's does: the places of calls are in them.
+_PROGRAMS: Final = frozenset({"bench", "demo", "generate.py", "selftest.py"})
+# Other code between a call and its caller: that of torch, and what torch writes (a graph; `_written_code`).
+_OTHERS: Final = (f"{Path(torch.__file__).parent}/", contextlib.__file__, functools.__file__, "<eval_with_key>")
 
 
 def runs_of(ranks: Sequence[int]) -> list[list[int]]:
@@ -171,7 +168,7 @@ class Recorder:
             None if native_tensors is None else native_tensors(module),
             site_of_job,
             _OPERATIONS,
-            (*_OURS, _written_code()),
+            (*_own_code(), *_OTHERS, _written_code()),
             names,
             kinds,
         )
@@ -213,6 +210,11 @@ def site_of_job() -> str | None:
     """Return where the job of a lane that runs on this thread was begun; None elsewhere."""
     site: str | None = getattr(threading.current_thread(), "commgraph_site", None)
     return site
+
+
+def _own_code() -> list[str]:
+    """Return what the names of the package's files begin with, but for those of programs."""
+    return [f"{part}/" if part.is_dir() else str(part) for part in _PACKAGE.iterdir() if part.name not in _PROGRAMS]
 
 
 def _written_code() -> str:

@@ -42,7 +42,8 @@ _STYLE: Final = (
     "body{font:15px system-ui,sans-serif;color:#1f2328;margin:1.5rem auto;max-width:76rem;padding:0 1rem}h2{margin-top:2.5rem}"
     "table{border-collapse:collapse;margin:1rem 0;font-size:14px}"
     "td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #d0d7de}"
-    "td:first-child,th:first-child,td:nth-child(2),th:nth-child(2),td.t,th.t{text-align:left}.w{color:#9a3412}.n{color:#57606a;max-width:60rem}"
+    "td{white-space:nowrap}td:first-child,th:first-child,td:nth-child(2),th:nth-child(2),td.t,th.t{text-align:left}"
+    "td.t{white-space:normal;overflow-wrap:anywhere}.w{color:#9a3412}.n{color:#57606a;max-width:60rem}"
 )
 
 
@@ -60,6 +61,7 @@ def write_page(columns: Columns, path: Path, bandwidths: Mapping[str, float] = M
     places = flows.places_of(columns, _PLACES)
     rows = flows.places_of(columns, _ROWS)
     moved, late, span = flows.flows_of(columns, places), times.stragglers(columns), times.span_of(columns)
+    colours = _colours(columns, moved)
     calls = sum(map(len, columns.ranks))
     parts: list[str] = [_head(columns, span, calls)]
 
@@ -83,7 +85,7 @@ def write_page(columns: Columns, path: Path, bandwidths: Mapping[str, float] = M
     section(
         "Time by group and operation",
         "Sums over all ranks of calls that have ended well. Time in a call is time spent waiting for others, too.",
-        _use_bars(go, moved),
+        _use_bars(go, moved, colours),
         _use_table(moved),
     )
     section("Stragglers", _late_words(columns, late), *_stragglers(go, columns, late))
@@ -96,14 +98,14 @@ def write_page(columns: Columns, path: Path, bandwidths: Mapping[str, float] = M
             if bandwidths
             else " Give --links FILE, of commgraph bench --fit, to see the measured bandwidth of the links beside it."
         ),
-        _bandwidth(go, moved, bandwidths),
+        _bandwidth(go, moved, bandwidths, colours),
     )
     section(
         "Timeline",
         f"Above: the part of time that each {rows.unit} is in calls, in {_BINS} intervals. Below: "
         + ("all calls" if calls <= _BARS else f"of {calls:,} calls some {_BARS:,}: the longest of each rank, and the longest of all")
         + ". Drag to zoom, double-click to go back. commgraph report -o NAME.json writes all calls for ui.perfetto.dev.",
-        _timeline(go, columns, rows, span),
+        _timeline(go, columns, rows, span, colours),
     )
     path.write_text(
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
@@ -117,9 +119,11 @@ def _text(value: object) -> str:
     return html.escape(str(value))
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = ["".join(f"<th>{_text(name)}</th>" for name in head)]
-    lines += ["".join(f"<td>{_text(cell)}</td>" for cell in row) for row in rows]
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]], *, words: int | None = None) -> str:
+    """Return a table; `words`: a column with text that may be long, beside the first two."""
+    styles = [" class=t" if at == words else "" for at in range(len(head))]
+    lines = ["".join(f"<th{style}>{_text(name)}</th>" for name, style in zip(head, styles, strict=True))]
+    lines += ["".join(f"<td{style}>{_text(cell)}</td>" for cell, style in zip(row, styles, strict=True)) for row in rows]
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
@@ -345,22 +349,28 @@ def _graph(go: Any, moved: Flows, places: Places, columns: Columns) -> Any:
     return figure
 
 
+def _colours(columns: Columns, moved: Flows) -> dict[str, str]:
+    """Return the colour of each operation, on the whole page: those that take most time differ."""
+    names = dict.fromkeys([*(operation for (_, operation), _ in _ordered(moved)), *sorted(columns.operations)])
+    return {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(names)}
+
+
 def _ordered(moved: Flows) -> list[tuple[tuple[str, str], Use]]:
     return sorted(moved.uses.items(), key=lambda item: -item[1].seconds)
 
 
-def _use_bars(go: Any, moved: Flows) -> Any:
+def _use_bars(go: Any, moved: Flows, colours: Mapping[str, str]) -> Any:
     figure = go.Figure()
     shown = _ordered(moved)[:_TABLE_ROWS]
     groups = sorted({label for (label, _), _ in shown}, key=lambda label: sum(use.seconds for (one, _), use in shown if one == label))
-    for number, operation in enumerate(dict.fromkeys(operation for (_, operation), _ in shown)):
+    for operation in dict.fromkeys(operation for (_, operation), _ in shown):
         own = {label: use for (label, name), use in shown if name == operation}
         figure.add_bar(
             x=[use.seconds for use in own.values()],
             y=list(own),
             orientation="h",
             name=operation,
-            marker={"color": _COLOURS[number % len(_COLOURS)]},
+            marker={"color": colours[operation]},
             hovertext=[f"{operation}: {_seconds(use.seconds)} in {use.calls:,} calls" for use in own.values()],
             hoverinfo="text",
         )
@@ -404,10 +414,11 @@ def _late_words(columns: Columns, late: Stragglers) -> str:
         clocks = " The clocks of the hosts were not compared: times between hosts say little."
     else:
         clocks = f" Clocks of hosts differ by up to {_seconds(max(errors) / 1e9)}: smaller differences between hosts say nothing."
+    left_out = f" {late.left_out:,} collectives are not in all records, and left out." if late.left_out else ""
     return (
         f"The last rank to begin, in {late.compared:,} collectives that are in the records of all ranks of their group. It is late by the "
         "time after the last but one, which is what this rank alone costs; what others waited for it is added up over the ranks of the "
-        f"group. {late.left_out:,} collectives are not in all records, and left out.{clocks}"
+        f"group.{left_out}{clocks}"
     )
 
 
@@ -441,13 +452,13 @@ def _stragglers(go: Any, columns: Columns, late: Stragglers) -> list[Any]:
         figure,
         _table(("group", "operation", "collectives", "late in all", "mean", "slowest rank", "of it"), by_use),
         f"<p class=n>The {len(worst)} latest:</p>",
-        _table(("group", "operation", "number", "last rank", "late by", "others waited", "where it called"), worst),
+        _table(("group", "operation", "number", "last rank", "late by", "others waited", "where it called"), worst, words=6),
     ]
 
 
-def _bandwidth(go: Any, moved: Flows, bandwidths: Mapping[str, float]) -> Any:
+def _bandwidth(go: Any, moved: Flows, bandwidths: Mapping[str, float], colours: Mapping[str, str]) -> Any:
     figure = go.Figure()
-    for number, operation in enumerate(sorted({operation for operation, _ in moved.by_size})):
+    for operation in sorted({operation for operation, _ in moved.by_size}):
         sizes = sorted(size for name, size in moved.by_size if name == operation and moved.by_size[name, size].bandwidth)
         uses = [moved.by_size[operation, size] for size in sizes]
         figure.add_scatter(
@@ -455,7 +466,7 @@ def _bandwidth(go: Any, moved: Flows, bandwidths: Mapping[str, float]) -> Any:
             y=[use.bandwidth for use in uses],
             mode="lines+markers",
             name=operation,
-            marker={"color": _COLOURS[number % len(_COLOURS)]},
+            marker={"color": colours[operation]},
             text=[f"{operation} of {_bytes(use.given / use.calls)}: {_rate(use.bandwidth)}, {use.calls:,} calls" for use in uses],
             hoverinfo="text",
         )
@@ -473,13 +484,13 @@ def _bandwidth(go: Any, moved: Flows, bandwidths: Mapping[str, float]) -> Any:
     figure.update_layout(
         height=420,
         showlegend=True,
-        xaxis={"title": "bytes given to a call", "type": "log", "exponentformat": "SI"},
-        yaxis={"title": "bytes a second", "type": "log", "exponentformat": "SI"},
+        xaxis={"title": "bytes given to a call", "type": "log", "exponentformat": "SI", "dtick": 1},
+        yaxis={"title": "bytes a second", "type": "log", "exponentformat": "SI", "dtick": 1},
     )
     return figure
 
 
-def _timeline(go: Any, columns: Columns, rows: Places, span: Span) -> Any:
+def _timeline(go: Any, columns: Columns, rows: Places, span: Span, colours: Mapping[str, str]) -> Any:
     from plotly.subplots import make_subplots
 
     length = (span.end - span.begin) / 1e9
@@ -511,7 +522,7 @@ def _timeline(go: Any, columns: Columns, rows: Places, span: Span) -> Any:
                 f"{columns.sites[one.site[i]]}"
             )
             bars.setdefault(operation, []).append((begin / scale, taken / scale, rows.names[rows.of[one.rank]], _text(text)))
-    for number, (operation, found) in enumerate(sorted(bars.items())):
+    for operation, found in sorted(bars.items()):
         figure.add_bar(
             base=[begin for begin, _, _, _ in found],
             x=[taken for _, taken, _, _ in found],
@@ -519,7 +530,7 @@ def _timeline(go: Any, columns: Columns, rows: Places, span: Span) -> Any:
             width=0.8,
             orientation="h",
             name=operation,
-            marker={"color": _COLOURS[number % len(_COLOURS)], "line": {"width": 0}},
+            marker={"color": colours[operation], "line": {"width": 0}},
             hovertext=[text for _, _, _, text in found],
             hoverinfo="text",
             row=2,

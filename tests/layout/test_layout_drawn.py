@@ -169,6 +169,7 @@ def test_the_command_compares_draws_and_warns(capsys: pytest.CaptureFixture[str]
     page = (tmp_path / "a.html").read_text()
     assert page == html(Layout(8, tp=8), 2)
     assert page.count("<svg") == page.count("</svg>") == 1
+    assert page.count("tp crosses hosts") == 1  # and not once more in the drawing
     assert re.search(r"<td>tp</td><td>8</td><td>1</td><td>0</td><td>1</td><td>0</td>", page)
 
 

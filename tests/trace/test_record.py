@@ -429,6 +429,24 @@ def test_a_message_that_is_awaited_shows_what_and_where(tmp_path: Path) -> None:
     assert (first.dtype, first.shape, first.nbytes, first.peer) == ("float64", (2, 3), 48, 0)
 
 
+def test_the_place_of_a_call_is_outside_of_the_library_but_in_its_programs(tmp_path: Path) -> None:
+    """The demo, `commgraph bench` and the like call as a user's program does."""
+    package = Path(cg.__file__).parent
+    files = {str(package / "demo" / "main.py"): "demo/main.py", str(package / "world.py"): "test_record.py"}
+
+    def body(world: cg.World) -> None:
+        with world.context(cg.Layout(2, tp=2), name="a", options=cg.CommunicatorOptions(record=tmp_path)) as context:
+            for file in files:
+                made: dict[str, Any] = {}
+                exec(compile("def call(g): g.all_gather_object(1)", file, "exec"), made)
+                made["call"](context.tp)
+
+    spmd(body, 2)
+    for record in map(read_file, tmp_path.glob("*.cgrecord")):
+        for call, place in zip(calls_of(record), files.values(), strict=False):
+            assert place in call.site, call
+
+
 def test_objects_and_dicts_that_come_in_another_order_are_recorded_once(tmp_path: Path) -> None:
     def body(world: cg.World) -> None:
         with world.context(cg.Layout(2, tp=2), name="a", options=cg.CommunicatorOptions(record=tmp_path)) as context:

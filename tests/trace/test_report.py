@@ -22,6 +22,7 @@ import commgraph as cg
 from commgraph.cli import main
 from commgraph.shm.recorder import COLLECTIVE, DONE, ENTRY, FACTS, GROUP, HEADER, INCOMING, MAGIC, OUTGOING, SUFFIX, VERSION
 from commgraph.testing import spmd
+from commgraph.testing.faults import COUNTED
 from commgraph.trace import times
 from commgraph.trace.columns import Columns, columns_of, entry_type
 from commgraph.trace.flows import flows_of, places_of
@@ -299,6 +300,20 @@ def test_the_page_is_one_file(page: Path) -> None:
     for words in ("4 ranks on 2 hosts", "all_gather_object", "Stragglers", "target/tp", "test_report.py"):
         assert words in own, words
     assert "link shm: 8 GB/s" in text.replace("\\u002f", "/")
+
+
+@needs_plotly
+def test_an_operation_has_one_colour_on_the_whole_page(page: Path) -> None:
+    colours: dict[str, set[str]] = {}
+    text, decoder = page.read_text(), json.JSONDecoder()
+    for found in re.finditer(r"Plotly\.newPlot\(\s*\"[^\"]+\",\s*(?=\[)", text):
+        traces, _ = decoder.raw_decode(text, found.end())
+        for trace in traces:
+            if trace.get("type") in ("bar", "scatter") and trace.get("name") in COUNTED:
+                colours.setdefault(trace["name"], set()).add(trace["marker"]["color"])
+    assert len(colours) > 5
+    assert all(len(found) == 1 for found in colours.values()), colours
+    assert len({colour for found in colours.values() for colour in found}) > 5
 
 
 @needs_plotly
