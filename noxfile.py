@@ -74,10 +74,10 @@ def see_shared(session: nox.Session, shared: Path, place: Path) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """The test suite, on two processes. Arguments after -- go to pytest in place of that."""
+    """The test suite, on three processes. Arguments after -- go to pytest in place of that."""
     # By file, because some tests compare what this process holds before and after them: a file's tests run one after another. Files in the
-    # order of tests/conftest.py, the longest first.
-    how = session.posargs or ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    # order of tests/conftest.py, the longest first. Three on two cores: tests wait for deadlines and deaths a good part of their time.
+    how = session.posargs or ["-n", "3", "--dist", "loadfile", "--no-loadscope-reorder"]
     session.run(str(with_torch(session, "test") / "python"), "-m", "pytest", *how, external=True)
 
 

@@ -38,12 +38,13 @@ def processes(forks: socket.socket) -> Iterator[Processes]:
     started.close()
 
 
-# The files that take longest, most of it waiting for processes. Begun first, none is left for one of two workers at the end.
+# The files that take longest, most of it waiting for processes. Begun first, none is left for one worker alone at the end.
 LONGEST = frozenset(
     f"test_{name}.py"
     for name in (
         *("torchrun", "message_forms", "faults", "programs", "shm", "message_queue", "operators", "builds", "demo", "endings", "native"),
         *("elastic", "conformance", "bench", "nn_checkpoint", "spmd", "waits_and_ends", "interrupts", "misuse_matrix", "structure"),
+        *("ambient", "reinterpreted", "over_hosts", "lifecycle", "world", "context", "fork", "threads", "stopped", "bad_input"),
     )
 )
 
