@@ -65,7 +65,7 @@ class _World(Protocol):
     device: torch.device
     token: torch.Tensor
 
-    def _forget(self, context: ParallelContext, *, broken: bool) -> None:
+    def _forget(self, context: ParallelContext, *, broken: bool, missed: bool) -> None:
         """Remove a context that was closed from the list; `broken`: one of its groups was broken."""
 
     def _patience(self, timeout: timedelta | float) -> float:
@@ -331,8 +331,8 @@ class ParallelContext:
         with self._closing:
             if not self.closed:
                 what = f"context {self._name!r} was closed on rank {self.rank}"
-                close_together(tuple(self._groups.values()), self._groups["world"], self._world._patience(timeout), what)
-                self._drop()
+                missed = close_together(tuple(self._groups.values()), self._groups["world"], self._world._patience(timeout), what)
+                self._drop(missed=missed)
 
     def _disown(self) -> None:
         """Give up all groups, in a forked child."""
@@ -340,13 +340,13 @@ class ParallelContext:
         for coordinator in self._groups.values():
             coordinator._disown()
 
-    def _drop(self) -> None:
-        """Close on this rank alone; peers that wait for it get `PeerLostError`."""
+    def _drop(self, *, missed: bool = False) -> None:
+        """Close on this rank alone; peers that wait for it get `PeerLostError`. `missed`: this rank has waited for them in vain."""
         self._state["closed"] = True
         broken = any(coordinator.is_broken for coordinator in self._groups.values())
         for coordinator in self._groups.values():
             coordinator.close()
-        self._world._forget(self, broken=broken)
+        self._world._forget(self, broken=broken, missed=missed)
 
     def __enter__(self) -> Self:
         return self
@@ -500,8 +500,10 @@ def _build_groups(
     return coordinators
 
 
-def close_together(groups: Collection[GroupCoordinator], world: GroupCoordinator, timeout: timedelta | float, what: str) -> None:
+def close_together(groups: Collection[GroupCoordinator], world: GroupCoordinator, timeout: timedelta | float, what: str) -> bool:
     """Wait, before groups are closed, until every rank is about to close them, or log why this rank does not.
+
+    Returns whether it waited in vain.
 
     Args:
         groups: to be closed.
@@ -511,7 +513,7 @@ def close_together(groups: Collection[GroupCoordinator], world: GroupCoordinator
     """
     deadline = Deadline.after(seconds_of(timeout))
     if world.world_size == 1 or any(group.is_broken for group in groups):
-        return
+        return False
     try:
         if not all(group._flush(deadline) for group in groups):
             raise CollectiveTimeoutError("operations that were begun and not waited for did not end in time")
@@ -521,6 +523,8 @@ def close_together(groups: Collection[GroupCoordinator], world: GroupCoordinator
     except CommGraphError as error:
         # As text: a log record that is kept would keep the connections through the error's traceback.
         logger.warning("%s without its peers: %s", what, str(error))
+        return isinstance(error, CollectiveTimeoutError)
+    return False
 
 
 def build_coordinator(world: _World, name: str, state: GroupState) -> GroupCoordinator:

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -57,6 +58,8 @@ logger = logging.getLogger("commgraph")
 _TIMEOUT = timedelta(minutes=10)
 # Seconds for which `close` waits for the other ranks at most, where a group was broken.
 _PATIENCE = 2.0
+# And where it has waited in vain for them just before, no longer ago than this, to close a context.
+_AGAIN, _JUST_BEFORE = 0.5, 10.0
 # How long `survivors` waits for ranks that seem to be alive and do not come.
 _LATE = timedelta(seconds=30)
 
@@ -73,6 +76,8 @@ class _State:
     closed: bool = False
     # Whether a group of a context that was closed had been broken.
     was_broken: bool = False
+    # When this rank last waited in vain for the others to close a context.
+    missed_at: float = float("-inf")
     # Of the process that made the world, and whether this is the copy of a forked child.
     pid: int = attrs.field(factory=os.getpid)
     is_inherited: bool = False
@@ -674,7 +679,8 @@ class World:
         Args:
             empty_cache: collect garbage and give cached device memory back afterwards.
             timeout: how long to wait for the other ranks, in each context and in the world; a timedelta or seconds. Two seconds at
-                most where a group was broken, or the last wait for an object was in vain: a rank that was lost or late may not come.
+                most where a group was broken, or the last wait for an object was in vain: a rank that was lost or late may not come; half a
+                second where they did not come to close a context just before.
         """
         for split in tuple(self._state.splits):
             split.close(timeout=timeout)
@@ -742,11 +748,15 @@ class World:
         state, seconds = self._state, seconds_of(timeout)
         groups = [self.group, *(context[name] for context in tuple(state.contexts.values()) for name in context)]
         # A rank was lost or late, and may not come to close the others either.
+        if time.monotonic() - state.missed_at < _JUST_BEFORE:
+            return min(seconds, _AGAIN)
         return min(seconds, _PATIENCE) if state.was_broken or any(group._may_be_left for group in groups) else seconds
 
-    def _forget(self, context: ParallelContext, *, broken: bool) -> None:
+    def _forget(self, context: ParallelContext, *, broken: bool, missed: bool) -> None:
         with self._state.lock:
             self._state.was_broken |= broken
+            if missed:
+                self._state.missed_at = time.monotonic()
             if self._state.contexts.get(context.name) is context:
                 del self._state.contexts[context.name]
         self._builder.states.prune()

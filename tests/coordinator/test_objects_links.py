@@ -263,6 +263,7 @@ def test_closing_waits_little_for_a_rank_from_which_nothing_came() -> None:
         begun = time.monotonic()
         context.close()
         took = time.monotonic() - begun
+        assert world._patience(30) == 0.5  # they have just not come
         over.set()
         return took
 
