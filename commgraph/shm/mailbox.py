@@ -26,8 +26,9 @@ __all__ = ["DICT", "OBJECT", "PIECES", "SIZES", "TENSORS", "Mailbox", "Told", "t
 TENSORS, OBJECT, DICT, SIZES, PIECES = 1, 2, 3, 4, 5
 
 Told = tuple[Any, str, int, int, int | None] | None
-"""Of a call that is recorded: the record of its coordinator (`commgraph.coordinator.recorded`), the operation, the kind of the record in a
-ring, the other rank or the root of a collective, and of a collective the meta of the record in a ring. None where nothing is recorded."""
+"""What a caller says of a call that is recorded, or None. It is the record of its coordinator
+(`commgraph.coordinator.recorded`), the operation, the kind of the record in a ring, the other rank or the root of a collective, and of a
+collective the meta of the record in a ring."""
 
 # Values of `Team.state` of a side that was closed, and of one closed after an error.
 _CLOSED, _FAILED = 2, 3
