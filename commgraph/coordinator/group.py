@@ -32,7 +32,7 @@ from commgraph.coordinator.operators import OPERATIONS
 from commgraph.coordinator.reductions import AllReduce, AllReduceInPlace, Reduce, ReduceScatter, ReduceScatterV
 from commgraph.coordinator.state import GroupState
 from commgraph.deadline import Deadline, Timeout
-from commgraph.errors import BackendUnavailableError, BuildError
+from commgraph.errors import BackendUnavailableError, BuildError, ContextClosedError
 from commgraph.shm import native_module
 from commgraph.work import AnySource, Recv, Send, Work
 
@@ -1175,10 +1175,11 @@ class GroupCoordinator(compat.OpaqueBase):
             BuildError: a rank could not build its part, or did not come in time.
         """
         state = self._state
-        state.ensure_open(self.name)
-        assert state.rebuild is not None
         run_generally(SiblingBarrier, self, ())
-        made = state.rebuild(state, name)
+        if (rebuild := state.rebuild) is None:  # another thread has closed it since
+            where = Call(self.name, "sibling", state.members, state.sequence).where
+            raise ContextClosedError(f"{where}: its context was closed during the call")
+        made = rebuild(state, name)
         world = self._family.world
         coordinator = GroupCoordinator._of(name, made, local_rank=self.local_rank, device=self.device, token=self._token, world=world)
         self._family.siblings[:] = [*self.siblings, coordinator]

@@ -140,3 +140,13 @@ def test_one_that_cannot_be_built_on_one_rank_is_built_on_none() -> None:
         assert tp.all_reduce(torch.ones(1)).item() == 2
 
     spmd(run, 2)
+
+
+def test_a_context_that_another_thread_closes_after_the_ranks_have_met() -> None:
+    def run(world: cg.World) -> None:
+        with world.context(cg.Layout(2, tp=2), name="a") as context:
+            context.tp._state.rebuild = None  # as closing has it, which may come between a call's two steps
+            with pytest.raises(cg.ContextClosedError, match=r"sibling on group 'tp' \(rank"):
+                context.tp.sibling("x")
+
+    spmd(run, 2)
