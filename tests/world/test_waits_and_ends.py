@@ -20,6 +20,7 @@ from commgraph.coordinator import GroupCoordinator
 from commgraph.shm import queue_sides
 from commgraph.testing import spmd
 from tests.helpers import ROOT, again_if_late, in_time, on, within
+from tests.processes import PROGRAMS, Processes, outputs
 
 # A coordinator and its world.
 
@@ -225,13 +226,5 @@ torch.kept_until_the_end = kept
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_program_that_ends_while_threads_build_or_call_is_not_aborted() -> None:
-    program = [sys.executable, str(ROOT / "tests" / "programs" / "ends_in_calls.py")]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
-    started = [
-        subprocess.Popen([*program, what, over], env=environment, stderr=subprocess.PIPE, text=True)
-        for what in ("build", "calls")
-        for over in ("shm", "gloo")
-    ]
-    said = [one.communicate(timeout=100)[1] for one in started]
-    assert [one.returncode for one in started] == [0] * 4, said
+def test_a_program_that_ends_while_threads_build_or_call_is_not_aborted(processes: Processes) -> None:
+    outputs([processes.start(PROGRAMS / "ends_in_calls.py", what, over) for what in ("build", "calls") for over in ("shm", "gloo")])
