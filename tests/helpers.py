@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import shutil
@@ -168,6 +169,19 @@ def may_unshare() -> bool:
     if os.getuid() != 0 or shutil.which("unshare") is None:
         return False
     return subprocess.run(["unshare", "-n", "-m", "-p", "-f", "--mount-proc", "true"], capture_output=True, check=False).returncode == 0
+
+
+# From linux/sched.h.
+NEW_MOUNTS, NEW_PIDS, NEW_NET = 0x00020000, 0x20000000, 0x40000000
+
+
+def unshare(flags: int, *mounts: str) -> None:
+    """Go on in namespaces of its own, and there mount; as unshare(1), without another program that has to import torch."""
+    assert ctypes.CDLL(None, use_errno=True).unshare(flags) == 0, os.strerror(ctypes.get_errno())
+    if flags & NEW_PIDS and (pid := os.fork()):
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    for command in ["mount --make-rprivate /", *mounts] if flags & NEW_MOUNTS else []:
+        subprocess.run(command.split(), check=True)
 
 
 def until(condition: Callable[[], object], seconds: float = 30) -> None:

@@ -7,8 +7,6 @@ import hashlib
 import json
 import os
 import random
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -31,7 +29,7 @@ from commgraph.errors import BuildError
 from commgraph.hosts import Hosts, Identity, Probe, alone, group_by_verdicts
 from commgraph.meeting import Meeting
 from commgraph.processes import Process
-from tests.helpers import again_if_late, may_unshare, within
+from tests.helpers import NEW_MOUNTS, NEW_NET, NEW_PIDS, again_if_late, may_unshare, within
 from tests.processes import Processes, outputs
 
 TIMEOUT = timedelta(seconds=30)
@@ -268,56 +266,51 @@ def test_grouping_a_large_world_is_quick() -> None:
     assert time.process_time() - began < 5
 
 
-# One process of a world, started under other namespaces by the tests below.
+# One process of a world, in other namespaces where its last arguments say so.
 RANK = """
 import json, sys
-from datetime import timedelta
 import torch.distributed as dist
-from tests.launch.test_hosts import discover
-where, rank, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+from commgraph import hosts
+from commgraph.deadline import Deadline
+from commgraph.meeting import Meeting
+from commgraph.processes import Process
+from tests.helpers import unshare
+where, rank, size, flags, *mounts = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]
+if int(flags):
+    unshare(int(flags), *mounts)
 if where.startswith("/"):
     store = dist.FileStore(where, size)
 else:
     store = dist.TCPStore("127.0.0.1", int(where), is_master=False)
-found = discover(dist.PrefixStore("test", store), rank, size, timeout=timedelta(seconds=60))
+store, me = dist.PrefixStore("test", store), Process.own()
+found = hosts.discover(Meeting(store, store, range(size), rank, "the world", Deadline.after(60), me, (me,) * size))
 print(json.dumps([found.rank, found.nodes, found.networks, found.node_key.hex()]))
 """
 
 
-def on_processes(where: str, prefixes: Sequence[Sequence[str]]) -> list[Hosts]:
-    children = [
-        subprocess.Popen([*prefix, sys.executable, "-c", RANK, where, str(rank), str(len(prefixes))], stdout=subprocess.PIPE, text=True)
-        for rank, prefix in enumerate(prefixes)
-    ]
-    said = [child.communicate(timeout=120)[0] for child in children]
-    assert [child.returncode for child in children] == [0] * len(prefixes)
-    return told(said)
-
-
-def told(lines: Sequence[str]) -> list[Hosts]:
-    """What RANK has printed."""
-    found = map(json.loads, lines)
+def on_processes(processes: Processes, where: str, namespaces: Sequence[tuple[int, *tuple[str, ...]]]) -> list[Hosts]:
+    """What each of some processes finds, in namespaces of its own: flags, and what is mounted there."""
+    size = str(len(namespaces))
+    found = map(json.loads, outputs([processes.start("-c", RANK, where, str(i), size, *map(str, own)) for i, own in enumerate(namespaces)]))
     return [Hosts(rank, tuple(nodes), bytes.fromhex(key), tuple(networks)) for rank, nodes, networks, key in found]
 
 
 def test_processes_share_a_node_over_tcp(processes: Processes) -> None:
     store = tcp_store()
-    check(told(outputs([processes.start("-c", RANK, str(store.port), str(rank), "3") for rank in range(3)])), [0] * 3)
+    check(on_processes(processes, str(store.port), [(0,)] * 3), [0] * 3)
 
 
 @pytest.mark.skipif(not may_unshare(), reason="needs root and unshare")
-def test_namespaces(tmp_path: Path) -> None:
+def test_namespaces(tmp_path: Path, processes: Processes) -> None:
     """Another network and mount namespace is the same node; another pid namespace or another /dev/shm is another one."""
-    result = on_processes(
-        str(tmp_path / "store"),
-        [
-            [],
-            ["unshare", "-n", "-m"],
-            ["unshare", "-p", "-f", "--mount-proc"],
-            ["unshare", "-p", "-f"],  # with the /proc of the outer one
-            ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh"],
-        ],
-    )
+    namespaces: list[tuple[int, *tuple[str, ...]]] = [
+        (0,),
+        (NEW_NET | NEW_MOUNTS,),
+        (NEW_PIDS | NEW_MOUNTS, "mount -t proc none /proc"),
+        (NEW_PIDS,),  # with the /proc of the outer one
+        (NEW_MOUNTS, "mount -t tmpfs none /dev/shm"),
+    ]
+    result = on_processes(processes, str(tmp_path / "store"), namespaces)
     check(result, [0, 0, 1, 2, 3])
     assert {host.networks for host in result} == {result[0].networks}
     assert result[0].networks == (0, 1, 0, 0, 0)

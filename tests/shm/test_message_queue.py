@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import errno
 import functools
 import gc
@@ -19,7 +18,6 @@ import secrets
 import signal
 import socket
 import struct
-import subprocess
 import threading
 import time
 import zlib
@@ -39,7 +37,19 @@ from commgraph.shm import native_module, segments
 from commgraph.shm.message_queue import QueueHandle
 from commgraph.shm.remote import OBJECT, READY, Entrance, Secret
 from commgraph.wire import WireError
-from tests.helpers import ROOT, TooLateError, again_if_late, bits, in_time, may_unshare, until_it_waits, within
+from tests.helpers import (
+    NEW_MOUNTS,
+    NEW_PIDS,
+    ROOT,
+    TooLateError,
+    again_if_late,
+    bits,
+    in_time,
+    may_unshare,
+    unshare,
+    until_it_waits,
+    within,
+)
 from tests.programs.queue_stress import checksum, stress
 
 FORK = multiprocessing.get_context("fork")
@@ -52,19 +62,6 @@ needs_memory = pytest.mark.skipif(native_module.why_missing() is not None, reaso
 
 
 needs_unshare = pytest.mark.skipif(not may_unshare(), reason="needs root and unshare")
-
-# From linux/sched.h.
-NEW_MOUNTS, NEW_PIDS = 0x00020000, 0x20000000
-
-
-def unshare(flags: int, *mounts: str) -> None:
-    """Goes on in namespaces of its own, and there mounts; as unshare(1), without another program that has to import torch."""
-    assert ctypes.CDLL(None, use_errno=True).unshare(flags) == 0, os.strerror(ctypes.get_errno())
-    if flags & NEW_PIDS and (pid := os.fork()):
-        os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-    for command in ["mount --make-rprivate /", *mounts] if flags & NEW_MOUNTS else []:
-        subprocess.run(command.split(), check=True)
-
 
 # ------------------------------------------------------------------------------------------------------------------ other processes
 
