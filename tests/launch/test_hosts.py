@@ -84,7 +84,7 @@ def test_threads_of_a_process_share_a_node(world_size: int) -> None:
     descriptors = len(os.listdir("/proc/self/fd"))
     result = on_threads(world_size, lambda rank: discover(store, rank, world_size, timeout=TIMEOUT))
     check(result, [0] * world_size)
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/fd")) <= descriptors  # what tests before this one left may go meanwhile
 
 
 def test_labels_split_nodes() -> None:
