@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
+import math
 import os
 import threading
 import time
@@ -77,7 +78,7 @@ class _State:
     # Whether a group of a context that was closed had been broken.
     was_broken: bool = False
     # When this rank last waited in vain for the others to close a context.
-    missed_at: float = float("-inf")
+    missed_at: float = -math.inf
     # Of the process that made the world, and whether this is the copy of a forked child.
     pid: int = attrs.field(factory=os.getpid)
     is_inherited: bool = False
