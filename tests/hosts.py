@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -142,6 +143,13 @@ def why_impossible() -> str | None:
     return None if tried.returncode == 0 else f"no namespaces here: {tried.stderr.strip()}"
 
 
+def _own_tmp() -> str:
+    """Return the shell's commands for an empty /tmp, but for this repository and the interpreter where they lie there."""
+    kept = [one for one in (str(Path(__file__).parent.parent), sys.prefix) if one.startswith("/tmp/")]
+    back = [f"mkdir -p {shlex.quote(one)} && mount --bind {shlex.quote(one.replace('/tmp', '/mnt', 1))} {shlex.quote(one)}" for one in kept]
+    return " && ".join([*(["mount --bind /tmp /mnt"] if kept else []), "mount -t tmpfs tmpfs /tmp", *back])
+
+
 @contextlib.contextmanager
 def joined(
     count: int, *, names: str = "host{}", hosts_file: str = "127.0.0.1 localhost\n", also: Sequence[str] = ()
@@ -163,7 +171,7 @@ def joined(
             name = names.format(number)
             (folder / name).write_text(hosts_file.format(name=name))
             prepare = (
-                f"mount -t tmpfs tmpfs /dev/shm && mount --bind {folder / name} /etc/hosts && mount -t tmpfs tmpfs /tmp && hostname {name} "
+                f"mount -t tmpfs tmpfs /dev/shm && mount --bind {folder / name} /etc/hosts && {_own_tmp()} && hostname {name} "
                 "&& ip link set lo up"
             )
             pid = _hold(holders, prepare, "-n", "-m", "-p", "-u", "--fork", "--mount-proc", "--kill-child")
