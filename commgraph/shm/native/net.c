@@ -22,7 +22,7 @@ enum {
     LARGE = 64 * 1024,           /* bytes to be moved from which a wait does not spin: each look at the socket would delay what comes */
     UNANSWERED = 4,              /* sends of the same bytes, or probes, without an answer, of a host that has vanished */
     VANISHED_MS = 12 * 1000,     /* for so long (commgraph/communicators/endpoint.py has the other limit, of 15 s) */
-    LONGEST_SPIN_NS = 100 * 1000,
+    LONGEST_SPIN_NS = 50 * 1000, /* twice it is worse where ranks share cores with others, as those of simulated hosts do */
     SLICE_NS = 100 * 1000 * 1000 /* longest sleep between two checks for signals */
 };
 

@@ -1,7 +1,8 @@
 /* Messages between the ranks of a group over connected TCP sockets.
  *
- * The thread that waits does the work: it spins as one in shared memory does (wait.h), then polls the sockets. If several threads wait, one of them polls for
- * all (`polling`), and the others sleep on a condition variable. A frame is a header and its bytes. Frames of one link arrive in order;
+ * The thread that waits does the work: it spins as one in shared memory does (wait.h), though for shorter, then polls the sockets. If
+ * several threads wait, one of them polls for all (`polling`), and the others sleep on a condition variable. A frame is a header and its
+ * bytes. Frames of one link arrive in order;
  * they pair with receives by tag. A link is read only while a receive of it is posted, so that a sender which is ahead fills the socket
  * buffers and nothing else; a frame that no receive has asked for is kept in memory only if it stands before one that a receive waits for.
  * A side that is closed in order says so by a last header, the goodbye.
