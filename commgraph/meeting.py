@@ -68,6 +68,10 @@ class _ReportedError(PeerLeftError):
     """A build ended because another rank has reported an error."""
 
 
+class _SilentStoreError(BuildError):
+    """The store gives no answer, so that nothing can be reported in it."""
+
+
 def attend(
     job: Callable[[Callable[[], bool]], T], deadline: Deadline, watch: Callable[[], None] = lambda: None, *, grace: float = _GRACE
 ) -> T:
@@ -254,6 +258,8 @@ class Meeting:
             reported = error if isinstance(error, _ReportedError) else self._reported_soon() or error
             self._report(str(error))
             raise BuildError(str(reported)) from reported
+        except _SilentStoreError as error:
+            raise BuildError(str(error)) from None
         except BaseException as error:
             # At Ctrl-C rank 0 does not wait until the others have read that.
             self._report(f"{type(error).__name__}: {error}", linger=isinstance(error, Exception))
@@ -300,7 +306,7 @@ class Meeting:
         except BuildError:
             raise
         except TimeoutError as error:
-            raise BuildError(f"{self._head}: the store that the ranks meet in gives {error}") from None
+            raise _SilentStoreError(f"{self._head}: the store that the ranks meet in gives {error}") from None
         except STORE_ERRORS as error:
             dead = self._ended(range(len(self.ranks)))
             why = f": {self._name(dead[0])} has ended" if dead else ""

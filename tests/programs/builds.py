@@ -277,8 +277,11 @@ def stopped(folder: Path) -> Iterator[Cell]:
     def cell() -> dict[str, Any]:
         said = processes(3, body)
         fine = all(one[0] == "CollectiveTimeoutError" for one in said[1:])
-        # Beyond the deadlines; the build leaves the store alone after a second, and again where it wants to say there why it ends.
-        return {"said": said, "fine": fine, "took": max(max(one[1] - 1, one[2] - 4 - 2) for one in said[1:]) if fine else 0.0}
+        return {
+            "said": said,
+            "fine": fine,
+            "took": max(max(one[1] - 1, one[2] - 4) for one in said[1:]) if fine else 0.0,
+        }  # beyond the deadlines
 
     yield cell
 
