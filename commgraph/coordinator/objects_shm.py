@@ -377,7 +377,7 @@ class ShmObjects(Objects):
 
     def recv_plain(self, group: Group, src: Any, timeout: Timeout) -> dict[Any, Any] | None:
         mailbox = self._open(group)
-        if timeout is not None or not self._is_free(mailbox, src, outgoing=False):
+        if mailbox.native is None or timeout is not None or not self._is_free(mailbox, src, outgoing=False):
             return None
         records, key, turn = self._state.records, (src, False, DICTS), Turn()
         try:
