@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from commgraph import wire
 from commgraph.communicators.base import PeerLate
@@ -19,6 +19,8 @@ from commgraph.coordinator.frames import Frames
 from commgraph.coordinator.objects import NetworkObjects, has_come, nothing_yet, refuse_object, unreadable
 from commgraph.coordinator.operation import Group, explain
 from commgraph.coordinator.pending import OBJECTS
+from commgraph.coordinator.recorded import OBJECTS as OBJECT_FAMILY
+from commgraph.coordinator.recorded import Message
 from commgraph.coordinator.spans import spanned
 from commgraph.coordinator.state import GroupState
 from commgraph.coordinator.turns import Turn
@@ -32,6 +34,30 @@ __all__ = ["LinkObjects", "Parts", "bytes_of_parts"]
 
 # A message that came: its first frame, what that says if it is signed, and the frames that followed it.
 Parts = tuple[Any, Sealed | None, Sequence[Any]]
+
+
+_SENT: Final = (OBJECT_FAMILY, OUTGOING, 0)
+
+
+class _Entry:
+    """One entry of the record of calls, which is under way."""
+
+    __slots__ = ("_record", "_token")
+
+    def __init__(self, record: Any, token: int) -> None:
+        self._record, self._token = record, token
+
+    def done(self, moved: int | None = None) -> None:
+        """End it; `moved`: bytes that came."""
+        self._record.done(self._token, moved)
+
+    def fail(self) -> None:
+        """End it by an error."""
+        self._record.fail(self._token)
+
+    def cancel(self) -> None:
+        """Remove it."""
+        self._record.cancel(self._token)
 
 
 class LinkObjects(NetworkObjects):
@@ -52,7 +78,6 @@ class LinkObjects(NetworkObjects):
         state, net = self._state, self._transport.messages
         return (
             timeout is None
-            and state.records is None
             and type(peer) is int
             and 0 <= peer < self._transport.world_size
             and peer != self._transport.rank_in_group
@@ -75,10 +100,14 @@ class LinkObjects(NetworkObjects):
         finally:
             state.turns.release(key, turn)
         tag = make_tag(OBJECT, number, "message")
+        written = None if state.records is None else self._begin_entry(group, operation, 0, _SENT, dst, parts)
         try:
             net.send_parts([dst], tag, rest_of(tag), parts, self._timeout_ns)
         except BaseException as error:
-            self._end(Frames.of_message(group, operation, Deadline.after(state.timeouts.host), OBJECTS, number, OUTGOING), net, error)
+            frames = Frames.of_message(group, operation, Deadline.after(state.timeouts.host), OBJECTS, number, OUTGOING)
+            self._end(frames, net, error, written)
+        if written is not None:
+            written.done()
 
     def recv(self, group: Group, operation: str, src: Any, timeout: Timeout) -> Any:
         return (self._receive if self._is_plain(src, False, timeout) else super().recv)(group, operation, src, timeout)
@@ -92,7 +121,8 @@ class LinkObjects(NetworkObjects):
             number = state.counts.get(key, 0)
             context = f"message {src} {self._transport.rank_in_group} {number}"
             frames = Frames.of_message(group, operation, Deadline.after(state.timeouts.host), OBJECTS, number, INCOMING)
-            message = self._take(frames, self._transport.messages, src, context)
+            written = None if state.records is None else self._begin_entry(group, operation, 0, frames.message, src)
+            message = self._take(frames, self._transport.messages, src, context, written)
             if message is None:
                 raise nothing_yet(group, operation, state.sequence, src, state.timeouts.host)
             state.counts[key] = number + 1
@@ -105,7 +135,6 @@ class LinkObjects(NetworkObjects):
         state, transport = self._state, self._transport
         if (
             timeout is None
-            and state.records is None
             and state.comparison is None
             and state.pending.side_streams is None
             and type(src) is int
@@ -129,13 +158,18 @@ class LinkObjects(NetworkObjects):
                     state.uncount_collective()  # the others wait for this call's object, and get that of the next call
                     raise
                 tag = make_tag(COLLECTIVE, sequence, f"{operation}(src={src})")
+                written = None if state.records is None else self._begin_entry(group, operation, sequence, None, src, parts)
                 try:
                     net.send_parts(self._others, tag, rest_of(tag), parts, self._timeout_ns)
                 except BaseException as error:
-                    self._end(Frames.of_collective(group, operation, Deadline.after(state.timeouts.host), sequence, src), net, error)
+                    frames = Frames.of_collective(group, operation, Deadline.after(state.timeouts.host), sequence, src)
+                    self._end(frames, net, error, written)
+                if written is not None:
+                    written.done()
                 return obj
             frames = Frames.of_collective(group, operation, Deadline.after(state.timeouts.host), sequence, src)
-            message = self._take(frames, net, src, context)
+            written = None if state.records is None else self._begin_entry(group, operation, sequence, None, src)
+            message = self._take(frames, net, src, context, written)
             if message is None:
                 state.uncount_collective()
                 raise nothing_yet(group, operation, sequence, src, state.timeouts.host)
@@ -144,24 +178,46 @@ class LinkObjects(NetworkObjects):
             state.turns.release(None, turn)
         return self._decode_message(group, operation, src, message, context)
 
-    def _take(self, frames: Frames, net: Any, src: int, context: str) -> Parts | None:
+    def _begin_entry(
+        self, group: Group, operation: str, sequence: int, message: Message | None, peer: int, parts: Sequence[Any] | None = None
+    ) -> _Entry | None:
+        """Begin the entry of a call that is recorded; `parts`: of an object that is sent."""
+        assert self._state.records is not None
+        record = self._state.records[group.name]
+        token = record.begin(operation, None, sequence, message, peer, None if parts is None else _bytes_of(parts))
+        return None if token is None else _Entry(record, token)
+
+    def _take(self, frames: Frames, net: Any, src: int, context: str, written: _Entry | None) -> Parts | None:
         """Return the next message from `src`, None if none began to arrive in time."""
         try:
             head = net.take(src, frames.tag, self._timeout_ns, self._timeout_ns)
         except BaseException as error:
-            self._end(frames, net, error)
-        if head is None or self._signing is None:
-            return None if head is None else (head, None, ())
-        sealed = self._opened(frames.group, frames.operation, src, head, context)
-        if not sealed.lengths:
-            return head, sealed, ()
-        try:
-            return head, sealed, net.take_all(src, frames.rest, sealed.lengths, self._timeout_ns)
-        except BaseException as error:
-            self._end(frames, net, error)
+            self._end(frames, net, error, written)
+        if head is None:
+            if written is not None:
+                written.cancel()  # the call can be made again
+            return None
+        sealed, beside = None, ()
+        if self._signing is not None:
+            try:
+                sealed = self._opened(frames.group, frames.operation, src, head, context)
+            except BaseException:
+                if written is not None:
+                    written.fail()
+                raise
+            try:
+                beside = net.take_all(src, frames.rest, sealed.lengths, self._timeout_ns) if sealed.lengths else ()
+            except BaseException as error:
+                self._end(frames, net, error, written)
+        message = head, sealed, beside
+        if written is not None:
+            written.done(bytes_of_parts(message))
+        return message
 
-    def _end(self, frames: Frames, net: Any, error: BaseException) -> NoReturn:
+    def _end(self, frames: Frames, net: Any, error: BaseException, written: _Entry | None) -> NoReturn:
         """Raise the public error for that of a native call."""
+        if written is not None:
+            written.cancel()  # another one is made here
         try:
             frames.perform(functools.partial(self._transport.fail, net, error))
             raise AssertionError("TcpTransport.fail has not raised")
@@ -236,5 +292,5 @@ def bytes_of_parts(received: Parts | None) -> int:
     return 0 if received is None else _bytes_of((received[0], *received[2]))
 
 
-def _bytes_of(parts: tuple[Any, ...]) -> int:
+def _bytes_of(parts: Sequence[Any]) -> int:
     return sum(memoryview(part).nbytes for part in parts)
