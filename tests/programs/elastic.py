@@ -77,16 +77,18 @@ def main() -> None:
     begun, found = time.monotonic(), None
     while found is None:
         try:
+            if context.closed:
+                context = world.context(cg.Layout(world.size, tp=world.size), name="main")
             if world.size == left:
                 found = context.tp.all_reduce(torch.tensor([float(me)])).item()
             else:
                 context.tp.all_reduce(torch.ones(1), timeout=float(seconds))
-        except cg.CollectiveError:
+        except (cg.CollectiveError, cg.BuildError):  # the latter of a context, where a rank died since the ranks agreed
             world = world.survivors(timeout=float(seconds))
             if place == "cut":
                 say(rank=me, alone=world.size)
                 return
-            context = world.context(cg.Layout(world.size, tp=world.size), name="main")
+            context.close()
     say(rank=me, new=world.rank, size=world.size, sum=found, seconds=time.monotonic() - begun)
     if "stop" in fate.values():
         sys.stdin.readline()
