@@ -60,8 +60,10 @@ def test_every_rank_raises_within_its_deadline_and_closes(fault: str, work: str,
         time.sleep(0.3)
         begun, left = happen(job, hosts, fault)
         limit = min(deadline + BEYOND, VANISHED)
-        for heard in job.expect("heard", left, limit + 20):
-            in_time(heard["at"] - begun, limit, job.output(left))
+        # The source of a broadcast goes on while there is room in the buffers of the sockets: what counts is how long its last call took.
+        buffered = fault.startswith("stop") and work == "object"
+        for heard in job.expect("heard", left, limit + (90 if buffered else 20)):
+            in_time(heard["took"] if buffered else heard["at"] - begun, limit, job.output(left))
             assert heard["heard"] in ("PeerLostError", "CollectiveTimeoutError"), heard
         for closed in job.expect("closed", left, 40):
             in_time(closed["closed"], CLOSING, job.output(left))
