@@ -34,6 +34,7 @@ from commgraph.coordinator.operation import (
 )
 from commgraph.coordinator.pending import ANY_RANK, MessageKey
 from commgraph.coordinator.recorded import TENSORS
+from commgraph.coordinator.spans import span
 from commgraph.coordinator.turns import Turn
 from commgraph.deadline import Deadline, Timeout
 from commgraph.errors import ConcurrentCallError
@@ -418,7 +419,9 @@ def isend(group: Group, x: torch.Tensor, dst: int | None, tag: int, timeout: Tim
             _tagged(group, x, True, tag)
     except BadArgument as error:
         raise explain(error, group, "isend", group._state.sequence) from None
-    return _under_way(group, "isend", {(peer, True, tag): [x]}, deadline.seconds, timeout is not None, None)
+    # A thread of the lane, which the profiler does not see, may take the message up before the caller waits.
+    with span(group, "isend"):
+        return _under_way(group, "isend", {(peer, True, tag): [x]}, deadline.seconds, timeout is not None, None)
 
 
 def irecv(
@@ -439,7 +442,8 @@ def irecv(
     except BadArgument as error:
         raise explain(error, group, "irecv", state.sequence) from None
     if peer != ANY_RANK:
-        return _under_way(group, "irecv", {(peer, False, tag): [result]}, deadline.seconds, timeout is not None, result)
+        with span(group, "irecv"):
+            return _under_way(group, "irecv", {(peer, False, tag): [result]}, deadline.seconds, timeout is not None, result)
     call = Call(group.name, "irecv", state.members, state.sequence)
     tasks: list[StreamTask] = []
 
@@ -478,7 +482,8 @@ def batch(group: Group, messages: Sequence[Send | Recv], timeout: Timeout) -> Wo
     for out in filled:
         if out is not None:
             checks.announce_filling(out)
-    return _under_way(group, "batch", lanes, deadline.seconds, timeout is not None, filled)
+    with span(group, "batch"):
+        return _under_way(group, "batch", lanes, deadline.seconds, timeout is not None, filled)
 
 
 @ambient.sheltered
