@@ -436,7 +436,8 @@ def test_the_strategies_draw_every_dtype_and_operation() -> None:
     seen: set[str] = set()
     dtypes: set[torch.dtype] = set()
 
-    @settings(max_examples=50, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    # The same examples each time: chance once left eight of 26 operations out.
+    @settings(max_examples=100, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
     @given(programs(max_steps=25), tensors())
     def look(program: Program, x: torch.Tensor) -> None:
         seen.update(step.operation for step in program.steps)
