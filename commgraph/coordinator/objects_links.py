@@ -6,6 +6,7 @@ one frame, of plain data (`commgraph.wire`). The caller's thread sends and recei
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NoReturn
@@ -20,7 +21,7 @@ from commgraph.coordinator.objects import NetworkObjects, has_come, nothing_yet,
 from commgraph.coordinator.operation import Group, explain
 from commgraph.coordinator.pending import OBJECTS
 from commgraph.coordinator.recorded import OBJECTS as OBJECT_FAMILY
-from commgraph.coordinator.recorded import Message
+from commgraph.coordinator.recorded import entry
 from commgraph.coordinator.spans import spanned
 from commgraph.coordinator.state import GroupState
 from commgraph.coordinator.turns import Turn
@@ -35,29 +36,8 @@ __all__ = ["LinkObjects", "Parts", "bytes_of_parts"]
 # A message that came: its first frame, what that says if it is signed, and the frames that followed it.
 Parts = tuple[Any, Sealed | None, Sequence[Any]]
 
-
+# Of an object, in the record of calls.
 _SENT: Final = (OBJECT_FAMILY, OUTGOING, 0)
-
-
-class _Entry:
-    """One entry of the record of calls, which is under way."""
-
-    __slots__ = ("_record", "_token")
-
-    def __init__(self, record: Any, token: int) -> None:
-        self._record, self._token = record, token
-
-    def done(self, moved: int | None = None) -> None:
-        """End it; `moved`: bytes that came."""
-        self._record.done(self._token, moved)
-
-    def fail(self) -> None:
-        """End it by an error."""
-        self._record.fail(self._token)
-
-    def cancel(self) -> None:
-        """Remove it."""
-        self._record.cancel(self._token)
 
 
 class LinkObjects(NetworkObjects):
@@ -100,14 +80,12 @@ class LinkObjects(NetworkObjects):
         finally:
             state.turns.release(key, turn)
         tag = make_tag(OBJECT, number, "message")
-        written = None if state.records is None else self._begin_entry(group, operation, 0, _SENT, dst, parts)
-        try:
-            net.send_parts([dst], tag, rest_of(tag), parts, self._timeout_ns)
-        except BaseException as error:
-            frames = Frames.of_message(group, operation, Deadline.after(state.timeouts.host), OBJECTS, number, OUTGOING)
-            self._end(frames, net, error, written)
-        if written is not None:
-            written.done()
+        written = None if state.records is None else entry(group, operation, peer=dst, message=_SENT, moved=_bytes_of(parts))
+        with written or contextlib.nullcontext():
+            try:
+                net.send_parts([dst], tag, rest_of(tag), parts, self._timeout_ns)
+            except BaseException as error:
+                self._end(Frames.of_message(group, operation, Deadline.after(state.timeouts.host), OBJECTS, number, OUTGOING), net, error)
 
     def recv(self, group: Group, operation: str, src: Any, timeout: Timeout) -> Any:
         return (self._receive if self._is_plain(src, False, timeout) else super().recv)(group, operation, src, timeout)
@@ -121,10 +99,11 @@ class LinkObjects(NetworkObjects):
             number = state.counts.get(key, 0)
             context = f"message {src} {self._transport.rank_in_group} {number}"
             frames = Frames.of_message(group, operation, Deadline.after(state.timeouts.host), OBJECTS, number, INCOMING)
-            written = None if state.records is None else self._begin_entry(group, operation, 0, frames.message, src)
-            message = self._take(frames, self._transport.messages, src, context, written)
-            if message is None:
-                raise nothing_yet(group, operation, state.sequence, src, state.timeouts.host)
+            written = None if state.records is None else entry(group, operation, peer=src, message=frames.message)
+            with written or contextlib.nullcontext():
+                message = self._take(frames, self._transport.messages, src, context)
+                if message is None:
+                    raise nothing_yet(group, operation, state.sequence, src, state.timeouts.host)
             state.counts[key] = number + 1
             state.waited_in_vain = False
         finally:
@@ -158,66 +137,48 @@ class LinkObjects(NetworkObjects):
                     state.uncount_collective()  # the others wait for this call's object, and get that of the next call
                     raise
                 tag = make_tag(COLLECTIVE, sequence, f"{operation}(src={src})")
-                written = None if state.records is None else self._begin_entry(group, operation, sequence, None, src, parts)
-                try:
-                    net.send_parts(self._others, tag, rest_of(tag), parts, self._timeout_ns)
-                except BaseException as error:
-                    frames = Frames.of_collective(group, operation, Deadline.after(state.timeouts.host), sequence, src)
-                    self._end(frames, net, error, written)
-                if written is not None:
-                    written.done()
+                written = None if state.records is None else entry(group, operation, sequence=sequence, peer=src, moved=_bytes_of(parts))
+                with written or contextlib.nullcontext():
+                    try:
+                        net.send_parts(self._others, tag, rest_of(tag), parts, self._timeout_ns)
+                    except BaseException as error:
+                        frames = Frames.of_collective(group, operation, Deadline.after(state.timeouts.host), sequence, src)
+                        self._end(frames, net, error)
                 return obj
             frames = Frames.of_collective(group, operation, Deadline.after(state.timeouts.host), sequence, src)
-            written = None if state.records is None else self._begin_entry(group, operation, sequence, None, src)
-            message = self._take(frames, net, src, context, written)
-            if message is None:
-                state.uncount_collective()
-                raise nothing_yet(group, operation, sequence, src, state.timeouts.host)
+            written = None if state.records is None else entry(group, operation, sequence=sequence, peer=src)
+            with written or contextlib.nullcontext():
+                message = self._take(frames, net, src, context)
+                if message is None:
+                    state.uncount_collective()
+                    raise nothing_yet(group, operation, sequence, src, state.timeouts.host)
             state.waited_in_vain = False
         finally:
             state.turns.release(None, turn)
         return self._decode_message(group, operation, src, message, context)
 
-    def _begin_entry(
-        self, group: Group, operation: str, sequence: int, message: Message | None, peer: int, parts: Sequence[Any] | None = None
-    ) -> _Entry | None:
-        """Begin the entry of a call that is recorded; `parts`: of an object that is sent."""
-        assert self._state.records is not None
-        record = self._state.records[group.name]
-        token = record.begin(operation, None, sequence, message, peer, None if parts is None else _bytes_of(parts))
-        return None if token is None else _Entry(record, token)
-
-    def _take(self, frames: Frames, net: Any, src: int, context: str, written: _Entry | None) -> Parts | None:
+    def _take(self, frames: Frames, net: Any, src: int, context: str) -> Parts | None:
         """Return the next message from `src`, None if none began to arrive in time."""
+        sealed, beside = None, ()
         try:
             head = net.take(src, frames.tag, self._timeout_ns, self._timeout_ns)
         except BaseException as error:
-            self._end(frames, net, error, written)
+            self._end(frames, net, error)
         if head is None:
-            if written is not None:
-                written.cancel()  # the call can be made again
             return None
-        sealed, beside = None, ()
         if self._signing is not None:
-            try:
-                sealed = self._opened(frames.group, frames.operation, src, head, context)
-            except BaseException:
-                if written is not None:
-                    written.fail()
-                raise
+            sealed = self._opened(frames.group, frames.operation, src, head, context)
             try:
                 beside = net.take_all(src, frames.rest, sealed.lengths, self._timeout_ns) if sealed.lengths else ()
             except BaseException as error:
-                self._end(frames, net, error, written)
+                self._end(frames, net, error)
         message = head, sealed, beside
-        if written is not None:
-            written.done(bytes_of_parts(message))
+        if (records := self._state.records) is not None:
+            records[frames.group.name].add(bytes_of_parts(message))
         return message
 
-    def _end(self, frames: Frames, net: Any, error: BaseException, written: _Entry | None) -> NoReturn:
+    def _end(self, frames: Frames, net: Any, error: BaseException) -> NoReturn:
         """Raise the public error for that of a native call."""
-        if written is not None:
-            written.cancel()  # another one is made here
         try:
             frames.perform(functools.partial(self._transport.fail, net, error))
             raise AssertionError("TcpTransport.fail has not raised")

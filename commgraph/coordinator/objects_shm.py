@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import msgspec
 import torch
 
-from commgraph import ambient, compat
+from commgraph import ambient
 from commgraph.communicators.base import CallsDiffer, Communicator, FastPath
 from commgraph.communicators.memory import is_dense
 from commgraph.communicators.tags import COLLECTIVE, digest, make_tag, tag_of
@@ -65,35 +65,21 @@ class ShmObjects(Objects):
 
     # Objects.
 
+    @spanned
     def send(self, group: Group, operation: str, obj: object, dst: Any, timeout: Timeout) -> None:
         mailbox = self._open(group)
         dst, timeout_ns = self._begin_message(group, operation, dst, "dst", timeout)
         parts, records = self._dumps(group, operation, obj), self._state.records
         told = None if records is None else (records[group.name], operation, OBJECT, dst, None)
         try:
-            if compat.is_profiling():
-                with span(group, operation):
-                    mailbox.send(dst, OBJECT, 0, parts, timeout_ns, told)
-            else:
-                mailbox.send(dst, OBJECT, 0, parts, timeout_ns, told)
+            mailbox.send(dst, OBJECT, 0, parts, timeout_ns, told)
         except BaseException as error:
             self._stop(group, operation, timeout_ns, error)
 
+    @spanned
     def recv(self, group: Group, operation: str, src: Any, timeout: Timeout) -> Any:
         mailbox = self._open(group)
         src, timeout_ns = self._begin_message(group, operation, src, "src", timeout)
-        if compat.is_profiling():
-            with span(group, operation):
-                parts = self._receive(group, operation, mailbox, src, timeout_ns)
-        else:
-            parts = self._receive(group, operation, mailbox, src, timeout_ns)
-        try:
-            return loads(parts[0], parts[1:])
-        except Exception as error:
-            raise unreadable(group, operation, src, error) from error
-
-    def _receive(self, group: Group, operation: str, mailbox: Mailbox, src: int, timeout_ns: int) -> list[Any]:
-        """Return the parts of the next object from a rank."""
         state, key, turn = self._state, (src, False, OBJECTS), Turn()
         records = state.records
         try:
@@ -107,7 +93,7 @@ class ShmObjects(Objects):
             self._stop(group, operation, timeout_ns, error, awaited=src)
         finally:
             state.turns.release(key, turn)
-        return parts
+        return _read(group, operation, src, parts)
 
     @spanned
     def broadcast(self, group: Group, operation: str, obj: object, src: Any, timeout: Timeout) -> Any:

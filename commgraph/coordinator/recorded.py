@@ -67,14 +67,17 @@ class GroupRecords(dict[str, Any]):
 
 
 def entry(
-    group: Any, operation: str, *, peer: int = -1, message: Message | None = None, sequence: int = 0
+    group: Any, operation: str, *, peer: int = -1, message: Message | None = None, sequence: int = 0, moved: int | None = None
 ) -> contextlib.AbstractContextManager[Entry | None]:
-    """Return a context manager in which all calls of a group on this thread are one entry; it gives None where nothing is recorded."""
+    """Return a context manager in which all calls of a group on this thread are one entry; it gives None where nothing is recorded.
+
+    `moved`: bytes, where they are known before.
+    """
     found: GroupRecords | None = group._state.records
     if found is None or group.world_size == 1:
         return contextlib.nullcontext()
     record = found[group.name]
-    return Entry(group, record, record.begin(operation, None, sequence, message, peer, None, None, True))
+    return Entry(group, record, record.begin(operation, None, sequence, message, peer, moved, None, True))
 
 
 class Entry:
