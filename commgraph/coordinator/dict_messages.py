@@ -13,6 +13,7 @@ import torch
 
 from commgraph import ambient
 from commgraph.accelerators.side_streams import StreamTask
+from commgraph.carriers import carrier
 from commgraph.communicators.base import CallsDiffer
 from commgraph.coordinator import checks
 from commgraph.coordinator.asynchronous import joined, submit
@@ -53,7 +54,7 @@ def broadcast_dict(group: Group, objects: Objects, tree: Any, src: int, timeout:
             if isinstance(received, dict):
                 return received
             entries, carried = received
-            tensors = result_tensors(entries, group.device, carried)
+            tensors = result_tensors(entries, group.device, carried, partial(_new, group, "broadcast"))
             for i, x in enumerate(tensors):
                 if i not in carried:
                     run_generally(BroadcastPart, group, (x, src), timeout)
@@ -199,11 +200,18 @@ def _receive_parts(
             raise CallsDiffer(src)
 
         perform(group, operation, state.sequence, f"{operation}(...)", deadline, differ)
-    whole = result_tensors(entries, group.device, {i: x for i, x in carried.items() if not sliced[i]})
+    unsliced = {i: x for i, x in carried.items() if not sliced[i]}
+    whole = result_tensors(entries, group.device, unsliced, partial(_new, group, "recv"))
     pieces = {i: carried[i] if i in carried else plan.slice(whole[i]) for i, cut in enumerate(sliced) if cut}
     missing = [pieces.get(i, x) for i, x in enumerate(whole) if i not in carried]
     exchange(group, operation, missing, src, False, Deadline.after(deadline.seconds), limited=limited, turn=turn)
     return Received(entries, whole, [(whole[i], piece) for i, piece in pieces.items()])
+
+
+def _new(group: Group, operation: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return an uninitialised tensor from the strategy that will fill it, whose memory may be that of an earlier result."""
+    strategy = group._state.strategies.route(operation, shape, dtype, device)
+    return strategy.new(shape, carrier(dtype), device).view(dtype)
 
 
 @attrs.frozen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -61,17 +61,23 @@ def join_dict(entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> dict
 
 
 @ambient.sheltered
-def result_tensors(entries: Sequence[Entry], device: torch.device, carried: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
-    """Return a tensor for each one of the description: that of `carried`, else an empty one, on the host or on `device` as it was.
+def result_tensors(
+    entries: Sequence[Entry],
+    device: torch.device,
+    carried: Mapping[int, torch.Tensor],
+    new: Callable[[Sequence[int], torch.dtype, torch.device], torch.Tensor] = ambient.empty,
+) -> list[torch.Tensor]:
+    """Return a tensor for each one of the description: that of `carried`, else an uninitialised one, on the host or on `device` as it was.
 
     Args:
         entries: the description.
         device: of tensors that were not on the host.
         carried: tensors that came with the description, 1-D, by index among all.
+        new: makes an uninitialised tensor of a shape and a dtype on a device.
     """
     described = [what for _, what in entries if what[0] == "t"]
     return [
-        ambient.empty(what[2], what[1], ambient.HOST if what[3] else device)
+        new(what[2], what[1], ambient.HOST if what[3] else device)
         if (x := carried.get(i)) is None
         else (x if x.shape == what[2] else x.view(what[2]))
         for i, what in enumerate(described)

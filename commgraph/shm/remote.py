@@ -9,7 +9,8 @@
 
 Both prove that they have the secret of the queue's handle and, where there is one, the authkey; neither is sent. A frame is encoded under
 the queue, its kind and its number: the same bytes for every reader, and with an authkey good for nothing elsewhere. The writer listens
-until all its readers are there and no longer. Each has a thread that sends to it, from a backlog that is bounded.
+until all its readers are there and no longer. A small frame that nothing waits before is sent by the caller, as far as the socket takes
+it; each reader has a thread that sends the rest, from a backlog that is bounded.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import errno
 import hashlib
 import hmac
 import logging
+import os
 import secrets
 import select
 import socket
@@ -50,6 +52,8 @@ _MAX_FRAME = 1 << 36
 # Up to this size head and body are copied together, so that they leave in one packet.
 _SMALL = 64 * 1024
 
+# Seconds that a reader looks again and again before it sleeps, which costs about as much.
+_SPIN = 50e-6
 # Seconds. How long a stranger may take to say hello, and a reader to connect; how often a sender that has nothing to do looks around.
 _HELLO_TIMEOUT = 5.0
 _CONNECT_TIMEOUT = 10.0
@@ -258,6 +262,22 @@ class _Sender:
     def drop(self) -> None:
         self._connection.close()
 
+    def push(self, frame: list[memoryview]) -> None:
+        """Send a frame, or leave it to the thread. With the lock, which the thread does not hold while it sends: then `pieces` has some."""
+        nbytes = sum(map(len, frame))
+        if not self.pieces and nbytes <= _SMALL:
+            try:
+                sent = self._connection.sendmsg(frame)
+            except OSError:  # full; or broken, of which the thread will say more
+                sent = 0
+            if sent == nbytes:
+                return
+            frame = [memoryview(b"".join(frame))[sent:]] if sent else frame
+            nbytes -= sent
+        self.pieces.extend(frame)
+        self.held += nbytes
+        self.work.notify()
+
     def _run(self) -> None:
         senders = self._senders
         problem = None
@@ -399,9 +419,7 @@ class Senders:
         self._number += 1
         for sender in self._all.values():
             if not sender.done:
-                sender.pieces.extend(frame)
-                sender.held += sum(map(len, frame))
-                sender.work.notify()
+                sender.push(frame)
 
     def end(self, kind: int, obj: Any, seconds: float) -> None:
         """Send the backlogs and a last frame, within that time."""
@@ -440,6 +458,7 @@ class Incoming:
         """
         self._secret = secret
         self._reader = reader
+        self._spin = _SPIN if (os.cpu_count() or 1) > 1 else 0.0
         self._nonce = secrets.token_bytes(_NONCE_BYTES)
         self._number = 0
         self._kind = 0
@@ -510,12 +529,13 @@ class Incoming:
         self._connection.close()
 
     def _fill(self, deadline: float) -> None:
-        view = memoryview(self._wanted)
+        view, spun = memoryview(self._wanted), time.monotonic() + self._spin
         while self._have < len(view):
             try:
                 got = self._connection.recv_into(view[self._have :])
             except BlockingIOError:
-                self._await(deadline)
+                if time.monotonic() >= spun:
+                    self._await(deadline)
                 continue
             except OSError as error:
                 raise HungUp(f"the connection broke: {error}") from error

@@ -1,11 +1,16 @@
 """`commgraph bench` over two simulated hosts that are joined by a veth, with reno as TCP's congestion control.
 
-Arguments: those of `commgraph bench`, in the place of `_USUAL`. With `mpi` among the peers MPICH's launcher starts the ranks, so that MPI
-is measured in the same processes, in turn: that of the `mpich` wheel, beside this interpreter.
+    bench_over_hosts.py [--delay SECONDS] [--busy LOOPS] [arguments of `commgraph bench`, in the place of `_USUAL`]
+
+With `mpi` among the peers MPICH's launcher starts the ranks, so that MPI is measured in the same processes, in turn: that of the `mpich`
+wheel, beside this interpreter. A delay, one way, is that of a relay between the hosts, without MPI. Busy loops compete with the ranks for
+the cores: these then have ordinary priority.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
 import secrets
 import shutil
@@ -33,14 +38,24 @@ exec nsenter -t $pid -n -m -p -u --wd={folder} sh -c "$*"
 
 def main(arguments: list[str]) -> int:
     """Return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--delay", type=float, default=0.0)
+    parser.add_argument("--busy", type=int, default=0)
+    given, arguments = parser.parse_known_args(arguments)
     if (why := hosts.why_impossible()) is not None:
         sys.stdout.write(f"skipped: {why}\n")
         return 0
     asked = arguments or _USUAL
     # Real-time scheduling stands for an idle machine, where it is allowed; the ranks do not run for long.
-    alone = ["chrt", "-r", "5"] if shutil.which("chrt") and subprocess.run(["chrt", "-r", "5", "true"], check=False).returncode == 0 else []
+    first = ["chrt", "-r", "5"]
+    alone = first if not given.busy and shutil.which("chrt") and subprocess.run([*first, "true"], check=False).returncode == 0 else []
     words = [*alone, sys.executable, "-m", "commgraph", "bench", *asked]
-    with hosts.joined(2) as pair:
+    with hosts.joined(2) as pair, contextlib.ExitStack() as beside:
+        if given.delay:
+            beside.enter_context(hosts.relayed(pair, delay=given.delay))
+        for _ in range(given.busy):
+            loop = beside.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            beside.callback(loop.kill)
         for host in pair:
             # The default of some machines, BBR, makes all libraries two to four times as slow on such a network, and hides differences.
             host.run("sysctl", "-q", "-w", "net.ipv4.tcp_congestion_control=reno")

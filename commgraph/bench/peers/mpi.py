@@ -64,8 +64,32 @@ class Peer(Library):
             "broadcast": lambda: comm.Bcast(x, 0),
             "barrier": comm.Barrier,
             "send_recv": send_recv,
+            "tensor_dict": self._tensor_dict(x),
         }
         return calls.get(operation)
+
+    def _tensor_dict(self, x: Any) -> Callable[[], object]:
+        """As MPI does it fastest: the description as an object, then every array from its own memory into a new one."""
+        numpy: Any = importlib.import_module("numpy")
+        comm, (first, second) = self._comm, numpy.array_split(x, 2)
+
+        def send(peer: int) -> None:
+            comm.send([(key, value.shape, value.dtype) for key, value in (("a", first), ("b", second))], peer)
+            for value in (first, second):
+                comm.Send(value, peer)
+
+        def recv(peer: int) -> dict[str, Any]:
+            received = {}
+            for key, shape, dtype in comm.recv(source=peer):
+                received[key] = numpy.empty(shape, dtype)
+                comm.Recv(received[key], peer)
+            return received
+
+        def there_and_back() -> None:
+            for step in (send, recv) if comm.rank == 0 else (recv, send):
+                step(1 - comm.rank)
+
+        return there_and_back
 
     def channel(self, readers: int) -> Channel | None:
         """Point to point: the broadcast of all ranks would need those that do not read."""

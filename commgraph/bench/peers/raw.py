@@ -43,15 +43,16 @@ class Peer(Library):
         sends = [(peer, tag, x.data_ptr(), x.nbytes) for peer in self._others]
         receives = [(peer, tag, there.data_ptr(), there.nbytes) for peer, there in zip(self._others, landing, strict=True)]
 
-        def exchange() -> list[torch.Tensor]:
+        # Both return the tensors whose addresses they use, which thus live as long as these functions.
+        def exchange() -> tuple[torch.Tensor, list[torch.Tensor]]:
             net.exchange(sends, receives, _TIMEOUT_NS)
-            return landing  # it lives as long as this function
+            return x, landing
 
-        def there_and_back() -> list[torch.Tensor]:
+        def there_and_back() -> tuple[torch.Tensor, list[torch.Tensor]]:
             first = self.job.world.rank == 0
             net.exchange(sends if first else [], [] if first else receives, _TIMEOUT_NS)
             net.exchange([] if first else sends, receives if first else [], _TIMEOUT_NS)
-            return landing
+            return x, landing
 
         if operation in ("all_reduce", "all_reduce_"):
             return exchange
