@@ -13,11 +13,10 @@ import torch
 
 from commgraph import ambient
 from commgraph.accelerators.side_streams import StreamTask
-from commgraph.carriers import carrier
 from commgraph.communicators.base import CallsDiffer
-from commgraph.coordinator import checks
 from commgraph.coordinator.asynchronous import joined, submit
 from commgraph.coordinator.checks import BadArgument
+from commgraph.coordinator.dict_parts import new_tensor, taken_apart
 from commgraph.coordinator.failures import Call
 from commgraph.coordinator.gathers import AllGather, BroadcastPart
 from commgraph.coordinator.messages import begin_message, exchange
@@ -26,7 +25,7 @@ from commgraph.coordinator.operation import Group, explain, perform, run, run_ge
 from commgraph.coordinator.pending import DICTS
 from commgraph.coordinator.recorded import DICTS as DICT_FAMILY
 from commgraph.coordinator.recorded import entry
-from commgraph.coordinator.tensor_dict import Entry, Plan, join_dict, result_tensors, split_dict
+from commgraph.coordinator.tensor_dict import Entry, Plan, join_dict, result_tensors
 from commgraph.coordinator.turns import Turn
 from commgraph.deadline import Deadline, Timeout
 from commgraph.shm.recorder import INCOMING, OUTGOING
@@ -54,14 +53,14 @@ def broadcast_dict(group: Group, objects: Objects, tree: Any, src: int, timeout:
             if isinstance(received, dict):
                 return received
             entries, carried = received
-            tensors = result_tensors(entries, group.device, carried, partial(_new, group, "broadcast"))
+            tensors = result_tensors(entries, group.device, carried, partial(new_tensor, group, "broadcast"))
             for i, x in enumerate(tensors):
                 if i not in carried:
                     run_generally(BroadcastPart, group, (x, src), timeout)
         return join_dict(entries, tensors)
     if tree is None:
         raise explain(BadArgument("tensor_dict is None on src, which has to give it"), group, operation, group._state.sequence)
-    entries, tensors = _split(group, operation, tree)
+    entries, tensors = taken_apart(group, operation, tree)
     if group.world_size == 1:
         return tree
     with whole(group, operation, timeout, src):
@@ -106,7 +105,7 @@ def _pack(
     override: Mapping[str, bool] | None,
 ) -> Callable[[Deadline, bool], None]:
     """Check and describe a dict for `dst`; return a function that sends it, with a deadline for each part."""
-    entries, tensors = _split(group, operation, tree)
+    entries, tensors = taken_apart(group, operation, tree)
     plan, sliced = _sliced(group, operation, entries, slicing, override)
     outgoing = [plan.slice(x) if cut else x for x, cut in zip(tensors, sliced, strict=True)]
     carried, send_description = objects.pack_dict(group, operation, entries, outgoing, dst)
@@ -201,17 +200,11 @@ def _receive_parts(
 
         perform(group, operation, state.sequence, f"{operation}(...)", deadline, differ)
     unsliced = {i: x for i, x in carried.items() if not sliced[i]}
-    whole = result_tensors(entries, group.device, unsliced, partial(_new, group, "recv"))
+    whole = result_tensors(entries, group.device, unsliced, partial(new_tensor, group, "recv"))
     pieces = {i: carried[i] if i in carried else plan.slice(whole[i]) for i, cut in enumerate(sliced) if cut}
     missing = [pieces.get(i, x) for i, x in enumerate(whole) if i not in carried]
     exchange(group, operation, missing, src, False, Deadline.after(deadline.seconds), limited=limited, turn=turn)
     return Received(entries, whole, [(whole[i], piece) for i, piece in pieces.items()])
-
-
-def _new(group: Group, operation: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return an uninitialised tensor from the strategy that will fill it, whose memory may be that of an earlier result."""
-    strategy = group._state.strategies.route(operation, shape, dtype, device)
-    return strategy.new(shape, carrier(dtype), device).view(dtype)
 
 
 @attrs.frozen
@@ -282,26 +275,6 @@ def irecv_dict(
         return joined(tasks, received, received.on_device()).gathered(slicing, timeout)
 
     return Work(call, [job], finish, tasks)
-
-
-def _split(group: Group, operation: str, tree: Any) -> tuple[list[Entry], list[torch.Tensor]]:
-    """Describe a dict that can be sent, and list its tensors."""
-    sequence = group._state.sequence
-    try:
-        entries, tensors = split_dict(tree)
-    except TypeError as error:
-        raise TypeError(f"{Call(group.name, operation, group._state.members, sequence).where}: {error}. Nothing was sent.") from None
-    try:
-        return entries, [checks.tensor(group, x, gradient=operation) for x in tensors]
-    except BadArgument:
-        # Checked again, with the tensors' names for the error.
-        paths = [".".join(map(str, path)) for path, what in entries if what[0] == "t"]
-        try:
-            return entries, [
-                checks.tensor(group, x, f"the tensor {path!r}", gradient=operation) for path, x in zip(paths, tensors, strict=True)
-            ]
-        except BadArgument as error:
-            raise explain(error, group, operation, sequence) from None
 
 
 def _fits(entries: Sequence[Entry], carried: Mapping[int, torch.Tensor], sliced: Sequence[bool], plan: Plan) -> bool:

@@ -124,6 +124,10 @@ class NativeMessages:
 
     # Over links.
 
+    def are_alone(self, peer: Any) -> bool:
+        """Whether messages with that rank go over a link that there is, and none is pending, with that rank or another."""
+        return not self._state.pending.lanes and not self._posted and self._is_linked(peer)
+
     def _is_linked(self, peer: Any) -> bool:
         """Whether messages with that rank go over a link that there is."""
         links = self._links

@@ -97,11 +97,11 @@ class HostObjects(LinkObjects):
 
     def send_plain(self, group: Group, tree: object, dst: Any, timeout: Timeout) -> bool:
         near = self._near_to(dst)
-        return near is not None and near.send_plain(group, tree, dst, timeout)
+        return super().send_plain(group, tree, dst, timeout) if near is None else near.send_plain(group, tree, dst, timeout)
 
     def recv_plain(self, group: Group, src: Any, timeout: Timeout) -> dict[Any, Any] | None:
         near = self._near_to(src)
-        return None if near is None else near.recv_plain(group, src, timeout)
+        return super().recv_plain(group, src, timeout) if near is None else near.recv_plain(group, src, timeout)
 
     def pack_dict(
         self, group: Group, operation: str, entries: Sequence[Entry], tensors: Sequence[torch.Tensor], dst: int

@@ -11,19 +11,26 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NoReturn
 
-from commgraph import wire
+import torch
+
+from commgraph import ambient, wire
+from commgraph.carriers import UNSERVED
 from commgraph.communicators.base import PeerLate
-from commgraph.communicators.tags import COLLECTIVE, OBJECT, make_tag, rest_of
+from commgraph.communicators.memory import is_dense, pooled
+from commgraph.communicators.tags import COLLECTIVE, MESSAGE, OBJECT, make_tag, message_text, rest_of
 from commgraph.communicators.tcp_transport import TcpTransport
 from commgraph.coordinator.checks import BadArgument
-from commgraph.coordinator.frames import Frames
-from commgraph.coordinator.objects import NetworkObjects, has_come, nothing_yet, refuse_object, unreadable
+from commgraph.coordinator.dict_parts import taken_apart
+from commgraph.coordinator.frames import STREAMS, Frames
+from commgraph.coordinator.messages import exchange
+from commgraph.coordinator.objects import NetworkObjects, UnreadableDictError, has_come, nothing_yet, refuse_object, unreadable
 from commgraph.coordinator.operation import Group, explain
-from commgraph.coordinator.pending import OBJECTS
+from commgraph.coordinator.pending import DICTS, OBJECTS, MessageKey
 from commgraph.coordinator.recorded import OBJECTS as OBJECT_FAMILY
 from commgraph.coordinator.recorded import entry
 from commgraph.coordinator.spans import spanned
 from commgraph.coordinator.state import GroupState
+from commgraph.coordinator.tensor_dict import Entry, join_dict, result_tensors
 from commgraph.coordinator.turns import Turn
 from commgraph.deadline import Deadline, Timeout
 from commgraph.errors import ConcurrentCallError, ContextClosedError
@@ -50,6 +57,7 @@ class LinkObjects(NetworkObjects):
         self._uid = state.members.uid
         self._timeout_ns = int(state.timeouts.host * 1e9)
         self._others = [peer for peer in range(transport.world_size) if peer != transport.rank_in_group]
+        self._description = _Description(self)
         self._signing = None if self._key is None else key_of(self._key)
 
     # A call without a deadline of its own, where nothing is pending and there are links: with less Python.
@@ -157,6 +165,105 @@ class LinkObjects(NetworkObjects):
             state.turns.release(None, turn)
         return self._decode_message(group, operation, src, message, context)
 
+    # Dicts without a deadline of their own, where nothing is pending and there are links: the same frames and messages, with less Python.
+
+    @ambient.sheltered
+    def send_plain(self, group: Group, tree: object, dst: Any, timeout: Timeout) -> bool:
+        native = self._state.native_messages
+        if timeout is not None or native is None or not native.are_alone(dst):
+            return False
+        self._state.ensure_open(group.name)
+        entries, tensors = taken_apart(group, "send_tensor_dict", tree)
+        if not all(x.is_cpu and is_dense(x) and x.dtype not in UNSERVED for x in tensors):
+            return False
+        self._send_dict(group, "send_tensor_dict", entries, tensors, dst)
+        return True
+
+    @spanned
+    def _send_dict(self, group: Group, operation: str, entries: Sequence[Entry], tensors: Sequence[torch.Tensor], dst: int) -> None:
+        state, net, (turn, describing) = self._state, self._transport.messages, (Turn(), Turn())
+        lane, descriptions = (dst, True, 0), (dst, True, DICTS)
+        try:
+            state.begin_message(group.name, operation, lane, turn)
+            state.begin_message(group.name, operation, descriptions, describing)
+            number = state.counted(descriptions)
+            context = f"{STREAMS[DICTS]} {self._transport.rank_in_group} {dst} {number}"
+            parts = self._encode_message(group, operation, self._description.write(group, operation, entries, tensors), context)
+            state.count(descriptions)
+            frames = Frames.of_message(group, operation, Deadline.after(state.timeouts.host), DICTS, number, OUTGOING)
+            moved = _bytes_of(parts) + sum([x.nbytes for x in tensors])
+            with entry(group, operation, peer=dst, message=frames.message, moved=moved):
+                try:
+                    net.send_parts([dst], frames.tag, frames.rest, parts, self._timeout_ns)
+                    if messages := self._messages_of(tensors, lane):
+                        net.exchange(messages, [], self._timeout_ns)
+                except BaseException as error:
+                    self._end(frames, net, error)
+        finally:
+            state.turns.release(descriptions, describing)
+            state.turns.release(lane, turn)
+
+    @ambient.sheltered
+    def recv_plain(self, group: Group, src: Any, timeout: Timeout) -> dict[Any, Any] | None:
+        native = self._state.native_messages
+        if timeout is not None or native is None or not native.are_alone(src):
+            return None
+        return self._receive_dict(group, "recv_tensor_dict", src)
+
+    @spanned
+    def _receive_dict(self, group: Group, operation: str, src: int) -> dict[Any, Any]:
+        state, net, (turn, describing) = self._state, self._transport.messages, (Turn(), Turn())
+        lane, descriptions = (src, False, 0), (src, False, DICTS)
+        state.ensure_open(group.name)
+        try:
+            state.begin_message(group.name, operation, lane, turn)
+            state.begin_message(group.name, operation, descriptions, describing)
+            number = state.counted(descriptions)
+            context = f"{STREAMS[DICTS]} {src} {self._transport.rank_in_group} {number}"
+            frames = Frames.of_message(group, operation, Deadline.after(state.timeouts.host), DICTS, number, INCOMING)
+            with entry(group, operation, peer=src, message=frames.message):
+                message = self._take(frames, net, src, context)
+                if message is None:
+                    raise nothing_yet(group, operation, state.sequence, src, state.timeouts.host)
+                state.waited_in_vain = False
+                state.count(descriptions)
+                described = self._decode_message(group, operation, src, message, context)
+                try:
+                    entries = self._description.read(group, operation, src, described)
+                except UnreadableDictError as failed:
+                    self._receive_tensors(frames, failed.tensors(group.device), src, turn)
+                    raise failed.error from failed.error.__cause__
+                tensors = result_tensors(entries, group.device, {}, self._new)
+                self._receive_tensors(frames, tensors, src, turn)
+        finally:
+            state.turns.release(descriptions, describing)
+            state.turns.release(lane, turn)
+        return join_dict(entries, tensors)
+
+    def _new(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return pooled(self._transport.pool, shape, dtype) if device.type == "cpu" else ambient.empty(shape, dtype, device)
+
+    def _receive_tensors(self, frames: Frames, tensors: Sequence[torch.Tensor], src: int, turn: Turn) -> None:
+        group, net = frames.group, self._transport.messages
+        if not all(x.is_cpu and x.dtype not in UNSERVED for x in tensors):
+            deadline = Deadline.after(self._state.timeouts.host)
+            exchange(group, frames.operation, tensors, src, False, deadline, limited=False, turn=turn)
+            return
+        try:
+            if messages := self._messages_of(tensors, (src, False, 0)):
+                net.exchange([], messages, self._timeout_ns)
+        except BaseException as error:
+            self._end(frames, net, error)
+        if (records := self._state.records) is not None:
+            records[group.name].add(sum([x.nbytes for x in tensors]))
+
+    def _messages_of(self, tensors: Sequence[torch.Tensor], lane: MessageKey) -> list[tuple[int, int, int, int]]:
+        """Number tensors as one message of a lane, and return what the native module needs of those that are not empty."""
+        if not tensors:
+            return []
+        tag = make_tag(MESSAGE, self._state.count(lane), " ".join([message_text(x.dtype, x.shape) for x in tensors]))
+        return [(lane[0], tag, x.data_ptr(), x.nbytes) for x in tensors if x.numel()]
+
     def _take(self, frames: Frames, net: Any, src: int, context: str) -> Parts | None:
         """Return the next message from `src`, None if none began to arrive in time."""
         sealed, beside = None, ()
@@ -246,6 +353,42 @@ class LinkObjects(NetworkObjects):
             return head, sealed, beside
 
         return frames.perform(act, peer=src, is_made=has_come, received=bytes_of_parts)
+
+
+class _Description:
+    """The last description that was written, and that was read: of a dict with the same keys and tensors it is the same bytes.
+
+    Those name neither a message nor its number, which the frame around them does. Not of dicts with objects or with keys that are no
+    strings, of which different ones may be equal.
+    """
+
+    def __init__(self, objects: LinkObjects) -> None:
+        self._objects = objects
+        self._written: tuple[Sequence[Entry], Any] = ((), None)
+        self._read: tuple[bytes, list[Entry]] = (b"", [])
+
+    def write(self, group: Group, operation: str, entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> Any:
+        """Return what `_describe` returns."""
+        if not _is_repeatable(entries):
+            return self._objects._describe(group, operation, entries, tensors)
+        earlier, made = self._written
+        if made is None or earlier != entries:
+            made = self._objects._describe(group, operation, entries, tensors)
+            self._written = entries, made
+        return made
+
+    def read(self, group: Group, operation: str, src: int, received: tuple[Any, bytes]) -> list[Entry]:
+        """Return what `_described` returns."""
+        earlier, entries = self._read
+        if received[1] != earlier:
+            entries = self._objects._described(group, operation, src, received)
+            if _is_repeatable(entries):
+                self._read = bytes(received[1]), entries
+        return entries
+
+
+def _is_repeatable(entries: Sequence[Entry]) -> bool:
+    return all(what[0] != "o" and all(type(key) is str for key in path) for path, what in entries)
 
 
 def bytes_of_parts(received: Parts | None) -> int:
