@@ -158,6 +158,59 @@ def test_large_tensors_arrive_in_memory_that_was_used(nodes: int) -> None:
     on(2, body, nodes=nodes)
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_each_dict_has_its_own_description(nodes: int) -> None:
+    """Also after dicts that are equal to it, and are not the same."""
+    two, three = torch.arange(2.0), torch.arange(3.0)
+    trees: list[dict[Any, Any]] = [
+        {"a": two},
+        {"a": two},
+        {"a": three},
+        {"b": three},
+        {"a": {"b": three}},
+        {"a": two, "b": three},
+        {"a": two},
+    ]
+    trees += [{key: two} for key in (1, True, 1.0, "1")] + [{"a": value, "b": two} for value in (1, True, 1.0, [1], [True], [1])]
+    trees += [{}, {"a": {}}, {"a": two.to(torch.int64)}, {"a": two[:0]}, {"a": two[:0]}, {"a": two}]
+
+    def body(group: GroupCoordinator) -> None:
+        for _ in range(2):
+            for tree in trees:
+                if group.rank == 0:
+                    group.send_tensor_dict(tree, 1)
+                    group.broadcast_tensor_dict(tree, src=0)
+                    continue
+                for received in (group.recv_tensor_dict(0), group.broadcast_tensor_dict(None, src=0)):
+                    assert same(received, tree)
+                    assert [type(key) for key in received] == [type(key) for key in tree]
+                    received["new"] = 0  # the caller's own
+
+    on(2, body, nodes=nodes)
+
+
+def test_a_dict_over_links_that_is_refused_leaves_the_next_one_alone() -> None:
+    def body(group: GroupCoordinator) -> None:
+        good = {"a": torch.arange(4.0)}
+        if group.rank == 0:
+            group.send_tensor_dict(good, 1)
+            for bad in (
+                {"a": torch.arange(4.0), "b": object()},
+                {"a": torch.ones(2, requires_grad=True)},
+                {"a": torch.ones(2, 2).to_sparse()},
+                {"a": torch.ones(2, device="meta")},
+                [torch.ones(2)],
+            ):
+                with pytest.raises((TypeError, ValueError, RuntimeError), match="send_tensor_dict"):
+                    group.send_tensor_dict(bad, 1)  # type: ignore[arg-type]  # a list is among them
+            group.send_tensor_dict(good, 1)
+            return
+        for _ in range(2):
+            assert same(group.recv_tensor_dict(0), good)
+
+    on(2, body, nodes=2)
+
+
 def test_no_tensors_and_nothing_at_all() -> None:
     def body(group: GroupCoordinator) -> None:
         trees: list[dict[str, Any]] = [{}, {"a": {}}, {"a": {"b": {}}}, {"x": 1}, {"e": torch.empty(0)}]
