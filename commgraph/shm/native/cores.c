@@ -85,8 +85,24 @@ int cg_affinity_restore(int core, const cg_affinity *before) {
     return sched_setaffinity(0, sizeof back, &back) == 0;
 }
 
-int cg_cores_wait(cg_cores *cores, int beside, int64_t now) {
-    if (!beside) {
+int cg_cores_move(int core) {
+    cg_affinity before;
+    if (!cg_affinity_narrow(core, &before)) return 0;
+    cg_affinity_restore(core, &before);
+    return 1;
+}
+
+/* The next core after `mine`, of those allowed, on which no other rank was seen; -1 if there is none. */
+static int next_free(const cpu_set_t *allowed, int mine, int (*taken)(const void *, int), const void *arg) {
+    for (int i = 1; i < CPU_SETSIZE; i++) {
+        int core = (mine + i) % CPU_SETSIZE;
+        if (CPU_ISSET(core, allowed) && !taken(arg, core)) return core;
+    }
+    return -1;
+}
+
+int cg_cores_wait(cg_cores *cores, int beside, int64_t now, int (*taken)(const void *, int), const void *arg) {
+    if (beside == CG_APART) {
         cores->since = 0;
         return 0;
     }
@@ -94,17 +110,17 @@ int cg_cores_wait(cg_cores *cores, int beside, int64_t now) {
     cpu_set_t allowed;
     uint32_t ticks = 0;
     int64_t passed = cores->since == 0 ? 0 : now - cores->since;
-    int target = -1, many = sched_getaffinity(0, sizeof allowed, &allowed) == 0 && CPU_COUNT(&allowed) > 1 && CPU_COUNT(&allowed) >= cores->sharing;
+    int mine = sched_getcpu(), target = -1;
+    int many = sched_getaffinity(0, sizeof allowed, &allowed) == 0 && CPU_COUNT(&allowed) > 1 && CPU_COUNT(&allowed) >= cores->sharing;
     if (many && cores->idle == NULL) cores->idle = calloc(CPU_SETSIZE, sizeof *cores->idle);
-    if (many && cores->idle != NULL) target = longest_idle(cores, &allowed, sched_getcpu(), &ticks);
+    if (many && cores->idle != NULL) target = longest_idle(cores, &allowed, mine, &ticks);
     cores->since = now;
     if (passed == 0) return 0; /* the first reading of two */
-    cg_affinity before;
-    if (target < 0 || ticks * (1000000000ll / sysconf(_SC_CLK_TCK)) * 2 <= passed || !cg_affinity_narrow(target, &before)) {
+    if (ticks * (1000000000ll / sysconf(_SC_CLK_TCK)) * 2 <= passed) target = many && beside == CG_BESIDE_LOWER ? next_free(&allowed, mine, taken, arg) : -1;
+    if (target < 0 || !cg_cores_move(target)) {
         if (cores->patience < LONGEST_NS) cores->patience *= 2;
         return 0;
     }
-    cg_affinity_restore(target, &before);
     cores->since = 0;
     cores->patience = PATIENCE_NS;
     return 1;

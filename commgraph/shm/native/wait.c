@@ -56,14 +56,36 @@ void cg_notify_all(cg_team *team) {
         if (i != team->me) wake_sleeper(team, i);
 }
 
-/* Whether a watched peer was last seen on this very core, where it cannot run while this rank runs. */
-static int is_beside_peer(cg_team *team, int watched) {
-    int32_t core = publish_core(team);
-    if (core == 0) return 0;
-    if (watched != CG_EVERYONE) return atomic_load_explicit(&team->members[watched].core, memory_order_relaxed) == core;
+static int was_seen_on(const cg_team *team, int member, int core) {
+    return atomic_load_explicit(&team->members[member].core, memory_order_relaxed) == 1 + core;
+}
+
+/* Whether another member was last seen on that core. */
+static int is_taken(const void *arg, int core) {
+    const cg_team *team = arg;
     for (int i = 0; i < team->n; i++)
-        if (i != team->me && atomic_load_explicit(&team->members[i].core, memory_order_relaxed) == core) return 1;
+        if (i != team->me && was_seen_on(team, i, core)) return 1;
     return 0;
+}
+
+/* Whether a watched peer was last seen on this very core, where it cannot run while this rank runs: a value for cg_cores_wait. */
+static int is_beside_peer(cg_team *team, int watched) {
+    int core = publish_core(team) - 1, beside = CG_APART;
+    if (core < 0) return CG_APART;
+    if (watched != CG_EVERYONE) return !was_seen_on(team, watched, core) ? CG_APART : watched < team->me ? CG_BESIDE_LOWER : CG_BESIDE;
+    for (int i = 0; i < team->n; i++) {
+        if (i == team->me || !was_seen_on(team, i, core)) continue;
+        if (i > team->me) return CG_BESIDE;
+        beside = CG_BESIDE_LOWER;
+    }
+    return beside;
+}
+
+int cg_go_back(cg_team *team, int before) {
+    int core = cg_core();
+    if (before < 0 || core < 0 || core == before || !is_taken(team, core) || is_taken(team, before) || !cg_cores_move(before)) return 0;
+    publish_core(team);
+    return 1;
 }
 
 /* Records how long a wait took whose condition came true. One longer than a spin may be only lets `recent_ns` fade. */
@@ -80,7 +102,7 @@ static int wait_on(cg_team *team, cg_condition ready, void *arg, int watched, in
     if (spin > 0 && !same_process) {
         if (2 * team->recent_ns > spin) spin = 2 * team->recent_ns < LONGEST_SPIN_NS ? 2 * team->recent_ns : LONGEST_SPIN_NS;
         int beside = is_beside_peer(team, watched);
-        if (cg_cores_wait(&team->cores, beside, looked)) publish_core(team), looked = cg_clock_ns();
+        if (cg_cores_wait(&team->cores, beside, looked, is_taken, team)) publish_core(team), looked = cg_clock_ns();
         else if (beside) spin = 0;
     }
     /* By time, not by number: a pause takes three times as long on one processor as on another. */
@@ -98,7 +120,7 @@ static int wait_on(cg_team *team, cg_condition ready, void *arg, int watched, in
         sched_yield();
         looked = cg_clock_ns();
     }
-    int result = CG_OK;
+    int result = CG_OK, before = spin > 0 && !same_process ? cg_core() : -1;
     for (;;) {
         uint32_t rung = atomic_load_explicit(&mine->doorbell, memory_order_acquire);
         atomic_store_explicit(&mine->sleeping, 1, memory_order_relaxed);
@@ -154,7 +176,10 @@ static int wait_on(cg_team *team, cg_condition ready, void *arg, int watched, in
         }
     }
     atomic_store_explicit(&mine->sleeping, 0, memory_order_relaxed);
-    if (result == CG_OK) finish_wait(team, cg_clock_ns() - began);
+    if (result == CG_OK) {
+        cg_go_back(team, before);
+        finish_wait(team, cg_clock_ns() - began);
+    }
     return result;
 }
 

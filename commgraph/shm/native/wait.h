@@ -9,7 +9,7 @@
  * over to a peer that needs this very one. Then it sleeps on the futex. A rank does not spin where the ranks are more than the cores, nor
  * for a peer that was last seen on this very core: that peer cannot run while this rank spins. Members publish the core they run on when
  * they leave the first pauses of a wait, and when they ring the doorbell of a sleeper, so that a call whose peers have arrived already pays
- * nothing for it. A rank that stays beside its peer while another core idles moves there: cores.h.
+ * nothing for it. A rank that stays beside its peer moves to another core, and one that was woken beside it goes back to its own: cores.h.
  */
 #ifndef COMMGRAPH_WAIT_H
 #define COMMGRAPH_WAIT_H
@@ -24,6 +24,9 @@ typedef int (*cg_condition)(void *);
  * is in another call of the same number, or in a later one, ends it as well. `deadline`: of cg_clock_ns(); a negative one counts from the
  * begin of this wait. */
 int cg_wait(cg_team *team, cg_condition ready, void *arg, int watched, int collective, int64_t deadline, int *who);
+/* After a sleep that began on core `before`: moves back there, if this rank is on the core of a peer now and `before` is no peer's. Returns
+ * whether it moved. */
+int cg_go_back(cg_team *team, int before);
 /* After a store that may make a condition true: wakes the owner of the bell, one member, or all members, if they sleep. */
 void cg_notify_bell(cg_bell *bell);
 void cg_notify(cg_team *team, int member);

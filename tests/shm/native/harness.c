@@ -1586,11 +1586,63 @@ static cpu_set_t only(int core) {
     return set;
 }
 
+static int all_taken(const void *arg, int core) { return (void)arg, (void)core, 1; }
+static int none_taken(const void *arg, int core) { return (void)arg, (void)core, 0; }
+
 /* Reports this thread beside a peer for so long, every 1 ms. Returns how often it moved. */
-static int stay_beside(cg_cores *cores, int milliseconds) {
+static int stay(cg_cores *cores, int milliseconds, int beside, int (*taken)(const void *, int)) {
     int moved = 0;
-    for (int i = 0; i < milliseconds; i++, usleep(1000)) moved += cg_cores_wait(cores, 1, cg_clock_ns());
+    for (int i = 0; i < milliseconds; i++, usleep(1000)) moved += cg_cores_wait(cores, beside, cg_clock_ns(), taken, NULL);
     return moved;
+}
+
+static int stay_beside(cg_cores *cores, int milliseconds) { return stay(cores, milliseconds, CG_BESIDE, none_taken); }
+
+static _Atomic int loops_end;
+
+static void *loop(void *arg) {
+    const cpu_set_t one = only(*(const int *)arg);
+    confine(&one);
+    while (!atomic_load(&loops_end)) cg_pause();
+    return NULL;
+}
+
+/* With every core busy: who is beside a rank of a lower number leaves, to a core that is no rank's. */
+static void cores_of_others(const cpu_set_t *all, int first, int second) {
+    pthread_t loops[CPU_SETSIZE];
+    int numbers[CPU_SETSIZE], busy = 0;
+    atomic_store(&loops_end, 0);
+    for (int core = 0; core < CPU_SETSIZE; core++)
+        if (CPU_ISSET(core, all)) numbers[busy] = core, pthread_create(&loops[busy], NULL, loop, &numbers[busy]), busy++;
+    cg_cores state;
+    cg_cores_init(&state, 1);
+    CHECK(cg_cores_move(first) && sched_getcpu() == first, "not on core %d", first);
+    CHECK(stay(&state, 400, CG_BESIDE, none_taken) == 0, "moved to a core that another program needs");
+    CHECK(stay(&state, 400, CG_BESIDE_LOWER, all_taken) == 0, "moved to the core of a rank");
+    cg_cores_free(&state);
+    cg_cores_init(&state, 1);
+    CHECK(stay(&state, 1000, CG_BESIDE_LOWER, none_taken) > 0, "stayed beside a rank");
+    cg_cores_free(&state);
+    cg_cores_init(&state, CPU_COUNT(all) + 1);
+    CHECK(stay(&state, 400, CG_BESIDE_LOWER, none_taken) == 0, "moved though the ranks are more than the cores");
+    cg_cores_free(&state);
+    atomic_store(&loops_end, 1);
+    for (int i = 0; i < busy; i++) pthread_join(loops[i], NULL);
+
+    /* Woken on the core of a peer. */
+    cg_member members[2] = {0};
+    cg_team team = {.members = members, .n = 2, .me = 1};
+    const int32_t peers[] = {1 + first, 1 + second, 0};
+    for (int i = 0; i < 3; i++) {
+        CHECK(cg_cores_move(first), "not on core %d", first);
+        atomic_store(&members[0].core, peers[i]);
+        CHECK(cg_go_back(&team, second) == (i == 0), "peer on core %d, woken on %d, asleep on %d", peers[i] - 1, first, second);
+        if (i == 0) CHECK(sched_getcpu() == second && atomic_load(&members[1].core) == 1 + second, "on core %d", sched_getcpu());
+    }
+    atomic_store(&members[0].core, 1 + first);
+    CHECK(cg_cores_move(first) && !cg_go_back(&team, -1) && !cg_go_back(&team, first), "moved from core %d", first);
+    cpu_set_t now = affinity();
+    CHECK(CPU_EQUAL(&now, all), "the affinity is another one after moves");
 }
 
 static void cores(void) {
@@ -1645,11 +1697,12 @@ static void cores(void) {
     CHECK(stay_beside(&state, 200) == 0, "moved though the ranks are more than the cores");
     cg_cores_free(&state);
     cg_cores_init(&state, 1);
-    for (int i = 0; i < 200; i++, usleep(1000)) CHECK(!cg_cores_wait(&state, i % 20 != 0, cg_clock_ns()), "moved though it was seen apart meanwhile");
+    for (int i = 0; i < 200; i++, usleep(1000)) CHECK(!cg_cores_wait(&state, i % 20 != 0 ? CG_BESIDE_LOWER : CG_APART, cg_clock_ns(), none_taken, NULL), "moved though it was seen apart meanwhile");
     stay_beside(&state, 1000); /* it may move or not, depending on other programs */
     now = affinity();
     CHECK(CPU_EQUAL(&now, &all), "the affinity is another one after waits");
     cg_cores_free(&state);
+    cores_of_others(&all, first, second);
 }
 
 /* Processes: one is killed at some moment; the others notice it, although it has not been reaped. */
