@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 import torch
@@ -57,7 +57,7 @@ class LinkObjects(NetworkObjects):
         self._uid = state.members.uid
         self._timeout_ns = int(state.timeouts.host * 1e9)
         self._others = [peer for peer in range(transport.world_size) if peer != transport.rank_in_group]
-        self._description = _Description(self)
+        self._description = _Description()
         self._signing = None if self._key is None else key_of(self._key)
 
     # A call without a deadline of its own, where nothing is pending and there are links: with less Python.
@@ -188,7 +188,8 @@ class LinkObjects(NetworkObjects):
             state.begin_message(group.name, operation, descriptions, describing)
             number = state.counted(descriptions)
             context = f"{STREAMS[DICTS]} {self._transport.rank_in_group} {dst} {number}"
-            parts = self._encode_message(group, operation, self._description.write(group, operation, entries, tensors), context)
+            described = self._description.write(entries, lambda: self._describe(group, operation, entries, tensors))
+            parts = self._encode_message(group, operation, described, context)
             state.count(descriptions)
             frames = Frames.of_message(group, operation, Deadline.after(state.timeouts.host), DICTS, number, OUTGOING)
             moved = _bytes_of(parts) + sum([x.nbytes for x in tensors])
@@ -229,7 +230,7 @@ class LinkObjects(NetworkObjects):
                 state.count(descriptions)
                 described = self._decode_message(group, operation, src, message, context)
                 try:
-                    entries = self._description.read(group, operation, src, described)
+                    entries = self._description.read(described[1], lambda: self._described(group, operation, src, described))
                 except UnreadableDictError as failed:
                     self._receive_tensors(frames, failed.tensors(group.device), src, turn)
                     raise failed.error from failed.error.__cause__
@@ -362,28 +363,27 @@ class _Description:
     strings, of which different ones may be equal.
     """
 
-    def __init__(self, objects: LinkObjects) -> None:
-        self._objects = objects
+    def __init__(self) -> None:
         self._written: tuple[Sequence[Entry], Any] = ((), None)
         self._read: tuple[bytes, list[Entry]] = (b"", [])
 
-    def write(self, group: Group, operation: str, entries: Sequence[Entry], tensors: Sequence[torch.Tensor]) -> Any:
-        """Return what `_describe` returns."""
+    def write(self, entries: Sequence[Entry], describe: Callable[[], Any]) -> Any:
+        """Return what `describe` returns of these entries."""
         if not _is_repeatable(entries):
-            return self._objects._describe(group, operation, entries, tensors)
+            return describe()
         earlier, made = self._written
         if made is None or earlier != entries:
-            made = self._objects._describe(group, operation, entries, tensors)
+            made = describe()
             self._written = entries, made
         return made
 
-    def read(self, group: Group, operation: str, src: int, received: tuple[Any, bytes]) -> list[Entry]:
-        """Return what `_described` returns."""
+    def read(self, frame: bytes, understand: Callable[[], list[Entry]]) -> list[Entry]:
+        """Return the entries that `understand` finds in a frame; they are not to be changed."""
         earlier, entries = self._read
-        if received[1] != earlier:
-            entries = self._objects._described(group, operation, src, received)
+        if frame != earlier:
+            entries = understand()
             if _is_repeatable(entries):
-                self._read = bytes(received[1]), entries
+                self._read = bytes(frame), entries
         return entries
 
 
