@@ -83,8 +83,8 @@ def encode(obj: Any, *, key: bytes | None, context: bytes) -> bytes:
         return _PLAIN + msgspec.msgpack.encode(_pack(obj, _MAX_DEPTH))
     except _RefusedError as refused:
         raise refused.kind(refused.describe()) from None
-    except OverflowError as error:
-        raise ValueError(f"an object to send has a piece that is too large: {error}") from error
+    except (OverflowError, msgspec.EncodeError) as error:
+        raise ValueError(f"an object to send has a piece that is too large: {error}; {_ADVICE}") from error
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
 
