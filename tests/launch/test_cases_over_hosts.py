@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -293,3 +294,17 @@ def test_garbage_and_silence_at_the_port_of_a_rank_disturb_nothing() -> None:
                 hosts[2].run(sys.executable, "-c", attack, host.address, *[port for port in ports if port != "29540"])
 
         works(hosts[:2], meanwhile)
+
+
+def test_torchs_front_ends_over_the_backend() -> None:
+    """DDP, FSDP2, DTensor, checkpoints, pipelining, compiled and functional collectives, as on one host."""
+    # Each host has a /tmp of its own; a checkpoint wants a folder that all see.
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as shared, joined(2) as hosts:
+        # The program makes a group of torch's own gloo, too.
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29540", "GLOO_SOCKET_IFNAME": "eth0"}
+        words = [sys.executable, str(Path(PROGRAM).with_name("torch_front_ends.py")), shared]
+        started = [host.start(*words, environ={**common, "OMP_NUM_THREADS": "1", "RANK": str(rank)}) for rank, host in enumerate(hosts)]
+        outputs = finish(started)
+    assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
+    assert "fsdp\n" in outputs[0]
+    assert "nobody_comes\n" in outputs[0]

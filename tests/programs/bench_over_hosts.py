@@ -1,10 +1,10 @@
 """`commgraph bench` over two simulated hosts that are joined by a veth, with reno as TCP's congestion control.
 
-    bench_over_hosts.py [--delay SECONDS] [--busy LOOPS] [arguments of `commgraph bench`, in the place of `_USUAL`]
+    bench_over_hosts.py [--each RANKS] [--delay SECONDS] [--busy LOOPS] [arguments of `commgraph bench`, in the place of `_USUAL`]
 
 With `mpi` among the peers MPICH's launcher starts the ranks, so that MPI is measured in the same processes, in turn: that of the `mpich`
-wheel, beside this interpreter. A delay, one way, is that of a relay between the hosts, without MPI. Busy loops compete with the ranks for
-the cores: these then have ordinary priority.
+wheel, beside this interpreter. Each host has one rank, or as many as are asked for. A delay, one way, is that of a relay between the hosts,
+without MPI. Busy loops compete with the ranks for the cores: these then have ordinary priority.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ exec nsenter -t $pid -n -m -p -u --wd={folder} sh -c "$*"
 def main(arguments: list[str]) -> int:
     """Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--each", type=int, default=1)
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--busy", type=int, default=0)
     given, arguments = parser.parse_known_args(arguments)
@@ -64,19 +65,20 @@ def main(arguments: list[str]) -> int:
         address = key | {"MASTER_ADDR": pair[0].address, "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1"}
         address["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
         if "mpi" in asked:
-            return by_mpiexec(pair, words, address)
+            return by_mpiexec(pair, given.each, words, address)
         running = []
-        for rank, host in enumerate(pair):
-            own = address | {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-            running.append(host.start(*words, environ=own))
+        size, each = 2 * given.each, given.each
+        for rank in range(size):
+            own = {"WORLD_SIZE": str(size), "RANK": str(rank), "LOCAL_RANK": str(rank % each), "LOCAL_WORLD_SIZE": str(each)}
+            running.append(pair[rank // each].start(*words, environ=address | own))
         said = [process.communicate()[0] for process in running]
         failed: int = max(process.returncode for process in running)
         sys.stdout.write("\n".join(said) if failed else said[0])
     return failed
 
 
-def by_mpiexec(pair: Sequence[hosts.Host], words: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Start a rank on each host by MPICH's launcher, and return its exit code."""
+def by_mpiexec(pair: Sequence[hosts.Host], each: int, words: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Start so many ranks on each host by MPICH's launcher, and return its exit code."""
     mpiexec = Path(sys.executable).with_name("mpiexec.hydra")
     if not mpiexec.exists():
         sys.stdout.write(f"needs MPICH beside {sys.executable}: pip install mpich mpi4py\n")
@@ -88,7 +90,7 @@ def by_mpiexec(pair: Sequence[hosts.Host], words: Sequence[str], environ: Mappin
         cases = "\n".join(f"{host.address}) pid={host.pid};;" for host in pair)
         enter.write_text(_ENTER.format(cases=cases, folder=Path.cwd()))
         enter.chmod(0o700)
-        placed = ["-iface", "switch", "-hosts", ",".join(host.address for host in pair), "-ppn", "1", "-n", "2"]
+        placed = ["-iface", "switch", "-hosts", ",".join(host.address for host in pair), "-ppn", str(each), "-n", str(2 * each)]
         given = [word for name, value in environ.items() for word in ("-genv", name, value)]
         tcp = ["-genv", "MPIR_CVAR_CH4_NETMOD", "ofi", "-genv", "FI_PROVIDER", "tcp", "-genv", "FI_TCP_IFACE", "eth0"]
         command = [*inside, str(mpiexec), *placed, "-launcher", "ssh", "-launcher-exec", str(enter), *given, *tcp, *words]
