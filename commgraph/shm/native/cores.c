@@ -102,7 +102,7 @@ static int next_free(const cpu_set_t *allowed, int mine, int (*taken)(const void
 }
 
 int cg_cores_wait(cg_cores *cores, int beside, int64_t now, int (*taken)(const void *, int), const void *arg) {
-    if (beside == CG_APART) {
+    if (!beside) {
         cores->since = 0;
         return 0;
     }
@@ -116,7 +116,7 @@ int cg_cores_wait(cg_cores *cores, int beside, int64_t now, int (*taken)(const v
     if (many && cores->idle != NULL) target = longest_idle(cores, &allowed, mine, &ticks);
     cores->since = now;
     if (passed == 0) return 0; /* the first reading of two */
-    if (ticks * (1000000000ll / sysconf(_SC_CLK_TCK)) * 2 <= passed) target = many && beside == CG_BESIDE_LOWER ? next_free(&allowed, mine, taken, arg) : -1;
+    if (ticks * (1000000000ll / sysconf(_SC_CLK_TCK)) * 2 <= passed) target = many ? next_free(&allowed, mine, taken, arg) : -1;
     if (target < 0 || !cg_cores_move(target)) {
         if (cores->patience < LONGEST_NS) cores->patience *= 2;
         return 0;

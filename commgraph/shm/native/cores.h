@@ -7,8 +7,8 @@
  * narrows the affinity of its thread to that core, which moves it at once, and restores the former affinity immediately.
  *
  * Where no other core was idle for more than half of that time (by /proc/stat), other programs use them: an engine's scheduler that polls,
- * for example. The two ranks would still compute one after the other for as long as they share a core, so that the one with the higher number
- * moves to a core on which no other rank was seen. And a rank that the kernel has woken on the core of a peer goes back to its own at once.
+ * for example. The two ranks would still compute one after the other for as long as they share a core, so that the one that waits moves to a
+ * core on which no other rank was seen. And a rank that the kernel has woken on the core of a peer goes back to its own at once.
  *
  * A rank does not move if its affinity names one core, or if the ranks that share its cores are more than these. Without a move it checks
  * half as often, down to once in 0.4 s.
@@ -32,10 +32,8 @@ int cg_core(void);
 
 void cg_cores_init(cg_cores *cores, int sharing);
 void cg_cores_free(cg_cores *cores);
-/* Where the peers are that a thread waits for: elsewhere; one is on its own core; all that are have lower numbers than its own. */
-enum { CG_APART, CG_BESIDE, CG_BESIDE_LOWER };
-/* Called by a thread that waits. `taken(arg, core)`: whether another rank was last seen on that core. Returns whether the thread has moved to
- * another core. */
+/* Called by a thread that waits; `beside`: for a peer on its own core. `taken(arg, core)`: whether another rank was last seen on that core.
+ * Returns whether the thread has moved to another core. */
 int cg_cores_wait(cg_cores *cores, int beside, int64_t now, int (*taken)(const void *arg, int core), const void *arg);
 /* Moves the calling thread to a core of its affinity, which stays as it was; 0, with nothing changed, if that failed. */
 int cg_cores_move(int core);

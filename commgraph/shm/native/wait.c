@@ -68,17 +68,10 @@ static int is_taken(const void *arg, int core) {
     return 0;
 }
 
-/* Whether a watched peer was last seen on this very core, where it cannot run while this rank runs: a value for cg_cores_wait. */
+/* Whether a watched peer was last seen on this very core, where it cannot run while this rank runs. */
 static int is_beside_peer(cg_team *team, int watched) {
-    int core = publish_core(team) - 1, beside = CG_APART;
-    if (core < 0) return CG_APART;
-    if (watched != CG_EVERYONE) return !was_seen_on(team, watched, core) ? CG_APART : watched < team->me ? CG_BESIDE_LOWER : CG_BESIDE;
-    for (int i = 0; i < team->n; i++) {
-        if (i == team->me || !was_seen_on(team, i, core)) continue;
-        if (i > team->me) return CG_BESIDE;
-        beside = CG_BESIDE_LOWER;
-    }
-    return beside;
+    int core = publish_core(team) - 1;
+    return core >= 0 && (watched == CG_EVERYONE ? is_taken(team, core) : was_seen_on(team, watched, core));
 }
 
 int cg_go_back(cg_team *team, int before) {

@@ -1590,13 +1590,11 @@ static int all_taken(const void *arg, int core) { return (void)arg, (void)core, 
 static int none_taken(const void *arg, int core) { return (void)arg, (void)core, 0; }
 
 /* Reports this thread beside a peer for so long, every 1 ms. Returns how often it moved. */
-static int stay(cg_cores *cores, int milliseconds, int beside, int (*taken)(const void *, int)) {
+static int stay_beside(cg_cores *cores, int milliseconds, int (*taken)(const void *, int)) {
     int moved = 0;
-    for (int i = 0; i < milliseconds; i++, usleep(1000)) moved += cg_cores_wait(cores, beside, cg_clock_ns(), taken, NULL);
+    for (int i = 0; i < milliseconds; i++, usleep(1000)) moved += cg_cores_wait(cores, 1, cg_clock_ns(), taken, NULL);
     return moved;
 }
-
-static int stay_beside(cg_cores *cores, int milliseconds) { return stay(cores, milliseconds, CG_BESIDE, none_taken); }
 
 static _Atomic int loops_end;
 
@@ -1607,7 +1605,7 @@ static void *loop(void *arg) {
     return NULL;
 }
 
-/* With every core busy: who is beside a rank of a lower number leaves, to a core that is no rank's. */
+/* With every core busy: who is beside a rank leaves, to a core that is no rank's. */
 static void cores_of_others(const cpu_set_t *all, int first, int second) {
     pthread_t loops[CPU_SETSIZE];
     int numbers[CPU_SETSIZE], busy = 0;
@@ -1617,14 +1615,13 @@ static void cores_of_others(const cpu_set_t *all, int first, int second) {
     cg_cores state;
     cg_cores_init(&state, 1);
     CHECK(cg_cores_move(first) && sched_getcpu() == first, "not on core %d", first);
-    CHECK(stay(&state, 400, CG_BESIDE, none_taken) == 0, "moved to a core that another program needs");
-    CHECK(stay(&state, 400, CG_BESIDE_LOWER, all_taken) == 0, "moved to the core of a rank");
+    CHECK(stay_beside(&state, 400, all_taken) == 0, "moved to the core of a rank");
     cg_cores_free(&state);
     cg_cores_init(&state, 1);
-    CHECK(stay(&state, 1000, CG_BESIDE_LOWER, none_taken) > 0, "stayed beside a rank");
+    CHECK(stay_beside(&state, 1000, none_taken) > 0, "stayed beside a rank");
     cg_cores_free(&state);
     cg_cores_init(&state, CPU_COUNT(all) + 1);
-    CHECK(stay(&state, 400, CG_BESIDE_LOWER, none_taken) == 0, "moved though the ranks are more than the cores");
+    CHECK(stay_beside(&state, 400, none_taken) == 0, "moved though the ranks are more than the cores");
     cg_cores_free(&state);
     atomic_store(&loops_end, 1);
     for (int i = 0; i < busy; i++) pthread_join(loops[i], NULL);
@@ -1658,7 +1655,7 @@ static void cores(void) {
 
     confine(&one);
     cg_cores_init(&state, 1);
-    CHECK(stay_beside(&state, 300) == 0, "moved away from its only core");
+    CHECK(stay_beside(&state, 300, none_taken) == 0, "moved away from its only core");
     now = affinity();
     CHECK(CPU_EQUAL(&now, &one), "an affinity for one core was changed");
     CHECK(second < 0 || !cg_affinity_narrow(second, &before), "narrowed to a core that is none of the thread's");
@@ -1694,11 +1691,11 @@ static void cores(void) {
 
     confine(&all);
     cg_cores_init(&state, CPU_COUNT(&all) + 1);
-    CHECK(stay_beside(&state, 200) == 0, "moved though the ranks are more than the cores");
+    CHECK(stay_beside(&state, 200, none_taken) == 0, "moved though the ranks are more than the cores");
     cg_cores_free(&state);
     cg_cores_init(&state, 1);
-    for (int i = 0; i < 200; i++, usleep(1000)) CHECK(!cg_cores_wait(&state, i % 20 != 0 ? CG_BESIDE_LOWER : CG_APART, cg_clock_ns(), none_taken, NULL), "moved though it was seen apart meanwhile");
-    stay_beside(&state, 1000); /* it may move or not, depending on other programs */
+    for (int i = 0; i < 200; i++, usleep(1000)) CHECK(!cg_cores_wait(&state, i % 20 != 0, cg_clock_ns(), none_taken, NULL), "moved though it was seen apart meanwhile");
+    stay_beside(&state, 1000, none_taken); /* it may move or not, depending on other programs */
     now = affinity();
     CHECK(CPU_EQUAL(&now, &all), "the affinity is another one after waits");
     cg_cores_free(&state);
