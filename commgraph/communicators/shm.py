@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import math
 import os
@@ -426,19 +427,23 @@ class ShmCommunicator(Communicator):
 
     @property
     def bytes_sent(self) -> int:
-        if self._closed is not None:
-            return self._closed
-        return int(self._group.bytes_sent) + (self._mailbox.bytes_sent if self._mailbox is not None else 0)
+        if self._closed is None:
+            with contextlib.suppress(AttributeError):  # another thread closes it meanwhile
+                return int(self._group.bytes_sent) + (self._mailbox.bytes_sent if self._mailbox is not None else 0)
+        assert self._closed is not None
+        return self._closed
 
     def describe(self) -> str:
-        if self._closed is not None:
+        try:
+            memory, group = self._memory, self._group
+        except AttributeError:  # `close` deletes them, on another thread at any moment
             return "closed"
-        sizes = self._memory.sizes
+        sizes = memory.sizes
         return (
-            f"shared memory of one host, {self._memory.nbytes} bytes (slots of {sizes.slot_bytes}, rings of {sizes.broadcast_bytes} and "
+            f"shared memory of one host, {memory.nbytes} bytes (slots of {sizes.slot_bytes}, rings of {sizes.broadcast_bytes} and "
             f"{sizes.pair_bytes})"
             + (f", {self._extra_bytes} bytes of shared tensors" if self._extra_bytes else "")
-            + ("; large pieces are read where they lie" if self._group.has_cma else "")
+            + ("; large pieces are read where they lie" if group.has_cma else "")
             + f"; {self._native.isa}"
         )
 

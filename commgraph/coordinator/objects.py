@@ -51,6 +51,8 @@ __all__ = [
 _BLOCK = 4096
 _LENGTH = struct.Struct("<Q")
 _INLINE = _BLOCK - _LENGTH.size
+# The same of an exchange with all ranks.
+_GATHERED = 1024
 # A frame beyond this is not a message but a mistake (or an attack); nothing is allocated for it.
 _MAX_FRAME = 1 << 40
 
@@ -295,7 +297,7 @@ class NetworkObjects(Objects):
         return self._decoded(group, operation, frames, obj, sequence)
 
     def _all_gather(self, group: Group, operation: str, frame: bytes, sequence: int, deadline: Deadline) -> list[memoryview]:
-        """Return every rank's frame."""
+        """Return every rank's frame: first a block of each, which holds its length and a short frame, then the longer ones."""
         state, n = self._state, group.world_size
         route = state.strategies.route("all_gather", (n, 1), torch.uint8, torch.device("cpu"))
         what = f"{operation}()"
@@ -304,13 +306,11 @@ class NetworkObjects(Objects):
         def act() -> list[memoryview]:
             if state.comparison is not None:
                 state.comparison.compare(Call(group.name, operation, state.members, sequence), what, deadline)
-            lengths = ambient.empty(n, torch.int64)
-            route.all_gather(ambient.integers([len(frame)]), 0, [1] * n, lengths, tag=tag, deadline=deadline)
-            sizes = [int(length) for length in lengths]
+            short, sizes = _exchange_blocks(route, frame, n, tag, deadline)
             memory, out = _buffer(sum(sizes))
-            route.all_gather(_tensor(frame), 0, sizes, out, tag=rest, deadline=deadline)
-            ends = list(itertools.accumulate(sizes, initial=0))
-            return [memoryview(memory)[start:end] for start, end in itertools.pairwise(ends)]
+            if out.numel():
+                route.all_gather(_tensor(frame if sizes[group.rank_in_group] else b""), 0, sizes, out, tag=rest, deadline=deadline)
+            return _frames_of(short, sizes, memory)
 
         return perform(group, operation, sequence, what, deadline, act, len(frame))
 
@@ -466,18 +466,24 @@ def _others(group: Group) -> list[int]:
 
 
 @ambient.sheltered
-def _split(frame: bytes) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the block that announces a frame, and the rest that does not fit into it."""
-    block = ambient.zeros(_BLOCK, torch.uint8)
-    head = _LENGTH.pack(len(frame)) + frame[:_INLINE]
+def _block(frame: bytes, size: int) -> torch.Tensor:
+    """Return the block of `size` bytes that announces a frame: its length, and as much of it as fits."""
+    block = ambient.zeros(size, torch.uint8)
+    head = _LENGTH.pack(len(frame)) + frame[: size - _LENGTH.size]
     block[: len(head)] = _tensor(head)
-    return block, _tensor(frame[_INLINE:]) if len(frame) > _INLINE else None
+    return block
+
+
+@ambient.sheltered
+def _split(frame: bytes) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the block that announces a message, and the rest that does not fit into it."""
+    return _block(frame, _BLOCK), _tensor(frame[_INLINE:]) if len(frame) > _INLINE else None
 
 
 def gather_frames(
     group: Group, operation: str, sequence: int, strategy: Communicator, frame: bytes, dst: int, deadline: Deadline
 ) -> list[memoryview] | None:
-    """Return every rank's frame, in rank order, on `dst`, and None elsewhere: first their lengths on every rank, then the frames."""
+    """Return every rank's frame, in rank order, on `dst`, and None elsewhere: first a block of each on every rank, then the longer ones."""
     state, n = group._state, group.world_size
     what = f"{operation}(dst={dst})"
     tag, rest = make_tag(COLLECTIVE, sequence, what), make_tag(OBJECT_REST, sequence, "gather")
@@ -485,17 +491,29 @@ def gather_frames(
     def act() -> list[memoryview] | None:
         if state.comparison is not None:
             state.comparison.compare(Call(group.name, operation, state.members, sequence), what, deadline)
-        lengths = ambient.empty(n, torch.int64)
-        strategy.all_gather(ambient.integers([len(frame)]), 0, [1] * n, lengths, tag=tag, deadline=deadline)
-        sizes = [int(length) for length in lengths]
+        short, sizes = _exchange_blocks(strategy, frame, n, tag, deadline)
         memory, out = _buffer(sum(sizes)) if group.rank_in_group == dst else (bytearray(), None)
-        strategy.gather(_tensor(frame), 0, sizes, out, dst, tag=rest, deadline=deadline)
-        if out is None:
-            return None
-        ends = list(itertools.accumulate(sizes, initial=0))
-        return [memoryview(memory)[start:end] for start, end in itertools.pairwise(ends)]
+        if sizes != [0] * n:
+            strategy.gather(_tensor(frame if sizes[group.rank_in_group] else b""), 0, sizes, out, dst, tag=rest, deadline=deadline)
+        return None if out is None else _frames_of(short, sizes, memory)
 
     return perform(group, operation, sequence, what, deadline, act, len(frame))
+
+
+def _exchange_blocks(strategy: Communicator, frame: bytes, n: int, tag: int, deadline: Deadline) -> tuple[list[memoryview], list[int]]:
+    """Give every rank a block; return the frames that fit into theirs, and of each rank the bytes of a longer one, else 0."""
+    blocks, gathered = _buffer(n * _GATHERED)
+    strategy.all_gather(_block(frame, _GATHERED), 0, [_GATHERED] * n, gathered, tag=tag, deadline=deadline)
+    found = [memoryview(blocks)[start : start + _GATHERED] for start in range(0, n * _GATHERED, _GATHERED)]
+    lengths = [_LENGTH.unpack_from(block)[0] for block in found]
+    short = [block[_LENGTH.size : _LENGTH.size + length] for block, length in zip(found, lengths, strict=True)]
+    return short, [length if length > _GATHERED - _LENGTH.size else 0 for length in lengths]
+
+
+def _frames_of(short: Sequence[memoryview], sizes: Sequence[int], memory: bytearray) -> list[memoryview]:
+    """Return the frames of all ranks: those that fitted into a block, and those of these sizes in `memory`, one after the other."""
+    spans = itertools.pairwise(itertools.accumulate(sizes, initial=0))
+    return [memoryview(memory)[start:end] if end > start else frame for frame, (start, end) in zip(short, spans, strict=True)]
 
 
 def checked_objects(group: Group, operation: str, objs: Any, sequence: int) -> list[Any]:

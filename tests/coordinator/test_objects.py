@@ -117,6 +117,21 @@ def test_gathered_objects_of_different_sizes() -> None:
     on(5, body)
 
 
+@pytest.mark.parametrize("shm", [True, False])
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_gathered_objects_around_one_block(nodes: int, shm: bool) -> None:
+    """Short frames come in the first exchange, longer ones in the second: none, one, some or all of them."""
+
+    def body(group: GroupCoordinator) -> None:
+        for turn, around in enumerate((*range(995, 1030), 0, 50_000)):
+            sizes = [around + 7 * ((rank + turn) % 3) for rank in range(group.world_size)]
+            expected = [bytes([rank]) * size for rank, size in enumerate(sizes)]
+            assert group.all_gather_object(expected[group.rank]) == expected
+            assert group.gather_object(expected[group.rank], dst=turn % 3) == (expected if group.rank == turn % 3 else None)
+
+    on(3, body, nodes=nodes, shm=shm)
+
+
 @pytest.mark.parametrize("nodes", [1, 2])
 @pytest.mark.parametrize(
     "dtype",

@@ -395,11 +395,12 @@ def test_a_plain_call_runs_no_python_of_the_record() -> None:
 
 
 def calls_while(folder: Path, rank: int, operation: str) -> RecordedCall:
-    """Wait until the last call of a rank is one of that operation, under way; return it."""
+    """Wait until the last call of a rank is one of that operation, under way, with its place; return it."""
     while True:
         (record,) = [record for record in map(read_file, folder.glob("*.cgrecord")) if record.rank == rank]
         *_, last = [None, *calls_of(record)]
-        if last is not None and (last.operation, last.state) == (operation, OPEN):
+        # A native call that has begun looks for its place only where it waits, which is a moment later.
+        if last is not None and (last.operation, last.state) == (operation, OPEN) and last.site:
             return last
         time.sleep(0.001)
 
