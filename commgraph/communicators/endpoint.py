@@ -6,7 +6,8 @@ as it has no link whose end would tell.
 
 Both sides prove knowledge of the world's secret over both sides' random numbers (HMAC-SHA256), so that neither a stranger nor a recorded
 handshake gets in; what follows is not encrypted. A handshake that takes longer than `_PATIENCE` is dropped, and at most `_STRANGERS` are
-pending at once.
+pending at once: for one more the oldest is dropped, of those that have said nothing if there are any. A rank whose call was dropped calls
+again, up to `_CALLS` times, since that may have been one of a flood.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ _ANSWER_BYTES = _NONCE_BYTES + _PROOF_BYTES
 _ACCEPTS, _YIELDS, _LEFT = b"accepts", b"yields", b"left"
 _CONNECTS = b"connects"
 
-# Seconds that a handshake may take, and how many may be pending.
+# Seconds that a handshake may take, how many may be pending, and how often a rank calls whose connection is dropped.
 _PATIENCE = 5.0
 _STRANGERS = 64
+_CALLS = 8
 # Seconds between two looks at what another thread may have accepted.
 _SLICE = 0.02
 # Seconds after which a host that does not answer counts as vanished.
@@ -85,6 +87,8 @@ class Endpoint:
         # Handshakes of links that this rank calls for, and those that it was called for, by link.
         self._calling: dict[Link, _Handshake] = {}
         self._called: dict[Link, _Handshake] = {}
+        # Calls that were dropped, by link.
+        self._dropped: dict[Link, int] = {}
         # Links that a call of this rank has made.
         self._made_by_own: set[Link] = set()
         # Groups that this rank has closed.
@@ -204,13 +208,27 @@ class Endpoint:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     time.sleep(_SLICE)  # it stays readable, and the wait must not spin
                 return
-            strangers = [one for one in self._pending.values() if not one.calls]
-            if len(strangers) >= _STRANGERS:
-                self._end(strangers[0])  # the oldest
+            if len(self._strangers()) >= _STRANGERS:
+                self._make_room()
             connection.setblocking(False)
             set_up(connection)
             self._pending[connection] = _Handshake(connection, time.monotonic() + _PATIENCE)
             self._selector.register(connection, selectors.EVENT_READ)
+
+    def _strangers(self) -> list[_Handshake]:
+        return [one for one in self._pending.values() if not one.calls]
+
+    def _make_room(self) -> None:
+        """Drop a stranger: the oldest that has said nothing, else the oldest."""
+        for one in self._strangers():
+            if not one.hello:
+                self._advance(one)  # what it has said may be there, and not be read yet
+                if not one.hello:
+                    if one.connection in self._pending:
+                        self._end(one)
+                    return
+        if len(left := self._strangers()) >= _STRANGERS:
+            self._end(left[0])
 
     def _advance(self, handshake: _Handshake) -> None:
         try:
@@ -221,7 +239,13 @@ class Endpoint:
         except BlockingIOError:
             return
         except OSError as error:
-            self._end(handshake, error.strerror or str(error))
+            link = handshake.link
+            dropped = isinstance(error, ConnectionError) and handshake.calls and bool(handshake.hello)
+            if link is None or not dropped or (calls := self._dropped.get(link, 0) + 1) >= _CALLS:
+                self._end(handshake, error.strerror or str(error))
+            else:
+                self._end(handshake)  # `find` calls again
+                self._dropped[link] = calls
 
     def _advance_calling(self, handshake: _Handshake) -> None:
         connection, link = handshake.connection, handshake.link
@@ -291,6 +315,7 @@ class Endpoint:
         self._selector.unregister(handshake.connection)
         del self._pending[handshake.connection]
         self._forget_handshake(handshake)
+        self._dropped.pop(link, None)
         before = self._made.pop(link, None)
         if isinstance(before, socket.socket):
             before.close()
@@ -319,6 +344,7 @@ class Endpoint:
         with self._lock:
             self._left.add(group)
             self._made_by_own = {link for link in self._made_by_own if link.group != group}
+            self._dropped = {link: calls for link, calls in self._dropped.items() if link.group != group}
             for link in [one for one in self._made if one.group == group]:
                 left = self._made.pop(link)
                 if isinstance(left, socket.socket):

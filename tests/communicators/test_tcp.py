@@ -322,6 +322,69 @@ def test_strangers_do_not_get_in_and_hold_nobody_up() -> None:
             connection.close()
 
 
+def until_found(ends: list[Endpoint], address: tuple[str, int]) -> socket.socket:
+    """Have rank 0 call rank 1 at an address, where rank 1 serves and does not call itself."""
+    link, found = Link(GROUP, 0, 0, 1), None
+    with within(SECONDS):
+        while found is None:
+            found = ends[0].find(link, 1, address)
+            ends[1].serve()
+    return found
+
+
+def test_a_rank_that_calls_before_a_flood_is_heard() -> None:
+    """What it has said is read before it could be taken for one of those that say nothing."""
+    with endpoints(2) as ends, contextlib.ExitStack() as silent:
+        assert ends[0].find(Link(GROUP, 0, 0, 1), 1, ends[1].address) is None
+        with within(SECONDS):
+            while not all(handshake.hello for handshake in ends[0]._pending.values()):
+                ends[0].serve()
+        for _ in range(120):  # the listener's queue holds them; all are accepted at once
+            silent.enter_context(socket.create_connection(ends[1].address))
+        until_found(ends, ends[1].address).close()
+        assert not ends[0]._dropped
+
+
+@pytest.mark.parametrize("drops", [3, 100])
+def test_a_call_that_is_dropped_is_made_again(drops: int) -> None:
+    """A few times, since it may have been one of a flood; what drops every call is no rank."""
+    calls = 0
+    with endpoints(2) as ends, contextlib.ExitStack() as held, socket.create_server(("127.0.0.1", 0)) as between:
+
+        def shuttle(source: socket.socket, target: socket.socket) -> None:
+            with contextlib.suppress(OSError):  # the end of the test closes both
+                while said := source.recv(1 << 16):
+                    target.sendall(said)
+
+        def answer() -> None:
+            nonlocal calls
+            with contextlib.suppress(OSError):  # the end of the test closes what it listens at
+                while True:
+                    caller, _ = between.accept()
+                    calls += 1
+                    if calls <= drops:
+                        caller.recv(1)
+                        caller.close()
+                        continue
+                    target = held.enter_context(socket.create_connection(ends[1].address))
+                    for one, other in ((held.enter_context(caller), target), (target, caller)):
+                        threading.Thread(target=shuttle, args=(one, other), daemon=True).start()
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        try:
+            if drops < 10:
+                until_found(ends, between.getsockname()).close()
+                assert calls == drops + 1
+            else:
+                with pytest.raises(PeerClosed, match=r"handshake|reset"):
+                    until_found(ends, between.getsockname())
+                assert calls == 8
+        finally:
+            between.shutdown(socket.SHUT_RDWR)
+            answering.join()
+
+
 @contextmanager
 def served(endpoint: Endpoint) -> Iterator[None]:
     """Have another thread serve, as a rank does that waits in a call."""
