@@ -106,7 +106,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def bench_hosts(session: nox.Session) -> None:
-    """What operations take between two simulated hosts, beside gloo and the raw exchange. After --: arguments of that program."""
+    """What operations take between two simulated hosts, beside gloo and the raw exchange. After --: arguments of the program."""
     python = str(with_torch(session, "test") / "python")
     session.env["PYTHONPATH"] = str(HERE)
     session.run(python, "tests/programs/bench_over_hosts.py", *session.posargs, external=True)

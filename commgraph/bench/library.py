@@ -11,7 +11,7 @@ import torch
 
 from commgraph.world import World
 
-__all__ = ["Buffers", "Channel", "Job", "Library", "repeat"]
+__all__ = ["Buffers", "Channel", "Job", "Library", "repeat", "there_and_back"]
 
 
 def repeat(call: Callable[[], object]) -> Callable[[int], None]:
@@ -22,6 +22,17 @@ def repeat(call: Callable[[], object]) -> Callable[[int], None]:
             call()
 
     return batch
+
+
+def there_and_back(rank: int, send: Callable[[int], object], receive: Callable[[int], object]) -> Callable[[], None]:
+    """Return a call in which rank 0 sends to rank 1 and receives from it, and rank 1 the other way about; both functions get the peer."""
+    first, second = (send, receive) if rank == 0 else (receive, send)
+
+    def call() -> None:
+        first(1 - rank)
+        second(1 - rank)
+
+    return call
 
 
 @attrs.frozen(eq=False)

@@ -11,7 +11,7 @@ import attrs
 import torch
 
 import commgraph as cg
-from commgraph.bench.library import Buffers, Channel, Job, Library, repeat
+from commgraph.bench.library import Buffers, Channel, Job, Library, repeat, there_and_back
 from commgraph.errors import ConfigurationError
 
 __all__ = ["OBJECT_METHODS", "DeviceTensors", "Objects", "SharedTensors", "Tensors", "build_context"]
@@ -61,23 +61,7 @@ class Tensors(Library):
     def call(self, operation: str, buffers: Buffers) -> Callable[[], object] | None:
         """Every operation."""
         x, out, group = buffers.x, buffers.out, self.group
-
-        def send_recv() -> None:
-            if group.rank_in_group == 0:
-                group.send(x, 1)
-                group.recv(out.shape, out.dtype, 1, out=out)
-            else:
-                group.recv(out.shape, out.dtype, 0, out=out)
-                group.send(x, 0)
-
-        def tensor_dict() -> None:
-            if group.rank_in_group == 0:
-                group.send_tensor_dict(halves, 1)
-                group.recv_tensor_dict(1)
-            else:
-                group.recv_tensor_dict(0)
-                group.send_tensor_dict(halves, 0)
-
+        me = group.rank_in_group
         halves = dict(zip("ab", x.tensor_split(2), strict=True))
         calls: dict[str, Callable[[], object]] = {
             "all_reduce_": lambda: group.all_reduce_(x),
@@ -87,8 +71,8 @@ class Tensors(Library):
             "all_to_all": lambda: group.all_to_all(x, out=out),
             "broadcast": lambda: group.broadcast(x, 0),
             "barrier": group.barrier,
-            "send_recv": send_recv,
-            "tensor_dict": tensor_dict,
+            "send_recv": there_and_back(me, lambda peer: group.send(x, peer), lambda peer: group.recv(out.shape, out.dtype, peer, out=out)),
+            "tensor_dict": there_and_back(me, lambda peer: group.send_tensor_dict(halves, peer), group.recv_tensor_dict),
         }
         return calls.get(operation)
 

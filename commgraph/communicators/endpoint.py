@@ -220,15 +220,16 @@ class Endpoint:
 
     def _make_room(self) -> None:
         """Drop a stranger: the oldest that has said nothing, else the oldest."""
-        for one in self._strangers():
-            if not one.hello:
-                self._advance(one)  # what it has said may be there, and not be read yet
-                if not one.hello:
-                    if one.connection in self._pending:
-                        self._end(one)
-                    return
-        if len(left := self._strangers()) >= _STRANGERS:
-            self._end(left[0])
+        strangers = self._strangers()
+        for dropped in strangers:
+            if not dropped.hello:
+                self._advance(dropped)  # what it has said may be there, and not be read yet
+            if not dropped.hello:
+                break
+        else:
+            dropped = strangers[0]
+        if dropped.connection in self._pending:
+            self._end(dropped)
 
     def _advance(self, handshake: _Handshake) -> None:
         try:
@@ -239,13 +240,18 @@ class Endpoint:
         except BlockingIOError:
             return
         except OSError as error:
-            link = handshake.link
-            dropped = isinstance(error, ConnectionError) and handshake.calls and bool(handshake.hello)
-            if link is None or not dropped or (calls := self._dropped.get(link, 0) + 1) >= _CALLS:
-                self._end(handshake, error.strerror or str(error))
-            else:
-                self._end(handshake)  # `find` calls again
-                self._dropped[link] = calls
+            # Without a reason `find` calls again.
+            self._end(handshake, "" if self._may_call_again(handshake, error) else error.strerror or str(error))
+
+    def _may_call_again(self, handshake: _Handshake, error: OSError) -> bool:
+        """Count a call of this rank that was answered and then dropped; whether it may be made again."""
+        link = handshake.link
+        if link is None or not handshake.calls or not handshake.hello or not isinstance(error, ConnectionError):
+            return False
+        calls = self._dropped[link] = self._dropped.get(link, 0) + 1
+        if calls == _CALLS:
+            del self._dropped[link]
+        return calls < _CALLS
 
     def _advance_calling(self, handshake: _Handshake) -> None:
         connection, link = handshake.connection, handshake.link

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import math
 import os
@@ -427,16 +426,16 @@ class ShmCommunicator(Communicator):
 
     @property
     def bytes_sent(self) -> int:
-        if self._closed is None:
-            with contextlib.suppress(AttributeError):  # another thread closes it meanwhile
-                return int(self._group.bytes_sent) + (self._mailbox.bytes_sent if self._mailbox is not None else 0)
-        assert self._closed is not None
-        return self._closed
+        try:
+            group, mailbox = self._group, self._mailbox
+        except AttributeError:  # `close` deletes them, on another thread at any moment
+            return self._closed or 0
+        return int(group.bytes_sent) + (mailbox.bytes_sent if mailbox is not None else 0)
 
     def describe(self) -> str:
         try:
             memory, group = self._memory, self._group
-        except AttributeError:  # `close` deletes them, on another thread at any moment
+        except AttributeError:  # likewise
             return "closed"
         sizes = memory.sizes
         return (

@@ -51,7 +51,7 @@ __all__ = [
 _BLOCK = 4096
 _LENGTH = struct.Struct("<Q")
 _INLINE = _BLOCK - _LENGTH.size
-# The same of an exchange with all ranks.
+# The block that every rank gives to all, of objects that are gathered: a length, and a frame that fits.
 _GATHERED = 1024
 # A frame beyond this is not a message but a mistake (or an attack); nothing is allocated for it.
 _MAX_FRAME = 1 << 40
@@ -308,7 +308,7 @@ class NetworkObjects(Objects):
                 state.comparison.compare(Call(group.name, operation, state.members, sequence), what, deadline)
             short, sizes = _exchange_blocks(route, frame, n, tag, deadline)
             memory, out = _buffer(sum(sizes))
-            if out.numel():
+            if any(sizes):
                 route.all_gather(_tensor(frame if sizes[group.rank_in_group] else b""), 0, sizes, out, tag=rest, deadline=deadline)
             return _frames_of(short, sizes, memory)
 
@@ -493,7 +493,7 @@ def gather_frames(
             state.comparison.compare(Call(group.name, operation, state.members, sequence), what, deadline)
         short, sizes = _exchange_blocks(strategy, frame, n, tag, deadline)
         memory, out = _buffer(sum(sizes)) if group.rank_in_group == dst else (bytearray(), None)
-        if sizes != [0] * n:
+        if any(sizes):
             strategy.gather(_tensor(frame if sizes[group.rank_in_group] else b""), 0, sizes, out, dst, tag=rest, deadline=deadline)
         return None if out is None else _frames_of(short, sizes, memory)
 

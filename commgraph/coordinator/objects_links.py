@@ -192,7 +192,7 @@ class LinkObjects(NetworkObjects):
             parts = self._encode_message(group, operation, described, context)
             state.count(descriptions)
             frames = Frames.of_message(group, operation, Deadline.after(state.timeouts.host), DICTS, number, OUTGOING)
-            moved = _bytes_of(parts) + sum([x.nbytes for x in tensors])
+            moved = 0 if state.records is None else _bytes_of(parts) + sum([x.nbytes for x in tensors])
             with entry(group, operation, peer=dst, message=frames.message, moved=moved):
                 try:
                     net.send_parts([dst], frames.tag, frames.rest, parts, self._timeout_ns)
@@ -242,6 +242,7 @@ class LinkObjects(NetworkObjects):
         return join_dict(entries, tensors)
 
     def _new(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """As `new_tensor`, without asking for the strategy: the links fill what is on the host."""
         return pooled(self._transport.pool, shape, dtype) if device.type == "cpu" else ambient.empty(shape, dtype, device)
 
     def _receive_tensors(self, frames: Frames, tensors: Sequence[torch.Tensor], src: int, turn: Turn) -> None:

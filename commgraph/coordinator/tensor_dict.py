@@ -65,7 +65,7 @@ def result_tensors(
     entries: Sequence[Entry],
     device: torch.device,
     carried: Mapping[int, torch.Tensor],
-    new: Callable[[Sequence[int], torch.dtype, torch.device], torch.Tensor] = ambient.empty,
+    new: Callable[[Sequence[int], torch.dtype, torch.device], torch.Tensor],
 ) -> list[torch.Tensor]:
     """Return a tensor for each one of the description: that of `carried`, else an uninitialised one, on the host or on `device` as it was.
 

@@ -48,8 +48,9 @@ def main(arguments: list[str]) -> int:
         return 0
     asked = arguments or _USUAL
     # Real-time scheduling stands for an idle machine, where it is allowed; the ranks do not run for long.
-    first = ["chrt", "-r", "5"]
-    alone = first if not given.busy and shutil.which("chrt") and subprocess.run([*first, "true"], check=False).returncode == 0 else []
+    real_time = ["chrt", "-r", "5"]
+    may = not given.busy and shutil.which("chrt") and subprocess.run([*real_time, "true"], check=False).returncode == 0
+    alone = real_time if may else []
     words = [*alone, sys.executable, "-m", "commgraph", "bench", *asked]
     with hosts.joined(2) as pair, contextlib.ExitStack() as beside:
         if given.delay:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from commgraph import compat
-from commgraph.bench.library import Buffers, Channel, Library
+from commgraph.bench.library import Buffers, Channel, Library, there_and_back
 
 __all__ = ["Peer"]
 
@@ -83,11 +83,7 @@ class Peer(Library):
                 group.recv([received[key]], peer, 0).wait()
             return received
 
-        def there_and_back() -> None:
-            for step in (send, recv) if self._rank == 0 else (recv, send):
-                step(1 - self._rank)
-
-        return there_and_back
+        return there_and_back(self._rank, send, recv)
 
     def channel(self, readers: int) -> Channel | None:
         """A group of these ranks alone."""

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from commgraph.bench.library import Buffers, Channel, Library
+from commgraph.bench.library import Buffers, Channel, Library, there_and_back
 
 __all__ = ["Peer"]
 
@@ -45,15 +45,7 @@ class Peer(Library):
             x, out = buffers.x.numpy(), buffers.out.numpy()
         except TypeError:
             return None
-        mpi, comm, rank = self._mpi, self._comm, self.job.world.rank
-
-        def send_recv() -> None:
-            if rank == 0:
-                comm.Send(x, 1)
-                comm.Recv(out, 1)
-            else:
-                comm.Recv(out, 0)
-                comm.Send(x, 0)
+        mpi, comm = self._mpi, self._comm
 
         calls: dict[str, Callable[[], object]] = {
             "all_reduce_": lambda: comm.Allreduce(mpi.IN_PLACE, x),
@@ -63,7 +55,7 @@ class Peer(Library):
             "all_to_all": lambda: comm.Alltoall(x, out),
             "broadcast": lambda: comm.Bcast(x, 0),
             "barrier": comm.Barrier,
-            "send_recv": send_recv,
+            "send_recv": there_and_back(comm.rank, lambda peer: comm.Send(x, peer), lambda peer: comm.Recv(out, peer)),
             "tensor_dict": self._tensor_dict(x),
         }
         return calls.get(operation)
@@ -85,11 +77,7 @@ class Peer(Library):
                 comm.Recv(received[key], peer)
             return received
 
-        def there_and_back() -> None:
-            for step in (send, recv) if comm.rank == 0 else (recv, send):
-                step(1 - comm.rank)
-
-        return there_and_back
+        return there_and_back(comm.rank, send, recv)
 
     def channel(self, readers: int) -> Channel | None:
         """Point to point: the broadcast of all ranks would need those that do not read."""
